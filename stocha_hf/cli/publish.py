@@ -1,0 +1,33 @@
+"""Publish a stocha checkpoint folder to the Hub: weights, tokenizer, modeling file and card in one atomic commit.
+
+example:
+  stocha-publish smollm2-relu user/smollm2-relu --private
+
+Running it again uploads only what is missing and makes no commit where nothing changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from stocha_hf.cli import Parser, run, show
+
+
+def parser() -> Parser:
+    verb = Parser("stocha-publish", __doc__)
+    verb.add_argument("folder", metavar="FOLDER", help="folder that stocha-convert or a training run wrote")
+    verb.add_argument("repo", metavar="REPO", help="Hub repo, made if it does not exist")
+    verb.add_argument("--private", action="store_true", help="make REPO private if it is new")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    return verb
+
+
+def main() -> None:
+    run(parser(), publish)
+
+
+def publish(args: argparse.Namespace) -> None:
+    from stocha_hf import hub
+
+    done = hub.publish(args.folder, args.repo, private=args.private)
+    show(done, f"{done['url']} at {done['tag']} ({done['commit']})", args.json)

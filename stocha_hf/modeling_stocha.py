@@ -1,0 +1,476 @@
+# Copyright 2026 the stocha_hf authors. Licensed under the Apache License, Version 2.0.
+"""Stochastic activations for gated feed-forward layers: the one file that ships with every stocha checkpoint.
+
+Llama-class models compute y = W_down(act(W_gate x) * (W_up x)). This file replaces `act` by one row of the table
+ACTIVATIONS: StochA (Lomeli et al., arXiv 2509.22358), its deterministic expectation, ReLU, and the sparse activations
+of neighbouring papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode
+`config.stocha["inference"]`.
+
+Why this way: patching changes the *class* of existing modules and nothing else, so parameters, state-dict keys, hooks
+and devices stay as they are, and any stocha checkpoint is a valid checkpoint of its native class. The file imports
+torch and transformers only, because the Hub copies it into other people's Python with `trust_remote_code=True`.
+
+    model = AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=True)
+    with model.stocha_mode("stocha", p=0.5):        # force an activation; restored on exit
+        model.generate(**inputs)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextModel,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+__version__ = "0.1.0"
+
+
+# Architectures: one row per model_type.
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one native model family is patched: its class names and where its config names the activation."""
+
+    causal_lm: str
+    model: str
+    mlp: str
+    act_key: str
+    act: str
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The `auto_map` of config.json, which makes the Auto classes find this file."""
+        names = {"AutoModelForCausalLM": self.causal_lm, "AutoModel": self.model}
+        return {auto: f"modeling_stocha.Stocha{name}" for auto, name in names.items()}
+
+
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", "LlamaModel", "LlamaMLP", "hidden_act", "silu"),
+    "mistral": Architecture("MistralForCausalLM", "MistralModel", "MistralMLP", "hidden_act", "silu"),
+    "qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Model", "Qwen2MLP", "hidden_act", "silu"),
+    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Model", "Qwen3MLP", "hidden_act", "silu"),
+    "gemma2": Architecture("Gemma2ForCausalLM", "Gemma2Model", "Gemma2MLP", "hidden_activation", "gelu_pytorch_tanh"),
+    "gemma3_text": Architecture(
+        "Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3MLP", "hidden_activation", "gelu_pytorch_tanh"
+    ),
+}
+
+
+# Activations: functions (gate, up, ffn) -> hidden, all of shape [..., intermediate_size] and of gate's dtype. `ffn` is
+# the StochaMLP they run in: it holds act_fn (the base activation), p, positive, threshold and k.
+
+
+def stocha(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """StochA (arXiv 2509.22358): base activation with probability p, else ReLU, drawn anew for every element.
+
+    The draw comes from the default generator of gate's device: it is the one that activation checkpointing restores.
+    """
+    drawn = torch.empty_like(gate, dtype=torch.bool).bernoulli_(ffn.p)
+    base = ffn.act_fn(gate)
+    return _with_positive_side(gate, base, torch.where(drawn, base, F.relu(gate)), ffn.positive) * up
+
+
+def mean(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """The exact expectation of StochA over its draws, as dropout's inference rule is of dropout."""
+    base = ffn.act_fn(gate)
+    return _with_positive_side(gate, base, ffn.p * base + (1 - ffn.p) * F.relu(gate), ffn.positive) * up
+
+
+def _with_positive_side(gate: torch.Tensor, base: torch.Tensor, mixed: torch.Tensor, positive: str) -> torch.Tensor:
+    """`mixed` where gate < 0; elsewhere the base activation ("silu", S+), ReLU ("relu", R+) or `mixed` ("drawn")."""
+    return torch.where(gate < 0, mixed, {"silu": base, "relu": gate, "drawn": mixed}[positive])
+
+
+def silu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """SwiGLU (Shazeer, arXiv 2002.05202): what Llama and Mistral were trained with."""
+    return F.silu(gate) * up
+
+
+def gelu_pytorch_tanh(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """GeGLU (Shazeer, arXiv 2002.05202) with the tanh approximation: what Gemma was trained with."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def relu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """ReGLU (Shazeer, arXiv 2002.05202)."""
+    return F.relu(gate) * up
+
+
+def relu2(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """Squared ReLU (ReLU^2 Wins, arXiv 2402.03804)."""
+    return F.relu(gate).square() * up
+
+
+def drelu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """ReLU on the gate and on the up projection (TurboSparse, arXiv 2406.05955)."""
+    return F.relu(gate) * F.relu(up)
+
+
+def fatrelu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """gate where gate > threshold, else 0 (ProSparse, arXiv 2402.13516)."""
+    return F.threshold(gate, ffn.threshold, 0.0) * up
+
+
+def shifted_relu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """relu(gate - threshold) (ReLU Strikes Back, arXiv 2310.04564)."""
+    return F.relu(gate - ffn.threshold) * up
+
+
+def topk(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """The k largest of relu(gate) of each token, the rest 0 (Lazy Neuron, arXiv 2210.06313)."""
+    largest = F.relu(gate).topk(ffn.k, dim=-1)
+    return torch.zeros_like(gate).scatter(-1, largest.indices, largest.values) * up
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A row of the table: the function, and the name in transformers' ACT2FN of what the native class runs in its
+    place (None: the base activation).
+    """
+
+    function: Callable[[torch.Tensor, torch.Tensor, StochaMLP], torch.Tensor]
+    native: str | None
+    deterministic: bool = True
+
+
+ACTIVATIONS = {
+    "stocha": Activation(stocha, native=None, deterministic=False),
+    "mean": Activation(mean, native=None),
+    "silu": Activation(silu, native="silu"),
+    "gelu_pytorch_tanh": Activation(gelu_pytorch_tanh, native="gelu_pytorch_tanh"),
+    "relu": Activation(relu, native="relu"),
+    "relu2": Activation(relu2, native="relu2"),
+    "drelu": Activation(drelu, native="relu"),
+    "fatrelu": Activation(fatrelu, native="relu"),
+    "shifted_relu": Activation(shifted_relu, native="relu"),
+    "topk": Activation(topk, native="relu"),
+}
+POSITIVE_SIDES = ("silu", "relu", "drawn")
+
+
+def _require(ok: bool, key: str, given: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{key} is {given!r}: expected {expected}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class StochaConfig:
+    """The `stocha` entry of config.json.
+
+    `activation` runs in train() mode, `inference` in eval() mode; `base` is the source model's own activation; None
+    for either means "take it from the model". `positive` is what runs where gate >= 0: "silu" (the base activation,
+    S+), "relu" (R+) or "drawn". `threshold` (fatrelu, shifted_relu) is one number or one per layer; `k` (topk) counts
+    neurons.
+
+    Raises ValueError, naming the key, what was given and what was expected.
+    """
+
+    activation: str = "stocha"
+    base: str | None = None
+    p: float = 0.3
+    positive: str = "silu"
+    inference: str | None = None
+    threshold: float | list[float] = 0.0
+    k: int | None = None
+    source: dict[str, str | None] | None = None
+    stocha_version: str = __version__
+
+    def __post_init__(self) -> None:
+        names = f"one of {', '.join(ACTIVATIONS)}"
+        _require(self.activation in ACTIVATIONS, "activation", self.activation, names)
+        _require(self.base is None or self.base in ACTIVATIONS, "base", self.base, names)
+        _require(self.inference is None or self.inference in ACTIVATIONS, "inference", self.inference, names)
+        _require(
+            self.inference is None or ACTIVATIONS[self.inference].deterministic,
+            "inference",
+            self.inference,
+            "a deterministic activation (stocha_mode forces a stochastic one at run time)",
+        )
+        _require(_is_number(self.p) and 0 <= self.p <= 1, "p", self.p, "a probability between 0 and 1")
+        _require(self.positive in POSITIVE_SIDES, "positive", self.positive, f"one of {', '.join(POSITIVE_SIDES)}")
+        thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold]
+        _require(all(map(_is_number, thresholds)), "threshold", self.threshold, "a number, or a list of one per layer")
+        uses_topk = "topk" in (self.activation, self.inference)
+        is_count = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
+        _require(
+            is_count or (self.k is None and not uses_topk), "k", self.k, "a number of neurons, at least 1, for topk"
+        )
+
+    def resolve(self, base: str) -> StochaConfig:
+        """This config with nothing left open, for a model whose own activation is `base`."""
+        _require(self.base in (None, base), "base", self.base, f"{base!r}, the model's own activation")
+        own = self.activation if ACTIVATIONS[self.activation].deterministic else base
+        return dataclasses.replace(self, base=base, inference=self.inference or own)
+
+    @property
+    def native_act(self) -> str:
+        """What the native class runs for `inference`: config.json's hidden_act. Needs a resolved config."""
+        native = ACTIVATIONS[str(self.inference)].native or self.base
+        return str(native)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> StochaConfig:
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(entry) - known)
+        _require(not unknown, "the config's stocha entry", unknown, f"no other keys than {', '.join(sorted(known))}")
+        return cls(**entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+# The patched feed-forward layer and the models.
+
+
+class StochaMLP(nn.Module):
+    """A native gated MLP whose class was changed: same gate_proj, up_proj, down_proj; `act_fn` is the base activation.
+
+    Modes are attributes of each layer, so two models in one process never share them. `forced` overrules `activation`
+    and `inference`; the other attributes are those of StochaConfig.
+    """
+
+    state = ("activation", "inference", "forced", "p", "positive", "threshold", "k", "native_class")
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+    activation: str
+    inference: str
+    forced: str | None
+    p: float
+    positive: str
+    threshold: float
+    k: int
+    native_class: type[nn.Module]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of shape [..., hidden_size], any float dtype; returns the same shape and dtype."""
+        name = self.forced or (self.activation if self.training else self.inference)
+        return self.down_proj(ACTIVATIONS[name].function(self.gate_proj(x), self.up_proj(x), self))
+
+    def train(self, mode: bool = True) -> StochaMLP:
+        # Liger rebinds `forward` of the instance, which would bypass the activation in silence; every trainer calls
+        # train().
+        _refuse_liger(self.__dict__.get("forward"))
+        return super().train(mode)
+
+
+def _refuse_liger(thing: object) -> None:
+    if str(getattr(thing, "__module__", "")).startswith("liger_kernel"):
+        raise ValueError(
+            "Liger's fused SwiGLU is applied to this model: expected the native FFN, since Liger's kernel computes "
+            "SiLU only and would bypass the activation; load the model with use_liger_kernel=False"
+        )
+
+
+def _is_native(module: nn.Module, *names: str) -> bool:
+    return type(module).__name__ in names and type(module).__module__.startswith("transformers.models.")
+
+
+def _native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Module]:
+    """The model's gated MLPs in layer order, after checking that there is one per layer."""
+    for module in model.modules():
+        _refuse_liger(type(module))
+        _refuse_liger(module.__dict__.get("forward"))
+    mlps = [module for module in model.modules() if _is_native(module, row.mlp)]
+    _require(
+        len(mlps) == config.num_hidden_layers,
+        "the number of native MLPs",
+        len(mlps),
+        f"{config.num_hidden_layers} {row.mlp}",
+    )
+    return mlps
+
+
+def _patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:
+    thresholds = config.threshold if isinstance(config.threshold, list) else [config.threshold] * len(mlps)
+    _require(len(thresholds) == len(mlps), "threshold", config.threshold, f"one number, or {len(mlps)}: one per layer")
+    for mlp, threshold in zip(mlps, thresholds, strict=True):
+        state = {key: getattr(config, key, None) for key in StochaMLP.state}
+        mlp.__dict__.update(state | {"native_class": type(mlp), "threshold": threshold})
+        mlp.act_fn = ACT2FN[config.base]
+        mlp.__class__ = StochaMLP
+
+
+def stocha_mlps(model: nn.Module) -> list[StochaMLP]:
+    """The patched MLPs of a model in layer order. By name, since each trust_remote_code load has its own StochaMLP
+    class.
+    """
+    return [module for module in model.modules() if type(module).__name__ == StochaMLP.__name__]  # type: ignore[misc]
+
+
+@contextmanager
+def stocha_mode(model: nn.Module, name: str, p: float | None = None) -> Iterator[nn.Module]:
+    """Force one activation of the table in train() and eval() alike, optionally with another p; restored on exit.
+
+    Raises ValueError for an unknown name, a p outside [0, 1] or a model without patched MLPs.
+    """
+    mlps = stocha_mlps(model)
+    _require(bool(mlps), "the model", type(model).__name__, "a patched model: see stocha_hf.patch")
+    StochaConfig(activation=name, p=mlps[0].p if p is None else p, k=mlps[0].k)
+    before = [(mlp.forced, mlp.p) for mlp in mlps]
+    try:
+        for mlp in mlps:
+            mlp.forced, mlp.p = name, mlp.p if p is None else p
+        yield model
+    finally:
+        for mlp, (forced, old_p) in zip(mlps, before, strict=True):
+            mlp.forced, mlp.p = forced, old_p
+
+
+def patch(model: nn.Module, config: StochaConfig) -> int:
+    """Turn a native model (or the one inside a wrapper such as peft's) into its stocha class, in place.
+
+    Returns the number of patched MLPs. Everything is checked before anything changes; raises ValueError for a model of
+    no known architecture, one that is patched already, one with Liger applied, or a base that is not the model's own.
+    """
+    _require(not stocha_mlps(model), "the model", "already patched", "a native model: call stocha_hf.unpatch first")
+    by_name = {name: row for row in ARCHITECTURES.values() for name in (row.causal_lm, row.model)}
+    native = next((module for module in model.modules() if _is_native(module, *by_name)), None)
+    if native is None:
+        raise ValueError(f"the model is a {type(model).__name__}: expected one of {', '.join(by_name)}")
+    row = by_name[type(native).__name__]
+    hf_config: Any = native.config
+    converted = getattr(hf_config, "stocha", None)
+    config = config.resolve(converted["base"] if converted else getattr(hf_config, row.act_key))
+    _patch_mlps(_native_mlps(native, row, hf_config), config)
+    native.__class__ = globals()[f"Stocha{type(native).__name__}"]
+    hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map
+    setattr(hf_config, row.act_key, config.native_act)
+    return len(stocha_mlps(native))
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give a patched model its native classes and its base activation back, in place; returns the number of MLPs."""
+    mlps = stocha_mlps(model)
+    _require(bool(mlps), "the model", type(model).__name__, "a patched model")
+    for mlp in mlps:
+        mlp.__class__ = mlp.native_class  # type: ignore[assignment]
+        for key in StochaMLP.state:
+            del mlp.__dict__[key]
+    patched = next(module for module in model.modules() if hasattr(type(module), "stocha_mode"))
+    patched.__class__ = next(cls for cls in type(patched).__mro__ if f"Stocha{cls.__name__}" == type(patched).__name__)
+    hf_config: Any = patched.config
+    setattr(hf_config, ARCHITECTURES[hf_config.model_type].act_key, hf_config.stocha["base"])
+    del hf_config.stocha, hf_config.auto_map
+    return len(mlps)
+
+
+class StochaModel:
+    """Mixin before a native class: patches the MLPs after construction and saves a checkpoint that loads by itself."""
+
+    config: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # transformers' mark for "copy the defining file into every saved folder"
+        cls._auto_class = "AutoModelForCausalLM" if cls.__name__.endswith("ForCausalLM") else "AutoModel"  # type: ignore
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        entry = getattr(config, "stocha", None)
+        _require(entry is not None, "the config's stocha entry", None, "one: run stocha-convert on the model first")
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        row = ARCHITECTURES[config.model_type]
+        _patch_mlps(_native_mlps(self, row, config), StochaConfig.from_dict(entry))  # type: ignore[arg-type]
+
+    def stocha_mode(self, name: str, p: float | None = None) -> Any:
+        """`with model.stocha_mode("relu"): ...`; see the function of the same name."""
+        return stocha_mode(self, name, p)  # type: ignore[arg-type]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As the native one; config.json names this folder's own modeling file and the native architecture."""
+        self.config.auto_map = ARCHITECTURES[self.config.model_type].auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        # The native class overwrites `architectures` with our name, which tools without remote code do not know.
+        self.config.architectures = [type(self).__name__.removeprefix("Stocha")]
+        if kwargs.get("is_main_process", True):
+            self.config.save_pretrained(save_directory)
+        if push_to_hub:
+            hub = {key: kwargs[key] for key in ("commit_message", "private", "token", "create_pr") if key in kwargs}
+            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)  # type: ignore
+
+
+class StochaLlamaForCausalLM(StochaModel, LlamaForCausalLM):
+    """LlamaForCausalLM with stocha MLPs."""
+
+
+class StochaLlamaModel(StochaModel, LlamaModel):
+    """LlamaModel with stocha MLPs."""
+
+
+class StochaMistralForCausalLM(StochaModel, MistralForCausalLM):
+    """MistralForCausalLM with stocha MLPs."""
+
+
+class StochaMistralModel(StochaModel, MistralModel):
+    """MistralModel with stocha MLPs."""
+
+
+class StochaQwen2ForCausalLM(StochaModel, Qwen2ForCausalLM):
+    """Qwen2ForCausalLM with stocha MLPs."""
+
+
+class StochaQwen2Model(StochaModel, Qwen2Model):
+    """Qwen2Model with stocha MLPs."""
+
+
+class StochaQwen3ForCausalLM(StochaModel, Qwen3ForCausalLM):
+    """Qwen3ForCausalLM with stocha MLPs."""
+
+
+class StochaQwen3Model(StochaModel, Qwen3Model):
+    """Qwen3Model with stocha MLPs."""
+
+
+class StochaGemma2ForCausalLM(StochaModel, Gemma2ForCausalLM):
+    """Gemma2ForCausalLM with stocha MLPs."""
+
+
+class StochaGemma2Model(StochaModel, Gemma2Model):
+    """Gemma2Model with stocha MLPs."""
+
+
+class StochaGemma3ForCausalLM(StochaModel, Gemma3ForCausalLM):
+    """Gemma3ForCausalLM with stocha MLPs."""
+
+
+class StochaGemma3TextModel(StochaModel, Gemma3TextModel):
+    """Gemma3TextModel with stocha MLPs."""
+
+
+# transformers' own list of causal models by class name: without these, pipeline() prints a page of "not supported" and
+# Trainer's label smoothing does not shift the labels.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(
+    {f"stocha_{model_type}": f"Stocha{row.causal_lm}" for model_type, row in ARCHITECTURES.items()}
+)

@@ -1,0 +1,77 @@
+"""The model card: README.md with Hub metadata, written at conversion and completed at publication.
+
+The text is model_card.md beside this file. A converted folder's card still has REPO_ID and REVISION where only the
+publication knows the values; `published_card` fills them in for the upload and leaves the folder's own file, and a
+user's edits, alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from stocha_hf.checkpoint import CARD, read_config
+from stocha_hf.config import ARCHITECTURES, StochaConfig
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
+
+
+def source_metadata(folder: Path) -> dict[str, Any]:
+    """The Hub metadata of a source's own card, {} where it has none or it does not parse.
+
+    Every scalar stays a string: to the Hub the language `no` is Norwegian, to a YAML 1.1 parser it is False.
+    """
+    import yaml
+
+    try:
+        block = _METADATA.match((folder / CARD).read_text(encoding="utf-8-sig"))
+        metadata = yaml.load(block[1], Loader=yaml.BaseLoader) if block else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def model_card(config: dict[str, Any], inherited: dict[str, Any]) -> str:
+    """The card of a checkpoint, given its config.json and the metadata of its source."""
+    from huggingface_hub import ModelCardData
+
+    row = ARCHITECTURES[config["model_type"]]
+    stocha = StochaConfig.from_dict(config["stocha"]).resolve(row.act)
+    source = stocha.source or {}
+    source_id, revision = source.get("id") or "", source.get("revision")
+    on_hub = "/" in source_id
+    kept = {key: inherited[key] for key in INHERITED if inherited.get(key)}
+    metadata = ModelCardData(
+        base_model=source_id if on_hub else None,
+        library_name="transformers",
+        tags=["stocha", "activation-sparsity", config["model_type"]],
+        **{"pipeline_tag": "text-generation", **kept},
+    )
+    name = f"`{source_id}`" if source_id else "an unnamed model"
+    p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
+    native = stocha.native_act
+    note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
+    values = {
+        "metadata": metadata.to_yaml(),
+        "source": f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else name,
+        "revision": f"revision `{revision}`" if revision else "revision unknown: it was a local folder or file",
+        "architecture": row.causal_lm,
+        "activation": stocha.activation + p,
+        "inference": stocha.inference,
+        "native": native,
+        "native_note": note,
+        "license": kept.get("license_name") or kept.get("license") or "not stated by the source",
+        "version": stocha.stocha_version,
+    }
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+
+
+def published_card(folder: Path, repo: str, tag: str) -> str:
+    """The folder's card, or a new one where there is none, with the repo and the revision that its snippets name."""
+    path = folder / CARD
+    card = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_config(folder), {})
+    return card.replace("REPO_ID", repo).replace("REVISION", tag)

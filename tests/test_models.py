@@ -1,0 +1,212 @@
+"""Patched models in memory: every architecture, modes, unpatching, and the features of transformers that must go on
+working.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
+
+from stocha_hf.modeling_stocha import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    StochaConfig,
+    patch,
+    stocha_mlps,
+    stocha_mode,
+    unpatch,
+)
+
+TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60], [1, 7, 7, 20, 41, 3, 62, 11]])
+families = pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+
+
+def patched(model_type="llama", **config):
+    model = tiny_model(model_type)
+    patch(model, StochaConfig(**config))
+    return model
+
+
+@families
+def test_patch_keeps_weights_and_eval_numbers_and_unpatch_gives_the_native_model_back(model_type):
+    model = tiny_model(model_type)
+    before, keys, config = model(TOKENS).logits, list(model.state_dict()), model.config.to_dict()
+    native_class, parameters = type(model), [id(parameter) for parameter in model.parameters()]
+    assert patch(model, StochaConfig()) == model.config.num_hidden_layers
+    assert type(model).__name__ == f"Stocha{native_class.__name__}" and isinstance(model, native_class)
+    assert model.config.stocha["base"] == ARCHITECTURES[model_type].act
+    assert list(model.state_dict()) == keys and [id(parameter) for parameter in model.parameters()] == parameters
+    assert torch.equal(model(TOKENS).logits, before)
+    assert not torch.equal(model.train()(TOKENS).logits, before)
+    assert unpatch(model.eval()) == model.config.num_hidden_layers
+    assert type(model) is native_class and model.config.to_dict() == config
+    assert torch.equal(model(TOKENS).logits, before)
+
+
+@families
+def test_patch_with_a_native_activation_equals_the_native_class_with_that_hidden_act(model_type):
+    key = ARCHITECTURES[model_type].act_key
+    for act in ("relu", "relu2"):
+        native = tiny_model(model_type, **{key: act})(TOKENS).logits
+        model = patched(model_type, activation=act)
+        assert getattr(model.config, key) == act
+        assert torch.equal(model(TOKENS).logits, native)
+
+
+def test_train_uses_activation_and_eval_uses_inference():
+    model = patched(activation="relu", inference="mean", p=0.4)
+    with model.stocha_mode("relu"):
+        relu = model(TOKENS).logits
+    with model.stocha_mode("mean"):
+        mean = model(TOKENS).logits
+    assert torch.equal(model.train()(TOKENS).logits, relu)
+    assert torch.equal(model.eval()(TOKENS).logits, mean)
+    assert not torch.equal(relu, mean)
+
+
+def test_a_forced_mode_is_restored_also_after_an_error_and_when_nested():
+    model = patched(p=0.2)
+    before = model(TOKENS).logits
+    with pytest.raises(RuntimeError), model.stocha_mode("relu"):
+        with model.stocha_mode("stocha", p=0.9):
+            assert {(mlp.forced, mlp.p) for mlp in stocha_mlps(model)} == {("stocha", 0.9)}
+        assert {(mlp.forced, mlp.p) for mlp in stocha_mlps(model)} == {("relu", 0.2)}
+        raise RuntimeError
+    assert {(mlp.forced, mlp.p) for mlp in stocha_mlps(model)} == {(None, 0.2)}
+    assert torch.equal(model(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize(("name", "p"), [("swish", None), ("stocha", 1.2), ("topk", None)])
+def test_a_wrong_mode_is_refused_and_changes_nothing(name, p):
+    model = patched()
+    with pytest.raises(ValueError), model.stocha_mode(name, p=p):
+        pass
+    assert {(mlp.forced, mlp.p) for mlp in stocha_mlps(model)} == {(None, 0.3)}
+
+
+def test_modes_are_per_model():
+    first = patched(p=0.1)
+    second, clone = patched(p=0.9), copy.deepcopy(first)
+    with first.stocha_mode("relu"):
+        assert all(mlp.forced is None for model in (second, clone) for mlp in stocha_mlps(model))
+    first.train()
+    assert not any(mlp.training for mlp in stocha_mlps(second))
+    assert {mlp.p for mlp in stocha_mlps(second)} == {0.9}
+
+
+def test_a_threshold_per_layer_reaches_its_layer():
+    model = patched(activation="fatrelu", threshold=[0.1, 0.7])
+    assert [mlp.threshold for mlp in stocha_mlps(model)] == [0.1, 0.7]
+    with pytest.raises(ValueError, match="one number, or 2: one per layer"):
+        patched(activation="fatrelu", threshold=[0.1, 0.7, 0.2])
+
+
+def test_patch_reaches_the_decoder_inside_another_model():
+    config = LlamaConfig(**{key: getattr(tiny_model().config, key) for key in ("vocab_size", "hidden_size")})
+    config.num_hidden_layers, config.intermediate_size, config.num_attention_heads = 3, 48, 4
+    config.num_key_value_heads = 2
+    classifier = LlamaForSequenceClassification(config)
+    assert patch(classifier, StochaConfig()) == 3
+    assert type(classifier) is LlamaForSequenceClassification and type(classifier.model).__name__ == "StochaLlamaModel"
+    with stocha_mode(classifier, "relu"):
+        assert {mlp.forced for mlp in stocha_mlps(classifier)} == {"relu"}
+
+
+def liger_forward(self, x):
+    return x
+
+
+liger_forward.__module__ = "liger_kernel.transformers.swiglu"
+
+
+def test_liger_is_refused_before_and_after_patching():
+    model = tiny_model()
+    # as Liger's patch of an instance does it
+    model.model.layers[0].mlp.__dict__["forward"] = types.MethodType(liger_forward, model.model.layers[0].mlp)
+    with pytest.raises(ValueError, match="use_liger_kernel=False"):
+        patch(model, StochaConfig())
+    assert not stocha_mlps(model) and not hasattr(model.config, "stocha")
+    model = patched()
+    model.model.layers[1].mlp.__dict__["forward"] = types.MethodType(liger_forward, model.model.layers[1].mlp)
+    with pytest.raises(ValueError, match="use_liger_kernel=False"):
+        model.train()
+
+
+def test_patch_refuses_what_it_cannot_patch_and_changes_nothing():
+    model = patched()
+    with pytest.raises(ValueError, match="already patched"):
+        patch(model, StochaConfig())
+    with pytest.raises(ValueError, match="expected one of LlamaForCausalLM"):
+        patch(torch.nn.Linear(2, 2), StochaConfig())
+    with pytest.raises(ValueError, match="base is 'relu': expected 'silu'"):
+        patch(tiny_model(), StochaConfig(base="relu"))
+    with pytest.raises(ValueError, match="expected a patched model"):
+        unpatch(tiny_model())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = patched(p=0.5).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        model(TOKENS, labels=TOKENS).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+    assert any(gradient.abs().max() > 0 for gradient in gradients[0])
+
+
+def test_generate_with_cache_equals_generate_without_and_left_padding_changes_nothing():
+    model = patched(activation="relu")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    alone = model.generate(TOKENS[:1, :5], **options)
+    assert torch.equal(alone, model.generate(TOKENS[:1, :5], use_cache=False, **options))
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), TOKENS[:1, :5]], 1)
+    batch, mask = torch.cat([padded, TOKENS[1:]]), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    both = model.generate(batch, attention_mask=mask, **options)
+    assert torch.equal(both[0, 8:], alone[0, 5:])
+
+
+def test_pipeline_generates_the_models_own_greedy_tokens_without_a_warning(caplog):
+    model, tokenizer = patched(), tiny_tokenizer()
+    inputs = tokenizer("w5 w9 w17", return_tensors="pt")
+    greedy = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    made = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+        "w5 w9 w17", max_new_tokens=6, do_sample=False
+    )
+    assert made[0]["generated_text"] == "w5 w9 w17" + tokenizer.decode(greedy, skip_special_tokens=True)
+    assert "not supported" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_equals_the_native_class(dtype):
+    native = tiny_model().to(dtype)(TOKENS).logits
+    model = patched().to(dtype)
+    assert model(TOKENS).logits.dtype == dtype
+    assert torch.equal(model(TOKENS).logits, native)
+    assert model.train()(TOKENS).logits.isfinite().all()
+
+
+def test_compiled_forward_equals_eager_and_still_draws_noise_in_training():
+    model = tiny_model(num_hidden_layers=1)
+    patch(model, StochaConfig(p=0.5))
+    eager = model(TOKENS).logits
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(TOKENS).logits, eager, rtol=1e-4, atol=1e-4)
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(compiled(TOKENS).logits, compiled(TOKENS).logits)
+
+
+def test_every_activation_runs_in_a_model():
+    model = patched(k=5)
+    for name in ACTIVATIONS:
+        with model.stocha_mode(name):
+            assert model(TOKENS).logits.isfinite().all()
