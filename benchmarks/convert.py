@@ -88,9 +88,8 @@ def main() -> None:
         source, output = Path(work) / "source", Path(work) / "output"
         source.mkdir()
         size = write_model(source, args.gigabytes)
-        print(
-            f"{size / 1e9:.2f} GB in {SHARDS} shards\n{'pair':>4}{'cp -r s':>10}{'convert s':>11}{'ratio':>8}{'peak MB':>9}"
-        )
+        print(f"{size / 1e9:.2f} GB in {SHARDS} shards")
+        print(f"{'pair':>4}{'cp -r s':>10}{'convert s':>11}{'ratio':>8}{'peak MB':>9}")
         ratios, peaks = [], []
         for pair in range(args.pairs):
             runs = {}

@@ -37,7 +37,7 @@ LFS_SIZE = 10_000_000  # larger files are LFS whatever their name
 class Reply(NamedTuple):
     body: Any  # bytes as they are, anything else as JSON
     status: int = 200
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = {}  # noqa: RUF012 - a named tuple's default, never changed
 
 
 class HubError(Exception):

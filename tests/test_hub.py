@@ -136,6 +136,16 @@ def test_convert_publishes_what_it_wrote(checkpoint, hub, hub_run, tmp_path):
     assert hub.files("user/model")["config.json"] == (tmp_path / "out" / "config.json").read_bytes()
 
 
+def test_a_publication_that_fails_after_a_conversion_names_the_command_that_finishes_it(
+    checkpoint, hub, hub_run, tmp_path
+):
+    out = tmp_path / "out"
+    hub.fail_status["POST", "/commit/"] = (403, 1)
+    done = hub_run("stocha-convert", checkpoint(), out, "--push-to-hub", "user/model", "--private")
+    assert_refused(done, "403", f"stocha-publish {out} user/model --private")
+    assert succeeded(hub_run("stocha-publish", out, "user/model", "--private", "--json"))["repo"] == "user/model"
+
+
 # Interruptions.
 
 
