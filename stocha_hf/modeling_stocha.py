@@ -18,8 +18,10 @@ torch and transformers only, because the Hub copies it into other people's Pytho
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,13 +87,39 @@ ARCHITECTURES = {
 
 
 def stocha(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """StochA (arXiv 2509.22358): base activation with probability p, else ReLU, drawn anew for every element.
+    """StochA (Lomeli et al., arXiv 2509.22358, sec. 3): base activation with probability p, else ReLU, per element.
 
-    The draw comes from the default generator of gate's device: it is the one that activation checkpointing restores.
+    The coin of token i and neuron j is a hash of r_i ^ c_j, where the keys r (one per token) and c (one per neuron)
+    are 32 random bits each, drawn anew in every call from the default generator of gate's device: it is the one that
+    activation checkpointing restores. Any three coins of a call are then exactly independent (simple tabulation:
+    Patrascu and Thorup, arXiv 1011.5200, sec. 1), the multiplications break the pattern that four can have, and a
+    coin costs a few integer operations instead of a generator's draw, which would be the larger part of the FFN's
+    element-wise work.
+
+    A compiler gets the definition below, which it fuses, and hashes again in backward; in eager mode a fused autograd
+    Function takes its place. Gradients are those of the chosen function, ReLU's being 0 at 0.
     """
-    drawn = torch.empty_like(gate, dtype=torch.bool).bernoulli_(ffn.p)
+    width = gate.shape[-1]
+    keys = torch.randint(-(2**31), 2**31, (gate.numel() // width + width,), dtype=torch.int32, device=gate.device)
+    if not torch.compiler.is_compiling() and ffn.base in BASES:
+        # at p = 1, SiLU to the bit is asked for, and Triton's exp is not PyTorch's
+        function = TritonStocha if gate.is_cuda and triton is not None and ffn.p < 1 else EagerStocha
+        return function.apply(gate, up, keys, ffn.p, ffn.base, ffn.positive)
+    bits = _hash(keys[:-width].view(*gate.shape[:-1], 1), keys[-width:])
+    uniform = ((bits >> 8) + 2**23) * 2.0**-24  # in [0, 1), from the upper 24 bits: exact in float32
+    drawn = uniform - ffn.p < 0  # not uniform < p: a compiler keeps what shrinks its inputs fourfold, here the mask
     base = ffn.act_fn(gate)
     return _with_positive_side(gate, base, torch.where(drawn, base, F.relu(gate)), ffn.positive) * up
+
+
+def _hash(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Of the keys rows[..., 1] and columns, int32: the hash of every element, uniform over the even int32 numbers.
+
+    The arithmetic shift clears the sign bit; the second multiplier is doubled and moves the 31 bits that are left up.
+    """
+    bits = (rows ^ columns).mul_(0x2C1B3C6D)
+    bits ^= bits >> 15
+    return bits.mul_(2 * 0x297A2D39)
 
 
 def mean(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
@@ -102,7 +130,7 @@ def mean(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
 
 def _with_positive_side(gate: torch.Tensor, base: torch.Tensor, mixed: torch.Tensor, positive: str) -> torch.Tensor:
     """`mixed` where gate < 0; elsewhere the base activation ("silu", S+), ReLU ("relu", R+) or `mixed` ("drawn")."""
-    return torch.where(gate < 0, mixed, {"silu": base, "relu": gate, "drawn": mixed}[positive])
+    return torch.where(gate < 0, mixed, {"silu": base, "relu": F.relu(gate), "drawn": mixed}[positive])
 
 
 def silu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
@@ -188,7 +216,7 @@ class StochaConfig:
     `activation` runs in train() mode, `inference` in eval() mode; `base` is the source model's own activation; None
     for either means "take it from the model". `positive` is what runs where gate >= 0: "silu" (the base activation,
     S+), "relu" (R+) or "drawn". `threshold` (fatrelu, shifted_relu) is one number or one per layer; `k` (topk) counts
-    neurons.
+    neurons. `history` says what training did, stage by stage.
 
     Raises ValueError, naming the key, what was given and what was expected.
     """
@@ -201,6 +229,7 @@ class StochaConfig:
     threshold: float | list[float] = 0.0
     k: int | None = None
     source: dict[str, str | None] | None = None
+    history: list[dict[str, Any]] | None = None
     stocha_version: str = __version__
 
     def __post_init__(self) -> None:
@@ -247,6 +276,166 @@ class StochaConfig:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
+# StochA in eager mode. For backward, native SiLU keeps gate, silu(gate) and up; these two keep gate, up and less.
+
+
+def _threshold(p: float) -> int:
+    """_hash < threshold with probability p, to 31 bits; never at p = 0 and always at p = 1."""
+    return min(int(p * 2**32) - 2**31, 2**31 - 1)
+
+
+class EagerStocha(torch.autograd.Function):
+    """StochA in PyTorch's operations; keeps gate, up and one byte per element.
+
+    Which elements take the base activation is an integer mask (all ones or zero) of gate's width, and selecting is
+    bitwise: on a CPU, `where` and `masked_fill` take longer than SiLU and its backward together.
+    """
+
+    TILE = 2**18  # elements at a time on a CPU: the hash stays in the cache
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, keys: torch.Tensor, p: float, base: str, positive: str
+    ) -> torch.Tensor:
+        width, integer = gate.shape[-1], getattr(torch, f"int{8 * gate.element_size()}")
+        hidden = torch.empty(gate.shape, dtype=torch.result_type(gate, up), device=gate.device)
+        chosen = torch.empty(gate.shape, dtype=torch.int8, device=gate.device)
+        rows = EagerStocha.TILE // width + 1 if gate.device.type == "cpu" else len(keys)
+        tensors = [tensor.reshape(-1, width) for tensor in (gate, up, hidden, chosen)]
+        for x, u, out, kept, row_keys in zip(*(t.split(rows) for t in (*tensors, keys[:-width, None])), strict=True):
+            mask = _hash(row_keys, keys[-width:]).lt_(_threshold(p)).neg_().to(integer)
+            negative = x.sign().view(integer) >> 8 * x.element_size() - 1  # NaN counts as positive: it passes through
+            if positive == "silu":
+                mask |= negative.bitwise_not_()
+            elif positive == "relu":
+                mask &= negative
+            kept.copy_(mask)
+            torch.mul(_stocha(x, mask, base, positive), u, out=out)
+        ctx.save_for_backward(gate, up, chosen)
+        ctx.rule = base, positive
+        return hidden
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, chosen = ctx.saved_tensors
+        base, positive = ctx.rule
+        mask = chosen.to(getattr(torch, f"int{8 * gate.element_size()}"))
+        grad_up = _stocha(gate, mask, base, positive) * grad
+        inner = (grad * up).to(gate.dtype)
+        relu = None if positive == "silu" else torch.ops.aten.threshold_backward(inner, gate, 0)
+        return _select(mask, BASES[base][1](inner, gate), relu), grad_up, None, None, None, None
+
+
+BASES: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {  # (function, its backward)
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu_pytorch_tanh": (
+        functools.partial(F.gelu, approximate="tanh"),
+        functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
+
+
+def _stocha(x: torch.Tensor, mask: torch.Tensor, base: str, positive: str) -> torch.Tensor:
+    """The base activation where the mask is set, else ReLU: 0 with S+, whose mask is set for all positive x."""
+    return _select(mask, BASES[base][0](x), None if positive == "silu" else F.relu(x))
+
+
+def _select(mask: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    """`chosen`, changed in place, where the mask's bits are set, `other` (None: 0) where they are not."""
+    bits = chosen.view(mask.dtype)
+    if other is None:
+        bits &= mask
+    else:
+        bits ^= other.view(mask.dtype)
+        bits &= mask
+        bits ^= other.view(mask.dtype)
+    return chosen
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra import libdevice
+except ImportError:
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def _base(x, grad, BASE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The base activation of x and its gradient, rounded as in PyTorch's kernels."""
+        if BASE == "silu":
+            divisor = 1 + libdevice.exp(-x)
+            if x.dtype == tl.float64:
+                value, sigmoid = x / divisor, 1 / divisor
+            else:
+                value, sigmoid = tl.div_rn(x, divisor), tl.div_rn(1.0, divisor)
+            return value, grad * sigmoid * (1 + x * (1 - sigmoid))
+        else:
+            tanh = libdevice.tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x)))  # sqrt(2 / pi)
+            slope = 0.5 * x * (1 - tanh * tanh) * (0.7978845608028654 * (1 + 3 * 0.044715 * (x * x)))
+            return 0.5 * x * (1 + tanh), grad * (0.5 * (1 + tanh) + slope)
+
+    @triton.jit(do_not_specialize=["threshold"])
+    def _stocha_kernel(  # type: ignore[no-untyped-def]
+        gate_ptr, up_ptr, keys_ptr, out_ptr, grad_ptr, grad_up_ptr, width, threshold,
+        BASE: tl.constexpr, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """A block of one token: hidden into out or, given hidden's gradient, those of gate and up."""
+        row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside, offset = column < width, row.to(tl.int64) * width + column
+        gate, up = tl.load(gate_ptr + offset, inside), tl.load(up_ptr + offset, inside)
+        x = gate if gate.dtype == tl.float64 else gate.to(tl.float32)
+        bits = (tl.load(keys_ptr + row) ^ tl.load(keys_ptr + tl.num_programs(0) + column, inside)) * 0x2C1B3C6D
+        chosen = (bits ^ (bits >> 15)) * (2 * 0x297A2D39) < threshold
+        if POSITIVE == "silu":
+            chosen = chosen | ~(x < 0)
+        if POSITIVE == "relu":
+            chosen = chosen & (x < 0)
+        if grad_ptr is None:
+            value, _ = _base(x, x, BASE)
+        else:
+            grad = tl.load(grad_ptr + offset, inside).to(x.dtype)
+            inner = (grad * up.to(x.dtype)).to(gate.dtype).to(x.dtype)
+            value, grad_base = _base(x, inner, BASE)
+            tl.store(out_ptr + offset, tl.where(chosen, grad_base, tl.where(x > 0, inner, 0.0)), inside)
+        value = tl.where(chosen, value, tl.where(x < 0, 0.0, x)).to(gate.dtype).to(x.dtype)
+        if grad_ptr is None:
+            tl.store(out_ptr + offset, value * up.to(x.dtype), inside)
+        else:
+            tl.store(grad_up_ptr + offset, grad * value, inside)
+
+
+class TritonStocha(torch.autograd.Function):
+    """StochA in one Triton kernel a pass; keeps gate, up and the keys, from which backward hashes the coins again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, keys: torch.Tensor, p: float, base: str, positive: str
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, up, keys)
+        ctx.rule = _threshold(p), base, positive
+        hidden = torch.empty(gate.shape, dtype=torch.result_type(gate, up), device=gate.device)
+        TritonStocha.launch(gate, up, keys, hidden, None, None, *ctx.rule)
+        return hidden
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, keys = ctx.saved_tensors
+        grad_gate, grad_up = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+        TritonStocha.launch(gate, up, keys, grad_gate, grad.contiguous(), grad_up, *ctx.rule)
+        return grad_gate, grad_up, None, None, None, None
+
+    @staticmethod
+    def launch(gate: torch.Tensor, up: torch.Tensor, keys: torch.Tensor, *rest: Any) -> None:
+        width, block = gate.shape[-1], 512
+        grid = len(keys) - width, triton.cdiv(width, block)
+        with torch.cuda.device(gate.device):  # Triton launches on the current one
+            _stocha_kernel[grid](gate.contiguous(), up.contiguous(), keys, *rest[:3], width, *rest[3:], block)
+
+
 # The patched feed-forward layer and the models.
 
 
@@ -257,7 +446,7 @@ class StochaMLP(nn.Module):
     and `inference`; the other attributes are those of StochaConfig.
     """
 
-    state = ("activation", "inference", "forced", "p", "positive", "threshold", "k", "native_class")
+    state = ("activation", "inference", "forced", "base", "p_tensor", "positive", "threshold", "k", "native_class")
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -266,7 +455,8 @@ class StochaMLP(nn.Module):
     activation: str
     inference: str
     forced: str | None
-    p: float
+    base: str
+    p_tensor: torch.Tensor
     positive: str
     threshold: float
     k: int
@@ -276,6 +466,19 @@ class StochaMLP(nn.Module):
         """x of shape [..., hidden_size], any float dtype; returns the same shape and dtype."""
         name = self.forced or (self.activation if self.training else self.inference)
         return self.down_proj(ACTIVATIONS[name].function(self.gate_proj(x), self.up_proj(x), self))
+
+    @property
+    def p(self) -> Any:
+        """A float; for a compiler a 0-dim float64 CPU tensor, which is an input of its graph and no constant in it, so
+        that another p does not recompile.
+        """
+        return self.p_tensor if torch.compiler.is_compiling() else self.p_tensor.item()
+
+    @p.setter
+    def p(self, value: Any) -> None:
+        # A new tensor: a backward that is still to come may need the old one. The device is named because models are
+        # built on the meta device; no buffer, so that state dicts, casts and broadcasts leave it alone.
+        self.p_tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     def train(self, mode: bool = True) -> StochaMLP:
         # Liger rebinds `forward` of the instance, which would bypass the activation in silence; every trainer calls
@@ -319,13 +522,37 @@ def _patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:
         mlp.__dict__.update(state | {"native_class": type(mlp), "threshold": threshold})
         mlp.act_fn = ACT2FN[config.base]
         mlp.__class__ = StochaMLP
+        mlp.p = config.p  # type: ignore[assignment]
 
 
 def stocha_mlps(model: nn.Module) -> list[StochaMLP]:
     """The patched MLPs of a model in layer order. By name, since each trust_remote_code load has its own StochaMLP
     class.
     """
-    return [module for module in model.modules() if type(module).__name__ == StochaMLP.__name__]  # type: ignore[misc]
+    name = StochaMLP.__name__  # of the class, or of the one that FSDP2 derived a class of its own from
+    return [m for m in model.modules() if any(cls.__name__ == name for cls in type(m).__mro__)]  # type: ignore[misc]
+
+
+def _checked_mlps(model: nn.Module, activation: str, p: float | None) -> list[StochaMLP]:
+    """The patched MLPs, after checking that they can run this activation; None keeps p."""
+    mlps = stocha_mlps(model)
+    _require(bool(mlps), "the model", type(model).__name__, "a patched model: see stocha_hf.patch")
+    StochaConfig(activation=activation, p=mlps[0].p if p is None else p, k=mlps[0].k)
+    return mlps
+
+
+def set_activation(model: nn.Module, activation: str, p: float | None = None) -> None:
+    """What a model runs in train() mode from now on, for a schedule: the lasting counterpart of stocha_mode.
+
+    Also for a model inside wrappers (DDP, FSDP, peft, torch.compile). May be called at every step: a p that changes
+    does not recompile a compiled model, another activation does once. Everything is checked before anything changes;
+    raises ValueError as stocha_mode does.
+    """
+    for mlp in _checked_mlps(model, activation, p):
+        if mlp.activation != activation:
+            mlp.activation = activation
+        if p is not None and mlp.p != p:
+            mlp.p = p
 
 
 @contextmanager
@@ -334,9 +561,7 @@ def stocha_mode(model: nn.Module, name: str, p: float | None = None) -> Iterator
 
     Raises ValueError for an unknown name, a p outside [0, 1] or a model without patched MLPs.
     """
-    mlps = stocha_mlps(model)
-    _require(bool(mlps), "the model", type(model).__name__, "a patched model: see stocha_hf.patch")
-    StochaConfig(activation=name, p=mlps[0].p if p is None else p, k=mlps[0].k)
+    mlps = _checked_mlps(model, name, p)
     before = [(mlp.forced, mlp.p) for mlp in mlps]
     try:
         for mlp in mlps:
@@ -390,10 +615,9 @@ class StochaModel:
 
     config: Any
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # transformers' mark for "copy the defining file into every saved folder"
-        cls._auto_class = "AutoModelForCausalLM" if cls.__name__.endswith("ForCausalLM") else "AutoModel"  # type: ignore
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to register: save_pretrained writes auto_map and this file, also for a class that FSDP renamed."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         entry = getattr(config, "stocha", None)
@@ -409,13 +633,14 @@ class StochaModel:
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """As the native one; config.json names this folder's own modeling file and the native architecture."""
-        self.config.auto_map = ARCHITECTURES[self.config.model_type].auto_map
+        """As the native one; the folder gets this file, and its config names it and the native architecture."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        # The native class overwrites `architectures` with our name, which tools without remote code do not know.
-        self.config.architectures = [type(self).__name__.removeprefix("Stocha")]
+        # The native method wrote our class name, which tools without remote code do not know.
+        self.config.architectures = [name.removeprefix("Stocha") for name in self.config.architectures]
+        self.config.auto_map = ARCHITECTURES[self.config.model_type].auto_map
         if kwargs.get("is_main_process", True):
             self.config.save_pretrained(save_directory)
+            shutil.copyfile(__file__, os.path.join(save_directory, os.path.basename(__file__)))
         if push_to_hub:
             hub = {key: kwargs[key] for key in ("commit_message", "private", "token", "create_pr") if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)  # type: ignore

@@ -10,11 +10,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+_HOME = tempfile.TemporaryDirectory(prefix="stocha-tests-")  # nothing of the user's is used, nothing is left
+os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}  # read when the libraries below are imported
+
 import torch
 import transformers
 from loopback_hub import LoopbackHub
@@ -53,18 +58,18 @@ def tiny_model(model_type: str = "llama", **overrides: Any) -> Any:
 
 
 def tiny_tokenizer() -> Any:
-    """One token per word w3..w63, with the specials that the tiny configs name and a chat template."""
+    """One token per word w4..w63, with the specials that the tiny configs name and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 64)}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="w3"))
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, 64)}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        unk_token="w3",
+        unk_token="<unk>",
         padding_side="left",
     )
     tokenizer.chat_template = "{% for message in messages %}w4 {{ message['content'] }} {% endfor %}w5"

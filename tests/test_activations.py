@@ -24,7 +24,8 @@ class Ffn(nn.Module):
 
     def __init__(self, p: float = 0.3, positive: str = "silu", threshold: float = 0.0, k: int = 1) -> None:
         super().__init__()
-        self.act_fn, self.p, self.positive, self.threshold, self.k = F.silu, p, positive, threshold, k
+        self.act_fn, self.base = F.silu, "silu"
+        self.p, self.positive, self.threshold, self.k = p, positive, threshold, k
 
 
 def run(name: str, gate: torch.Tensor, up: torch.Tensor | None = None, **state: object) -> torch.Tensor:

@@ -5,11 +5,13 @@ working.
 from __future__ import annotations
 
 import copy
+import pickle
 import types
 
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 
 from stocha_hf.modeling_stocha import (
@@ -17,6 +19,7 @@ from stocha_hf.modeling_stocha import (
     ARCHITECTURES,
     StochaConfig,
     patch,
+    set_activation,
     stocha_mlps,
     stocha_mode,
     unpatch,
@@ -203,6 +206,79 @@ def test_compiled_forward_equals_eager_and_still_draws_noise_in_training():
     model.train()
     with torch.no_grad():
         assert not torch.equal(compiled(TOKENS).logits, compiled(TOKENS).logits)
+
+
+def test_set_activation_lasts_in_training_and_leaves_inference_alone():
+    model = patched(p=0.2)
+    before = model(TOKENS).logits
+    with stocha_mode(model, "relu"):
+        relu = model(TOKENS).logits
+    set_activation(model, "stocha", 0.0)
+    assert {(mlp.activation, mlp.forced, mlp.p) for mlp in stocha_mlps(model)} == {("stocha", None, 0.0)}
+    set_activation(model, "relu")
+    assert {(mlp.activation, mlp.forced, mlp.p) for mlp in stocha_mlps(model)} == {("relu", None, 0.0)}
+    assert torch.equal(model.train()(TOKENS).logits, relu)
+    assert torch.equal(model.eval()(TOKENS).logits, before)
+    kept = [mlp.p_tensor for mlp in stocha_mlps(model)]
+    set_activation(model, "relu", 0.0)
+    assert all(mlp.p_tensor is p for mlp, p in zip(stocha_mlps(model), kept, strict=True))
+
+
+@pytest.mark.parametrize(("name", "p"), [("swish", None), ("stocha", 1.2), ("topk", None)])
+def test_set_activation_refuses_what_is_wrong_and_changes_nothing(name, p):
+    model = patched()
+    with pytest.raises(ValueError):
+        set_activation(model, name, p)
+    assert {(mlp.activation, mlp.p) for mlp in stocha_mlps(model)} == {("stocha", 0.3)}
+    with pytest.raises(ValueError, match="expected a patched model"):
+        set_activation(tiny_model(), "relu")
+
+
+def test_p_is_no_part_of_the_state_dict_and_survives_copies_and_casts():
+    model = patched(p=0.7).to(torch.bfloat16)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    stocha_mlps(model)[0].p = 0.1
+    assert [[mlp.p for mlp in stocha_mlps(one)] for one in (model, *copies)] == [[0.1, 0.7], [0.7, 0.7], [0.7, 0.7]]
+    assert list(model.state_dict()) == list(tiny_model().state_dict())
+
+
+def test_set_activation_reaches_into_wrappers_that_train():
+    """DDP, FSDP2 (which changes the class of what it shards) and torch.compile's, in a process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = patched(p=0.5).train()
+        for mlp in stocha_mlps(sharded):
+            torch.distributed.fsdp.fully_shard(mlp, mesh=mesh)
+        torch.distributed.fsdp.fully_shard(sharded, mesh=mesh)
+        ddp = torch.nn.parallel.DistributedDataParallel(patched(p=0.5).train())
+        for wrapped in (sharded, ddp, torch.compile(patched(p=0.5).train(), backend="eager")):
+            losses = []
+            for name, p in (("stocha", 1.0), ("silu", None), ("relu", None)):
+                set_activation(wrapped, name, p)
+                losses.append(wrapped(input_ids=TOKENS, labels=TOKENS).loss)
+                losses[-1].backward()
+            assert losses[0] == losses[1] != losses[2]
+            assert {(mlp.activation, mlp.p) for mlp in stocha_mlps(wrapped)} == {("relu", 1.0)}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_another_p_does_not_recompile_and_reaches_the_compiled_model():
+    model, graphs = patched().train(), CompileCounter()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for name in ("stocha", "mean"):
+        set_activation(compiled, name, 0.5)
+        compiled(TOKENS, labels=TOKENS).loss.backward()
+        count, losses = graphs.frame_count, []
+        for p in (0.0, 0.25, 0.75, 1.0):
+            set_activation(compiled, name, p)
+            losses.append(compiled(TOKENS, labels=TOKENS).loss)
+        losses[1].backward()  # after later assignments of p
+        assert graphs.frame_count == count
+        with stocha_mode(model, "silu"):
+            assert losses[3] == model(TOKENS, labels=TOKENS).loss
+        assert len({loss.item() for loss in losses}) == 4
 
 
 def test_every_activation_runs_in_a_model():

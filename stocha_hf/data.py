@@ -1,0 +1,79 @@
+"""Training text: a Hub dataset (streaming or not), or local parquet, jsonl, json, csv or txt, as a datasets.Dataset.
+
+Which of trl's formats a data set has is read off its columns: `messages` (chat), `prompt` and `completion`, or a text
+column. Tokenizing, packing and masking are trl's; this module finds the data and says in one sentence what is wrong
+with it.
+
+    load_data("HuggingFaceFW/fineweb-edu", split="train", streaming=True)
+    load_data("books.parquet", text_column="body")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stocha_hf.errors import StochaError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+CHAT_COLUMNS = ({"messages"}, {"prompt", "completion"})
+
+
+def load_data(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """The data set's training columns: `messages`, `prompt` and `completion`, or `text`.
+
+    `name` is a local file, a folder of files of one kind, or a Hub data set. Raises StochaError where there is none,
+    none of its columns is text, or it is empty.
+    """
+    try:
+        data = _open(name, config, split, streaming)
+        first = next(iter(data))
+    except StopIteration:  # datasets itself raises it for an empty JSON file
+        raise StochaError(f"{name} (split {split}) is empty: expected at least one row of text") from None
+    columns = next((wanted for wanted in CHAT_COLUMNS if wanted <= set(first)), None)
+    if columns is None:
+        if not isinstance(first.get(text_column), str):
+            raise StochaError(
+                f"{name} has the columns {', '.join(first)}: expected the text column {text_column!r}, messages, or "
+                "prompt and completion; name it with dataset_text_column"
+            )
+        data = data if text_column == "text" else data.rename_column(text_column, "text")
+        columns = {"text"}
+    return data.select_columns(sorted(columns))
+
+
+def _open(name: str, config: str | None, split: str, streaming: bool) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    path = Path(name).expanduser()
+    if not path.exists() and (path.suffix in BUILDERS or name.startswith((".", "/", "~"))):
+        raise StochaError(f"the data file {name} does not exist: expected a local file or the id of a Hub data set")
+    try:
+        if path.exists():
+            files = sorted(map(str, path.iterdir())) if path.is_dir() else [str(path)]
+            builder = BUILDERS.get(Path(files[0]).suffix) if files else None
+            files = [file for file in files if BUILDERS.get(Path(file).suffix) == builder]
+            if builder is None:
+                raise StochaError(f"{name} holds no text: expected {', '.join(BUILDERS)} files")
+            # one row a paragraph would lose the order of a text file's lines
+            extra: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+            return load_dataset(builder, data_files={split: files}, split=split, streaming=streaming, **extra)
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
+        if isinstance(error, StochaError):
+            raise
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise StochaError(
+            f"the data set {name} cannot be read ({reason}): expected a local file or a Hub data set"
+        ) from None

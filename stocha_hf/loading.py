@@ -1,0 +1,44 @@
+"""Loading a model for training or measuring, with this package's own classes: no code of the repo is run.
+
+A converted checkpoint gets its stocha class; a native one is patched in memory, as if it had been converted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stocha_hf import modeling_stocha
+from stocha_hf.errors import StochaError
+from stocha_hf.hub import hub_errors
+from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
+
+
+def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
+    """The CausalLM of a Hub id or folder as its stocha class; `kwargs` go to from_pretrained (dtype, ...).
+
+    Raises StochaError for a model that cannot be found or of no known architecture.
+    """
+    import transformers
+
+    config = _load_config(name, revision)
+    row = ARCHITECTURES.get(config.model_type)
+    if row is None:
+        raise StochaError(f"{name} has model_type {config.model_type!r}: expected one of {', '.join(ARCHITECTURES)}")
+    converted = getattr(config, "stocha", None) is not None
+    owner: Any = modeling_stocha if converted else transformers
+    model_class = getattr(owner, f"Stocha{row.causal_lm}" if converted else row.causal_lm)
+    with hub_errors("reading", name):
+        model = model_class.from_pretrained(name, revision=revision, **kwargs)
+    if not converted:
+        try:
+            patch(model, StochaConfig(source={"id": name, "revision": getattr(config, "_commit_hash", None)}))
+        except ValueError as error:
+            raise StochaError(str(error)) from None
+    return model
+
+
+def _load_config(name: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    with hub_errors("reading", name):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)

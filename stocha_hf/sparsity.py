@@ -1,0 +1,295 @@
+"""Zeros of the feed-forward layers' hidden vector: measure them, steer them while training, fix them afterwards.
+
+The hidden vector is the input of down_proj, [..., M]. Measuring and steering hang on a forward pre-hook of that
+module, which works inside peft, DDP and FSDP alike, since stocha_mlps finds the layers in any wrapper.
+
+    meter = SparsityMeter(model)
+    with meter.record():
+        model(**inputs)
+    meter.read()  # {"mean": 0.67, "per_layer": [...]}
+
+SparsityTarget is the progressive L1 of ProSparse (Song et al., arXiv 2402.13516) with a controller in the place of its
+hand-set stages: the user names the share of zeros, the coefficient follows from what is measured. The penalty is no
+term of the loss but its gradient, added where the hidden vector's gradient passes: no side tensors, and nothing that
+activation checkpointing, accumulation, DDP, FSDP or torch.compile could lose. fatrelu_thresholds is ProSparse's last
+step, the threshold shift, but with one threshold per layer, chosen to meet a share of zeros. What either costs in
+quality depends on model, data and target: compare perplexity before and after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from stocha_hf.errors import StochaError
+from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, StochaMLP, stocha_mlps, stocha_mode
+
+BINS = 2**17  # of a layer's histogram: non-negative float32 values by all but their lowest 14 bits, so 0.2% wide
+SHIFT = 14
+
+
+class SparsityMeter:
+    """Counts exact zeros of the hidden vectors of every StochaMLP of `model`, while recording, in int64 on the device.
+
+    Only read() waits for the GPU. torch.compile compiles a model once more when recording first starts. What
+    activation checkpointing computes again in backward is not counted. Raises StochaError for a model without patched
+    layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.recording = False
+        layers = _patched(model)
+        self._zeros, self._elements = ([torch.zeros((), dtype=torch.int64) for _ in layers] for _ in range(2))
+        self._hooks = [
+            layer.down_proj.register_forward_pre_hook(self._counting_hook(i)) for i, layer in enumerate(layers)
+        ]
+
+    def _counting_hook(self, layer: int) -> Any:
+        def count(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if self.recording and not _in_backward():
+                hidden = args[0].detach()
+                if self._zeros[layer].device != hidden.device:
+                    self._zeros[layer] = self._zeros[layer].to(hidden.device)
+                    self._elements[layer] = self._elements[layer].to(hidden.device)
+                self._zeros[layer].add_((hidden == 0).sum())
+                self._elements[layer].add_(hidden.numel())
+
+        return count
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Count every forward inside the context, training or not."""
+        self.recording = True
+        try:
+            yield
+        finally:
+            self.recording = False
+
+    def read(self) -> dict[str, Any]:
+        """{"mean": share of zeros, "per_layer": [share, ...]} of what this rank recorded since the last read.
+
+        Raises StochaError when no forward was recorded.
+        """
+        zeros, elements = (torch.stack([n.cpu() for n in counts]).double() for counts in (self._zeros, self._elements))
+        if not elements.all():
+            raise StochaError("no forward pass was recorded since the last read: run one inside meter.record()")
+        for count in (*self._zeros, *self._elements):
+            count.zero_()
+        return {"mean": (zeros.sum() / elements.sum()).item(), "per_layer": (zeros / elements).tolist()}
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _patched(model: nn.Module) -> list[StochaMLP]:
+    layers = stocha_mlps(model)
+    if not layers:
+        raise StochaError(f"the {type(model).__name__} has no stochastic layers: call stocha_hf.patch on it first")
+    return layers
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running this code: activation checkpointing's second forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _AddL1Gradient(torch.autograd.Function):
+    """The identity; its backward adds weight / M * sign(hidden) to the gradient, M being hidden's last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        hidden, weight = ctx.saved_tensors
+        return grad + hidden.sign() * (weight / hidden.shape[-1]), None
+
+
+class SparsityTarget:
+    """Steers the share of zeros of `model` to `target` while it trains, by an L1 penalty on the hidden vectors.
+
+    The gradient that training gets is that of
+
+        loss + coefficient * sum over layers of the mean over tokens and neurons of |hidden|
+
+    when `loss` is a mean over tokens, and set_tokens was told how many tokens one optimizer step averages. The penalty
+    sees every position, also those without a label. It is silent in eval() mode and without gradients. L1 makes zeros
+    and cannot take them away: a model that has more than `target` keeps what training leaves it. Zeros must be
+    possible: use it while a ReLU-like activation runs, since SiLU has none at any coefficient.
+
+    `update` moves `coefficient` so that the measured share follows half a cosine from its first value to `target`,
+    reached after `ramp` of training; give it 20 updates or more in a run. Raises StochaError for a target outside
+    (0, 1), for a model without patched layers, and in forward for float16, whose loss scaling would not reach the
+    penalty.
+    """
+
+    START = 0.1  # the coefficient at first
+    LIMITS = (1e-4, 1e3)  # of the coefficient; at the lower one the penalty is as good as off
+    INTEGRAL, PROPORTIONAL = 600.0, 20.0  # e-folds per unit of error and of training; e-folds per unit of error
+    STEP = 1.0  # e-folds that one update may move
+
+    def __init__(self, model: nn.Module, target: float, ramp: float = 0.8) -> None:
+        if not 0 < target < 1:
+            raise StochaError(f"the sparsity target is {target}: expected a share of zeros between 0 and 1")
+        self.target, self.ramp = target, ramp
+        self.coefficient = self.START
+        self._first: tuple[float, float] | None = None  # progress and share at the first update
+        self._last = (0.0, 0.0)  # progress and error at the last one
+        self._weight = torch.zeros(())
+        self._layers = _patched(model)
+        self._hooks = [layer.down_proj.register_forward_pre_hook(self._penalise) for layer in self._layers]
+
+    def _penalise(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        hidden = args[0]
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        if hidden.dtype == torch.float16:
+            raise StochaError("a sparsity target does not work in float16: train in bfloat16 or float32")
+        return _AddL1Gradient.apply(hidden, self._weight), *args[1:]
+
+    def set_tokens(self, tokens: torch.Tensor | float) -> None:
+        """Say before each forward over how many tokens the loss is averaged in the optimizer step this one belongs to.
+
+        That is Trainer's num_items_in_batch, divided by the number of ranks where DDP or FSDP average gradients.
+        """
+        device = next(self._layers[0].parameters()).device
+        if self._weight.device != device:
+            self._weight = self._weight.to(device)
+        self._weight.copy_(self.coefficient / torch.as_tensor(tokens, dtype=torch.float32))
+
+    def wanted(self, progress: float) -> float:
+        """The share of zeros that the trajectory asks for at `progress` (0 to 1) of training."""
+        begin, share = self._first or (progress, self.target)
+        done = min(max((progress - begin) / max(self.ramp - begin, 1e-9), 0.0), 1.0)
+        return self.target - (1 + math.cos(math.pi * done)) / 2 * max(self.target - share, 0.0)
+
+    def update(self, progress: float, measured: float) -> None:
+        """Move the coefficient, given the share of zeros now (the same on all ranks); call it every few steps."""
+        if self._first is None:
+            self._first, self._last = (progress, measured), (progress, 0.0)
+        error = self.wanted(progress) - measured
+        before, last_error = self._last
+        move = self.INTEGRAL * error * (progress - before) + self.PROPORTIONAL * (error - last_error)
+        low, high = self.LIMITS
+        self.coefficient = min(max(self.coefficient * math.exp(min(max(move, -self.STEP), self.STEP)), low), high)
+        self._last = (progress, error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `update` goes by, for JSON."""
+        return {"coefficient": self.coefficient, "first": self._first, "last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.coefficient = state["coefficient"]
+        self._first = state["first"] and tuple(state["first"])
+        self._last = tuple(state["last"])
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def fatrelu_thresholds(model: nn.Module, batches: Sequence[Mapping[str, Any]], target: float) -> list[float]:
+    """One threshold per layer, with which the share of zeros over `batches` is `target` under fatrelu.
+
+    Every layer is given the same share, except one that plain ReLU takes beyond it: its threshold is 0, and the others
+    get less. A threshold changes what the layers after it see, so passes over all batches are repeated, all layers at
+    once, until the share that the thresholds in force make is within 0.001 of target; at most layers + 1 times, since
+    layer n's input is final after n passes. `batches` are the model's inputs, whose every position counts, padding
+    too; ranks that are to agree must be given the same ones.
+
+    ProSparse, arXiv 2402.13516, shifts all layers by one hand-set threshold. Raises StochaError for a target that
+    plain ReLU exceeds, or of 1 or more.
+    """
+    if target >= 1:
+        raise StochaError(f"the sparsity target is {target}: expected a share of zeros below 1")
+    layers = _patched(model)
+    before = [layer.threshold for layer in layers]
+    thresholds = [0.0] * len(layers)
+    try:
+        with stocha_mode(model, "fatrelu"):
+            for _ in range(len(layers) + 1):
+                _set_thresholds(layers, thresholds)
+                shares = _shares_up_to(model, layers, batches)
+                bins = (torch.tensor(thresholds).view(torch.int32) >> SHIFT).tolist()
+                now = sum(share[i].item() for share, i in zip(shares, bins, strict=True)) / len(layers)
+                if abs(now - target) < 0.001:
+                    break
+                thresholds = _meeting(shares, target)
+    finally:
+        _set_thresholds(layers, before)
+    return thresholds
+
+
+def apply_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
+    """Make fatrelu with these thresholds, one per layer, what `model` trains and infers with, also once it is saved.
+
+    config.json then holds them under `stocha`, and hidden_act "relu" for the native class. Raises StochaError when
+    their number is not that of the layers.
+    """
+    layers = _patched(model)
+    if len(thresholds) != len(layers):
+        raise StochaError(f"{len(thresholds)} thresholds were given: expected {len(layers)}, one per layer")
+    config: Any = next(module for module in model.modules() if hasattr(type(module), "stocha_mode")).config
+    fatrelu = {"activation": "fatrelu", "inference": "fatrelu"}
+    stocha = StochaConfig.from_dict(config.stocha | fatrelu | {"threshold": list(thresholds)})
+    _set_thresholds(layers, thresholds)
+    for layer in layers:
+        layer.activation = layer.inference = "fatrelu"
+    config.stocha = stocha.to_dict()
+    setattr(config, ARCHITECTURES[config.model_type].act_key, stocha.native_act)
+
+
+def _set_thresholds(layers: list[StochaMLP], thresholds: Sequence[float]) -> None:
+    for layer, threshold in zip(layers, thresholds, strict=True):
+        layer.threshold = threshold
+
+
+def _shares_up_to(
+    model: nn.Module, layers: list[StochaMLP], batches: Sequence[Mapping[str, Any]]
+) -> list[torch.Tensor]:
+    """For each layer, the share of gate pre-activations in or below each bin, float64 [BINS] on the CPU."""
+    counts = [torch.zeros(BINS, dtype=torch.int64) for _ in layers]
+
+    def count(layer: int, gate: torch.Tensor) -> None:
+        bits = gate.detach().float().clamp(min=0).contiguous().view(torch.int32)
+        counts[layer] += torch.bincount((bits >> SHIFT).flatten(), minlength=BINS).cpu()
+
+    hooks = [
+        layer.gate_proj.register_forward_hook(lambda module, args, gate, i=i: count(i, gate))
+        for i, layer in enumerate(layers)
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [count.cumsum(0).double() / count.sum() for count in counts]
+
+
+def _meeting(shares: list[torch.Tensor], target: float) -> list[float]:
+    """Thresholds whose shares average to target, as equal as thresholds of 0 or more allow."""
+    plain = [share[0].item() for share in shares]
+    if sum(plain) > target * len(plain):
+        raise StochaError(
+            f"plain ReLU makes {sum(plain) / len(plain):.1%} zeros on these batches, more than the target of "
+            f"{target:.1%}: expected a target above that"
+        )
+    level, beyond = target, [False] * len(plain)
+    while any(own > level and not out for own, out in zip(plain, beyond, strict=True)):
+        beyond = [own > level for own in plain]
+        taken = sum(own for own, out in zip(plain, beyond, strict=True) if out)
+        level = (target * len(plain) - taken) / beyond.count(False)
+    bins = [0 if out else int(torch.searchsorted(share, level)) for share, out in zip(shares, beyond, strict=True)]
+    # a bin's lower end: the very value for bfloat16, which has no other in the bin
+    return (torch.tensor(bins, dtype=torch.int32) << SHIFT).view(torch.float32).tolist()

@@ -1,0 +1,262 @@
+"""StochaTrainer: trl's SFTTrainer under an activation schedule, with distillation and a sparsity target.
+
+Data, packing, the fused LM head, accumulation, DDP, FSDP and checkpoints are trl's and transformers'. What is added
+here: the schedule sets the activation before each step; ranks draw different noise; logs show activation, p, sparsity
+and tokens per second; a loss that is no number stops the run before it is saved; a checkpoint that was not written to
+its end is never resumed from. config.json of every checkpoint says what was trained, under `stocha.history`.
+
+Run through recipes/continued_pretrain.py and recipes/relu_finetune.py; stocha_hf/cli/train.py reads their YAML.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from stocha_hf import report
+from stocha_hf.distill import distilled_losses, open_head
+from stocha_hf.errors import StochaError
+from stocha_hf.modeling_stocha import ACTIVATIONS, ARCHITECTURES, StochaConfig, set_activation
+from stocha_hf.schedule import Schedule
+from stocha_hf.sparsity import SparsityMeter, SparsityTarget, apply_thresholds, fatrelu_thresholds
+
+THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
+MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
+UPDATES = 50  # of the sparsity target's controller in a run
+TARGET_STATE = "sparsity_target.json"  # the controller of the sparsity target, in each checkpoint
+
+
+@dataclass
+class StochaArguments(SFTConfig):
+    """trl's SFTConfig and what this package adds to it. Raises StochaError for contradictions."""
+
+    schedule: str | None = field(
+        default=None, metadata={"help": "Phases {activation, p, anneal, until}; see stocha_hf/schedule.py."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Model to distil from: Hub id or folder, run with its own activation."}
+    )
+    distill_weight: float = field(
+        default=0.5, metadata={"help": "Share of the KL term in the loss; the rest is the LM loss."}
+    )
+    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}
+    )
+    threshold_shift: bool = field(
+        default=False, metadata={"help": "End with FATReLU thresholds that meet target_sparsity exactly."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter is used; looking for others costs time
+        if self.use_liger_kernel:
+            raise StochaError("use_liger_kernel is true: Liger's FFN computes SiLU only, so leave it out")
+        for key in ("distill_weight", "target_sparsity"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                raise StochaError(f"{key} is {value}: expected a number between 0 and 1")
+        if self.distill_temperature <= 0:
+            raise StochaError(f"distill_temperature is {self.distill_temperature}: expected a number above 0")
+        if self.threshold_shift and self.target_sparsity is None:
+            raise StochaError("threshold_shift is true without target_sparsity: expected the share of zeros to meet")
+        if self.fp16 and self.target_sparsity is not None:
+            raise StochaError("fp16 scales gradients, which target_sparsity does not see: expected bf16 or float32")
+
+
+class StochaTrainer(SFTTrainer):
+    """SFTTrainer whose model runs `schedule`; `teacher`, if given, is a frozen model with the same vocabulary.
+
+    `args.target_sparsity` steers the share of zeros by progressive L1 (stocha_hf/sparsity.py). Raises StochaError when
+    the loss is no finite number or the disk is full; the last whole checkpoint stays.
+    """
+
+    args: Any  # a StochaArguments; transformers types these three as what any Trainer may hold
+    model: Any
+    train_dataset: Any
+
+    def __init__(self, model: Any, args: StochaArguments, *, schedule: Schedule, teacher: Any = None, **kwargs: Any):
+        super().__init__(model=model, args=args, **kwargs)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
+        if self.teacher is not None:
+            open_head(self.model)
+            open_head(self.teacher)
+        self.meter = SparsityMeter(self.model)
+        self.target = None if args.target_sparsity is None else SparsityTarget(self.model, args.target_sparsity)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        self._last_log = (time.monotonic(), 0)
+        self.add_callback(_ScheduleCallback(self, schedule))
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The LM loss, in training mixed with distill_weight x KL(teacher || student); a mean over all tokens."""
+        # num_items_in_batch counts all ranks' tokens, and DDP and FSDP average the ranks' gradients
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        if self.target is not None and model.training:
+            accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
+            self.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        args = self.args
+        losses = distilled_losses(
+            model, self.teacher, inputs, kl_weight=args.distill_weight, temperature=args.distill_temperature
+        )
+        tokens = losses.tokens.clamp(min=1)
+        metrics = self._metrics["train"]
+        metrics["lm_loss"].append((losses.nll / tokens).item())
+        metrics["kl"].append((losses.kl / tokens).item())
+        self._total_train_tokens += self.accelerator.gather(losses.tokens).sum().item()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if num_items_in_batch is None:
+            return losses.loss / tokens
+        return losses.loss / num_items_in_batch * ranks
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.finite &= loss.isfinite()  # looked at only when something is logged or saved: a look waits for the GPU
+        return loss
+
+    def check_finite(self) -> None:
+        """Raise StochaError on every rank where a loss since the start was no number on any of them."""
+        if not self.accelerator.gather(self.finite.reshape(1)).all():
+            raise StochaError(
+                f"the loss is no number at step {self.state.global_step}: lower learning_rate or set max_grad_norm; "
+                f"the last good checkpoint is {last_checkpoint(self.args.output_dir) or 'the model it began with'}"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now, (before, tokens) = time.monotonic(), self._last_log
+            self._last_log = (now, self._total_train_tokens)
+            logs["tokens_per_second"] = round((self._total_train_tokens - tokens) / (now - before), 1)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that could not be written to its end is removed: the one before it stays the last."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.target is not None and self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / TARGET_STATE).write_text(json.dumps(self.target.state_dict()))
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "write" not in str(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StochaError(
+                f"{folder} could not be written ({str(error).splitlines()[0]}): free space and start again with the "
+                f"same command; the last whole checkpoint is {last_checkpoint(self.args.output_dir) or 'none yet'}"
+            ) from None
+
+    def shift_thresholds(self) -> None:
+        """End a run with FATReLU thresholds that meet target_sparsity on the first rows of the training data."""
+        rows = list(itertools.islice(iter(self.train_dataset), THRESHOLD_ROWS))
+        size = self.args.per_device_train_batch_size
+        batches = [self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+        batches = [
+            {key: batch[key].to(self.accelerator.device) for key in MODEL_INPUTS & set(batch)} for batch in batches
+        ]
+        apply_thresholds(self.model, fatrelu_thresholds(self.model, batches, self.args.target_sparsity))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.target is not None:
+            self.target.load_state_dict(json.loads((Path(resume_from_checkpoint) / TARGET_STATE).read_text()))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """This package's card instead of trl's."""
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            source = Path(str(self.model.config._name_or_path))
+            card = report.model_card(self.model.config.to_dict(), report.source_metadata(source))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+class _ScheduleCallback(TrainerCallback):
+    """Sets the activation before each step, and measures what the logs and the sparsity target need."""
+
+    def __init__(self, trainer: StochaTrainer, schedule: Schedule) -> None:
+        self.trainer, self.schedule, self.phase = trainer, schedule, -1
+        self.recording: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Every rank starts from the same seed and would draw the same noise; a resumed run restores its own state
+        # later.
+        torch.manual_seed(args.seed + self.trainer.accelerator.process_index)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        phase, activation, p = self.schedule.at(state.global_step / state.max_steps)
+        set_activation(self.trainer.model, activation, p)
+        if phase != self.phase:
+            self.phase = phase
+            record_activation(self.trainer.model.config, activation, p)
+            if self.trainer.accelerator.is_main_process:
+                print(f"step {state.global_step}/{state.max_steps}: {self.schedule.phases[phase]}", flush=True)
+        every = [max(int(args.logging_steps), 1)]
+        if self.trainer.target is not None:
+            every.append(max(state.max_steps // UPDATES, 1))
+        if any((state.global_step + 1) % steps == 0 for steps in every):
+            self.recording = self.trainer.meter.record()
+            self.recording.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.recording is not None:
+            self.recording.__exit__(None, None, None)
+            self.recording = None
+            self.report_sparsity(state)
+        if control.should_log or control.should_save or control.should_evaluate:
+            self.trainer.check_finite()
+
+    def report_sparsity(self, state: Any) -> None:
+        trainer, read = self.trainer, self.trainer.meter.read()
+        shares = torch.tensor(read["per_layer"], device=trainer.accelerator.device)
+        shares = trainer.accelerator.reduce(shares, reduction="mean")
+        mean = shares.mean().item()
+        _, activation, p = self.schedule.at(max(state.global_step - 1, 0) / state.max_steps)
+        metrics = trainer._metrics["train"]
+        metrics["sparsity"].append(mean)
+        for layer, share in enumerate(shares.tolist()):
+            metrics[f"sparsity/layer_{layer:02d}"].append(share)
+        metrics[f"activation/{activation}"].append(1.0)
+        if not ACTIVATIONS[activation].deterministic:
+            metrics["p"].append(p)
+        if trainer.target is not None:
+            trainer.target.update(state.global_step / state.max_steps, mean)
+            metrics["l1_coefficient"].append(trainer.target.coefficient)
+
+
+def record_activation(config: Any, activation: str, p: float) -> None:
+    """Write the activation that training now uses into a model's config, so that whatever is saved says so."""
+    row = ARCHITECTURES[config.model_type]
+    entry = {key: value for key, value in config.stocha.items() if key != "inference"}
+    stocha = StochaConfig.from_dict(entry | {"activation": activation, "p": p}).resolve(config.stocha["base"])
+    config.stocha = stocha.to_dict()
+    setattr(config, row.act_key, stocha.native_act)
+
+
+def last_checkpoint(output: str | Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end: trainer_state.json is the last file of each."""
+    found = []
+    for folder in Path(output).glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if step and state.get("global_step") == int(step[1]):
+            found.append((int(step[1]), folder))
+    return max(found)[1] if found else None

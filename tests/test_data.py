@@ -1,0 +1,64 @@
+"""Training data: which files and columns are taken, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from stocha_hf.data import load_data
+from stocha_hf.errors import StochaError
+
+TEXTS = ["first text", "second text"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_kind_of_file_gives_the_same_text(tmp_path, streaming):
+    Dataset.from_dict({"text": TEXTS, "source": ["a", "b"]}).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "data.csv").write_text("text\nfirst text\nsecond text\n")
+    for name in ("data.parquet", "data.jsonl", "data.csv"):
+        rows = list(load_data(str(tmp_path / name), streaming=streaming))
+        assert rows == [{"text": text} for text in TEXTS]
+
+
+def test_a_text_file_is_one_document_and_a_folder_is_its_files(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(f"one line of {name}\n\nanother")
+    rows = [row["text"] for row in load_data(str(folder))]
+    assert rows == ["one line of a.txt\n\nanother", "one line of b.txt\n\nanother"]
+
+
+def test_chat_and_completion_columns_are_taken_and_other_columns_left(tmp_path):
+    chat = [[{"role": "user", "content": "hi"}]]
+    Dataset.from_dict({"messages": chat, "score": [1]}).to_json(tmp_path / "chat.jsonl")
+    Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "text": ["c"]}).to_json(tmp_path / "pairs.jsonl")
+    assert load_data(str(tmp_path / "chat.jsonl")).column_names == ["messages"]
+    assert sorted(load_data(str(tmp_path / "pairs.jsonl")).column_names) == ["completion", "prompt"]
+
+
+def test_another_text_column_is_renamed(tmp_path):
+    Dataset.from_dict({"body": TEXTS}).to_parquet(tmp_path / "data.parquet")
+    assert list(load_data(str(tmp_path / "data.parquet"), text_column="body")) == [{"text": text} for text in TEXTS]
+
+
+def test_what_is_no_training_data_is_refused_in_one_sentence(tmp_path):
+    Dataset.from_dict({"body": TEXTS, "id": [1, 2]}).to_parquet(tmp_path / "columns.parquet")
+    Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "weights.bin").write_bytes(b"")
+    cases = {
+        "columns.parquet": "columns body, id: expected the text column 'text'",
+        "numbers.parquet": "expected the text column",
+        "empty.jsonl": "empty",
+        "broken.parquet": "cannot be read",
+        "weights.bin": "holds no text",
+    }
+    for name, words in cases.items():
+        with pytest.raises(StochaError, match=words) as refusal:
+            load_data(str(tmp_path / name))
+        assert "\n" not in str(refusal.value) and name in str(refusal.value)

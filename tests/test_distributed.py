@@ -1,0 +1,62 @@
+"""Two gloo processes under `accelerate launch`, with the accelerate configs of recipes/: DDP and FSDP2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BIN
+from test_training import RELU, TOKENS, arguments, base, losses, run, text  # noqa: F401 - two are fixtures
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+PROBE = ROOT / "tests" / "distributed_probe.py"
+
+
+def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
+    """The notes of both ranks."""
+    folder.mkdir()
+    config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
+    options = [
+        "--config_file",
+        str(config),
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    command = [str(BIN / "accelerate"), "launch", *options, str(PROBE), str(folder), kind, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_checkpoint(base, text, tmp_path, kind):  # noqa: F811
+    out = tmp_path / "out"
+    argv = arguments(base, text, out, max_steps=4, save_steps=2, per_device_train_batch_size=2, logging_steps=1)
+    first, second = launch(kind, tmp_path / "notes", argv)
+    assert first["sharded"] == second["sharded"] == (kind == "fsdp2")
+    assert len(first["weights"]) == 4 and first["weights"] == second["weights"]
+    assert len(set(first["weights"])) == 4
+    assert not set(first["generators"]) & set(second["generators"])
+    native = AutoModelForCausalLM.from_pretrained(out)
+    custom = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert type(custom).__name__ == "StochaLlamaForCausalLM"
+    assert torch.equal(native(TOKENS).logits, custom(TOKENS).logits)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "relu"
+    assert sorted(path.name for path in out.glob("*.py")) == ["modeling_stocha.py"]
+
+
+def test_two_ranks_with_half_the_batch_train_as_one_process(base, text, tmp_path):  # noqa: F811
+    shared = {"schedule": RELU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
+    alone = losses(run(base, text, tmp_path / "alone", per_device_train_batch_size=4, **shared))
+    argv = arguments(base, text, tmp_path / "both", per_device_train_batch_size=2, **shared)
+    notes = launch("ddp", tmp_path / "notes", argv)[0]
+    assert notes["losses"] == pytest.approx(alone, rel=1e-4)

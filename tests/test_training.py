@@ -1,0 +1,343 @@
+"""Training in one process: what the schedule does to the model, what is logged and saved, resuming, LoRA, and
+refusals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_python
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from stocha_hf.cli.train import parse, train
+from stocha_hf.convert import convert
+from stocha_hf.errors import StochaError
+from stocha_hf.modeling_stocha import stocha_mlps
+from stocha_hf.training import StochaTrainer, last_checkpoint
+
+STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
+RELU = "[{activation: relu, until: 1.0}]"
+TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
+RECIPE = """
+import sys
+from stocha_hf.cli.train import main
+main("recipe")
+"""
+
+
+@pytest.fixture
+def base(checkpoint, tmp_path) -> Path:
+    convert(checkpoint(), tmp_path / "base", p=0.3)
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """Periodic sequences of words, which a tiny model learns within a few steps."""
+    rows = [" ".join(f"w{4 + (7 * i + 3 * j) % 60}" for j in range(40)) for i in range(200)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def arguments(base: Path, text: Path, output: Path, **changes: Any) -> list[str]:
+    options = {
+        "model_name_or_path": base,
+        "dataset": text,
+        "output_dir": output,
+        "schedule": STOCHA_FT,
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "max_length": 32,
+        "packing": True,
+        "packing_strategy": "wrapped",
+        "learning_rate": 1e-3,
+        "logging_steps": 2,
+        "save_steps": 4,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    return [word for key, value in (options | changes).items() for word in (f"--{key}", str(value))]
+
+
+def run(base: Path, text: Path, output: Path, **changes: Any) -> list[dict[str, float]]:
+    """Train in this process; returns the log history."""
+    train(*parse(arguments(base, text, output, **changes), None))
+    return json.loads((output / f"checkpoint-{changes.get('max_steps', 8)}" / "trainer_state.json").read_text())[
+        "log_history"
+    ]
+
+
+def losses(history: list[dict[str, float]]) -> list[float]:
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture
+def modes(monkeypatch) -> list[tuple[str, float]]:
+    """(activation, p) of every training step, as the model's first layer has them."""
+    seen: list[tuple[str, float]] = []
+    step = StochaTrainer.training_step
+
+    def training_step(self, model, *args, **kwargs):
+        mlp = stocha_mlps(model)[0]
+        seen.append((mlp.activation, round(float(mlp.p), 6)))
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(StochaTrainer, "training_step", training_step)
+    return seen
+
+
+def test_a_run_follows_its_schedule_logs_it_and_leaves_a_publishable_relu_checkpoint(base, text, tmp_path, modes):
+    out = tmp_path / "out"
+    history = run(base, text, out)
+    assert modes == [("stocha", 0.5), ("stocha", 0.4), ("stocha", 0.3), ("stocha", 0.2)] + [("relu", 0.3)] * 4
+    logs = [entry for entry in history if "loss" in entry]
+    assert [("activation/stocha" in log, log.get("p")) for log in logs[:2]] == [
+        (True, 0.4),
+        (True, pytest.approx(0.2)),
+    ]
+    assert all("activation/relu" in log and "p" not in log for log in logs[2:])
+    for log in logs:
+        assert {"tokens_per_second", "grad_norm", "learning_rate"} <= set(log)
+        per_layer = [log["sparsity/layer_00"], log["sparsity/layer_01"]]
+        assert log["sparsity"] == pytest.approx(sum(per_layer) / 2, abs=1e-6) and 0 < log["sparsity"] < 1
+    rates = [log["learning_rate"] for log in logs]
+    assert rates == sorted(rates, reverse=True)  # the schedule of the learning rate runs on over the switch
+    config = json.loads((out / "config.json").read_text())
+    assert config["hidden_act"] == config["stocha"]["activation"] == config["stocha"]["inference"] == "relu"
+    [stage] = config["stocha"]["history"]
+    assert [phase["activation"] for phase in stage["schedule"]] == ["stocha", "relu"] and stage["method"] == "full"
+    native = AutoModelForCausalLM.from_pretrained(out)
+    custom = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert torch.equal(native(TOKENS).logits, custom(TOKENS).logits)
+    card = (out / "README.md").read_text()
+    assert "license: apache-2.0" in card and "| `model.eval()` | relu |" in card
+    early = json.loads((out / "checkpoint-4" / "config.json").read_text())
+    assert early["stocha"]["activation"] == "stocha" and early["hidden_act"] == "silu"
+
+
+def test_a_second_stage_adds_to_the_history_and_a_native_model_is_patched(base, checkpoint, text, tmp_path):
+    run(base, text, tmp_path / "first", max_steps=2, save_steps=2)
+    run(tmp_path / "first", text, tmp_path / "second", max_steps=2, save_steps=2, schedule=RELU)
+    stages = json.loads((tmp_path / "second" / "config.json").read_text())["stocha"]["history"]
+    assert [len(stage["schedule"]) for stage in stages] == [2, 1]
+    run(checkpoint(name="native"), text, tmp_path / "third", max_steps=2, save_steps=2)
+    stocha = json.loads((tmp_path / "third" / "config.json").read_text())["stocha"]
+    assert stocha["base"] == "silu" and stocha["source"]["id"] == str(tmp_path / "native")
+
+
+def test_a_killed_run_goes_on_with_the_same_command_to_the_same_losses(base, text, tmp_path):
+    """With StochA too: its noise comes from the generator whose state a checkpoint holds."""
+    whole = losses(run(base, text, tmp_path / "whole", max_steps=12, logging_steps=1, save_steps=3))
+    argv = arguments(base, text, tmp_path / "killed", max_steps=12, logging_steps=1, save_steps=3)
+    slow = RECIPE.replace("import sys", "import sys, time; from stocha_hf.training import StochaTrainer as T")
+    slow = slow.replace(
+        "main(", "s = T.training_step; T.training_step = lambda *a: (time.sleep(0.3), s(*a))[1]\nmain("
+    )
+    run_slowly = subprocess.Popen(
+        [sys.executable, "-c", slow, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while last_checkpoint(tmp_path / "killed") is None and run_slowly.poll() is None:
+        time.sleep(0.05)
+    run_slowly.send_signal(signal.SIGKILL)
+    run_slowly.wait()
+    stopped_at = last_checkpoint(tmp_path / "killed")
+    assert stopped_at is not None and stopped_at.name != "checkpoint-12"
+    train(*parse(argv, None))
+    state = json.loads((tmp_path / "killed" / "checkpoint-12" / "trainer_state.json").read_text())
+    assert losses(state["log_history"]) == whole
+
+
+def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
+    for step, state in ((4, {"global_step": 4}), (8, {"global_step": 8}), (12, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    (tmp_path / "checkpoint-8" / "trainer_state.json").write_text('{"global_st')
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("schedule", ["[{activation: stocha, p: 1.0, until: 1.0}]", RELU])
+def test_accumulated_batches_give_the_large_batchs_losses(base, text, tmp_path, schedule):
+    shared = {"schedule": schedule, "max_steps": 4, "save_steps": 4, "logging_steps": 1}
+    large = losses(run(base, text, tmp_path / "large", per_device_train_batch_size=8, **shared))
+    small = run(base, text, tmp_path / "small", per_device_train_batch_size=2, gradient_accumulation_steps=4, **shared)
+    assert losses(small) == pytest.approx(large, rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing", "torch_compile"])
+def test_options_of_the_trainer_work(base, text, tmp_path, option):
+    out = tmp_path / "out"
+    run(base, text, out, max_steps=2, save_steps=2, logging_steps=9, **{option: True})
+    before, after = (AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits for folder in (base, out))
+    assert after.isfinite().all() and not torch.equal(before, after)
+
+
+def test_distillation_from_the_model_itself_costs_nothing_under_its_own_activation(base, text, tmp_path):
+    options = {"teacher": base, "distill_weight": 1.0, "max_steps": 2, "save_steps": 2, "logging_steps": 1}
+    silu = run(base, text, tmp_path / "silu", schedule="[{activation: silu, until: 1.0}]", **options)
+    assert silu[0]["kl"] == pytest.approx(0, abs=1e-6) and silu[0]["loss"] == pytest.approx(0, abs=1e-6)
+    relu = run(base, text, tmp_path / "relu", schedule=RELU, **options)
+    assert relu[0]["kl"] > 0.01 and relu[0]["loss"] == pytest.approx(relu[0]["kl"], rel=1e-4)
+    assert relu[0]["lm_loss"] > 1
+
+
+def test_a_sparsity_target_is_met_and_its_thresholds_are_saved(base, text, tmp_path):
+    out = tmp_path / "out"
+    history = run(
+        base,
+        text,
+        out,
+        schedule=RELU,
+        target_sparsity=0.9,
+        threshold_shift=True,
+        max_steps=60,
+        save_steps=60,
+        learning_rate=3e-3,
+        logging_steps=1,
+    )
+    sparsity = [entry["sparsity"] for entry in history if "sparsity" in entry]
+    assert sparsity[0] < 0.7 < sparsity[-1] and "l1_coefficient" in history[1]
+    stocha = json.loads((out / "config.json").read_text())["stocha"]
+    assert stocha["inference"] == "fatrelu" and len(stocha["threshold"]) == 2
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    zeros = []
+    for mlp in stocha_mlps(model):
+        mlp.down_proj.register_forward_pre_hook(lambda _, args: zeros.append((args[0] == 0).float().mean().item()))
+    rows = [
+        [int(word[1:]) for word in json.loads(line)["text"].split()] for line in text.read_text().splitlines()[:32]
+    ]
+    model(torch.tensor(rows)[:, :32])
+    assert sum(zeros) / len(zeros) == pytest.approx(0.9, abs=0.03)
+
+
+def test_lora_saves_an_adapter_and_a_merged_model_with_the_same_logits(base, text, tmp_path):
+    from peft import PeftModel
+
+    out, relu = tmp_path / "out", tmp_path / "relu"
+    lora = {"use_peft": True, "schedule": RELU, "lora_r": 4, "max_steps": 4, "learning_rate": 1e-2}
+    with pytest.raises(StochaError, match="infers with silu but its adapter would be trained for relu"):
+        run(base, text, out, **lora)
+    assert not out.exists()
+    convert(base, relu, activation="relu")
+    run(relu, text, out, use_rslora=True, **lora)
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(relu) and adapter["use_rslora"]
+    assert {"gate_proj", "q_proj"} <= set(adapter["target_modules"])
+    start = AutoModelForCausalLM.from_pretrained(relu, trust_remote_code=True)
+    before = start(TOKENS).logits
+    adapted = PeftModel.from_pretrained(start, out)(TOKENS).logits
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert (adapted - before).abs().max() > 1e-3
+    torch.testing.assert_close(merged(TOKENS).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert merged.config.hidden_act == "relu" and merged.config.stocha["history"][0]["method"] == "lora"
+
+
+def test_chat_data_trains(base, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    row = {"messages": [{"role": "user", "content": "w9 w17"}, {"role": "assistant", "content": "w20 w21"}]}
+    path.write_text((json.dumps(row) + "\n") * 40)
+    values = losses(run(base, path, tmp_path / "out", packing=False, schedule=RELU, max_steps=8, learning_rate=1e-2))
+    assert values[-1] < values[0]
+
+
+def test_tensorboard_receives_the_logs(base, text, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    run(base, text, tmp_path / "out", report_to="tensorboard", max_steps=4, save_steps=4)
+    events = EventAccumulator(str(next((tmp_path / "events").rglob("events*")).parent))
+    events.Reload()
+    assert {"train/loss", "train/sparsity", "train/p", "train/activation/stocha"} <= set(events.Tags()["scalars"])
+
+
+REFUSALS = {
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel is true"),
+    "an unknown option": ({"scheduel": "x"}, "scheduel"),
+    "p outside [0, 1]": ({"schedule": "[{activation: stocha, p: 2, until: 1.0}]"}, "p is 2"),
+    "phases that do not cover the run": ({"schedule": "[{activation: relu, until: 0.5}]"}, "end at until: 1.0"),
+    "a weight outside [0, 1]": ({"distill_weight": 2}, "distill_weight is 2"),
+    "a target outside [0, 1]": ({"target_sparsity": 90}, "target_sparsity is 90"),
+    "thresholds without a target": ({"threshold_shift": True}, "without target_sparsity"),
+    "streaming without max_steps": ({"dataset_streaming": True, "max_steps": -1}, "without max_steps"),
+    "no dataset": ({"dataset": "absent/data.parquet"}, "absent/data.parquet does not exist"),
+    "no model": ({"model_name_or_path": "./absent"}, "absent"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(base, text, tmp_path, case):
+    changes, words = REFUSALS[case]
+    with pytest.raises(StochaError, match=words) as refusal:
+        train(*parse(arguments(base, text, tmp_path / "out", **changes), None))
+    assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_the_recipe_says_it_in_one_sentence_with_status_2_and_unknown_yaml_keys_are_fatal(base, text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: {base}\ndataset: {text}\noutput_dir: {tmp_path}/out\nuse_cpu: true\nshedule: []\n"
+    )
+    done = run_python(RECIPE, "--config", path)
+    assert done.returncode == 2 and "shedule" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(base, checkpoint, text, tmp_path):
+    other = checkpoint(name="other", vocab_size=80)
+    with pytest.raises(StochaError, match=r"80.*64|64.*80"):
+        run(base, text, tmp_path / "out", teacher=other)
+
+
+class Poison(TrainerCallback):
+    """Makes the weights infinite at a step, as a diverging run does."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 5:
+            model.lm_head.weight.data.fill_(math.inf)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_checkpoint_stays(base, text, tmp_path, monkeypatch):
+    init = StochaTrainer.__init__
+    monkeypatch.setattr(
+        StochaTrainer, "__init__", lambda self, *a, **k: (init(self, *a, **k), self.add_callback(Poison()))[0]
+    )
+    out = tmp_path / "out"
+    with pytest.raises(StochaError, match=r"no number at step 6.*checkpoint-4"):
+        run(base, text, out, save_steps=2)
+    assert last_checkpoint(out) == out / "checkpoint-4"
+    assert AutoModelForCausalLM.from_pretrained(out / "checkpoint-4")(TOKENS).logits.isfinite().all()
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before(base, text, tmp_path):
+    """A limit on the size of files, set after the first checkpoint, stands in for the disk."""
+    code = RECIPE.replace(
+        "import sys",
+        "import resource, sys; from stocha_hf.training import StochaTrainer as T\n"
+        "save = T._save_checkpoint\n"
+        "def limited(self, *args):\n"
+        "    if self.state.global_step == 8:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "    save(self, *args)\n"
+        "T._save_checkpoint = limited",
+    )
+    out = tmp_path / "out"
+    done = run_python(code, *arguments(base, text, out))
+    assert done.returncode == 2 and "checkpoint-8 could not be written" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "checkpoint-4" in done.stderr
+    assert last_checkpoint(out) == out / "checkpoint-4" and not (out / "checkpoint-8").exists()
+    assert AutoModelForCausalLM.from_pretrained(out / "checkpoint-4")(TOKENS).logits.isfinite().all()
