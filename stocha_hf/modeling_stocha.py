@@ -416,7 +416,7 @@ class TritonStocha(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up, keys)
         ctx.rule = _threshold(p), base, positive
-        hidden = torch.empty(gate.shape, dtype=torch.result_type(gate, up), device=gate.device)
+        hidden = torch.empty_like(gate, dtype=torch.result_type(gate, up), memory_format=torch.contiguous_format)
         TritonStocha.launch(gate, up, keys, hidden, None, None, *ctx.rule)
         return hidden
 
@@ -424,7 +424,7 @@ class TritonStocha(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, keys = ctx.saved_tensors
-        grad_gate, grad_up = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+        grad_gate, grad_up = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
         TritonStocha.launch(gate, up, keys, grad_gate, grad.contiguous(), grad_up, *ctx.rule)
         return grad_gate, grad_up, None, None, None, None
 
@@ -432,7 +432,7 @@ class TritonStocha(torch.autograd.Function):
     def launch(gate: torch.Tensor, up: torch.Tensor, keys: torch.Tensor, *rest: Any) -> None:
         width, block = gate.shape[-1], 512
         grid = len(keys) - width, triton.cdiv(width, block)
-        with torch.cuda.device(gate.device):  # Triton launches on the current one
+        with torch.cuda.device(gate.get_device()):  # Triton launches on the current one
             _stocha_kernel[grid](gate.contiguous(), up.contiguous(), keys, *rest[:3], width, *rest[3:], block)
 
 

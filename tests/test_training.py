@@ -248,6 +248,11 @@ def test_lora_saves_an_adapter_and_a_merged_model_with_the_same_logits(base, tex
     assert merged.config.hidden_act == "relu" and merged.config.stocha["history"][0]["method"] == "lora"
 
 
+def test_streamed_data_trains(base, text, tmp_path):
+    values = losses(run(base, text, tmp_path / "out", dataset_streaming=True, max_steps=4, save_steps=4))
+    assert len(values) == 2 and all(map(math.isfinite, values))
+
+
 def test_chat_data_trains(base, tmp_path):
     path = tmp_path / "chat.jsonl"
     row = {"messages": [{"role": "user", "content": "w9 w17"}, {"role": "assistant", "content": "w20 w21"}]}
