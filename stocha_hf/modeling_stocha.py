@@ -102,7 +102,7 @@ def stocha(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor
     width = gate.shape[-1]
     keys = torch.randint(-(2**31), 2**31, (gate.numel() // width + width,), dtype=torch.int32, device=gate.device)
     if not torch.compiler.is_compiling() and ffn.base in BASES:
-        # at p = 1, SiLU to the bit is asked for, and Triton's exp is not PyTorch's
+        # p = 1 with S+ is SiLU to the bit, which PyTorch's own kernel is sure to give
         function = TritonStocha if gate.is_cuda and triton is not None and ffn.p < 1 else EagerStocha
         return function.apply(gate, up, keys, ffn.p, ffn.base, ffn.positive)
     bits = _hash(keys[:-width].view(*gate.shape[:-1], 1), keys[-width:])
