@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,13 @@ from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaLlamaForCausalLM, stocha_mlps
 from stocha_hf.sparsity import SparsityMeter, SparsityTarget, apply_thresholds, fatrelu_thresholds
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def relu_model(model_type: str = "llama", **overrides: Any) -> Any:
     model = tiny_model(model_type, **overrides)
     stocha_hf.patch(model, stocha_hf.StochaConfig(activation="relu"))
     return model.train()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small run slower on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batch(seed: int = 0, rows: int = 3) -> dict[str, torch.Tensor]:
