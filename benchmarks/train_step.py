@@ -19,7 +19,6 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,12 +50,14 @@ class Trained:
     def __init__(self, model: LlamaForCausalLM, tokens: torch.Tensor, autocast: bool, compiled: bool) -> None:
         self.model, self.tokens, self.autocast = model.train(), tokens, autocast
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        self.run: Callable[..., Any] = torch.compile(model, fullgraph=True) if compiled else model
+        if compiled:
+            for layer in model.model.layers:  # as the recipes do
+                layer.compile(fullgraph=True)
 
     def loss(self) -> torch.Tensor:
         cast = torch.autocast(self.tokens.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with cast:
-            return self.run(self.tokens, labels=self.tokens, use_cache=False).loss
+            return self.model(self.tokens, labels=self.tokens, use_cache=False).loss
 
     def step(self) -> float:
         """Seconds that a step takes."""

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import run_python, tiny_model
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from stocha_hf.cli.train import parse, train
 from stocha_hf.convert import convert
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import stocha_mlps
-from stocha_hf.training import StochaTrainer, last_checkpoint
+from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mlps
+from stocha_hf.training import StochaTrainer, compile_layers, last_checkpoint
 
 STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
 RELU = "[{activation: relu, until: 1.0}]"
@@ -188,6 +189,29 @@ def test_options_of_the_trainer_work(base, text, tmp_path, option):
     assert after.isfinite().all() and not torch.equal(before, after)
 
 
+def test_layers_compiled_by_the_trainer_train_as_eager_ones(base, text, tmp_path):
+    phases = "[{activation: mean, until: 0.5}, {activation: relu, until: 1.0}]"
+    shared = {"schedule": phases, "max_steps": 4, "save_steps": 4, "logging_steps": 2}
+    eager = losses(run(base, text, tmp_path / "eager", **shared))
+    compiled = run(base, text, tmp_path / "out", torch_compile=True, torch_compile_backend="aot_eager", **shared)
+    assert losses(compiled) == pytest.approx(eager, rel=1e-4)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_act == "relu"
+
+
+def test_all_layers_share_one_compiled_graph_an_activation():
+    model = tiny_model(num_hidden_layers=5).train()
+    patch(model, StochaConfig(threshold=[0.0, 0.1, 0.2, 0.3, 0.4]))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_layers(model, fullgraph=True)
+    graphs = []
+    for activation in ("stocha", "fatrelu", "stocha"):
+        set_activation(model, activation)
+        model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 3, 3]  # a threshold of 0, and any other
+
+
 def test_distillation_from_the_model_itself_costs_nothing_under_its_own_activation(base, text, tmp_path):
     options = {"teacher": base, "distill_weight": 1.0, "max_steps": 2, "save_steps": 2, "logging_steps": 1}
     silu = run(base, text, tmp_path / "silu", schedule="[{activation: silu, until: 1.0}]", **options)
@@ -226,7 +250,8 @@ def test_a_sparsity_target_is_met_and_its_thresholds_are_saved(base, text, tmp_p
     assert sum(zeros) / len(zeros) == pytest.approx(0.9, abs=0.03)
 
 
-def test_lora_saves_an_adapter_and_a_merged_model_with_the_same_logits(base, text, tmp_path):
+@pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
+def test_lora_saves_an_adapter_and_a_merged_model_with_the_same_logits(base, text, tmp_path, variant):
     from peft import PeftModel
 
     out, relu = tmp_path / "out", tmp_path / "relu"
@@ -235,9 +260,9 @@ def test_lora_saves_an_adapter_and_a_merged_model_with_the_same_logits(base, tex
         run(base, text, out, **lora)
     assert not out.exists()
     convert(base, relu, activation="relu")
-    run(relu, text, out, use_rslora=True, **lora)
+    run(relu, text, out, **{variant: True}, **lora)
     adapter = json.loads((out / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == str(relu) and adapter["use_rslora"]
+    assert adapter["base_model_name_or_path"] == str(relu) and adapter[variant]
     assert {"gate_proj", "q_proj"} <= set(adapter["target_modules"])
     start = AutoModelForCausalLM.from_pretrained(relu, trust_remote_code=True)
     before = start(TOKENS).logits
