@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +34,49 @@ def convert(
     base_model: str | None = None,
     dtype: str = "bfloat16",
     overwrite: bool = False,
+    refit: str | None = None,
+    target_sparsity: float | None = None,
+    refit_tokens: int | None = None,
+    refit_on_disk: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """Write the stocha checkpoint of `source` (Hub id, folder or .gguf file) to the folder `output`.
 
     `changes` are fields of StochaConfig (activation, p, positive, inference, threshold, k). `base_model` is the Hub id
-    of a local source, `dtype` what the tensors of a .gguf file become. Returns layers, output, source {id, revision},
-    stocha (the new config entry) and files. Raises StochaError, with nothing written, for whatever cannot be
-    converted.
+    of a local source, `dtype` what the tensors of a .gguf file become. With `refit`, a data set's name, the FFNs are
+    refitted for ReLU on `refit_tokens` of its text, or for FATReLU with a share of `target_sparsity` zeros
+    (stocha_hf/refit.py). Returns layers, output, source {id, revision}, stocha (the new config entry) and files.
+    Raises StochaError, with nothing written, for whatever cannot be converted.
     """
     output = Path(output)
+    if refit is not None:
+        changes = _refit_activation(changes)
+    elif target_sparsity is not None or refit_tokens is not None or refit_on_disk:
+        raise StochaError(
+            "target_sparsity, refit_tokens or refit_on_disk was given without refit: expected the data to refit on"
+        )
     _stocha_config(changes)
     _check_output(output, overwrite)
+    if refit is not None:
+        from stocha_hf.refit import Refit, refit_checkpoint  # needs torch, which copying does not
+
+        options = Refit(refit, refit_tokens, target_sparsity, refit_on_disk)
     if dtype not in DTYPES:
         raise StochaError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     with open_source(str(source), revision, dtype) as found:
         config = _converted_config(found, base_model, changes)
+        fitted = refit_checkpoint(found, config, options, _work_folder(output)) if refit is not None else None
+        if fitted is not None:
+            config = fitted.config
         with staged_folder(output, replace=overwrite) as folder:
             _copy_all(found, folder)
+            if fitted is not None:
+                fitted.apply_to(folder)
             copy_file(MODELING_FILE, folder / MODELING_FILE.name)
             (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (folder / CARD).write_text(report.model_card(config, found.metadata), encoding="utf-8")
             files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(_work_folder(output), ignore_errors=True)
     return {
         "layers": config["num_hidden_layers"],
         "output": str(output),
@@ -62,6 +84,23 @@ def convert(
         "stocha": config["stocha"],
         "files": files,
     }
+
+
+def _refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
+    changes = {"activation": "relu"} | changes
+    if changes.keys() - {"activation"} or changes["activation"] != "relu":
+        given = ", ".join(f"{key} {value}" for key, value in changes.items())
+        raise StochaError(
+            f"refit was given with {given}: expected activation relu and no other field, since the refit chooses the "
+            "thresholds; convert the result again for another training activation"
+        )
+    return changes
+
+
+def _work_folder(output: Path) -> Path:
+    """Where a refit keeps finished layers until the output stands: beside it, so that a killed run finds it."""
+    output = Path(os.path.abspath(output))
+    return output.with_name(f".{output.name}.refit")
 
 
 def _stocha_config(entry: dict[str, Any]) -> StochaConfig:

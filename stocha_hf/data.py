@@ -10,12 +10,14 @@ with it.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocha_hf.errors import StochaError
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset, IterableDataset
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
@@ -53,9 +55,11 @@ def load_data(
 
 
 def _open(name: str, config: str | None, split: str, streaming: bool) -> Any:
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     path = Path(name).expanduser()
     if not path.exists() and (path.suffix in BUILDERS or name.startswith((".", "/", "~"))):
         raise StochaError(f"the data file {name} does not exist: expected a local file or the id of a Hub data set")
@@ -77,3 +81,33 @@ def _open(name: str, config: str | None, split: str, streaming: bool) -> Any:
         raise StochaError(
             f"the data set {name} cannot be read ({reason}): expected a local file or a Hub data set"
         ) from None
+
+
+def calibration_windows(name: str, tokenizer_folder: Path, tokens: int, length: int, seed: int) -> torch.Tensor:
+    """About `tokens` token ids of a data set's text, [windows, length], fewer where it has fewer.
+
+    Rows come in random order, and no row gives more than four windows or its share, so that the text is as varied as
+    the data set. Each window begins with what the tokenizer puts before a text (a BOS token or nothing).
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    data = load_data(name)
+    start = tokenizer("")["input_ids"][:1]
+    most = max(4 * length, 2 * tokens // len(data))
+    ids: list[int] = []
+    for row in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist():
+        text = _plain_text(data[row])[: 16 * most]  # a token of more than 16 characters is rare
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"][:most]
+        if len(ids) >= tokens:
+            break
+    body = length - len(start)
+    windows = [start + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
+    return torch.tensor(windows[: tokens // length], dtype=torch.int64).view(-1, length)
+
+
+def _plain_text(row: dict[str, Any]) -> str:
+    if "messages" in row:
+        return "\n\n".join(str(message["content"]) for message in row["messages"])
+    return "\n\n".join(str(row[column]) for column in ("prompt", "completion", "text") if column in row)

@@ -3,9 +3,11 @@
 example:
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-stocha --p 0.3
   stocha-convert smollm2-stocha smollm2-relu --activation relu
+  stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
-SOURCE's files are copied byte for byte and nothing of it is run. OUTPUT appears complete or not at all.
+SOURCE's files are copied byte for byte (but for the FFN weights with --refit) and nothing of it is run. OUTPUT appears
+complete or not at all; a refit that was killed goes on when started again with the same command.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from stocha_hf.config import ACTIVATIONS, POSITIVE_SIDES
 from stocha_hf.errors import StochaError
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
+REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
+OPTIONS = ("revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS)
 
 
 def parser() -> Parser:
@@ -38,6 +42,10 @@ def parser() -> Parser:
     )
     verb.add_argument("--threshold", type=float, help="threshold of fatrelu and shifted_relu (default: 0)")
     verb.add_argument("--k", type=int, help="neurons that topk keeps per token")
+    verb.add_argument("--refit", metavar="DATA", help="refit the FFNs for --activation relu on this text, untrained")
+    verb.add_argument("--target-sparsity", type=float, help="share of zeros to refit for (default: what ReLU makes)")
+    verb.add_argument("--refit-tokens", type=int, help="tokens to refit on (default: 98304, or 8 a neuron if more)")
+    verb.add_argument("--refit-on-disk", action="store_true", help="keep the refit's streams on disk, not in memory")
     verb.add_argument("--revision", help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", metavar="ID", help="Hub id of the model that a local SOURCE is a copy of")
     verb.add_argument("--dtype", default="bfloat16", help="what a .gguf file's tensors become (default: bfloat16)")
@@ -61,7 +69,7 @@ def convert(args: argparse.Namespace) -> None:
     changes = {key: getattr(args, key) for key in STOCHA_FIELDS if getattr(args, key) is not None}
     if args.push_to_hub:
         hub.check_login(args.push_to_hub)
-    options = {key: getattr(args, key) for key in ("revision", "base_model", "dtype", "overwrite")}
+    options = {key: getattr(args, key) for key in OPTIONS}
     done = convert_folder(args.source, args.output, **options, **changes)
     text = f"{done['output']}: {done['layers']}/{done['layers']} MLPs, {done['stocha']['activation']} in training"
     text += f", {done['stocha']['inference']} in inference"

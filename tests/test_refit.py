@@ -1,0 +1,294 @@
+"""Refit: the closed form against a reference, the local fit, running layer by layer, whole conversions, kills."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, assert_refused, run_command, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stocha_hf import refit as refit_module
+from stocha_hf.checkpoint import read_config
+from stocha_hf.convert import convert
+from stocha_hf.data import calibration_windows
+from stocha_hf.errors import StochaError
+from stocha_hf.layerwise import Layers
+from stocha_hf.loading import load_model
+from stocha_hf.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn, solve_down, threshold_for
+from stocha_hf.refit_shares import allocate
+from stocha_hf.sparsity import SparsityMeter
+from stocha_hf.tensors import Tensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS = torch.randint(4, 64, (8, 64), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = torch.randint(4, 64, (60, 60), generator=torch.Generator().manual_seed(1)).tolist()
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(f"w{word}" for word in row)}) + "\n" for row in words))
+    return path
+
+
+def silu_ffn(hidden: int = 16, width: int = 40) -> tuple[FFN, Any]:
+    """A random FFN and the function that it computes with SiLU."""
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(width, hidden, generator=generator) / hidden**0.5 for _ in range(2))
+    down = torch.randn(hidden, width, generator=generator) / width**0.5
+    return FFN(gate, up, down), lambda x: (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def silu_rows(count: int = 8192) -> tuple[FFN, Rows]:
+    ffn, function = silu_ffn()
+    inputs = torch.randn(count, 16, generator=torch.Generator().manual_seed(1))
+    return ffn, Rows(inputs, function(inputs), torch.rand(count, generator=torch.Generator().manual_seed(2)) + 0.5)
+
+
+def relative_error(ffn: FFN, rows: Rows) -> float:
+    squares = ((ffn(rows.inputs) - rows.targets).square().sum(1) * rows.weights).sum()
+    return (squares / (rows.targets.square().sum(1) * rows.weights).sum()).item()
+
+
+def test_closed_form_equals_weighted_least_squares() -> None:
+    ffn, rows = silu_rows()
+    solved, error = solve_down(ffn, rows, rows[:1000])
+    hidden = ffn.hidden(rows.inputs).double() * rows.weights.double().sqrt().unsqueeze(1)
+    reference = torch.linalg.lstsq(hidden, rows.targets.double() * rows.weights.double().sqrt().unsqueeze(1)).solution
+    difference = (solved.down.double() - reference.T).norm() / reference.norm()
+    assert difference < 0.02  # products in bfloat16, and the least ridge
+    assert error == pytest.approx(relative_error(solved, rows[:1000]), rel=0.05)
+    assert relative_error(solved, rows) < relative_error(ffn, rows)
+
+
+def test_balance_keeps_the_relu_function_and_evens_contributions() -> None:
+    ffn, rows = silu_rows()
+    uneven = FFN(ffn.gate, ffn.up * torch.logspace(-1, 1, 40).unsqueeze(1), ffn.down)
+    even = balance(uneven, rows.inputs)
+    torch.testing.assert_close(even(rows.inputs), uneven(rows.inputs), rtol=1e-4, atol=1e-4)
+    factor = (rows.inputs @ even.up.T).square().mean(0).sqrt() * even.down.norm(dim=0)
+    assert factor.max() / factor.min() < 1.01
+
+
+def test_each_part_of_the_fit_lowers_the_error_on_rows_it_has_not_seen() -> None:
+    ffn, rows = silu_rows(16384)
+    seen, unseen = rows[:12288], rows[12288:]
+    swapped = relative_error(ffn, unseen)
+    closed = relative_error(solve_down(ffn, seen, unseen)[0], unseen)
+    fitted, told = refit_ffn(ffn, seen, steps=100)
+    assert relative_error(fitted, unseen) < 0.7 * closed < 0.7 * swapped
+    assert told == pytest.approx(relative_error(fitted, unseen), rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_a_share_of_zeros_is_met_by_a_threshold(share: float) -> None:
+    ffn, rows = silu_rows()
+    fitted, _ = refit_ffn(ffn, rows, share=share, steps=50)
+    assert fitted.threshold > 0
+    assert (fitted.hidden(rows.inputs) == 0).double().mean().item() == pytest.approx(share, abs=0.02)
+    assert threshold_for(ffn, rows, 0.1) == 0.0  # plain ReLU makes more
+    assert relative_error(fitted, rows) < relative_error(FFN(ffn.gate, ffn.up, ffn.down, fitted.threshold), rows)
+
+
+def test_a_seed_gives_the_same_weights() -> None:
+    ffn, rows = silu_rows()
+    first, second, other = (refit_ffn(ffn, rows, steps=5, seed=seed)[0].gate for seed in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_hidden_vectors_of_zeros_only_are_refused() -> None:
+    ffn, rows = silu_rows(512)
+    with pytest.raises(StochaError, match=f"singular for every ridge up to {RIDGES[-1]}"):
+        solve_down(FFN(ffn.gate, ffn.up, ffn.down, threshold=1e9), rows, rows)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_layer_by_layer_computes_what_the_model_computes(checkpoint, model_type: str) -> None:
+    folder = checkpoint(model_type, num_hidden_layers=3)
+    layers = Layers(folder, read_config(folder), "cpu")
+    hidden = layers.embed(TOKENS)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        states: list[torch.Tensor] = []
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda module, args, output: states.append(output.float()))
+        model(TOKENS)
+        for index in range(len(layers)):
+            with layers.load(index) as layer:
+                stream, inputs = layers.attention(layer, index, hidden)
+                hidden = (stream + layers.after_ffn(layer, layer.mlp(inputs))).float()
+            torch.testing.assert_close(hidden, states[index], rtol=0.05, atol=0.05 * states[index].std().item())
+            assert all(parameter.is_meta for parameter in layers.model.layers.parameters())
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_conversion_with_refit_comes_nearer_to_the_source(
+    checkpoint, text, tmp_path, monkeypatch, model_type: str
+) -> None:
+    source = checkpoint(model_type, max_shard_size="20KB")
+    # a folder of model_type qwen2 is given Qwen2's tokenizer, which knows none of the words
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder: tiny_tokenizer())
+    convert(source, tmp_path / "swapped", activation="relu")
+    done = convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
+    assert done["stocha"]["activation"] == done["stocha"]["inference"] == "relu"
+    assert done["stocha"]["history"][0]["method"] == "refit" and done["stocha"]["history"][0]["tokens"] == 512
+    logits = {
+        name: AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits.log_softmax(-1)
+        for name, folder in {"source": source, "swapped": tmp_path / "swapped", "out": tmp_path / "out"}.items()
+    }
+    kl = {
+        name: torch.nn.functional.kl_div(logits[name], logits["source"], log_target=True, reduction="batchmean")
+        for name in ("swapped", "out")
+    }
+    assert kl["out"] < 0.8 * kl["swapped"]
+    custom = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)(TOKENS).logits
+    assert torch.equal(custom.log_softmax(-1), logits["out"])
+    before, after = (all_tensors(folder) for folder in (source, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mlp." in name} and before.keys() == after.keys()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_target_sparsity_is_met_with_thresholds_in_the_config(checkpoint, text, tmp_path) -> None:
+    done = convert(checkpoint(), tmp_path / "out", refit=str(text), refit_tokens=2048, target_sparsity=0.85)
+    assert done["stocha"]["activation"] == done["stocha"]["inference"] == "fatrelu"
+    assert len(done["stocha"]["threshold"]) == 2
+    model = load_model(str(tmp_path / "out")).eval()
+    meter = SparsityMeter(model)
+    with meter.record(), torch.no_grad():
+        model(TOKENS)
+    assert meter.read()["mean"] == pytest.approx(0.85, abs=0.04)
+
+
+def test_shares_follow_what_zeros_cost(checkpoint) -> None:
+    """A layer that adds little to the stream is given more of the zeros."""
+    folder = checkpoint(num_hidden_layers=3)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.down_proj.weight"] /= 20
+    save_file(weights, path, {"format": "pt"})
+    layers = Layers(folder, read_config(folder), "cpu")
+    shares = allocate(layers, TOKENS, 0.8)
+    assert sum(shares) / 3 == pytest.approx(0.8, abs=0.01)
+    assert shares[1] > max(shares[0], shares[2]) + 0.1
+
+
+def test_killed_it_goes_on_and_ends_with_the_same_weights(checkpoint, text, tmp_path, monkeypatch) -> None:
+    source = checkpoint(num_hidden_layers=3)
+    options: dict[str, Any] = {"refit": str(text), "refit_tokens": 512, "target_sparsity": 0.8}
+    convert(source, tmp_path / "whole", **options)
+    fits: list[int] = []
+
+    def fit_two(*args: Any, **kwargs: Any) -> Any:
+        fits.append(kwargs["seed"])
+        if len(fits) == 3:
+            raise KeyboardInterrupt
+        return refit_ffn(*args, **kwargs)
+
+    monkeypatch.setattr(refit_module, "refit_ffn", fit_two)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.refit").is_dir()
+    convert(source, tmp_path / "out", **options)
+    assert fits == [0, 1, 2, 2]
+    whole, resumed = (all_tensors(tmp_path / name) for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert read_config(tmp_path / "whole")["stocha"] == read_config(tmp_path / "out")["stocha"]
+
+
+def test_finished_layers_of_other_options_are_not_used(checkpoint, text, tmp_path, monkeypatch) -> None:
+    source, fits = checkpoint(), []
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        if len(fits) == 1:
+            fits.append(0)
+            raise KeyboardInterrupt
+        fits.append(kwargs["share"])
+        return refit_ffn(*args, **kwargs)
+
+    monkeypatch.setattr(refit_module, "refit_ffn", fit)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
+    convert(source, tmp_path / "out", refit=str(text), refit_tokens=512, target_sparsity=0.8)
+    assert len(fits) == 4 and fits[0] is None and min(fits[2:]) > 0.5
+
+
+def test_streams_on_disk_give_the_same_weights(checkpoint, text, tmp_path) -> None:
+    source = checkpoint()
+    for name, on_disk in (("memory", False), ("disk", True)):
+        convert(source, tmp_path / name, refit=str(text), refit_tokens=512, refit_on_disk=on_disk)
+    memory, disk = (all_tensors(tmp_path / name) for name in ("memory", "disk"))
+    assert all(torch.equal(memory[name], disk[name]) for name in memory)
+
+
+def test_calibration_windows_are_varied_whole_and_reproducible(checkpoint, text) -> None:
+    folder = checkpoint()
+    first, again, other = (calibration_windows(str(text), folder, 1024, 64, seed) for seed in (0, 0, 1))
+    assert first.shape == (16, 64) and torch.equal(first, again) and not torch.equal(first, other)
+    assert set(first.unique().tolist()) <= set(range(4, 64))
+
+
+def test_a_tensor_is_overwritten_in_its_own_dtype_and_no_other_changes(checkpoint) -> None:
+    folder = checkpoint(dtype=torch.bfloat16, max_shard_size="20KB")
+    tensors, before = Tensors(folder), all_tensors(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors.overwrite(name, torch.full((48, 32), 1.7))
+    after = all_tensors(folder)
+    assert torch.equal(after[name], torch.full((48, 32), 1.7, dtype=torch.bfloat16))
+    assert all(torch.equal(before[key], after[key]) for key in before if key != name)
+    with pytest.raises(ValueError, match=r"expected \[48, 32\]"):
+        tensors.overwrite(name, torch.zeros(3))
+
+
+REFUSALS = {  # case -> (arguments, words of the sentence)
+    "few tokens": (["--refit-tokens", "100"], ("100 calibration tokens are too few", "at least 192")),
+    "short text": (["--refit-tokens", "9999999"], ("tokens in whole batches", "at least 192")),
+    "target": (["--target-sparsity", "1.5"], ("1.5", "between 0 and 1")),
+    "activation": (["--activation", "stocha"], ("activation stocha", "expected activation relu")),
+    "threshold": (["--threshold", "0.1"], ("threshold 0.1", "chooses the")),
+    "data": (["--refit", "nowhere.txt"], ("nowhere.txt", "does not exist")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_leave_nothing_behind(checkpoint, tmp_path, case: str) -> None:
+    options, words = REFUSALS[case]
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "w4 w5 w6"}\n')
+    source, before = checkpoint(), sorted(tmp_path.rglob("*"))
+    done = run_command("stocha-convert", source, tmp_path / "out", "--refit", short, *options)
+    assert_refused(done, *words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refit_without_data_and_a_refit_of_a_refit_are_refused(checkpoint, text, tmp_path) -> None:
+    with pytest.raises(StochaError, match="expected the data to refit on"):
+        convert(checkpoint(), tmp_path / "out", target_sparsity=0.8)
+    convert(checkpoint(), tmp_path / "once", refit=str(text), refit_tokens=512)
+    with pytest.raises(StochaError, match="refitted already: expected the original"):
+        convert(tmp_path / "once", tmp_path / "twice", refit=str(text), refit_tokens=512)
+
+
+def test_weights_that_are_no_numbers_are_refused(checkpoint, text, tmp_path) -> None:
+    folder = tmp_path / "source"
+    checkpoint()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StochaError, match="layer 1 computes values that are no numbers"):
+        convert(folder, tmp_path / "out", refit=str(text), refit_tokens=512)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ffns_with_biases_are_refused(checkpoint, text, tmp_path) -> None:
+    with pytest.raises(StochaError, match=r"mlp\.\w+\.bias in its FFNs"):
+        convert(checkpoint(mlp_bias=True), tmp_path / "out", refit=str(text), refit_tokens=512)
