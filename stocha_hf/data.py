@@ -107,6 +107,23 @@ def calibration_windows(name: str, tokenizer_folder: Path, tokens: int, length: 
     return torch.tensor(windows[: tokens // length], dtype=torch.int64).view(-1, length)
 
 
+def text_windows(name: str, tokenizer_folder: Path, length: int, most: int | None = None) -> torch.Tensor:
+    """A data set's text in order, cut into windows of token ids [windows, length]; `most`: evenly spaced ones of them.
+
+    Raises StochaError where there is less than one window of text.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    ids = torch.tensor([token for row in load_data(name) for token in tokenizer(_plain_text(row))["input_ids"]])
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    if len(windows) == 0:
+        raise StochaError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
+    step = max(len(windows) // most, 1) if most else 1
+    return windows[::step][:most]
+
+
 def _plain_text(row: dict[str, Any]) -> str:
     if "messages" in row:
         return "\n\n".join(str(message["content"]) for message in row["messages"])

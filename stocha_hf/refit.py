@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -98,12 +99,18 @@ def refit_checkpoint(source: Source, config: dict[str, Any], options: Refit, wor
     layers = Layers(source.folder, native, device)
     if biases := [name for name in layers.tensors.layer(0) if name.startswith("mlp.") and name.endswith(".bias")]:
         raise StochaError(f"{source.id} has {biases[0]} in its FFNs: expected FFNs without biases")
-    _open_work(work, source.folder, native, options)
     shares: list[float | None] = [None] * len(layers)
     if options.target_sparsity is not None:
         shares = [*allocate(layers, tokens[:WINDOWS], options.target_sparsity)]
-    streams = Streams(layers, tokens, work if options.on_disk else None)
-    fitted = _refit_layers(layers, streams, PASSES * tokens.numel() // BATCH, shares, options.seed, work)
+    try:
+        _open_work(work, source.folder, native, options)
+        streams = Streams(layers, tokens, work if options.on_disk else None)
+        fitted = _refit_layers(layers, streams, PASSES * tokens.numel() // BATCH, shares, options.seed, work)
+    except (OSError, SafetensorError) as error:
+        raise StochaError(
+            f"cannot write {work} ({error}): free space and start again with the same command, which goes on from "
+            "the finished layers there"
+        ) from None
     return Refitted(work, _refitted_config(config, options, tokens.numel(), fitted))
 
 
@@ -116,11 +123,14 @@ def _refit_layers(
         for index in range(len(layers)):
             with layers.load(index) as layer:
                 rows = streams.through_attention(layer, index, bar.update)
-                if not layer_file(work, index).exists():
+                if layer_file(work, index).exists():
+                    bar.update(steps)
+                else:
                     ffn = FFN(*(getattr(layer.mlp, part).weight for part in PARTS))
-                    fitted = refit_ffn(ffn, rows, share=shares[index], steps=steps, seed=seed + index)
+                    fitted = refit_ffn(
+                        ffn, rows, share=shares[index], steps=steps, seed=seed + index, progress=bar.update
+                    )
                     _store(work, index, *fitted)
-                bar.update(steps)
                 ffn, error = _stored(work, index, layers.device)
                 streams.through_ffn(layer, rows, ffn, bar.update)
             done.append((ffn.threshold, error))
@@ -133,7 +143,7 @@ def _refitted_config(
     thresholds, errors = map(list, zip(*fitted, strict=True))
     stage = {
         "method": "refit",
-        "data": options.data,
+        "data": Path(options.data).name if Path(options.data).exists() else options.data,
         "tokens": tokens,
         "target_sparsity": options.target_sparsity,
         "seed": options.seed,
@@ -166,8 +176,10 @@ class Streams:
     def _allocate(name: str, rows: int, size: int, work: Path | None) -> torch.Tensor:
         if work is None:
             return torch.empty(rows, size)
-        path = str(work / f"{name}.stream")
-        return torch.from_file(path, shared=True, size=rows * size, dtype=torch.float32).view(rows, size)
+        path = work / f"{name}.stream"
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * rows * size)  # a full disk now, not a signal later
+        return torch.from_file(str(path), shared=True, size=rows * size, dtype=torch.float32).view(rows, size)
 
     def _parts(self) -> list[slice]:
         return [slice(i * self.rows_per_batch, (i + 1) * self.rows_per_batch) for i in range(self.batches)]

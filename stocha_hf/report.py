@@ -17,6 +17,19 @@ from stocha_hf.config import ARCHITECTURES, StochaConfig
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+COPIED = "Converting leaves every weight, its name and its shape as they are."
+REFITTED = (
+    "The feed-forward weights were refitted layer by layer on {tokens:,} tokens of {data}, without training; every "
+    "other weight, all names and all shapes are the source's."
+)
+SWAPPED_LIMITS = (
+    "The conversion itself trains nothing: a checkpoint whose activation was only swapped needs continued pretraining "
+    "or a ReLU fine-tune before its outputs under the new activation are useful."
+)
+REFITTED_LIMITS = (
+    "A refit comes near the source's quality on text like that it was fitted on, less so on other text; continued "
+    "pretraining goes on from it."
+)
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
@@ -55,7 +68,10 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any]) -> str:
     p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
     native = stocha.native_act
     note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
+    refit = next((stage for stage in stocha.history or [] if stage.get("method") == "refit"), None)
     values = {
+        "weights": REFITTED.format(**refit) if refit else COPIED,
+        "limits": REFITTED_LIMITS if refit else SWAPPED_LIMITS,
         "metadata": metadata.to_yaml(),
         "source": f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else name,
         "revision": f"revision `{revision}`" if revision else "revision unknown: it was a local folder or file",

@@ -162,6 +162,7 @@ def test_target_sparsity_is_met_with_thresholds_in_the_config(checkpoint, text, 
     done = convert(checkpoint(), tmp_path / "out", refit=str(text), refit_tokens=2048, target_sparsity=0.85)
     assert done["stocha"]["activation"] == done["stocha"]["inference"] == "fatrelu"
     assert len(done["stocha"]["threshold"]) == 2
+    assert "refitted layer by layer on 2,048 tokens" in (tmp_path / "out" / "README.md").read_text()
     model = load_model(str(tmp_path / "out")).eval()
     meter = SparsityMeter(model)
     with meter.record(), torch.no_grad():
@@ -228,6 +229,22 @@ def test_streams_on_disk_give_the_same_weights(checkpoint, text, tmp_path) -> No
         convert(source, tmp_path / name, refit=str(text), refit_tokens=512, refit_on_disk=on_disk)
     memory, disk = (all_tensors(tmp_path / name) for name in ("memory", "disk"))
     assert all(torch.equal(memory[name], disk[name]) for name in memory)
+
+
+def test_a_full_disk_is_told_in_one_sentence_and_keeps_finished_layers(
+    checkpoint, text, tmp_path, monkeypatch
+) -> None:
+    source, store = checkpoint(), refit_module.save_file
+
+    def full_at_the_second(tensors: Any, path: Path, metadata: Any) -> None:
+        if "001" in path.name:
+            raise OSError(28, "No space left on device")
+        store(tensors, path, metadata)
+
+    monkeypatch.setattr(refit_module, "save_file", full_at_the_second)
+    with pytest.raises(StochaError, match=r"No space left on device.*goes on from the finished layers"):
+        convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
+    assert [path.name for path in (tmp_path / ".out.refit").glob("layer*")] == ["layer-000.safetensors"]
 
 
 def test_calibration_windows_are_varied_whole_and_reproducible(checkpoint, text) -> None:
