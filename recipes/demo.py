@@ -14,7 +14,6 @@ perplexity table.
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -88,16 +87,14 @@ def measure(folder: Path) -> tuple[float, float]:
     import torch
     from transformers import AutoTokenizer
 
+    from stocha_hf.evaluate import evaluate
     from stocha_hf.loading import load_model
-    from stocha_hf.sparsity import SparsityMeter
 
     model = load_model(str(folder), dtype=torch.float32).eval()
     text = (OUTPUT / "heldout.txt").read_text()
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0, :EVALUATED]
-    meter = SparsityMeter(model)
-    with torch.no_grad(), meter.record():
-        losses = [model(window, labels=window).loss.item() for window in tokens.view(-1, 1, 512)]
-    return math.exp(sum(losses) / len(losses)), meter.read()["mean"]
+    found = evaluate(model, tokens.view(-1, 512))
+    return found["perplexity"], found["sparsity"]["mean"]
 
 
 def seconds(start: float) -> str:
