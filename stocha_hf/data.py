@@ -11,6 +11,7 @@ with it.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,10 @@ def load_data(
 
 
 def _open(name: str, config: str | None, split: str, streaming: bool) -> Any:
+    if find_spec("datasets") is None:
+        raise StochaError(
+            f"reading {name} needs the package datasets, which is not installed: run pip install 'stocha_hf[train]'"
+        )
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 

@@ -62,3 +62,10 @@ def test_what_is_no_training_data_is_refused_in_one_sentence(tmp_path):
         with pytest.raises(StochaError, match=words) as refusal:
             load_data(str(tmp_path / name))
         assert "\n" not in str(refusal.value) and name in str(refusal.value)
+
+
+def test_without_the_package_datasets_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("stocha_hf.data.find_spec", lambda name: None)
+    (tmp_path / "data.txt").write_text("text")
+    with pytest.raises(StochaError, match=r"pip install 'stocha_hf\[train\]'"):
+        load_data(str(tmp_path / "data.txt"))
