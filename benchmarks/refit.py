@@ -7,9 +7,10 @@ For each share of zeros in the FFN's hidden vectors:
 - magnitude, as TEAL (Liu et al., arXiv 2408.14690) cuts activations: zeroed where the hidden vector itself is small.
 
 The thresholds of the last two are one a layer, quantiles on calibration windows of DATA. All are measured on the same
-windows of each evaluation text.
+windows of each evaluation text, on the GPU where there is one, in bfloat16 autocast.
 
     python benchmarks/refit.py MODEL --data train.parquet --eval val.parquet other.parquet --json out.jsonl
+    python benchmarks/refit.py --json out.jsonl --plot out.png          # draws what the file holds, measures nothing
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from stocha_hf.data import calibration_windows, text_windows
 from stocha_hf.evaluate import evaluate
 from stocha_hf.loading import load_model
 from stocha_hf.modeling_stocha import stocha_mlps
+from stocha_hf.plots import plot_lines
 
 LENGTH = 1024
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLE = 400_000  # magnitudes of a layer that its threshold is chosen on
 
 
@@ -59,7 +62,7 @@ def thresholded(model: Any, method: str, share: float, calibration: torch.Tensor
         hooks.append(mlp.down_proj.register_forward_pre_hook(lambda m, a, i=i: cut(i, a[0])))
     try:
         with torch.no_grad():
-            model(calibration)  # chooses each layer's threshold under those of the layers before
+            model(calibration.to(model.device))  # chooses each layer's threshold under those of the layers before
         yield
     finally:
         for hook in hooks:
@@ -67,25 +70,33 @@ def thresholded(model: Any, method: str, share: float, calibration: torch.Tensor
 
 
 def figures(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, Any]:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16):
         return {name: evaluate(model, windows) for name, windows in texts.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the original model, native or converted")
-    parser.add_argument("--data", required=True, help="calibration text")
-    parser.add_argument("--eval", nargs="+", required=True, help="texts to measure on")
+    parser.add_argument("model", nargs="?", help="folder of the original model, native or converted")
+    parser.add_argument("--data", help="calibration text")
+    parser.add_argument("--eval", nargs="+", default=[], help="texts to measure on")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.0, 0.7, 0.8, 0.85, 0.9, 0.95])
     parser.add_argument("--methods", nargs="+", default=["refit", "CATS", "magnitude"])
     parser.add_argument("--tokens", type=int, help="calibration tokens of the refit")
     parser.add_argument("--windows", type=int, help=f"windows of {LENGTH} tokens of each text (default: all)")
     parser.add_argument("--json", type=Path, required=True, help="lines are added to this file")
+    parser.add_argument("--plot", type=Path, help="draw the file's records here")
     args = parser.parse_args()
+    if args.model:
+        measure(args)
+    if args.plot:
+        draw(args.json, args.plot)
+
+
+def measure(args: argparse.Namespace) -> None:
     folder = Path(args.model)
     texts = {Path(name).stem: text_windows(name, folder, LENGTH, args.windows) for name in args.eval}
     calibration = calibration_windows(args.data, folder, 4 * LENGTH, LENGTH, seed=0)
-    original = load_model(str(folder), dtype=torch.float32).eval()
+    original = load_model(str(folder), dtype=torch.float32).eval().to(DEVICE)
     add(args.json, {"method": "original", "share": 0.0, **figures(original, texts)})
     for method in args.methods:
         for share in args.shares:
@@ -105,8 +116,9 @@ def refitted(folder: Path, args: argparse.Namespace, share: float, texts: dict[s
         )
         seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # of the process until now
-        found = figures(load_model(output, dtype=torch.float32).eval(), texts)
-    return found | {"tokens": done["stocha"]["history"][0]["tokens"], "seconds": seconds, "peak_mb": peak}
+        found = figures(load_model(output, dtype=torch.float32).eval().to(DEVICE), texts)
+    tokens = done["stocha"]["history"][0]["tokens"]
+    return found | {"tokens": tokens, "seconds": seconds, "peak_mb": peak, "device": DEVICE}
 
 
 def add(path: Path, record: dict[str, Any]) -> None:
@@ -118,6 +130,19 @@ def add(path: Path, record: dict[str, Any]) -> None:
         if isinstance(value, dict)
     )
     print(f"{record['method']:10}{record['share']:6.0%}  {cells}", flush=True)
+
+
+def draw(source: Path, target: Path) -> None:
+    """Perplexity against the zeros found, a picture a text, a line a method (and number of calibration tokens)."""
+    records = [json.loads(line) for line in source.read_text().splitlines()]
+    texts = [name for name, value in records[0].items() if isinstance(value, dict)]
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {text: {} for text in texts}
+    for record in records:
+        name = f"refit, {record['tokens'] // 1024}k tokens" if "tokens" in record else record["method"]
+        for text in texts:
+            point = (100 * record[text]["sparsity"]["mean"], record[text]["perplexity"])
+            lines[text].setdefault(name, []).append(point)
+    plot_lines(target, lines, x="zeros in the FFN's hidden vector, %", y="perplexity", log=True)
 
 
 if __name__ == "__main__":

@@ -160,19 +160,20 @@ def solve_down(ffn: FFN, rows: Rows, held_out: Rows) -> tuple[FFN, float]:
 
     The ridge is the one of RIDGES with the least error on `held_out`. Raises StochaError if none can be solved.
     """
-    products, right, _ = _normal_equations(ffn, rows)
-    held = _normal_equations(ffn, held_out)
+    products, right = _normal_equations(ffn, rows)
     diagonal = products.diagonal().mean()
+    judged = [(_hidden(ffn, block), block) for block in held_out.blocks()]
     best: tuple[float, torch.Tensor] | None = None
     for ridge in RIDGES:
         amount = ridge * diagonal
         left = products.clone()
         left.diagonal().add_(amount)
         factor, failed = torch.linalg.cholesky_ex(left)
+        del left  # as large as the rest of a wide layer
         if failed:
             continue
-        down = torch.cholesky_solve(right + amount * ffn.down.T.double(), factor)
-        error = _error(down, *held)
+        down = torch.cholesky_solve(right + amount * ffn.down.T.double(), factor).float()
+        error = _error(down, judged)
         if math.isfinite(error) and (best is None or error < best[0]):
             best = error, down
     if best is None:
@@ -180,28 +181,33 @@ def solve_down(ffn: FFN, rows: Rows, held_out: Rows) -> tuple[FFN, float]:
             f"the normal equations of {len(rows)} calibration tokens are singular for every ridge up to {RIDGES[-1]}: "
             "expected text with more variety, or more of it"
         )
-    return replace(ffn, down=best[1].T.float().contiguous()), best[0]
+    return replace(ffn, down=best[1].T.contiguous()), best[0]
 
 
-def _normal_equations(ffn: FFN, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """sum of w a a^T [M, M], of w a t^T [M, H], and of w |t|^2: float64, summed over float32 blocks."""
+def _hidden(ffn: FFN, block: Rows) -> torch.Tensor:
+    """float32 [rows, M], computed as the converted model will: in bfloat16."""
+    with torch.autocast(block.inputs.device.type, torch.bfloat16):
+        return ffn.hidden(block.inputs).float()
+
+
+def _normal_equations(ffn: FFN, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum of w a a^T [M, M] and of w a t^T [M, H]: float64, summed over float32 blocks."""
     width, size = ffn.gate.shape
     device = ffn.gate.device
     products = torch.zeros(width, width, dtype=torch.float64, device=device)
     right = torch.zeros(width, size, dtype=torch.float64, device=device)
-    total = 0.0
     for block in rows.blocks():
-        with torch.autocast(device.type, torch.bfloat16):
-            hidden = ffn.hidden(block.inputs)
-        hidden = hidden.float()
+        hidden = _hidden(ffn, block)
         weighted = hidden * block.weights.unsqueeze(1)
         products += weighted.T @ hidden
         right += weighted.T @ block.targets
+    return products, right
+
+
+def _error(down: torch.Tensor, judged: list[tuple[torch.Tensor, Rows]]) -> float:
+    """Weighted squared error of W_down^T = down [M, H] on hidden vectors and their rows, relative to that of 0."""
+    error = total = 0.0
+    for hidden, block in judged:
+        error += ((hidden @ down - block.targets).square().sum(1) * block.weights).sum().item()
         total += (block.targets.square().sum(1) * block.weights).sum().item()
-    return products, right, total
-
-
-def _error(down: torch.Tensor, products: torch.Tensor, right: torch.Tensor, total: float) -> float:
-    """Weighted squared error of W_down^T = down, relative to that of 0, from the normal equations' sums."""
-    squared = (down * (products @ down - 2 * right)).sum().item() + total
-    return squared / total
+    return error / total

@@ -1,0 +1,53 @@
+"""Plots of measurements: lines from points, one picture or several side by side, written to a file.
+
+Matplotlib is an optional dependency (`pip install 'stocha_hf[plot]'`), imported when a plot is asked for.
+
+    plot_lines(Path("out.png"), {"docs": {"refit": [(80, 16.4), (90, 21.0)]}}, x="zeros, %", y="perplexity")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from stocha_hf.errors import StochaError
+
+Lines = Mapping[str, Iterable[tuple[float, float]]]  # label: points
+
+
+def check_plot(path: str | Path) -> None:
+    """Raise StochaError if a plot could not be written there: called before what takes long."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise StochaError("matplotlib is missing: expected it for a plot; pip install 'stocha_hf[plot]'") from None
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".") not in endings:
+        raise StochaError(f"the plot's name is {path}: expected one like plot.png, ending in {', '.join(endings)}")
+    if not Path(path).absolute().parent.is_dir():
+        raise StochaError(f"{Path(path).parent}, the plot's folder, does not exist: expected an existing one")
+
+
+def plot_lines(path: str | Path, pictures: Mapping[str, Lines], *, x: str, y: str, log: bool = False) -> None:
+    """Draw each of `pictures` (title: lines) beside the others and write `path`, whose ending says the format.
+
+    A line of one point is drawn as a level. Raises StochaError as check_plot does.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure  # without pyplot, which would look for a display
+
+    figure = Figure(figsize=(6 * len(pictures), 4), layout="constrained")
+    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, pictures.items(), strict=True):
+        for label, points in lines.items():
+            ordered = sorted(points)
+            if len(ordered) == 1:
+                axis.axhline(ordered[0][1], label=label, color="grey", linestyle="--")
+            else:
+                axis.plot(*zip(*ordered, strict=True), label=label, marker="o")
+        if log:
+            axis.set_yscale("log")
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
