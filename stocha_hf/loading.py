@@ -20,7 +20,7 @@ def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
     """
     import transformers
 
-    config = _load_config(name, revision)
+    config = load_config(name, revision)
     row = ARCHITECTURES.get(config.model_type)
     if row is None:
         raise StochaError(f"{name} has model_type {config.model_type!r}: expected one of {', '.join(ARCHITECTURES)}")
@@ -37,7 +37,8 @@ def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
     return model
 
 
-def _load_config(name: str, revision: str | None) -> Any:
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The config of a Hub id or folder, as its native class."""
     from transformers import AutoConfig
 
     with hub_errors("reading", name):

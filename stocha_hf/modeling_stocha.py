@@ -177,12 +177,22 @@ def topk(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
 @dataclass(frozen=True)
 class Activation:
     """A row of the table: the function, and the name in transformers' ACT2FN of what the native class runs in its
-    place (None: the base activation).
+    place (None: the base activation). `cut` gives the gate value up to which a hidden entry is surely 0 (None: no such
+    value), so that decoding can skip the neuron.
     """
 
     function: Callable[[torch.Tensor, torch.Tensor, StochaMLP], torch.Tensor]
     native: str | None
     deterministic: bool = True
+    cut: Callable[[StochaMLP], float] | None = None
+
+
+def _zero(ffn: StochaMLP) -> float:
+    return 0.0
+
+
+def _threshold_of(ffn: StochaMLP) -> float:
+    return ffn.threshold
 
 
 ACTIVATIONS = {
@@ -190,11 +200,11 @@ ACTIVATIONS = {
     "mean": Activation(mean, native=None),
     "silu": Activation(silu, native="silu"),
     "gelu_pytorch_tanh": Activation(gelu_pytorch_tanh, native="gelu_pytorch_tanh"),
-    "relu": Activation(relu, native="relu"),
-    "relu2": Activation(relu2, native="relu2"),
-    "drelu": Activation(drelu, native="relu"),
-    "fatrelu": Activation(fatrelu, native="relu"),
-    "shifted_relu": Activation(shifted_relu, native="relu"),
+    "relu": Activation(relu, native="relu", cut=_zero),
+    "relu2": Activation(relu2, native="relu2", cut=_zero),
+    "drelu": Activation(drelu, native="relu", cut=_zero),
+    "fatrelu": Activation(fatrelu, native="relu", cut=_threshold_of),
+    "shifted_relu": Activation(shifted_relu, native="relu", cut=_threshold_of),
     "topk": Activation(topk, native="relu"),
 }
 POSITIVE_SIDES = ("silu", "relu", "drawn")
@@ -436,6 +446,61 @@ class TritonStocha(torch.autograd.Function):
             _stocha_kernel[grid](gate.contiguous(), up.contiguous(), keys, *rest[:3], width, *rest[3:], block)
 
 
+# Sparse decode on a CPU: a step of few tokens computes the gate, then reads only the active neurons' weights.
+
+FEW = 8  # tokens of a step that is sparse; the neurons that none of more tokens needs are few
+GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each time, which costs more than they save
+
+
+def decodes(x: torch.Tensor) -> bool:
+    """Whether x [..., size] is a decode step's: a few tokens on a CPU, with nothing recorded for a backward."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and 0 < x.numel() <= FEW * x.shape[-1]
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+    )
+
+
+def is_plain(linear: nn.Module, dtype: torch.dtype, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module is a `kind` and nothing else: no adapter, quantization or hook, for which it must be called."""
+    weight = linear._parameters.get("weight")
+    return (
+        type(linear) is kind
+        and type(weight) is nn.Parameter
+        and weight.dtype == dtype
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+    )
+
+
+def by_neuron(down: nn.Linear) -> torch.Tensor | None:
+    """The weight of down_proj as a contiguous [M, H]: a row a neuron.
+
+    The first call lays the parameter out anew, in place: its shape, its state-dict key and the bytes it takes stay,
+    its strides become (1, H). None while compiling, if that was not done before.
+    """
+    transposed = down.weight.t()
+    if not transposed.is_contiguous():
+        if torch.compiler.is_compiling():
+            return None
+        with torch.inference_mode(False):
+            down.weight.data = transposed.detach().contiguous().t()
+        transposed = down.weight.t()
+    return transposed
+
+
+def _runtime() -> Any:
+    """stocha_hf.sparse.runtime if that package is installed, else None."""
+    try:
+        from stocha_hf.sparse import runtime
+    except ImportError:
+        return None
+    return runtime
+
+
 # The patched feed-forward layer and the models.
 
 
@@ -446,7 +511,10 @@ class StochaMLP(nn.Module):
     and `inference`; the other attributes are those of StochaConfig.
     """
 
-    state = ("activation", "inference", "forced", "base", "p_tensor", "positive", "threshold", "k", "native_class")
+    state = (
+        *("activation", "inference", "forced", "base", "p_tensor", "positive", "threshold", "k"),
+        *("native_class", "kernels"),
+    )
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -461,11 +529,49 @@ class StochaMLP(nn.Module):
     threshold: float
     k: int
     native_class: type[nn.Module]
+    kernels: Any  # stocha_hf.sparse.runtime.KERNELS, or None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of shape [..., hidden_size], any float dtype; returns the same shape and dtype."""
-        name = self.forced or (self.activation if self.training else self.inference)
+        name = self.running
+        if not self.training and decodes(x) and self.skips(x.dtype):
+            return self.decode(x, name)
         return self.down_proj(ACTIVATIONS[name].function(self.gate_proj(x), self.up_proj(x), self))
+
+    def decode(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """forward for a decode step: all of the gate, then only the active neurons' rows of up and columns of down.
+
+        By stocha_hf's kernels where they are; else in PyTorch's operations, which gather faster than they read all
+        rows for one token and if less than a third is active.
+        """
+        linears: list[Any] = [self._modules[key] for key in ("gate_proj", "up_proj", "down_proj")]
+        gate, up, down = linears
+        function, cut = ACTIVATIONS[name].function, ACTIVATIONS[name].cut(self)  # type: ignore[misc]
+        compiling = torch.compiler.is_compiling()
+        if self.kernels is not None and (compiling or self.kernels.available()):
+            if (down_t := by_neuron(down)) is not None:
+                return self.kernels.ffn(x, gate.weight, up.weight, down_t, name, cut)
+        elif x.numel() == x.shape[-1] and not compiling:
+            gates = gate(x)
+            active = (~(gates <= cut)).flatten().nonzero().squeeze(1)  # NaN is active
+            if len(active) <= min(gates.shape[-1] // 3, GATHERED // (x.numel() * x.element_size())):
+                up_rows, down_t = up.weight.index_select(0, active), by_neuron(down)
+                hidden = function(gates.index_select(-1, active), F.linear(x, up_rows), self)
+                return hidden @ down_t.index_select(0, active)  # type: ignore[union-attr]
+            return down(function(gates, up(x), self))
+        return down(function(gate(x), up(x), self))
+
+    @property
+    def running(self) -> str:
+        """The name of the activation that a forward now runs."""
+        return self.forced or (self.activation if self.training else self.inference)
+
+    def skips(self, dtype: torch.dtype) -> bool:
+        """Whether inactive neurons can be skipped: the activation makes zeros, and the matrices are plain."""
+        linears: list[Any] = [self._modules[key] for key in ("gate_proj", "up_proj", "down_proj")]
+        return ACTIVATIONS[self.running].cut is not None and all(
+            is_plain(linear, dtype) and linear._parameters["bias"] is None for linear in linears
+        )
 
     @property
     def p(self) -> Any:
@@ -514,12 +620,13 @@ def _native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Mo
     return mlps
 
 
-def _patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:
+def patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:
     thresholds = config.threshold if isinstance(config.threshold, list) else [config.threshold] * len(mlps)
     _require(len(thresholds) == len(mlps), "threshold", config.threshold, f"one number, or {len(mlps)}: one per layer")
+    kernels = runtime.KERNELS if (runtime := _runtime()) else None
     for mlp, threshold in zip(mlps, thresholds, strict=True):
         state = {key: getattr(config, key, None) for key in StochaMLP.state}
-        mlp.__dict__.update(state | {"native_class": type(mlp), "threshold": threshold})
+        mlp.__dict__.update(state | {"native_class": type(mlp), "threshold": threshold, "kernels": kernels})
         mlp.act_fn = ACT2FN[config.base]
         mlp.__class__ = StochaMLP
         mlp.p = config.p  # type: ignore[assignment]
@@ -587,8 +694,10 @@ def patch(model: nn.Module, config: StochaConfig) -> int:
     hf_config: Any = native.config
     converted = getattr(hf_config, "stocha", None)
     config = config.resolve(converted["base"] if converted else getattr(hf_config, row.act_key))
-    _patch_mlps(_native_mlps(native, row, hf_config), config)
+    patch_mlps(_native_mlps(native, row, hf_config), config)
     native.__class__ = globals()[f"Stocha{type(native).__name__}"]
+    if runtime := _runtime():
+        runtime.install(native)
     hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map
     setattr(hf_config, row.act_key, config.native_act)
     return len(stocha_mlps(native))
@@ -598,8 +707,10 @@ def unpatch(model: nn.Module) -> int:
     """Give a patched model its native classes and its base activation back, in place; returns the number of MLPs."""
     mlps = stocha_mlps(model)
     _require(bool(mlps), "the model", type(model).__name__, "a patched model")
+    for module in model.modules():
+        if native_class := getattr(module, "native_class", None):  # MLPs, and what stocha_hf's kernels replaced
+            module.__class__ = native_class
     for mlp in mlps:
-        mlp.__class__ = mlp.native_class  # type: ignore[assignment]
         for key in StochaMLP.state:
             del mlp.__dict__[key]
     patched = next(module for module in model.modules() if hasattr(type(module), "stocha_mode"))
@@ -624,7 +735,9 @@ class StochaModel:
         _require(entry is not None, "the config's stocha entry", None, "one: run stocha-convert on the model first")
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         row = ARCHITECTURES[config.model_type]
-        _patch_mlps(_native_mlps(self, row, config), StochaConfig.from_dict(entry))  # type: ignore[arg-type]
+        patch_mlps(_native_mlps(self, row, config), StochaConfig.from_dict(entry))  # type: ignore[arg-type]
+        if runtime := _runtime():
+            runtime.install(self)
 
     def stocha_mode(self, name: str, p: float | None = None) -> Any:
         """`with model.stocha_mode("relu"): ...`; see the function of the same name."""

@@ -18,7 +18,11 @@ from typing import Any
 import pytest
 
 _HOME = tempfile.TemporaryDirectory(prefix="stocha-tests-")  # nothing of the user's is used, nothing is left
-os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}  # read when the libraries below are imported
+os.environ |= {
+    "HF_HOME": _HOME.name,
+    "XDG_CACHE_HOME": _HOME.name,
+    "HF_HUB_OFFLINE": "1",
+}  # read when the libraries below are imported
 
 import torch
 import transformers
@@ -105,6 +109,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile with nothing compiled: it counts recompilations of a function over all tests of a process."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -264,6 +264,7 @@ def test_set_activation_reaches_into_wrappers_that_train():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_another_p_does_not_recompile_and_reaches_the_compiled_model():
     model, graphs = patched().train(), CompileCounter()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)

@@ -48,5 +48,5 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def show(figures: dict[str, Any], text: str, as_json: bool) -> None:
+def show(figures: Any, text: str, as_json: bool) -> None:
     print(json.dumps(figures) if as_json else text)

@@ -1,0 +1,249 @@
+"""What a model does in a decode step on a CPU: sparse and fused where that is allowed, and always the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONFIGS, run_python, tiny_model
+
+from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps, unpatch
+from stocha_hf.sparse import ops
+from stocha_hf.sparsity import SparsityMeter
+
+FUSED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def relu_model(model_type: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    model = tiny_model(model_type, **overrides).to(dtype)
+    patch(model, StochaConfig(activation="relu"))
+    return model.eval()
+
+
+def decoded(model: Any, tokens: torch.Tensor, prompt: int = 4, **kwargs: Any) -> torch.Tensor:
+    """Logits of the tokens after the prompt, fed one at a time."""
+    cache = model(tokens[:, :prompt], use_cache=True, **kwargs).past_key_values
+    steps = [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, tokens.shape[1])]
+    return torch.cat(steps, 1)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """How often each kernel was called."""
+    counts = dict.fromkeys(("_ffn", "_linear", "qkv", "layer"), 0)
+
+    def counting(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            counts[name] += 1
+            return kernel(*args)
+
+        return counted
+
+    for name in counts:
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    yield counts
+
+
+TOKENS = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40], [11, 7, 62, 30, 4, 19, 23, 50]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("model_type", list(CONFIGS))
+@torch.no_grad()
+def test_decoding_gives_the_dense_logits(
+    model_type: str, batch: int, dtype: torch.dtype, calls: dict[str, int]
+) -> None:
+    model = relu_model(model_type, dtype)
+    tokens = TOKENS[:batch].repeat(1, 2)
+    with torch.enable_grad():  # the dense path
+        expected = model(tokens).logits[:, 4:].detach()
+    assert set(calls.values()) == {0}
+    found = decoded(model, tokens)
+    layers, steps = len(model.model.layers), tokens.shape[1] - 4
+    if model_type in FUSED:
+        assert calls["layer"] == calls["qkv"] == layers * steps
+    assert calls["_ffn"] + calls["layer"] >= layers * steps
+    close = {torch.float32: 2e-5, torch.bfloat16: 0.05}[dtype]
+    assert (found - expected).norm() <= close * expected.norm()
+
+
+@torch.no_grad()
+def test_a_model_in_float64_decodes_densely(calls: dict[str, int]) -> None:
+    model = relu_model(dtype=torch.float64)
+    assert decoded(model, TOKENS).dtype == torch.float64 and set(calls.values()) == {0}
+
+
+@torch.no_grad()
+def test_biases_of_the_projections_are_added() -> None:
+    model = relu_model(attention_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    with torch.enable_grad():
+        expected = model(TOKENS).logits[:, 4:].detach()
+    torch.testing.assert_close(decoded(model, TOKENS), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_is_masked(calls: dict[str, int]) -> None:
+    model = relu_model()
+    alone = model.generate(TOKENS[1:, 3:], max_new_tokens=6, do_sample=False)
+    assert calls["layer"] > 0
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), TOKENS[1:, 3:]], 1)
+    batch, mask = torch.cat([TOKENS[:1], padded]), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, :3] = 0
+    before = calls["layer"]
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert calls["layer"] == before, "the fused layer knows no mask"
+    length = alone.shape[1] - 5
+    assert torch.equal(together[1, 8 : 8 + length], alone[0, 5:])
+
+
+@torch.no_grad()
+def test_a_static_cache_decodes_the_same() -> None:
+    model = relu_model()
+    dynamic = model.generate(TOKENS[:1], max_new_tokens=8, do_sample=False)
+    model.generation_config.disable_compile = True
+    assert torch.equal(
+        model.generate(TOKENS[:1], max_new_tokens=8, do_sample=False, cache_implementation="static"), dynamic
+    )
+
+
+def test_gradients_adapters_and_hooks_are_honoured(calls: dict[str, int]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = relu_model()
+    x = torch.randn(1, 1, 32, requires_grad=True)
+    mlp = stocha_mlps(model)[0]
+    mlp(x).sum().backward()  # type: ignore[operator]
+    assert x.grad is not None and calls["_ffn"] == 0
+    with torch.no_grad():
+        plain = decoded(model, TOKENS)
+        meter = SparsityMeter(model)
+        with meter.record():
+            assert torch.allclose(decoded(model, TOKENS), plain, atol=1e-4)
+        meter.close()
+        assert 0.2 < meter.read()["mean"] < 0.8
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "gate_proj", "down_proj"])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    with torch.no_grad():
+        different = decoded(adapted, TOKENS)
+        assert not torch.allclose(different, plain, atol=1e-2)
+        merged = decoded(adapted.merge_and_unload(), TOKENS)
+    torch.testing.assert_close(different, merged, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_forced_mode_decodes_by_its_own_rule() -> None:
+    model = relu_model()
+    for name in ("silu", "mean", "drelu", "relu2", "topk"):
+        for mlp in stocha_mlps(model):
+            mlp.k = 5
+        with model.stocha_mode(name):
+            with torch.enable_grad():
+                expected = model(TOKENS).logits[:, 4:].detach()
+            torch.testing.assert_close(decoded(model, TOKENS), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_down_proj_is_laid_out_anew_without_a_copy_and_saved_as_before(tmp_path: Path) -> None:
+    model = relu_model()
+    model.save_pretrained(tmp_path / "before")
+    down = stocha_mlps(model)[0].down_proj
+    values = down.weight.detach().clone()
+    with torch.inference_mode():
+        decoded(model, TOKENS)
+    assert down.weight.shape == values.shape and down.weight.stride() == (1, len(values))
+    assert torch.equal(down.weight, values)
+    assert down.weight.untyped_storage().nbytes() == values.untyped_storage().nbytes()
+    model.save_pretrained(tmp_path / "after")
+    name = "model.safetensors"
+    assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    model.train()
+    model(TOKENS, labels=TOKENS).loss.backward()  # no inference tensor was left behind
+    assert down.weight.grad is not None
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_a_compiled_step_keeps_the_kernels(calls: dict[str, int]) -> None:
+    model = relu_model()
+    expected = decoded(model, TOKENS)  # also lays down_proj out
+    calls.update(dict.fromkeys(calls, 0))
+    mlp = stocha_mlps(model)[0]
+    x = torch.randn(1, 1, 32)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(mlp, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), mlp(x))  # type: ignore[operator]
+    assert any("stocha.ffn" in str(node.target) for node in graphs[0].graph.nodes)
+    model.forward = torch.compile(model.forward, backend="eager")
+    torch.testing.assert_close(decoded(model, TOKENS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+@torch.no_grad()
+def test_without_kernels_the_same_is_computed_in_pytorch(share: float) -> None:
+    model = relu_model()
+    mlp: Any = stocha_mlps(model)[0]
+    mlp.kernels = None
+    layout = mlp.down_proj.weight.stride()
+    for x in (torch.randn(1, 1, 32), torch.randn(1, 3, 32)):
+        gates = mlp.gate_proj(x)
+        mlp.inference = "fatrelu"
+        mlp.threshold = gates.flatten().kthvalue(max(int(share * gates.numel()), 1)).values.item()
+        expected = F.linear(F.threshold(gates, mlp.threshold, 0.0) * mlp.up_proj(x), mlp.down_proj.weight)
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
+    if share < 0.6:
+        assert mlp.down_proj.weight.stride() == layout, "dense decoding keeps the dense layout"
+
+
+def test_unpatching_copying_and_pickling(calls: dict[str, int]) -> None:
+    model = relu_model()
+    with torch.no_grad():
+        expected = decoded(model, TOKENS)
+        assert torch.equal(decoded(copy.deepcopy(model), TOKENS), expected)
+        layers = io.BytesIO()
+        torch.save(model.model.layers, layers)
+        layers.seek(0)
+        model.model.layers = torch.load(layers, weights_only=False)
+        assert torch.equal(decoded(model, TOKENS), expected)
+    unpatch(model)
+    assert not any(type(module).__module__.startswith("stocha_hf") for module in model.modules())
+    calls.update(dict.fromkeys(calls, 0))
+    with torch.no_grad():
+        decoded(model, TOKENS)
+    assert set(calls.values()) == {0}
+
+
+LOAD = """
+import sys, torch
+sys.modules["stocha_hf"] = None if sys.argv[2] == "alone" else __import__("stocha_hf")
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+out = model.generate(torch.tensor([[5, 9, 13]]), max_new_tokens=12, do_sample=False)
+print(out.tolist(), model.model.layers[0].mlp.kernels is not None, model.model.layers[0].mlp.down_proj.weight.stride())
+"""
+
+
+def test_a_published_folder_decodes_the_same_with_and_without_the_package(tmp_path: Path) -> None:
+    model = relu_model()
+    model.save_pretrained(tmp_path / "relu")
+    native = type(tiny_model()).from_pretrained(tmp_path / "relu")
+    expected = native.generate(torch.tensor([[5, 9, 13]]), max_new_tokens=12, do_sample=False).tolist()
+    alone = run_python(LOAD, tmp_path / "relu", "alone")
+    together = run_python(LOAD, tmp_path / "relu", "together")
+    assert alone.stdout.split("]]")[0] == together.stdout.split("]]")[0] == str(expected)[:-2], alone.stderr
+    assert "False" in alone.stdout and "True (1, 32)" in together.stdout, together.stderr

@@ -1,0 +1,168 @@
+"""The decode kernels against PyTorch in float64, over types, shapes and activations, and how they are built."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_python
+
+from stocha_hf.modeling_stocha import ACTIVATIONS
+from stocha_hf.sparse import build, ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(64, 96), (33, 77), (16, 8), (100, 300), (1, 1)]  # (H, M), also no multiples of the vector width
+
+
+def dense(x: Any, gate: Any, up: Any, down_t: Any, activation: str, threshold: float) -> torch.Tensor:
+    ffn: Any = SimpleNamespace(threshold=threshold)
+    return ACTIVATIONS[activation].function(F.linear(x, gate), F.linear(x, up), ffn) @ down_t
+
+
+def matrices(size: int, width: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(size + width + tokens)
+    weights = [torch.randn(width, size) * size**-0.5 for _ in range(3)]
+    return [tensor.to(dtype) for tensor in (torch.randn(tokens, size), *weights)]
+
+
+def bound(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """What PyTorch's own result leaves as an error, and a quarter of the type's precision, as sums differ in order."""
+    return 1.5 * error(found, exact) + torch.finfo(found.dtype).eps / 4 + 1e-6
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-9)).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
+def test_the_ffn_is_as_exact_as_pytorch(activation: str, dtype: torch.dtype) -> None:
+    assert set(ops.ACTIVATIONS) == {name for name, row in ACTIVATIONS.items() if row.cut}
+    threshold = 0.3 if ACTIVATIONS[activation].cut(SimpleNamespace(threshold=0.3)) else 0.0  # type: ignore
+    for (size, width), tokens in itertools.product(SHAPES, [1, 2, 3, 5, 8]):
+        given = matrices(size, width, tokens, dtype)
+        exact = dense(*(tensor.double() for tensor in given), activation, threshold)
+        found = ops.ffn(*given, activation, threshold)
+        assert found.dtype == dtype and found.shape == given[0].shape
+        assert error(found, exact) <= bound(dense(*given, activation, threshold), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_is_as_exact_as_pytorch(dtype: torch.dtype) -> None:
+    for (size, width), tokens in itertools.product(SHAPES, [1, 2, 3, 5, 8]):
+        x, weight, _, _ = matrices(size, width, tokens, dtype)
+        for bias in (None, torch.randn(width).to(dtype)):
+            exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            found = ops.linear(x.view(tokens, 1, size), weight, bias).view(tokens, width)
+            assert error(found, exact) <= bound(F.linear(x, weight, bias), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_active_neuron_gives_zeros_and_all_active_ones_the_product(dtype: torch.dtype) -> None:
+    given = matrices(64, 96, 3, dtype)
+    assert torch.equal(ops.ffn(*given, "fatrelu", 1e9), torch.zeros(3, 64, dtype=dtype))
+    all_active = [given[0].abs(), given[1].abs(), *given[2:]]
+    torch.testing.assert_close(
+        ops.ffn(*all_active, "relu", 0.0), dense(*all_active, "relu", 0.0), rtol=0.05, atol=0.02
+    )
+    zero_token = given[0].clone()
+    zero_token[1] = 0
+    assert torch.equal(ops.ffn(zero_token, *given[1:], "relu", 0.0)[1], torch.zeros(64, dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_come_out_as_they_do_of_pytorch(value: float) -> None:
+    for activation, dtype in itertools.product(ops.ACTIVATIONS, DTYPES):
+        given = matrices(33, 77, 2, dtype)
+        given[0][0, 5] = value
+        found, expected = ops.ffn(*given, activation, 0.0), dense(*given, activation, 0.0)
+        assert torch.equal(found.isfinite(), expected.isfinite())
+        assert torch.equal(found.isnan(), expected.isnan())
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    given = matrices(100, 300, 3, torch.bfloat16)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        found.append(ops.ffn(*given, "relu", 0.0))
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_operators_have_fake_implementations_and_compile() -> None:
+    x, gate, up, down_t = matrices(64, 96, 2)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.stocha.ffn.default, (x, gate, up, down_t, "relu", 0.0), test_utils=checks)
+    torch.library.opcheck(torch.ops.stocha.linear.default, (x, gate, None), test_utils=checks)
+    compiled = torch.compile(
+        lambda v: ops.linear(ops.ffn(v, gate, up, down_t, "relu", 0.0), gate, None), fullgraph=True
+    )
+    expected = ops.linear(ops.ffn(x, gate, up, down_t, "relu", 0.0), gate, None)
+    assert torch.equal(compiled(x), expected)
+
+
+def test_without_special_instructions_the_kernels_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = tuple(flag for flag in build.FLAGS if not flag.startswith("-march"))
+    portable = build.with_types(ctypes.CDLL(str(build.compiled(flags))))
+    for dtype in DTYPES:
+        given = matrices(100, 300, 2, dtype)
+        native = ops.ffn(*given, "fatrelu", 0.2)
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "kernels", lambda: portable)
+            torch.testing.assert_close(ops.ffn(*given, "fatrelu", 0.2), native, rtol=0.02, atol=0.01)
+
+
+USE = """
+import warnings, sys, torch
+from stocha_hf.sparse import build, ops
+torch.manual_seed(0)
+given = [torch.randn(3, 64), *(torch.randn(96, 64) for _ in range(3))]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        found = ops.ffn(*given, "relu", 0.0)
+expected = (torch.relu(given[0] @ given[1].T) * (given[0] @ given[2].T)) @ given[3]
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+print(ops.available(), *[w.message for w in caught if "stocha_hf" in str(w.message)])
+"""
+
+
+def test_two_processes_build_at_once_into_an_empty_cache(tmp_path: Path) -> None:
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", USE]
+    started = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=300)[0].strip() for process in started] == ["True", "True"]
+    assert [path.suffix for path in (tmp_path / "stocha_hf").iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent", "false"])
+def test_without_a_working_compiler_one_warning_names_the_cause(tmp_path: Path, compiler: str) -> None:
+    path = str(tmp_path) if compiler == "/nonexistent" else os.environ["PATH"]
+    done = run_python(USE, env={"XDG_CACHE_HOME": str(tmp_path), "CXX": compiler, "PATH": path})
+    assert done.stdout.startswith("False stocha_hf's sparse kernels cannot be built"), done.stderr
+    assert done.stdout.count("cannot be built") == 1
+    assert ("no C++ compiler" if compiler == "/nonexistent" else "false") in done.stdout
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stocha_hf").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build._kernels.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert build.kernels() is None
+    assert str(tmp_path) in str(caught[0].message)
+    build._kernels.cache_clear()
