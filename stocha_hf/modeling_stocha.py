@@ -455,7 +455,8 @@ GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each t
 def decodes(x: torch.Tensor) -> bool:
     """Whether x [..., size] is a decode step's: a few tokens on a CPU, with nothing recorded for a backward."""
     return (
-        x.device.type == "cpu"
+        type(x) is torch.Tensor  # neither fake nor distributed
+        and x.is_cpu
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and 0 < x.numel() <= FEW * x.shape[-1]
         and not torch.is_grad_enabled()
@@ -465,14 +466,18 @@ def decodes(x: torch.Tensor) -> bool:
 
 
 def is_plain(linear: nn.Module, dtype: torch.dtype, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a module is a `kind` and nothing else: no adapter, quantization or hook, for which it must be called."""
+    """Whether a module is a `kind` in memory and nothing else: no adapter, quantization, offloading or hook, for which
+    it must be called.
+    """
     weight = linear._parameters.get("weight")
     return (
         type(linear) is kind
         and type(weight) is nn.Parameter
+        and weight.is_cpu
         and weight.dtype == dtype
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
+        and "forward" not in linear.__dict__
     )
 
 
@@ -487,7 +492,9 @@ def by_neuron(down: nn.Linear) -> torch.Tensor | None:
         if torch.compiler.is_compiling():
             return None
         with torch.inference_mode(False):
-            down.weight.data = transposed.detach().contiguous().t()
+            old, down.weight.data = down.weight.data, transposed.detach().contiguous().t()
+        if runtime := _runtime():
+            runtime.release(old)
         transposed = down.weight.t()
     return transposed
 

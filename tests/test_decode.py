@@ -143,6 +143,17 @@ def test_gradients_adapters_and_hooks_are_honoured(calls: dict[str, int]) -> Non
 
 
 @torch.no_grad()
+def test_weights_that_were_offloaded_are_fetched() -> None:
+    from accelerate import cpu_offload
+
+    model = relu_model()
+    expected = decoded(model, TOKENS)
+    offloaded = cpu_offload(relu_model(), execution_device=torch.device("cpu"))
+    assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta
+    torch.testing.assert_close(decoded(offloaded, TOKENS), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_forced_mode_decodes_by_its_own_rule() -> None:
     model = relu_model()
     for name in ("silu", "mean", "drelu", "relu2", "topk"):

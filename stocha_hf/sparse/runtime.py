@@ -27,7 +27,10 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from stocha_hf.modeling_stocha import ACTIVATIONS, by_neuron, decodes, is_plain
 from stocha_hf.sparse import ops
+from stocha_hf.sparse.memory import release
 from stocha_hf.sparse.ops import available
+
+__all__ = ["KERNELS", "install", "release"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -70,6 +73,7 @@ def _is_taken(weight: torch.Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the kernel takes this weight with an x of this dtype."""
     return (
         type(weight) is nn.Parameter
+        and weight.is_cpu
         and weight.dtype == dtype
         and weight.is_contiguous()
         and (torch.compiler.is_compiling() or available())
