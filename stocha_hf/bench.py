@@ -23,9 +23,11 @@ from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, patch, patch_mlps, stocha_mlps
 from stocha_hf.sparse import ops
 from stocha_hf.sparse.build import kernels
+from stocha_hf.sparse.coarse import CoarseGate, candidates, predict_gates
 
 BYTES = 2**28  # of FFN weights cycled through
 COPIES = 256  # of the FFN at most
+RECALL = 0.999  # of neurons at the threshold, of the faster prediction by a coarse gate
 READ = 2**28  # bytes read for the bandwidth
 ROUNDS = 15
 SHAPES = {  # Llama shapes for random weights: hidden_size, intermediate_size, layers, heads, key heads
@@ -77,7 +79,8 @@ def ffn_records(
     """A record for each number of tokens and share of zeros of a gated FFN of random weights, shape (H, M).
 
     `dense_ms` is PyTorch, `own_dense_ms` the sparse kernel without skipping, `torch_sparse_ms` the fallback in
-    PyTorch's operations; `achieved_gbps` counts the bytes that the sparse kernel must read, `read_gbps` is what the
+    PyTorch's operations, `exact_ms` and `recalled_ms` skip gate rows as well (stocha_hf/sparse/coarse.py);
+    `achieved_gbps` counts the bytes that the sparse kernel must read, `read_gbps` is what the
     memory gave in the same rounds.
     """
     size, width = shape
@@ -99,6 +102,30 @@ def threshold_for(gates: torch.Tensor, share: float) -> float:
     return gates.flatten().float().kthvalue(count).values.item() if count else DENSE
 
 
+def _predicted(
+    name: str,
+    coarse: list[CoarseGate],
+    x: torch.Tensor,
+    gates: list[torch.Tensor],
+    cuts: list[float],
+    seconds: dict[str, list[float]],
+) -> dict[str, float]:
+    """What the FFN gains by a coarse gate: time, share of gate rows still read, bytes, and active neurons found."""
+    chosen = [candidates(gate, x, cut) for gate, cut in zip(coarse, cuts, strict=True)]
+    active = [gate > cut for gate, cut in zip(gates, cuts, strict=True)]
+    found = sum((c.any(0) & a).sum().item() for c, a in zip(chosen, active, strict=True))
+    exact_rows = statistics.mean(c.any(0).float().mean().item() for c in chosen)
+    needed = statistics.mean(a.any(0).float().mean().item() for a in active)
+    element = x.element_size()
+    return {
+        f"{name}_ms": 1e3 * statistics.median(seconds[name]) / len(coarse),
+        f"speedup_of_{name}": ratio(seconds, "dense", name),
+        f"{name}_gate_rows": exact_rows,
+        f"{name}_bytes_of_dense": (1 / element + exact_rows + 2 * needed) / 3,
+        f"{name}_recall": found / max(sum(a.sum().item() for a in active), 1),
+    }
+
+
 @torch.no_grad()
 def _ffn_record(
     shape: tuple[int, int],
@@ -118,7 +145,15 @@ def _ffn_record(
 
         return run
 
+    def predicting(coarse: list[CoarseGate]) -> Callable[[], object]:
+        def run() -> None:
+            for (gate, up, down_t), cut, copy in zip(weights, cuts, coarse, strict=True):
+                ops.ffn(x, gate, up, down_t, "fatrelu", cut, copy)
+
+        return run
+
     without_kernels = [_mlp(w[0], w[1], d, cut) for w, d, cut in zip(weights, down, cuts, strict=True)]
+    exact, recalled = ([CoarseGate.of(gate, recall) for gate, _, _ in weights] for recall in (None, RECALL))
     seconds = in_turn(
         {
             "read": read,
@@ -126,6 +161,8 @@ def _ffn_record(
                 lambda g, u, t, d, cut: F.linear(F.threshold(F.linear(x, g), cut, 0.0) * F.linear(x, u), d)
             ),
             "sparse": over_copies(lambda g, u, t, d, cut: ops.ffn(x, g, u, t, "fatrelu", cut)),
+            "exact": predicting(exact),
+            "recalled": predicting(recalled),
             "own dense": over_copies(lambda g, u, t, d, cut: ops.ffn(x, g, u, t, "fatrelu", DENSE)),
             "torch sparse": lambda: [mlp(x) for mlp in without_kernels],
         },
@@ -146,6 +183,8 @@ def _ffn_record(
         "speedup": ratio(seconds, "dense", "sparse"),
         "own_dense_ms": milliseconds["own dense"],
         "speedup_over_own_dense": ratio(seconds, "own dense", "sparse"),
+        **_predicted("exact", exact, x, gates, cuts, seconds),
+        **_predicted("recalled", recalled, x, gates, cuts, seconds),
         "torch_sparse_ms": milliseconds["torch sparse"],
         "speedup_of_torch_sparse": ratio(seconds, "dense", "torch sparse"),
         "achieved_gbps": read_bytes / statistics.median(seconds["sparse"]) / 1e9,
@@ -277,16 +316,27 @@ def decode_record(
     }
 
 
-def random_decode_record(shape: str, dtype: torch.dtype, share: float, prompt: int, new: int) -> dict[str, Any]:
+def random_decode_record(
+    shape: str, dtype: torch.dtype, share: float, prompt: int, new: int, recall: float | None = None
+) -> dict[str, Any]:
     """decode_record of a random Llama under ReLU, the sparse one's FATReLU thresholds forced to a share of zeros."""
     tokens = torch.randint(VOCABULARY, (1, prompt))
     dense, sparse = (random_llama(shape, dtype) for _ in range(2))
     patch(sparse, StochaConfig(activation="relu"))
     force_sparsity(sparse, share, tokens)
+    predict(sparse, recall)
     return decode_record(f"random Llama {shape}", dense, sparse, tokens, new) | {"forced_sparsity": share}
 
 
-def checkpoint_record(folder: str, dtype: torch.dtype, prompt: int, new: int) -> dict[str, Any]:
+def predict(model: Any, recall: float | None) -> None:
+    """Give the model coarse gates of this recall, 1 for exact ones; None for none."""
+    if recall is not None:
+        predict_gates(model, None if recall == 1 else recall)
+
+
+def checkpoint_record(
+    folder: str, dtype: torch.dtype, prompt: int, new: int, recall: float | None = None
+) -> dict[str, Any]:
     """decode_record of a converted checkpoint and its native class. Raises StochaError for another one."""
     from stocha_hf.loading import load_config, load_model
 
@@ -297,6 +347,7 @@ def checkpoint_record(folder: str, dtype: torch.dtype, prompt: int, new: int) ->
             "converted with --activation relu, fatrelu, relu2, drelu or shifted_relu"
         )
     sparse = load_model(folder, dtype=dtype).eval()
+    predict(sparse, recall)
     native: Any = next(base for base in type(sparse).__mro__ if f"Stocha{base.__name__}" == type(sparse).__name__)
     dense = native.from_pretrained(folder, dtype=dtype).eval()
     tokens = torch.randint(sparse.config.vocab_size, (1, prompt))

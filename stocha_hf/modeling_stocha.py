@@ -520,7 +520,7 @@ class StochaMLP(nn.Module):
 
     state = (
         *("activation", "inference", "forced", "base", "p_tensor", "positive", "threshold", "k"),
-        *("native_class", "kernels"),
+        *("native_class", "kernels", "coarse"),
     )
 
     gate_proj: nn.Module
@@ -537,6 +537,7 @@ class StochaMLP(nn.Module):
     k: int
     native_class: type[nn.Module]
     kernels: Any  # stocha_hf.sparse.runtime.KERNELS, or None
+    coarse: Any  # stocha_hf.sparse.coarse.CoarseGate, or None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of shape [..., hidden_size], any float dtype; returns the same shape and dtype."""
@@ -557,7 +558,7 @@ class StochaMLP(nn.Module):
         compiling = torch.compiler.is_compiling()
         if self.kernels is not None and (compiling or self.kernels.available()):
             if (down_t := by_neuron(down)) is not None:
-                return self.kernels.ffn(x, gate.weight, up.weight, down_t, name, cut)
+                return self.kernels.ffn(x, gate.weight, up.weight, down_t, name, cut, self.coarse)
         elif x.numel() == x.shape[-1] and not compiling:
             gates = gate(x)
             active = (~(gates <= cut)).flatten().nonzero().squeeze(1)  # NaN is active

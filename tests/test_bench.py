@@ -38,7 +38,9 @@ def test_a_converted_checkpoint_is_measured_against_its_native_class(tmp_path: P
     model = tiny_model()
     patch(model, StochaConfig(activation="relu"))
     model.save_pretrained(tmp_path / "relu")
-    done = run_command("stocha-bench", tmp_path / "relu", "--prompt", 4, "--new", 3, "--dtype", "float32", "--json")
+    done = run_command(
+        "stocha-bench", tmp_path / "relu", "--prompt", 4, "--new", 3, "--dtype", "float32", "--recall", 0.99, "--json"
+    )
     record = json.loads(done.stdout)[0]
     assert record.keys() >= KEYS - {"shape"} and 0.2 < record["sparsity"] < 0.8
 
@@ -57,6 +59,7 @@ def test_a_plot_is_written(tmp_path: Path) -> None:
         (["--shape", "2048"], ["2048", "hidden_size"]),
         (["--shape", "8,16", "--sparsity", "1.5"], ["1.5", "below 1"]),
         (["--shape", "8,16", "--tokens", "9"], ["9", "1 to 8"]),
+        (["--random", "1b", "--recall", "0.2"], ["0.2", "above 0.5"]),
         (["--shape", "8,16", "--dtype", "int8"], ["int8", "bfloat16"]),
         (["--random", "7b"], ["7b", "1b or 3b"]),
         (["--shape", "8,16", "--sparsity", "0", "--plot", "x.nonsense"], ["x.nonsense", "plot.png"]),

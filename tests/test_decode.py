@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, run_python, tiny_model
 
+from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps, unpatch
 from stocha_hf.sparse import ops
+from stocha_hf.sparse.coarse import predict_gates
 from stocha_hf.sparsity import SparsityMeter
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3")
@@ -140,6 +142,21 @@ def test_gradients_adapters_and_hooks_are_honoured(calls: dict[str, int]) -> Non
         assert not torch.allclose(different, plain, atol=1e-2)
         merged = decoded(adapted.merge_and_unload(), TOKENS)
     torch.testing.assert_close(different, merged, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_predicted_gates_decode_the_same_until_the_weights_change(calls: dict[str, int]) -> None:
+    model = relu_model()
+    expected = decoded(model, TOKENS)
+    assert predict_gates(model) == 2
+    assert torch.equal(decoded(model, TOKENS), expected)
+    assert not any("coarse" in key for key in model.state_dict())
+    model.model.layers[0].mlp.gate_proj.weight.mul_(-1)
+    with torch.enable_grad():
+        changed = model(TOKENS).logits[:, 4:].detach()
+    torch.testing.assert_close(decoded(model, TOKENS), changed, rtol=1e-4, atol=1e-4)
+    with pytest.raises(StochaError, match="patched"):
+        predict_gates(tiny_model())
 
 
 @torch.no_grad()

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from conftest import run_python
 
+from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ACTIVATIONS
 from stocha_hf.sparse import build, ops
+from stocha_hf.sparse.coarse import CoarseGate, candidates
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 96), (33, 77), (16, 8), (100, 300), (1, 1)]  # (H, M), also no multiples of the vector width
@@ -127,7 +129,9 @@ def test_without_special_instructions_the_kernels_compute_the_same(monkeypatch: 
 
 USE = """
 import warnings, sys, torch
+from stocha_hf.errors import StochaError
 from stocha_hf.sparse import build, ops
+from stocha_hf.sparse.coarse import CoarseGate, candidates
 torch.manual_seed(0)
 given = [torch.randn(3, 64), *(torch.randn(96, 64) for _ in range(3))]
 with warnings.catch_warnings(record=True) as caught:
@@ -166,3 +170,42 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypa
         assert build.kernels() is None
     assert str(tmp_path) in str(caught[0].message)
     build._kernels.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
+def test_a_coarse_gate_changes_no_result(activation: str, dtype: torch.dtype) -> None:
+    for (size, width), tokens in itertools.product(SHAPES, [1, 2, 3, 5, 8]):
+        given = matrices(size, width, tokens, dtype)
+        coarse = CoarseGate.of(given[1])
+        for threshold in (0.0, 0.5, 1.7) if activation in ("fatrelu", "shifted_relu") else (0.0,):
+            expected = ops.ffn(*given, activation, threshold)
+            assert torch.equal(ops.ffn(*given, activation, threshold, coarse), expected)
+    given[0][0, 0] = float("nan")
+    assert torch.equal(ops.ffn(*given, activation, 0.0, coarse).isnan(), ops.ffn(*given, activation, 0.0).isnan())
+
+
+def test_a_coarse_gate_leaves_few_candidates_and_finds_what_it_promises() -> None:
+    x, gate, up, down_t = matrices(512, 4000, 4)
+    threshold = 1.3  # of products with standard deviation 1: 10% are active
+    active = F.linear(x, gate) > threshold
+    exact = candidates(CoarseGate.of(gate), x, threshold)
+    assert bool((exact >= active).all()) and exact.float().mean() < 0.5
+    coarse = CoarseGate.of(gate, recall=0.9)
+    chosen = candidates(coarse, x, threshold)
+    assert chosen.float().mean() < 1.1 * active.float().mean()
+    assert (chosen & active).sum() > 0.99 * active.sum()
+    # the kernel leaves out the same neurons
+    for token in range(4):
+        kept = F.threshold(F.linear(x[token], gate), threshold, 0.0) * chosen[token]
+        found = ops.ffn(x[token : token + 1], gate, up, down_t, "fatrelu", threshold, coarse)[0]
+        torch.testing.assert_close(found, (kept * F.linear(x[token], up)) @ down_t, rtol=1e-3, atol=1e-3)
+
+
+def test_a_coarse_gate_of_other_weights_is_ignored() -> None:
+    given = matrices(64, 96, 2)
+    coarse = CoarseGate.of(given[1])
+    given[1].mul_(-1)
+    assert torch.equal(ops.ffn(*given, "relu", 0.0, coarse), ops.ffn(*given, "relu", 0.0))
+    with pytest.raises(StochaError, match=r"recall is 1\.5"):
+        CoarseGate.of(given[1], recall=1.5)

@@ -29,6 +29,7 @@ def parser() -> Parser:
         "--sparsity", nargs="+", type=float, help="shares of zeros to force (default: 0 0.5 0.8 0.9 0.95 0.99)"
     )
     verb.add_argument("--tokens", nargs="+", type=int, default=[1], help="tokens of an FFN's step (default: 1)")
+    verb.add_argument("--recall", type=float, help="end to end: skip gate rows as well, with this recall (1: exactly)")
     verb.add_argument("--prompt", type=int, default=64, help="tokens before decoding (default: 64)")
     verb.add_argument("--new", type=int, default=64, help="tokens to decode (default: 64)")
     verb.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
@@ -55,9 +56,11 @@ def bench(args: argparse.Namespace) -> None:
             records.append(_told(record, args.json))
     for name in args.random or []:
         for share in shares:
-            records.append(_told(bench.random_decode_record(name, dtype, share, args.prompt, args.new), args.json))
+            record = bench.random_decode_record(name, dtype, share, args.prompt, args.new, args.recall)
+            records.append(_told(record, args.json))
     if args.model:
-        records.append(_told(bench.checkpoint_record(args.model, dtype, args.prompt, args.new), args.json))
+        record = bench.checkpoint_record(args.model, dtype, args.prompt, args.new, args.recall)
+        records.append(_told(record, args.json))
     if args.json:
         show(records, "", True)
     if args.plot:
@@ -71,6 +74,8 @@ def _checked(args: argparse.Namespace, shares: list[float]) -> list[tuple[int, i
         raise StochaError(f"--sparsity is {wrong[0]}: expected a share of zeros from 0 to below 1")
     if wrong := [count for count in args.tokens if not 1 <= count <= 8]:
         raise StochaError(f"--tokens is {wrong[0]}: expected 1 to 8, a decode step's")
+    if args.recall is not None and not 0.5 < args.recall <= 1:
+        raise StochaError(f"--recall is {args.recall}: expected a share above 0.5, or 1 for exact results")
     if args.dtype not in DTYPES:
         raise StochaError(f"--dtype is {args.dtype}: expected one of {', '.join(DTYPES)}")
     if wrong := [name for name in args.random or [] if name not in ("1b", "3b")]:
@@ -107,6 +112,8 @@ def _told(record: dict[str, Any], quiet: bool) -> dict[str, Any]:
         what += f"{record['sparsity']:.0%} zeros"
         rest = f"{record['achieved_gbps']:.0f} of {record['read_gbps']:.0f} GB/s ({record['share_of_read']:.0%}); "
         rest += f"{record['speedup_over_own_dense']:.2f}x the same kernel run dense; "
+        rest += f"with a coarse gate {record['speedup_of_exact']:.2f}x, of recall {record['recalled_recall']:.4f} "
+        rest += f"{record['speedup_of_recalled']:.2f}x; "
         rest += f"PyTorch's operations {record['speedup_of_torch_sparse']:.2f}x"
     print(f"{what}: {speed}; {rest}", flush=True)
     return record

@@ -1,1 +1,1 @@
-"""Sparse decode: kernels.cpp for the CPU, build.py compiles it, ops.py makes torch operators of it."""
+"""Sparse decode: kernels.cpp for the CPU, build.py compiles it, ops.py calls them, runtime.py uses them in models."""

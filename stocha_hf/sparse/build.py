@@ -93,10 +93,10 @@ def with_types(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the argument types of its functions declared."""
     integer, pointer, size, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     types = {
-        "stocha_ffn": ([integer, *[pointer] * 5, *[size] * 3, integer, real, integer], size),
+        "stocha_ffn": ([integer, *[pointer] * 7, *[size] * 3, integer, real, real, integer], size),
         "stocha_linear": ([integer, *[pointer] * 4, *[size] * 3, integer], None),
         "stocha_qkv": ([integer, *[pointer] * 15, *[size] * 5, real, integer], None),
-        "stocha_layer": ([integer, *[pointer] * 11, *[size] * 11, integer, real, real, real, integer], None),
+        "stocha_layer": ([integer, *[pointer] * 13, *[size] * 11, integer, *[real] * 4, integer], None),
         "stocha_read": ([pointer, size, integer], size),
     }
     for name, (arguments, result) in types.items():

@@ -19,7 +19,7 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -35,6 +35,8 @@ typedef float Vector __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef float LooseVector __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t LooseHalf __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t LooseBytes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int32_t Integers __attribute__((vector_size(64)));
 typedef _Float16 LooseFp16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 struct bf16 {
@@ -52,6 +54,15 @@ inline Vector load(const fp16* p) {
   return __builtin_convertvector(*reinterpret_cast<const LooseFp16*>(p), Vector);
 }
 
+inline Vector load(const int8_t* p) {
+#if defined(__AVX512F__)  // GCC converts bytes one by one
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const LooseBytes*>(p), Integers), Vector);
+#endif
+}
+
+inline float to_float(int8_t x) { return x; }
 inline float to_float(float x) { return x; }
 inline float to_float(fp16 x) { return static_cast<float>(x); }
 inline float to_float(bf16 x) {
@@ -254,6 +265,9 @@ struct Ffn {
   int64_t tokens, size, width;
   int activation;
   float threshold;
+  const int8_t* coarse;  // gate in 8 bits [width, size], or null
+  const float* coarse_scales;  // [width]: gate is about scale * coarse
+  float margin;  // standard deviations of the rounding error; 0: its bound, which makes results exact
 };
 
 struct Scratch {  // shared by a team
@@ -276,6 +290,47 @@ inline float activated(float gate, const Ffn& f) {
   return gate;
 }
 
+// Which of this thread's gate rows may be above the threshold for some token, judged by the coarse gate: an entry of it
+// is off by at most half its scale, so a product by at most half the scale times |x|_1; with errors that are
+// independent and uniform, by scale times |x|_2 / sqrt(12) as a standard deviation. Returns the end of the list.
+template <class E, int T>
+int64_t candidates_of(const Ffn& f, const E* given, Part mine, int64_t* active) {
+  constexpr int R = kRows;
+  static thread_local std::vector<float> x;
+  x.assign(T * f.size, 0.0f);
+  float slack[T] = {};
+  for (int64_t t = 0; t < f.tokens; ++t) {
+    float sum_1 = 0, sum_2 = 0;
+    for (int64_t k = 0; k < f.size; ++k) {
+      const float value = x[t * f.size + k] = to_float(given[t * f.size + k]);
+      sum_1 += std::abs(value);
+      sum_2 += value * value;
+    }
+    slack[t] = f.margin > 0 ? f.margin * std::sqrt(sum_2 / 12) : 0.5f * sum_1;
+  }
+  // the exact gate is rounded to E before it is compared, and sums differ in their last bits
+  const float least = f.threshold - std::abs(f.threshold) / 128;
+  int64_t end = mine.begin;
+  for (int64_t m = mine.begin; m < mine.end; m += R) {
+    const int here = static_cast<int>(std::min<int64_t>(R, mine.end - m));
+    const int8_t *rows[R], *next[R];
+    float values[R][T];
+    for (int r = 0; r < R; ++r) {
+      rows[r] = f.coarse + (m + std::min(r, here - 1)) * f.size;
+      next[r] = rows[r] + kAhead;
+    }
+    dots<R, T>(rows, next, x.data(), f.size, values);
+    for (int r = 0; r < here; ++r) {
+      bool any = false;
+      for (int64_t t = 0; t < f.tokens; ++t)
+        any |= f.coarse_scales[m + r] * (values[r][t] * (values[r][t] > 0 ? 1.0001f : 0.9999f) + slack[t]) > least;
+      active[end] = m + r;
+      end += any;
+    }
+  }
+  return end;
+}
+
 // A thread's part of a gated FFN; ends with the outputs of its columns handed to `keep(column, token, value)`.
 template <class E, int T, class Keep>
 void ffn(const Ffn& f, const E* given, Scratch& scratch, Team team, Keep keep) {
@@ -294,13 +349,20 @@ void ffn(const Ffn& f, const E* given, Scratch& scratch, Team team, Keep keep) {
   float values[R][T];
   const E *rows[kGroup], *next[kGroup];
 
-  // 1. All gate rows of this thread; candidates are those with an activation that is not zero.
+  // 1. The gate rows of this thread, all or those that the coarse gate leaves; candidates are those with an activation
+  // that is not zero.
+  const int64_t ahead = std::max<int64_t>(kAhead / (size * static_cast<int64_t>(sizeof(E))), R);  // rows
+  const bool coarse = f.coarse && finite;
+  const int64_t possible = coarse ? candidates_of<E, T>(f, given, mine, active) : mine.end;
   int64_t candidates = mine.begin;
-  for (int64_t m = mine.begin; m < mine.end; m += R) {
-    const int here = static_cast<int>(std::min<int64_t>(R, mine.end - m));
+  for (int64_t m = mine.begin; m < possible; m += R) {
+    const int here = static_cast<int>(std::min<int64_t>(R, possible - m));
+    int64_t neurons[R];
     for (int r = 0; r < R; ++r) {
-      rows[r] = gate + (m + std::min(r, here - 1)) * size;
-      next[r] = rows[r] + kAhead / sizeof(E);
+      const int64_t now = m + std::min(r, here - 1), later = std::min(now + ahead, possible - 1);
+      neurons[r] = coarse ? active[now] : now;
+      rows[r] = gate + neurons[r] * size;
+      next[r] = gate + (coarse ? active[later] : later) * size;
     }
     dots<R, T>(rows, next, x, size, values);
     for (int r = 0; r < here; ++r) {
@@ -310,13 +372,12 @@ void ffn(const Ffn& f, const E* given, Scratch& scratch, Team team, Keep keep) {
         hidden[candidates * T + t] = factor;
         any |= factor != 0;
       }
-      active[candidates] = m + r;
+      active[candidates] = neurons[r];
       candidates += any;
     }
   }
 
   // 2. Their up rows.
-  const int64_t ahead = std::max<int64_t>(kAhead / (size * static_cast<int64_t>(sizeof(E))), R);  // rows
   int64_t kept = mine.begin;
   for (int64_t c = mine.begin; c < candidates; c += R) {
     const int here = static_cast<int>(std::min<int64_t>(R, candidates - c));
@@ -550,9 +611,10 @@ int64_t run(int dtype, const Call& call) {
 // are not zero for every token.
 
 extern "C" int64_t stocha_ffn(int dtype, const void* x, const void* gate, const void* up, const void* down, void* out,
-                              int64_t tokens, int64_t size, int64_t width, int activation, float threshold,
-                              int threads) {
-  return run(dtype, FfnCall{{gate, up, down, tokens, size, width, activation, threshold}, x, out, threads});
+                              const int8_t* coarse, const float* coarse_scales, int64_t tokens, int64_t size,
+                              int64_t width, int activation, float threshold, float margin, int threads) {
+  return run(dtype, FfnCall{{gate, up, down, tokens, size, width, activation, threshold, coarse, coarse_scales, margin},
+                            x, out, threads});
 }
 
 extern "C" void stocha_linear(int dtype, const void* x, const void* weight, const void* bias, void* out,
@@ -571,12 +633,14 @@ extern "C" void stocha_qkv(int dtype, const void* x, const void* norm, const voi
 
 extern "C" void stocha_layer(int dtype, const void* query, const void* keys, const void* values, const void* o_weight,
                              const void* o_bias, const void* norm, const void* residual, const void* gate,
-                             const void* up, const void* down, void* out, int64_t tokens, int64_t size, int64_t width,
+                             const void* up, const void* down, void* out, const int8_t* coarse,
+                             const float* coarse_scales, int64_t tokens, int64_t size, int64_t width,
                              int64_t heads, int64_t key_heads, int64_t length, int64_t head_size,
                              int64_t key_stride_0, int64_t key_stride_1, int64_t value_stride_0,
-                             int64_t value_stride_1, int activation, float threshold, float scale, float epsilon,
-                             int threads) {
-  run(dtype, LayerCall{{gate, up, down, tokens, size, width, activation, threshold}, query, keys, values, o_weight,
+                             int64_t value_stride_1, int activation, float threshold, float margin, float scale,
+                             float epsilon, int threads) {
+  run(dtype, LayerCall{{gate, up, down, tokens, size, width, activation, threshold, coarse, coarse_scales, margin},
+                       query, keys, values, o_weight,
                        o_bias, norm, residual, out, heads, key_heads, length, head_size,
                        {key_stride_0, key_stride_1}, {value_stride_0, value_stride_1}, scale, epsilon, threads});
 }

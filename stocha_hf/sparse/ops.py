@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from stocha_hf import modeling_stocha
 from stocha_hf.sparse.build import kernels
+from stocha_hf.sparse.coarse import CoarseGate, key_of
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ACTIVATIONS = {"relu": 0, "fatrelu": 1, "relu2": 2, "drelu": 3, "shifted_relu": 4}  # as in kernels.cpp
@@ -30,15 +31,21 @@ def available() -> bool:
 
 
 def ffn(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, activation: str, threshold: float
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down_t: torch.Tensor,
+    activation: str,
+    threshold: float,
+    coarse: CoarseGate | None = None,
 ) -> torch.Tensor:
-    """A gated FFN on x [..., H]; gate, up and the transposed down are contiguous, [M, H].
+    """A gated FFN on x [..., H]; gate, up and the transposed down are contiguous, [M, H]; `coarse` is the gate's copy.
 
     Equals PyTorch's dense path within the rounding of sums, but for infinite or NaN weights of skipped neurons.
     """
     if torch.compiler.is_compiling():
         return torch.ops.stocha.ffn(x, gate, up, down_t, activation, threshold)
-    return _ffn(x, gate, up, down_t, activation, threshold)
+    return _ffn(x, gate, up, down_t, activation, threshold, coarse)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -49,7 +56,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def _ffn(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, activation: str, threshold: float
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down_t: torch.Tensor,
+    activation: str,
+    threshold: float,
+    coarse: CoarseGate | None = None,
 ) -> torch.Tensor:
     library = kernels()
     if library is None:
@@ -57,9 +70,10 @@ def _ffn(
         return function(F.linear(x, gate), F.linear(x, up), given) @ down_t  # type: ignore[arg-type]
     width, size = gate.shape
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    weights, scales, margin = _coarse(coarse, gate)
     library.stocha_ffn(
-        DTYPES[x.dtype], x.data_ptr(), gate.data_ptr(), up.data_ptr(), down_t.data_ptr(), out.data_ptr(),
-        x.numel() // size, size, width, ACTIVATIONS[activation], threshold, torch.get_num_threads(),
+        DTYPES[x.dtype], x.data_ptr(), gate.data_ptr(), up.data_ptr(), down_t.data_ptr(), out.data_ptr(), weights,
+        scales, x.numel() // size, size, width, ACTIVATIONS[activation], threshold, margin, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -110,6 +124,7 @@ def layer(
     matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     activation: str,
     threshold: float,
+    coarse: CoarseGate | None,
     scale: float,
     epsilon: float,
 ) -> torch.Tensor:
@@ -123,12 +138,19 @@ def layer(
     residual, out = residual.contiguous(), torch.empty_like(residual, memory_format=torch.contiguous_format)
     tensors = (query, keys, values, projection["weight"], projection["bias"], norm, residual, *matrices, out)
     width, size = matrices[0].shape
+    weights, scales, margin = _coarse(coarse, matrices[0])
     kernels().stocha_layer(  # type: ignore[union-attr]
-        DTYPES[out.dtype], *map(_pointer, tensors), len(query), size, width, query.shape[1], keys.shape[1],
-        keys.shape[2], query.shape[3], *keys.stride()[:2], *values.stride()[:2], ACTIVATIONS[activation], threshold,
-        scale, epsilon, torch.get_num_threads(),
+        DTYPES[out.dtype], *map(_pointer, tensors), weights, scales, len(query), size, width, query.shape[1],
+        keys.shape[1], keys.shape[2], query.shape[3], *keys.stride()[:2], *values.stride()[:2],
+        ACTIVATIONS[activation], threshold, margin, scale, epsilon, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _coarse(coarse: CoarseGate | None, gate: torch.Tensor) -> tuple[int | None, int | None, float]:
+    if coarse is None or coarse.key != key_of(gate):
+        return None, None, 0.0
+    return coarse.weights.data_ptr(), coarse.scales.data_ptr(), coarse.margin
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -162,6 +162,7 @@ class FusedLayer(nn.Module):
             (gate, up, by_neuron(mlp._modules["down_proj"])),  # type: ignore[arg-type]
             mlp.running,
             ACTIVATIONS[mlp.running].cut(mlp),  # type: ignore[misc]
+            mlp.coarse,
             attention.scaling,
             norm.variance_epsilon,
         )
