@@ -20,7 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from stocha_hf.bench import READ, SHAPES, VOCABULARY, decode_seconds, decoding_in_turn, force_sparsity, random_llama
+from stocha_hf.bench import (
+    READ,
+    SHAPES,
+    VOCABULARY,
+    decode_seconds,
+    decoding_in_turn,
+    force_sparsity,
+    predict,
+    random_llama,
+)
 from stocha_hf.modeling_stocha import StochaConfig, patch
 
 NAMES = {
@@ -86,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", default="1b", choices=sorted(SHAPES))
     parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--recall", type=float, help="skip gate rows as well, with this recall (1: exactly)")
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
@@ -102,6 +112,7 @@ def main() -> None:
         llama = Llama(path, n_threads=threads, n_ctx=256, n_batch=256, logits_all=False, verbose=False)
     patch(sparse, StochaConfig(activation="relu"))
     force_sparsity(sparse, args.sparsity, tokens)
+    predict(sparse, args.recall)
     seconds = decoding_in_turn(
         {
             "llama.cpp": lambda: llama_cpp_seconds(llama, tokens[0].tolist(), args.new),
@@ -112,6 +123,7 @@ def main() -> None:
     record = {
         "model": f"random Llama {args.random}",
         "forced_sparsity": args.sparsity,
+        "recall": args.recall,
         "threads": threads,
         "llama_cpp_python": __version__,
         "llama_cpp_ms": 1e3 * statistics.median(seconds["llama.cpp"]),

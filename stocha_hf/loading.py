@@ -5,6 +5,7 @@ A converted checkpoint gets its stocha class; a native one is patched in memory,
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from stocha_hf import modeling_stocha
@@ -43,3 +44,15 @@ def load_config(name: str, revision: str | None = None) -> Any:
 
     with hub_errors("reading", name):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def tokenizer_folder(name: str, revision: str | None = None) -> Path:
+    """A local folder with the tokenizer of a Hub id or folder. Raises StochaError where there is none."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    with hub_errors("reading", name):
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=["*token*", "*.json", "*.model", "*.txt"])
+        )

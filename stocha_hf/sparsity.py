@@ -43,7 +43,7 @@ class SparsityMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self.recording = False
-        layers = _patched(model)
+        layers = patched_layers(model)
         self._zeros, self._elements = ([torch.zeros((), dtype=torch.int64) for _ in layers] for _ in range(2))
         self._hooks = [
             layer.down_proj.register_forward_pre_hook(self._counting_hook(i)) for i, layer in enumerate(layers)
@@ -87,7 +87,7 @@ class SparsityMeter:
             hook.remove()
 
 
-def _patched(model: nn.Module) -> list[StochaMLP]:
+def patched_layers(model: nn.Module) -> list[StochaMLP]:
     layers = stocha_mlps(model)
     if not layers:
         raise StochaError(f"the {type(model).__name__} has no stochastic layers: call stocha_hf.patch on it first")
@@ -144,7 +144,7 @@ class SparsityTarget:
         self._first: tuple[float, float] | None = None  # progress and share at the first update
         self._last = (0.0, 0.0)  # progress and error at the last one
         self._weight = torch.zeros(())
-        self._layers = _patched(model)
+        self._layers = patched_layers(model)
         self._hooks = [layer.down_proj.register_forward_pre_hook(self._penalise) for layer in self._layers]
 
     def _penalise(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -210,7 +210,7 @@ def fatrelu_thresholds(model: nn.Module, batches: Sequence[Mapping[str, Any]], t
     """
     if target >= 1:
         raise StochaError(f"the sparsity target is {target}: expected a share of zeros below 1")
-    layers = _patched(model)
+    layers = patched_layers(model)
     before = [layer.threshold for layer in layers]
     thresholds = [0.0] * len(layers)
     try:
@@ -234,7 +234,7 @@ def apply_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     config.json then holds them under `stocha`, and hidden_act "relu" for the native class. Raises StochaError when
     their number is not that of the layers.
     """
-    layers = _patched(model)
+    layers = patched_layers(model)
     if len(thresholds) != len(layers):
         raise StochaError(f"{len(thresholds)} thresholds were given: expected {len(layers)}, one per layer")
     config: Any = next(module for module in model.modules() if hasattr(type(module), "stocha_mode")).config

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import assert_refused, run_command, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.data import text_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.evaluate import evaluate
+from stocha_hf.evaluate import compare, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +34,63 @@ def test_perplexity_and_zeros_are_those_of_their_definitions() -> None:
     assert found["tokens"] == 140
     assert found["sparsity"]["per_layer"] == pytest.approx(zeros.tolist())
     assert found["sparsity"]["mean"] == pytest.approx(zeros.mean().item())
+    assert found["activation"] == "relu"
+    active = torch.cat(hidden[::2]) != 0  # the first layer's, [windows, length, neurons]
+    assert found["never_active"]["per_layer"][0] == pytest.approx((~active.any(0).any(0)).double().mean().item())
+    again = (active[:, 1:] & active[:, :-1]).sum() / active[:, 1:].sum()
+    assert found["reuse"]["per_layer"][0] == pytest.approx(again.item())
+
+
+def test_a_neuron_that_cannot_fire_is_never_active() -> None:
+    model = tiny_model()
+    patch(model, StochaConfig(activation="relu"))
+    model.model.layers[1].mlp.up_proj.weight.data[:12] = 0  # of 48
+    found = evaluate(model, torch.randint(64, (4, 30)))
+    assert found["never_active"]["per_layer"][1] >= 0.25
+
+
+def test_predictions_are_compared_by_their_definitions() -> None:
+    model, baseline = tiny_model(), tiny_model()
+    patch(model, StochaConfig(activation="relu"))
+    patch(baseline, StochaConfig(activation="silu"))
+    windows = torch.randint(64, (6, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (some(windows).logits.double() for some in (model, baseline))
+    chances = expected.softmax(-1)
+    divergence = (chances * (chances.log() - found.log_softmax(-1))).sum(-1).mean()
+    told = compare(model, baseline, windows)
+    assert told["kl"] == pytest.approx(divergence.item(), rel=1e-4) and told["kl"] > 0.01
+    assert told["top1_agreement"] == (found.argmax(-1) == expected.argmax(-1)).double().mean().item()
+    assert compare(model, model, windows) == {"kl": pytest.approx(0, abs=1e-6), "top1_agreement": 1.0}
+
+
+def test_the_command_measures_a_model_beside_another(checkpoint, tmp_path) -> None:
+    source, text = checkpoint(), tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{4 + i % 60}" for i in range(500)))
+    options = ["--data", text, "--length", 32, "--dtype", "float32", "--plot", tmp_path / "zeros.png", "--json"]
+    done = run_command("stocha-eval", source, "--mode", "relu", "--baseline", source, *options)
+    figures = json.loads(done.stdout)
+    assert figures["tokens"] == 480 and len(figures["sparsity"]["per_layer"]) == 2, done.stderr
+    assert figures["activation"] == "relu" and figures["sparsity"]["mean"] > 0.3
+    assert figures["baseline"]["activation"] == "silu" and figures["baseline"]["sparsity"]["mean"] < 0.01
+    assert figures["kl"] > 0 and 0 <= figures["top1_agreement"] <= 1
+    assert (tmp_path / "zeros.png").read_bytes().startswith(b"\x89PNG")
+    done = run_command("stocha-eval", source, "--mode", "topk", "--data", text, "--length", 32, "--dtype", "float32")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("stocha-eval: --mode topk cannot run")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--length", "1"], ["--length is 1", "at least 2"]),
+        (["--windows", "0"], ["--windows is 0"]),
+        (["--dtype", "int4"], ["int4", "bfloat16"]),
+        (["--mode", "gelu2"], ["gelu2", "relu"]),
+        (["--plot", "zeros.nonsense"], ["zeros.nonsense", "plot.png"]),
+    ],
+)
+def test_refusals(options: list[str], words: list[str], tmp_path) -> None:
+    assert_refused(run_command("stocha-eval", tmp_path, "--data", tmp_path, *options), *words)
 
 
 def test_text_windows_hold_the_text_in_order(tmp_path) -> None:

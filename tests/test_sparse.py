@@ -92,6 +92,13 @@ def test_numbers_that_are_not_finite_come_out_as_they_do_of_pytorch(value: float
         assert torch.equal(found.isnan(), expected.isnan())
 
 
+def test_more_tokens_than_a_step_has_are_refused() -> None:
+    x, gate, up, down_t = matrices(64, 96, 9)
+    for call in (lambda: ops.ffn(x, gate, up, down_t, "relu", 0.0), lambda: ops.linear(x, gate, None)):
+        with pytest.raises(ValueError, match="9 tokens: expected 1 to 8"):
+            call()
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     given = matrices(100, 300, 3, torch.bfloat16)
     before = torch.get_num_threads()

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from stocha_hf.errors import StochaError
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with the docstring as help, and errors of one sentence."""
@@ -46,6 +48,11 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_dtype(name: str) -> None:
+    if name not in DTYPES:
+        raise StochaError(f"--dtype is {name}: expected one of {', '.join(DTYPES)}")
 
 
 def show(figures: Any, text: str, as_json: bool) -> None:

@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from stocha_hf.cli import Parser, run, show
+from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
 from stocha_hf.errors import StochaError
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def parser() -> Parser:
@@ -76,8 +74,7 @@ def _checked(args: argparse.Namespace, shares: list[float]) -> list[tuple[int, i
         raise StochaError(f"--tokens is {wrong[0]}: expected 1 to 8, a decode step's")
     if args.recall is not None and not 0.5 < args.recall <= 1:
         raise StochaError(f"--recall is {args.recall}: expected a share above 0.5, or 1 for exact results")
-    if args.dtype not in DTYPES:
-        raise StochaError(f"--dtype is {args.dtype}: expected one of {', '.join(DTYPES)}")
+    check_dtype(args.dtype)
     if wrong := [name for name in args.random or [] if name not in ("1b", "3b")]:
         raise StochaError(f"--random is {wrong[0]}: expected 1b or 3b")
     if args.prompt < 1 or args.new < 1:
@@ -122,9 +119,10 @@ def _told(record: dict[str, Any], quiet: bool) -> dict[str, Any]:
 def _plot(records: list[dict[str, Any]], path: str) -> None:
     from stocha_hf.plots import plot_lines
 
-    lines: dict[str, list[tuple[float, float]]] = {}
+    pictures: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for record in records:
         if "shape" in record:
-            label = f"{record['shape'][0]}x{record['shape'][1]}, {record['tokens']} tokens"
+            lines = pictures.setdefault(f"Sparse FFN, tokens: {record['tokens']}", {})
+            label = f"{record['shape'][0]}x{record['shape'][1]}"
             lines.setdefault(label, []).append((100 * record["sparsity"], record["speedup"]))
-    plot_lines(path, {"Sparse FFN on the CPU": lines}, x="zeros, %", y="times as fast as PyTorch dense")
+    plot_lines(path, pictures, x="zeros, %", y="times as fast as PyTorch dense")

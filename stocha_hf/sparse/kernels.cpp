@@ -290,6 +290,8 @@ inline float activated(float gate, const Ffn& f) {
   return gate;
 }
 
+constexpr int kCoarseTokens = 2;  // with more, judging all rows takes longer than it saves below 95% zeros
+
 // Which of this thread's gate rows may be above the threshold for some token, judged by the coarse gate: an entry of it
 // is off by at most half its scale, so a product by at most half the scale times |x|_1; with errors that are
 // independent and uniform, by scale times |x|_2 / sqrt(12) as a standard deviation. Returns the end of the list.
@@ -352,7 +354,7 @@ void ffn(const Ffn& f, const E* given, Scratch& scratch, Team team, Keep keep) {
   // 1. The gate rows of this thread, all or those that the coarse gate leaves; candidates are those with an activation
   // that is not zero.
   const int64_t ahead = std::max<int64_t>(kAhead / (size * static_cast<int64_t>(sizeof(E))), R);  // rows
-  const bool coarse = f.coarse && finite;
+  const bool coarse = f.coarse && finite && f.tokens <= kCoarseTokens;
   const int64_t possible = coarse ? candidates_of<E, T>(f, given, mine, active) : mine.end;
   int64_t candidates = mine.begin;
   for (int64_t m = mine.begin; m < possible; m += R) {

@@ -22,6 +22,7 @@ from stocha_hf.sparse.build import kernels
 from stocha_hf.sparse.coarse import CoarseGate, key_of
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+TOKENS = 8  # at most
 ACTIVATIONS = {"relu": 0, "fatrelu": 1, "relu2": 2, "drelu": 3, "shifted_relu": 4}  # as in kernels.cpp
 
 
@@ -73,7 +74,7 @@ def _ffn(
     weights, scales, margin = _coarse(coarse, gate)
     library.stocha_ffn(
         DTYPES[x.dtype], x.data_ptr(), gate.data_ptr(), up.data_ptr(), down_t.data_ptr(), out.data_ptr(), weights,
-        scales, x.numel() // size, size, width, ACTIVATIONS[activation], threshold, margin, torch.get_num_threads(),
+        scales, _tokens(x), size, width, ACTIVATIONS[activation], threshold, margin, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -86,7 +87,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     x, out = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
     library.stocha_linear(
         DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr(),
-        x.numel() // inputs, inputs, outputs, torch.get_num_threads(),
+        _tokens(x), inputs, outputs, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -145,6 +146,13 @@ def layer(
         ACTIVATIONS[activation], threshold, margin, scale, epsilon, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _tokens(x: torch.Tensor) -> int:
+    count = x.numel() // x.shape[-1]
+    if not 1 <= count <= TOKENS:
+        raise ValueError(f"x has {count} tokens: expected 1 to {TOKENS}, a decode step's")
+    return count
 
 
 def _coarse(coarse: CoarseGate | None, gate: torch.Tensor) -> tuple[int | None, int | None, float]:
