@@ -42,7 +42,7 @@ def measured(folder: str, kind: str) -> dict[str, float]:
 def write_random(shape: str, folder: str) -> None:
     import torch
 
-    from stocha_hf.bench import random_llama
+    from stocha_hf.bench_models import random_llama
     from stocha_hf.modeling_stocha import StochaConfig, patch
 
     model = random_llama(shape, torch.bfloat16)

@@ -45,19 +45,19 @@ def bench(args: argparse.Namespace) -> None:
     shapes = _checked(args, shares)
     import torch
 
-    from stocha_hf import bench
+    from stocha_hf import bench_ffn, bench_models
 
     dtype, records = getattr(torch, args.dtype), []
     torch.manual_seed(0)
     for shape in shapes:
-        for record in bench.ffn_records(shape, dtype, args.tokens, shares):
+        for record in bench_ffn.ffn_records(shape, dtype, args.tokens, shares):
             records.append(_told(record, args.json))
     for name in args.random or []:
         for share in shares:
-            record = bench.random_decode_record(name, dtype, share, args.prompt, args.new, args.recall)
+            record = bench_models.random_decode_record(name, dtype, share, args.prompt, args.new, args.recall)
             records.append(_told(record, args.json))
     if args.model:
-        record = bench.checkpoint_record(args.model, dtype, args.prompt, args.new, args.recall)
+        record = bench_models.checkpoint_record(args.model, dtype, args.prompt, args.new, args.recall)
         records.append(_told(record, args.json))
     if args.json:
         show(records, "", True)
