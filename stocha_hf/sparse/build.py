@@ -26,7 +26,7 @@ from pathlib import Path
 import torch  # noqa: F401 - loads the OpenMP runtime with global symbols
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-fopenmp")
 TIMEOUT = 300  # seconds
 _LOCK = threading.Lock()
 

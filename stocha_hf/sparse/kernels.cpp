@@ -19,7 +19,7 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -30,33 +30,50 @@ struct Team {
   static Team here() { return {omp_get_thread_num(), omp_get_num_threads()}; }
 };
 
-constexpr int kLanes = 16;
-typedef float Vector __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef float LooseVector __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t LooseHalf __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t LooseBytes __attribute__((vector_size(16), aligned(1), may_alias));
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef _Float16 LooseFp16 __attribute__((vector_size(32), aligned(2), may_alias));
+// The machine's vectors: GCC takes wider ones apart badly. kSums of them fit the registers beside the operands.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kSums = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kSums = 8;
+#else
+constexpr int kLanes = 4, kSums = 8;
+#endif
+constexpr int kLine = 64;  // bytes of a cache line
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef float LooseVector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t LooseHalf __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef _Float16 LooseFp16 __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef int8_t LooseBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 struct bf16 {
   uint16_t bits;
 };
 using fp16 = _Float16;
 
-// Element types: 16 elements to float32 and back, one element to float32 and back.
+// Element types: kLanes elements to float32 and back, one element to float32 and back.
 
 inline Vector load(const float* p) { return *reinterpret_cast<const LooseVector*>(p); }
 inline Vector load(const bf16* p) {
   return (Vector)(__builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Bits) << 16);
 }
-inline Vector load(const fp16* p) {
-  return __builtin_convertvector(*reinterpret_cast<const LooseFp16*>(p), Vector);
-}
 
+// By name where there is an instruction: GCC converts these one by one.
+inline Vector load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const LooseFp16*>(p), Vector);
+#endif
+}
 inline Vector load(const int8_t* p) {
-#if defined(__AVX512F__)  // GCC converts bytes one by one
+#if defined(__AVX512F__)
   return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
 #else
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const LooseBytes*>(p), Integers), Vector);
 #endif
@@ -81,7 +98,15 @@ inline void store(float x, bf16* p) {  // to nearest, ties to even
 }
 
 inline void store(Vector x, float* p) { *reinterpret_cast<LooseVector*>(p) = x; }
-inline void store(Vector x, fp16* p) { *reinterpret_cast<LooseFp16*>(p) = __builtin_convertvector(x, LooseFp16); }
+inline void store(Vector x, fp16* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
+#elif defined(__AVX2__) && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
+#else
+  *reinterpret_cast<LooseFp16*>(p) = __builtin_convertvector(x, LooseFp16);
+#endif
+}
 inline void store(Vector x, bf16* p) {
   const Bits bits = (Bits)x, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   *reinterpret_cast<LooseHalf*>(p) = __builtin_convertvector(x != x ? Bits{} + 0x7fc0 : nearest, LooseHalf);
@@ -94,53 +119,55 @@ float rounded(float x) {
   return to_float(value);
 }
 
-// By halves: adding lane by lane takes longer than a short row's products.
-inline float sum(Vector v) {
-  typedef float Half __attribute__((vector_size(32)));
+// By quarters of 512 bits: adding lane by lane takes longer than a short row's products.
+inline float sum(const Vector& v) {
   typedef float Quarter __attribute__((vector_size(16)));
-  Half halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof half);
-  const Quarter quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  Quarter quarters[kLanes / 4];
+  std::memcpy(quarters, &v, sizeof v);
+  Quarter total = quarters[0];
+  for (int i = 1; i < kLanes / 4; ++i) total += quarters[i];
+  return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
-// Multiply-accumulate of a step of a weight row with as much of x. x is kept in the type X.
+// Multiply-accumulate of a step of a weight row, a cache line, with as much of x. x is kept in the type X.
 
 template <class E>
 struct Step {
   using X = float;
-  static constexpr int size = kLanes;
-  static Vector mac(Vector total, const E* w, const X* x) { return total + load(w) * load(x); }
+  static constexpr int size = kLine / sizeof(E);
+  static Vector mac(Vector total, const E* w, const X* x) {
+    for (int i = 0; i < size; i += kLanes) total += load(w + i) * load(x + i);
+    return total;
+  }
 };
 
 #if defined(__AVX512BF16__)
 template <>
 struct Step<bf16> {
   using X = bf16;
-  static constexpr int size = 2 * kLanes;
+  static constexpr int size = kLine / sizeof(bf16);
   static Vector mac(Vector total, const bf16* w, const bf16* x) {
     return (Vector)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_loadu_si512(x));
   }
 };
 #endif
 
-// Weight rows are fetched into the cache while the rows before them are used. The hardware cannot guess which neurons
-// are active, and R rows read at a time look to it like R short streams.
-constexpr int64_t kAhead = 16384;  // bytes
+// Weight rows are fetched into the cache while the rows before them are used: the hardware cannot guess which neurons
+// are active, it stops at the end of a page, and rows read side by side look to it like short streams.
+constexpr int64_t kAhead = 16384;  // bytes, of rows side by side
+constexpr int64_t kAheadAlone = 4096;  // bytes, of rows one after the other
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Dot products of R weight rows with the x of T tokens [T, size]. Meanwhile the rows at `next` are fetched.
 template <int R, int T, class E, class X>
 inline void dots(const E* const* rows, const E* const* next, const X* x, int64_t size, float (&out)[R][T]) {
-  if constexpr (T > 4) {  // R x 4 sums fit the registers
-    float part[R][4];
-    for (int begin = 0; begin < T; begin += 4) {
-      dots<R, 4>(rows, begin ? rows : next, x + begin * size, size, part);
-      for (int r = 0; r < R; ++r) std::copy(part[r], part[r] + 4, out[r] + begin);
+  if constexpr (R * T > kSums) {
+    constexpr int part = kSums / R;
+    float sums[R][part];
+    for (int begin = 0; begin < T; begin += part) {
+      dots<R, part>(rows, begin ? rows : next, x + begin * size, size, sums);
+      for (int r = 0; r < R; ++r) std::copy(sums[r], sums[r] + part, out[r] + begin);
     }
     return;
   }
@@ -162,16 +189,22 @@ inline void dots(const E* const* rows, const E* const* next, const X* x, int64_t
 template <int G, int T, class E>
 inline void add_rows(const E* const* rows, const E* const* next, const float* hidden, float* acc, int64_t size,
                      int64_t begin, int64_t end) {
+  constexpr int64_t line = kLine / sizeof(E);
   int64_t c = begin;
-  for (; c + kLanes <= end; c += kLanes) {
-    Vector total[T];
-    for (int t = 0; t < T; ++t) total[t] = load(acc + t * size + c);
-    for (int g = 0; g < G; ++g) {
-      prefetch(next[g] + c);
-      const Vector row = load(rows[g] + c);
-      for (int t = 0; t < T; ++t) total[t] += hidden[g * T + t] * row;
+  for (; c + line <= end; c += line) {
+    for (int g = 0; g < G; ++g) prefetch(next[g] + c);
+    for (int64_t k = c; k < c + line; k += kLanes) {
+      Vector total[T];
+#pragma GCC unroll 8  // or the sums would be kept in memory
+      for (int t = 0; t < T; ++t) total[t] = load(acc + t * size + k);
+      for (int g = 0; g < G; ++g) {
+        const Vector row = load(rows[g] + k);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) total[t] += hidden[g * T + t] * row;
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) store(total[t], acc + t * size + k);
     }
-    for (int t = 0; t < T; ++t) store(total[t], acc + t * size + c);
   }
   for (; c < end; ++c)
     for (int t = 0; t < T; ++t)
@@ -203,19 +236,25 @@ const X* prepared(const E* x, int64_t tokens, int64_t size, std::vector<X>& buff
   return buffer.data();
 }
 
-constexpr int kRows = 4;  // weight rows at a time
+constexpr int kRows = 4;  // weight rows side by side, which share a load of x
+
+// Rows of a whole matrix: one or two tokens leave the memory as the only limit, and it is read fastest straight on.
+template <int T>
+constexpr int kStreams = T <= 2 ? 1 : kRows;
+template <int T>
+constexpr int64_t kStreamAhead = T <= 2 ? kAheadAlone : kAhead;
 
 // y = W x (+ bias), handed to `keep(output, token, value)`; this thread's part of the outputs.
 template <class E, int T, class X, class Keep>
 void linear(const E* weight, const E* bias, const X* x, int64_t tokens, int64_t inputs, Part mine, Keep keep) {
-  constexpr int R = kRows;
+  constexpr int R = kStreams<T>;
   for (int64_t n = mine.begin; n < mine.end; n += R) {
     const int here = static_cast<int>(std::min<int64_t>(R, mine.end - n));
     const E *rows[R], *next[R];
     float values[R][T];
     for (int r = 0; r < R; ++r) {
       rows[r] = weight + (n + std::min(r, here - 1)) * inputs;
-      next[r] = rows[r] + kAhead / sizeof(E);
+      next[r] = rows[r] + kStreamAhead<T> / sizeof(E);
     }
     dots<R, T>(rows, next, x, inputs, values);
     for (int r = 0; r < here; ++r)
@@ -353,24 +392,27 @@ void ffn(const Ffn& f, const E* given, Scratch& scratch, Team team, Keep keep) {
 
   // 1. The gate rows of this thread, all or those that the coarse gate leaves; candidates are those with an activation
   // that is not zero.
-  const int64_t ahead = std::max<int64_t>(kAhead / (size * static_cast<int64_t>(sizeof(E))), R);  // rows
+  constexpr int S = kStreams<T>;
+  const int64_t row_bytes = size * static_cast<int64_t>(sizeof(E));
   const bool coarse = f.coarse && finite && f.tokens <= kCoarseTokens;
+  const int64_t gate_ahead = std::max<int64_t>((coarse ? kAhead : kStreamAhead<T>) / row_bytes, S);  // rows
   const int64_t possible = coarse ? candidates_of<E, T>(f, given, mine, active) : mine.end;
   int64_t candidates = mine.begin;
-  for (int64_t m = mine.begin; m < possible; m += R) {
-    const int here = static_cast<int>(std::min<int64_t>(R, possible - m));
-    int64_t neurons[R];
-    for (int r = 0; r < R; ++r) {
-      const int64_t now = m + std::min(r, here - 1), later = std::min(now + ahead, possible - 1);
+  for (int64_t m = mine.begin; m < possible; m += S) {
+    const int here = static_cast<int>(std::min<int64_t>(S, possible - m));
+    int64_t neurons[S];
+    float found[S][T];
+    for (int r = 0; r < S; ++r) {
+      const int64_t now = m + std::min(r, here - 1), later = std::min(now + gate_ahead, possible - 1);
       neurons[r] = coarse ? active[now] : now;
       rows[r] = gate + neurons[r] * size;
       next[r] = gate + (coarse ? active[later] : later) * size;
     }
-    dots<R, T>(rows, next, x, size, values);
+    dots<S, T>(rows, next, x, size, found);
     for (int r = 0; r < here; ++r) {
       bool any = !finite;
       for (int t = 0; t < T; ++t) {
-        const float factor = activated<E>(rounded<E>(values[r][t]), f);
+        const float factor = activated<E>(rounded<E>(found[r][t]), f);
         hidden[candidates * T + t] = factor;
         any |= factor != 0;
       }
@@ -380,6 +422,7 @@ void ffn(const Ffn& f, const E* given, Scratch& scratch, Team team, Keep keep) {
   }
 
   // 2. Their up rows.
+  const int64_t ahead = std::max<int64_t>(kAhead / row_bytes, R);
   int64_t kept = mine.begin;
   for (int64_t c = mine.begin; c < candidates; c += R) {
     const int here = static_cast<int>(std::min<int64_t>(R, candidates - c));
@@ -404,7 +447,7 @@ void ffn(const Ffn& f, const E* given, Scratch& scratch, Team team, Keep keep) {
 #pragma omp barrier
 
   // 3. All active rows of down, in this thread's columns.
-  const Part columns(size, 2 * kLanes, team);
+  const Part columns(size, kLine / sizeof(E), team);
   for (int t = 0; t < T; ++t) std::fill(acc + t * size + columns.begin, acc + t * size + columns.end, 0.0f);
   for (int other = 0; other < team.threads; ++other) {
     const int64_t begin = Part(f.width, R, {other, team.threads}).begin, end = begin + scratch.counts[other];

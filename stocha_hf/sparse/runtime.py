@@ -2,7 +2,7 @@
 
 Patching a model calls `install`, which gives its decoder layers and Linear layers classes of this file. In training,
 prefill and on a GPU these are the native ones. In a decode step on a CPU (modeling_stocha.decodes: eval mode, no
-gradients, at most 4 tokens)
+gradients, at most 8 tokens)
 
 - a Linear layer is one kernel, since PyTorch's reaches a third of the memory's speed with few tokens;
 - an FFN is one kernel that reads active neurons only (StochaMLP.decode);
