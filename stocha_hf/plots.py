@@ -3,16 +3,29 @@
 Matplotlib is an optional dependency (`pip install 'stocha_hf[plot]'`), imported when a plot is asked for.
 
     plot_lines(Path("out.png"), {"docs": {"refit": [(80, 16.4), (90, 21.0)]}}, x="zeros, %", y="perplexity")
+    plot(Path("out.png"), [Picture("docs", {"refit": [(80, 16.4)]}, "zeros, %", "perplexity"), ...])
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stocha_hf.errors import StochaError
 
 Lines = Mapping[str, Iterable[tuple[float, float]]]  # label: points
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Lines under a title; `x` and `y` label the axes, `log` names those that are logarithmic: "", "x", "y", "xy"."""
+
+    title: str
+    lines: Lines
+    x: str
+    y: str
+    log: str = ""
 
 
 def check_plot(path: str | Path) -> None:
@@ -29,7 +42,12 @@ def check_plot(path: str | Path) -> None:
 
 
 def plot_lines(path: str | Path, pictures: Mapping[str, Lines], *, x: str, y: str, log: bool = False) -> None:
-    """Draw each of `pictures` (title: lines) beside the others and write `path`, whose ending says the format.
+    """plot() of pictures (title: lines) that have the same axes; `log` concerns y."""
+    plot(path, [Picture(title, lines, x, y, "y" if log else "") for title, lines in pictures.items()])
+
+
+def plot(path: str | Path, pictures: Sequence[Picture]) -> None:
+    """Draw each picture beside the others and write `path`, whose ending says the format.
 
     A line of one point is drawn as a level. Raises StochaError as check_plot does.
     """
@@ -38,16 +56,16 @@ def plot_lines(path: str | Path, pictures: Mapping[str, Lines], *, x: str, y: st
 
     figure = Figure(figsize=(6 * len(pictures), 4), layout="constrained")
     axes = figure.subplots(1, len(pictures), squeeze=False)[0]
-    for axis, (title, lines) in zip(axes, pictures.items(), strict=True):
-        for label, points in lines.items():
+    for axis, picture in zip(axes, pictures, strict=True):
+        for label, points in picture.lines.items():
             ordered = sorted(points)
             if len(ordered) == 1:
                 axis.axhline(ordered[0][1], label=label, color="grey", linestyle="--")
             else:
                 axis.plot(*zip(*ordered, strict=True), label=label, marker="o")
-        if log:
-            axis.set_yscale("log")
-        axis.set(title=title, xlabel=x, ylabel=y)
+        for scale in picture.log:
+            getattr(axis, f"set_{scale}scale")("log")
+        axis.set(title=picture.title, xlabel=picture.x, ylabel=picture.y)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

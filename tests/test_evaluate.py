@@ -12,6 +12,7 @@ from stocha_hf import StochaConfig, patch
 from stocha_hf.data import text_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.evaluate import compare, evaluate
+from stocha_hf.weights_hash import weights_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +40,26 @@ def test_perplexity_and_zeros_are_those_of_their_definitions() -> None:
     assert found["never_active"]["per_layer"][0] == pytest.approx((~active.any(0).any(0)).double().mean().item())
     again = (active[:, 1:] & active[:, :-1]).sum() / active[:, 1:].sum()
     assert found["reuse"]["per_layer"][0] == pytest.approx(again.item())
+
+
+def test_aggregated_sparsity_counts_what_the_first_tokens_left_unused() -> None:
+    model = tiny_model()
+    patch(model, StochaConfig(activation="relu"))
+    windows = torch.randint(64, (6, 20), generator=torch.Generator().manual_seed(0))  # a whole batch and a part of one
+    hidden: list[torch.Tensor] = []
+    down_proj = model.model.layers[1].mlp.down_proj
+    hook = down_proj.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    found = evaluate(model, windows)
+    hook.remove()
+    told, active = found["aggregated_sparsity"], torch.cat(hidden) != 0  # [windows, length, neurons]
+    assert told["tokens"] == [1, 2, 4, 8, 16, 20]
+    for t, share, mean, independent in zip(
+        told["tokens"], told["per_layer"][1], told["mean"], told["independent"], strict=True
+    ):
+        unused = [sum(not active[w, :t, i].any() for i in range(48)) / 48 for w in range(6)]
+        assert share == pytest.approx(sum(unused) / 6)
+        assert mean == pytest.approx((told["per_layer"][0][told["tokens"].index(t)] + share) / 2)
+        assert independent == pytest.approx(sum(s**t for s in found["sparsity"]["per_layer"]) / 2)
 
 
 def test_a_neuron_that_cannot_fire_is_never_active() -> None:
@@ -74,6 +95,9 @@ def test_the_command_measures_a_model_beside_another(checkpoint, tmp_path) -> No
     assert figures["activation"] == "relu" and figures["sparsity"]["mean"] > 0.3
     assert figures["baseline"]["activation"] == "silu" and figures["baseline"]["sparsity"]["mean"] < 0.01
     assert figures["kl"] > 0 and 0 <= figures["top1_agreement"] <= 1
+    assert figures["weights"] == figures["baseline"]["weights"] == weights_hash(source)
+    assert figures["options"]["mode"] == "relu" and figures["length"] == 32 and figures["dtype"] == "float32"
+    assert figures["versions"]["torch"] == torch.__version__ and figures["device"]
     assert (tmp_path / "zeros.png").read_bytes().startswith(b"\x89PNG")
     done = run_command("stocha-eval", source, "--mode", "topk", "--data", text, "--length", 32, "--dtype", "float32")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("stocha-eval: --mode topk cannot run")

@@ -3,15 +3,20 @@
 example:
   stocha-eval smollm2-sparse --data text.parquet
   stocha-eval smollm2-sparse --data text.parquet --baseline HuggingFaceTB/SmolLM2-135M --plot zeros.png
+  stocha-eval smollm2-sparse --data text.parquet --cett 0.1 0.2 0.4 --ppl-increase 1 --json > figures.json
 
 MODEL is a Hub id or folder, converted or native. The text is cut into windows of --length tokens, one after the other;
 each is read on its own. With --baseline, the same of a second model, and how far the first one's predictions are from
-its.
+its. --cett C leaves out, in every layer, the neurons of smallest output whose sum is a share C of the layer's output
+(CETT; ReLU^2 Wins), and tells zeros and perplexity of what is left; --ppl-increase P finds the most zeros, by the same
+C for all layers, whose perplexity is at most P percent higher (PPL-P% sparsity; Sparsing Law): a dozen passes.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,9 +34,11 @@ def parser() -> Parser:
     verb.add_argument("--mode", help=f"force an activation on MODEL: {', '.join(ACTIVATIONS)} (default: its own)")
     verb.add_argument("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
     verb.add_argument("--windows", type=int, help="evenly spaced windows to measure on (default: all)")
+    verb.add_argument("--cett", nargs="+", type=float, metavar="C", help="measure truncated at these CETT as well")
+    verb.add_argument("--ppl-increase", type=float, metavar="P", help="find the PPL-P%% sparsity, P in percent")
     verb.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
-    verb.add_argument("--json", action="store_true", help="print the figures as JSON")
-    verb.add_argument("--plot", metavar="FILE", help="draw the zeros of each layer")
+    verb.add_argument("--json", action="store_true", help="print the figures as JSON, with the weights' hash")
+    verb.add_argument("--plot", metavar="FILE", help="draw zeros by layer, reuse, and perplexity against zeros")
     return verb
 
 
@@ -52,15 +59,56 @@ def evaluate(args: argparse.Namespace) -> None:
     names = [name for name in (args.model, args.baseline) if name]
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
-    figures = {"model": args.model, "data": args.data, "length": args.length, "dtype": args.dtype}
+    origins = [_origin(name, model) for name, model in zip(names, models, strict=True)]
+    figures = origins[0] | {"data": args.data, "length": args.length, "dtype": args.dtype} | _circumstances(args)
     with models[0].stocha_mode(args.mode) if args.mode else nullcontext():
-        figures |= evaluate.evaluate(models[0], windows)
+        figures |= _measured(models[0], windows, args)
         if args.baseline:
-            figures["baseline"] = {"model": args.baseline} | evaluate.evaluate(models[1], windows)
+            figures["baseline"] = origins[1] | _measured(models[1], windows, args)
             figures |= evaluate.compare(models[0], models[1], windows)
     show(figures, _told(figures), args.json)
     if args.plot:
         _plot(figures, args.plot)
+
+
+def _measured(model: Any, windows: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from stocha_hf.cett import CettCurve, at_cett, ppl_sparsity
+    from stocha_hf.evaluate import evaluate
+
+    figures = evaluate(model, windows)
+    if args.cett or args.ppl_increase is not None:
+        curve = CettCurve(model, windows)
+        if args.cett:
+            figures["cett"] = [at_cett(model, windows, curve, cett) for cett in args.cett]
+        if args.ppl_increase is not None:
+            dense = figures["perplexity"]
+            figures["ppl_sparsity"] = ppl_sparsity(model, windows, curve, dense, args.ppl_increase)
+    return figures
+
+
+def _origin(name: str, model: Any) -> dict[str, Any]:
+    """What was measured: `weights`, the hash of a local folder, or `revision`, the commit of a Hub id."""
+    from stocha_hf.weights_hash import weights_hash
+
+    folder = Path(name)
+    return {
+        "model": name,
+        "weights": weights_hash(folder) if folder.is_dir() else None,
+        "revision": getattr(model.config, "_commit_hash", None),
+    }
+
+
+def _circumstances(args: argparse.Namespace) -> dict[str, Any]:
+    """What else it takes to get the same figures again."""
+    import torch
+    import transformers
+
+    from stocha_hf.config import __version__
+
+    versions = {"stocha_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    options = {key: value for key, value in vars(args).items() if key not in ("model", "json", "plot")}
+    return {"options": options, "versions": versions, "device": device}
 
 
 def _check_mode(model: Any, mode: str | None) -> None:
@@ -81,6 +129,13 @@ def _check(args: argparse.Namespace) -> None:
     check_dtype(args.dtype)
     if args.mode is not None and args.mode not in ACTIVATIONS:
         raise StochaError(f"--mode is {args.mode}: expected one of {', '.join(ACTIVATIONS)}")
+    if wrong := [cett for cett in args.cett or [] if not 0 <= cett < 1]:
+        raise StochaError(f"--cett is {wrong[0]}: expected shares of the output's norm, from 0 to below 1")
+    if args.ppl_increase is not None and not 0 < args.ppl_increase < math.inf:
+        raise StochaError(f"--ppl-increase is {args.ppl_increase}: expected a percentage above 0")
+    truncates = args.cett or args.ppl_increase is not None
+    if truncates and args.mode and not ACTIVATIONS[args.mode].deterministic:
+        raise StochaError(f"--mode is {args.mode}, which is random: expected a deterministic one for --cett")
     if args.plot:
         from stocha_hf.plots import check_plot
 
@@ -88,15 +143,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _told(figures: dict[str, Any]) -> str:
-    lines = []
-    for row in (figures, figures.get("baseline")):
-        if row:
-            zeros = row["sparsity"]["per_layer"]
-            lines.append(
-                f"{row['model']} ({row['activation']}): perplexity {row['perplexity']:.3f} on {row['tokens']} tokens; "
-                f"zeros {row['sparsity']['mean']:.1%}, by layer {min(zeros):.1%} to {max(zeros):.1%}; never active "
-                f"{row['never_active']['mean']:.2%}; active at the token before as well {row['reuse']['mean']:.1%}"
-            )
+    lines = [line for row in _rows(figures) for line in _told_model(row)]
     if "kl" in figures:
         lines.append(
             f"from the second to the first: KL {figures['kl']:.4f}, same top token {figures['top1_agreement']:.1%}"
@@ -104,12 +151,52 @@ def _told(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plot(figures: dict[str, Any], path: str) -> None:
-    from stocha_hf.plots import plot_lines
+def _told_model(row: dict[str, Any]) -> Iterator[str]:
+    zeros, unused = row["sparsity"]["per_layer"], row["aggregated_sparsity"]
+    yield (
+        f"{row['model']} ({row['activation']}): perplexity {row['perplexity']:.3f} on {row['tokens']} tokens; "
+        f"zeros {row['sparsity']['mean']:.1%}, by layer {min(zeros):.1%} to {max(zeros):.1%}; never active "
+        f"{row['never_active']['mean']:.2%}; active at the token before as well {row['reuse']['mean']:.1%}; "
+        f"active at none of {unused['tokens'][-1]} tokens {unused['mean'][-1]:.1%}"
+    )
+    for point in row.get("cett", []):
+        yield f"  truncated at CETT {point['cett']:g}: {_told_point(point)}"
+    if point := row.get("ppl_sparsity"):
+        yield f"  PPL-{point['percent']:g}%: {_told_point(point)}, at CETT {point['cett']:.3f}"
 
-    rows = [row for row in (figures, figures.get("baseline")) if row]
-    lines = {
-        Path(row["model"]).name: [(i, 100 * zeros) for i, zeros in enumerate(row["sparsity"]["per_layer"])]
-        for row in rows
-    }
-    plot_lines(path, {"Zeros in the FFN's hidden vector": lines}, x="layer", y="%")
+
+def _told_point(point: dict[str, Any]) -> str:
+    return f"zeros {point['sparsity']['mean']:.1%}, perplexity {point['perplexity']:.3f}"
+
+
+def _rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in (figures, figures.get("baseline")) if row]
+
+
+def _plot(figures: dict[str, Any], path: str) -> None:
+    from stocha_hf.plots import Picture, plot
+
+    rows = {f"{Path(row['model']).name} ({row['activation']})": row for row in _rows(figures)}
+    zeros = {name: list(enumerate(_percent(row["sparsity"]["per_layer"]))) for name, row in rows.items()}
+    unused = {}
+    for name, row in rows.items():
+        shares = row["aggregated_sparsity"]
+        for label, key in ((name, "mean"), (f"{name}, if independent", "independent")):
+            unused[label] = list(zip(shares["tokens"], _percent(shares[key]), strict=True))
+    pictures = [
+        Picture("Zeros in the FFN's hidden vector", zeros, "layer", "%"),
+        Picture("Neurons that none of the first t tokens used", unused, "t", "%", log="x"),
+    ]
+    if curves := {name: _curve(row) for name, row in rows.items() if "cett" in row or "ppl_sparsity" in row}:
+        pictures.append(Picture("Truncated by CETT", curves, "zeros, %", "perplexity", log="y"))
+    plot(path, pictures)
+
+
+def _curve(row: dict[str, Any]) -> list[tuple[float, float]]:
+    """Perplexity against zeros: untruncated, and whatever was measured truncated."""
+    points = [row, *row.get("cett", []), *([row["ppl_sparsity"]] if "ppl_sparsity" in row else [])]
+    return [(100 * point["sparsity"]["mean"], point["perplexity"]) for point in points]
+
+
+def _percent(shares: list[float]) -> list[float]:
+    return [100 * share for share in shares]
