@@ -17,6 +17,7 @@ from tqdm import tqdm
 from stocha_hf.bench import READ, ratio, read_memory, threshold_for, timed
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, patch, stocha_mlps
+from stocha_hf.provenance import origin
 from stocha_hf.sparse.coarse import predict_gates
 
 SHAPES = {  # Llama shapes for random weights: hidden_size, intermediate_size, layers, heads, key heads
@@ -170,4 +171,4 @@ def checkpoint_record(
     native: Any = next(base for base in type(sparse).__mro__ if f"Stocha{base.__name__}" == type(sparse).__name__)
     dense = native.from_pretrained(folder, dtype=dtype).eval()
     tokens = torch.randint(sparse.config.vocab_size, (batch, prompt))
-    return decode_record(folder, dense, sparse, tokens, new)
+    return decode_record(folder, dense, sparse, tokens, new) | origin(folder, sparse)

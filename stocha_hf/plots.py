@@ -1,6 +1,7 @@
-"""Plots of measurements: lines from points, one picture or several side by side, written to a file.
+"""Plots: lines from points, one picture or several side by side, written to a file.
 
-Matplotlib is an optional dependency (`pip install 'stocha_hf[plot]'`), imported when a plot is asked for.
+Matplotlib is an optional dependency (`pip install 'stocha_hf[plot]'`), imported when a plot is asked for. What a
+measurement looks like is told in figures.py.
 
     plot_lines(Path("out.png"), {"docs": {"refit": [(80, 16.4), (90, 21.0)]}}, x="zeros, %", y="perplexity")
     plot(Path("out.png"), [Picture("docs", {"refit": [(80, 16.4)]}, "zeros, %", "perplexity"), ...])
@@ -11,21 +12,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stocha_hf.errors import StochaError
 
-Lines = Mapping[str, Iterable[tuple[float, float]]]  # label: points
+Lines = Mapping[str, Iterable[tuple[Any, ...]]]  # label: points (x, y), or (x, y, text beside the point)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Lines under a title; `x` and `y` label the axes, `log` names those that are logarithmic: "", "x", "y", "xy"."""
+    """Lines under a title; `x` and `y` label the axes, `log` names those that are logarithmic: "", "x", "y", "xy".
+
+    A line of one point is drawn as a level, unless `levels` is false.
+    """
 
     title: str
     lines: Lines
     x: str
     y: str
     log: str = ""
+    levels: bool = True
 
 
 def check_plot(path: str | Path) -> None:
@@ -49,23 +55,28 @@ def plot_lines(path: str | Path, pictures: Mapping[str, Lines], *, x: str, y: st
 def plot(path: str | Path, pictures: Sequence[Picture]) -> None:
     """Draw each picture beside the others and write `path`, whose ending says the format.
 
-    A line of one point is drawn as a level. Raises StochaError as check_plot does.
+    Raises StochaError as check_plot does.
     """
     check_plot(path)
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
     figure = Figure(figsize=(6 * len(pictures), 4), layout="constrained")
-    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
-    for axis, picture in zip(axes, pictures, strict=True):
-        for label, points in picture.lines.items():
-            ordered = sorted(points)
-            if len(ordered) == 1:
-                axis.axhline(ordered[0][1], label=label, color="grey", linestyle="--")
-            else:
-                axis.plot(*zip(*ordered, strict=True), label=label, marker="o")
-        for scale in picture.log:
-            getattr(axis, f"set_{scale}scale")("log")
-        axis.set(title=picture.title, xlabel=picture.x, ylabel=picture.y)
-        axis.grid(alpha=0.3)
-        axis.legend()
+    for axis, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
+        _draw(axis, picture)
     figure.savefig(path, dpi=120)
+
+
+def _draw(axis: Any, picture: Picture) -> None:
+    for label, points in picture.lines.items():
+        ordered = sorted(points)
+        if len(ordered) == 1 and picture.levels:
+            axis.axhline(ordered[0][1], label=label, color="grey", linestyle="--")
+        else:
+            axis.plot(*zip(*[point[:2] for point in ordered], strict=True), label=label, marker="o")
+        for x, y, text in (point for point in ordered if point[2:]):
+            axis.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
+    for scale in picture.log:
+        getattr(axis, f"set_{scale}scale")("log")
+    axis.set(title=picture.title, xlabel=picture.x, ylabel=picture.y)
+    axis.grid(alpha=0.3)
+    axis.legend()

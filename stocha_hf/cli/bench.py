@@ -16,6 +16,7 @@ from typing import Any
 
 from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
 from stocha_hf.errors import StochaError
+from stocha_hf.figures import plot_speedups
 
 
 def parser() -> Parser:
@@ -47,6 +48,7 @@ def bench(args: argparse.Namespace) -> None:
     import torch
 
     from stocha_hf import bench_ffn, bench_models
+    from stocha_hf.provenance import circumstances
 
     dtype, records = getattr(torch, args.dtype), []
     torch.manual_seed(0)
@@ -63,9 +65,9 @@ def bench(args: argparse.Namespace) -> None:
         record = bench_models.checkpoint_record(args.model, dtype, args.prompt, args.new, args.recall, args.batch)
         records.append(_told(record, args.json))
     if args.json:
-        show(records, "", True)
+        show([record | circumstances() for record in records], "", True)
     if args.plot:
-        _plot(records, args.plot)
+        plot_speedups(records, args.plot)
 
 
 def _checked(args: argparse.Namespace, shares: list[float]) -> list[tuple[int, int]]:
@@ -119,15 +121,3 @@ def _told(record: dict[str, Any], quiet: bool) -> dict[str, Any]:
         rest += f"PyTorch's operations {record['speedup_of_torch_sparse']:.2f}x"
     print(f"{what}: {speed}; {rest}", flush=True)
     return record
-
-
-def _plot(records: list[dict[str, Any]], path: str) -> None:
-    from stocha_hf.plots import plot_lines
-
-    pictures: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for record in records:
-        if "shape" in record:
-            lines = pictures.setdefault(f"Sparse FFN, tokens: {record['tokens']}", {})
-            label = f"{record['shape'][0]}x{record['shape'][1]}"
-            lines.setdefault(label, []).append((100 * record["sparsity"], record["speedup"]))
-    plot_lines(path, pictures, x="zeros, %", y="times as fast as PyTorch dense")

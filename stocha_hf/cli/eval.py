@@ -18,12 +18,12 @@ import argparse
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
 from stocha_hf.config import ACTIVATIONS
 from stocha_hf.errors import StochaError
+from stocha_hf.figures import evaluated, plot_evaluation
 
 
 def parser() -> Parser:
@@ -53,14 +53,15 @@ def evaluate(args: argparse.Namespace) -> None:
     from stocha_hf import evaluate
     from stocha_hf.data import text_windows
     from stocha_hf.loading import load_model, tokenizer_folder
+    from stocha_hf.provenance import circumstances, origin
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
     names = [name for name in (args.model, args.baseline) if name]
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
-    origins = [_origin(name, model) for name, model in zip(names, models, strict=True)]
-    figures = origins[0] | {"data": args.data, "length": args.length, "dtype": args.dtype} | _circumstances(args)
+    origins = [origin(name, model) for name, model in zip(names, models, strict=True)]
+    figures = origins[0] | {"data": args.data, "length": args.length, "dtype": args.dtype} | circumstances()
     with models[0].stocha_mode(args.mode) if args.mode else nullcontext():
         figures |= _measured(models[0], windows, args)
         if args.baseline:
@@ -68,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
             figures |= evaluate.compare(models[0], models[1], windows)
     show(figures, _told(figures), args.json)
     if args.plot:
-        _plot(figures, args.plot)
+        plot_evaluation(figures, args.plot)
 
 
 def _measured(model: Any, windows: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -84,31 +85,6 @@ def _measured(model: Any, windows: Any, args: argparse.Namespace) -> dict[str, A
             dense = figures["perplexity"]
             figures["ppl_sparsity"] = ppl_sparsity(model, windows, curve, dense, args.ppl_increase)
     return figures
-
-
-def _origin(name: str, model: Any) -> dict[str, Any]:
-    """What was measured: `weights`, the hash of a local folder, or `revision`, the commit of a Hub id."""
-    from stocha_hf.weights_hash import weights_hash
-
-    folder = Path(name)
-    return {
-        "model": name,
-        "weights": weights_hash(folder) if folder.is_dir() else None,
-        "revision": getattr(model.config, "_commit_hash", None),
-    }
-
-
-def _circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """What else it takes to get the same figures again."""
-    import torch
-    import transformers
-
-    from stocha_hf.config import __version__
-
-    versions = {"stocha_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    options = {key: value for key, value in vars(args).items() if key not in ("model", "json", "plot")}
-    return {"options": options, "versions": versions, "device": device}
 
 
 def _check_mode(model: Any, mode: str | None) -> None:
@@ -143,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _told(figures: dict[str, Any]) -> str:
-    lines = [line for row in _rows(figures) for line in _told_model(row)]
+    lines = [line for row in evaluated(figures) for line in _told_model(row)]
     if "kl" in figures:
         lines.append(
             f"from the second to the first: KL {figures['kl']:.4f}, same top token {figures['top1_agreement']:.1%}"
@@ -167,36 +143,3 @@ def _told_model(row: dict[str, Any]) -> Iterator[str]:
 
 def _told_point(point: dict[str, Any]) -> str:
     return f"zeros {point['sparsity']['mean']:.1%}, perplexity {point['perplexity']:.3f}"
-
-
-def _rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in (figures, figures.get("baseline")) if row]
-
-
-def _plot(figures: dict[str, Any], path: str) -> None:
-    from stocha_hf.plots import Picture, plot
-
-    rows = {f"{Path(row['model']).name} ({row['activation']})": row for row in _rows(figures)}
-    zeros = {name: list(enumerate(_percent(row["sparsity"]["per_layer"]))) for name, row in rows.items()}
-    unused = {}
-    for name, row in rows.items():
-        shares = row["aggregated_sparsity"]
-        for label, key in ((name, "mean"), (f"{name}, if independent", "independent")):
-            unused[label] = list(zip(shares["tokens"], _percent(shares[key]), strict=True))
-    pictures = [
-        Picture("Zeros in the FFN's hidden vector", zeros, "layer", "%"),
-        Picture("Neurons that none of the first t tokens used", unused, "t", "%", log="x"),
-    ]
-    if curves := {name: _curve(row) for name, row in rows.items() if "cett" in row or "ppl_sparsity" in row}:
-        pictures.append(Picture("Truncated by CETT", curves, "zeros, %", "perplexity", log="y"))
-    plot(path, pictures)
-
-
-def _curve(row: dict[str, Any]) -> list[tuple[float, float]]:
-    """Perplexity against zeros: untruncated, and whatever was measured truncated."""
-    points = [row, *row.get("cett", []), *([row["ppl_sparsity"]] if "ppl_sparsity" in row else [])]
-    return [(100 * point["sparsity"]["mean"], point["perplexity"]) for point in points]
-
-
-def _percent(shares: list[float]) -> list[float]:
-    return [100 * share for share in shares]

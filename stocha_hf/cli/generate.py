@@ -1,0 +1,169 @@
+"""Samples of prompts, and how likely and how diverse they are: noise of the activation against temperature.
+
+example:
+  stocha-generate smollm2-stocha --prompt "The history of paper begins"
+  stocha-generate smollm2-stocha --prompts prompts.txt --samples 8 --p 0.7 0.9 --temperature 0.5 1 --plot curve.png
+
+MODEL is a Hub id or folder, converted or native. "stocha" takes the most likely token at every step while the
+activation is StochA (of negative gate values, a share p stays what it is without noise); "temperature" draws tokens
+from the model without noise. log-likelihood: mean of the samples' tokens under the model without noise; distinct-n:
+different n-grams by all; self-BLEU: of each sample against the others of its prompt, 100 if all are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
+from stocha_hf.errors import StochaError
+from stocha_hf.figures import VALUES, plot_generation
+
+DEFAULTS = {"p": [0.9], "temperature": [1.0]}
+
+
+def parser() -> Parser:
+    verb = Parser("stocha-generate", __doc__)
+    verb.add_argument("model", metavar="MODEL", help="Hub id or checkpoint folder")
+    verb.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    verb.add_argument("--prompts", metavar="FILE", help="text file with a prompt a line")
+    verb.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
+    verb.add_argument("--samples", type=int, default=4, help="samples a prompt (default: 4)")
+    verb.add_argument("--new", type=int, default=64, help="tokens of a sample at most (default: 64)")
+    verb.add_argument(
+        "--decoding",
+        nargs="+",
+        help=f"{', '.join(VALUES)}, or several (default: those whose values are given, else stocha)",
+    )
+    verb.add_argument("--p", nargs="+", type=float, help="StochA's probabilities, each a run (default: 0.9)")
+    verb.add_argument("--temperature", nargs="+", type=float, help="temperatures, each a run (default: 1)")
+    verb.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples (default: 0)")
+    verb.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
+    verb.add_argument("--json", action="store_true", help="print samples and figures as JSON")
+    verb.add_argument("--plot", metavar="FILE", help="draw diversity against log-likelihood, a line a way of decoding")
+    return verb
+
+
+def main() -> None:
+    run(parser(), generate)
+
+
+def generate(args: argparse.Namespace) -> None:
+    settings, texts = _settings(args), _prompts(args)
+    _check(args)
+    import torch
+
+    from stocha_hf.generate import measure
+    from stocha_hf.loading import load_model
+    from stocha_hf.provenance import circumstances, origin
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, prompts = _tokens(args.model, texts, args.chat)
+    model = load_model(args.model, dtype=getattr(torch, args.dtype)).eval().to(device)
+    options = {key: getattr(args, key) for key in ("samples", "new", "seed")}
+    figures = origin(args.model, model) | {"chat": args.chat, "dtype": args.dtype} | options | circumstances()
+    figures |= {"prompts": texts, "runs": []}
+    for decoding, noise in settings:
+        found = {"decoding": decoding, **noise}
+        found |= measure(model, tokenizer, prompts, doing=_title(found), **options, **noise)
+        figures["runs"].append(found)
+    show(figures, _told(figures), args.json)
+    if args.plot:
+        plot_generation(figures, args.plot)
+
+
+def _settings(args: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
+    """Each way of decoding with each of its values, as {option: value}; {} for greedy."""
+    given = {name for name, key in VALUES.items() if key and getattr(args, key)}
+    wanted = args.decoding or sorted(given) or ["stocha"]
+    for name in wanted:
+        if name not in VALUES:
+            raise StochaError(f"--decoding is {name}: expected one of {', '.join(VALUES)}")
+    for name in given - set(wanted):
+        raise StochaError(f"--{VALUES[name]} is given, but --decoding is {' '.join(wanted)}: expected {name} in it")
+    for p in args.p or []:
+        if not 0 <= p <= 1:
+            raise StochaError(f"--p is {p}: expected a probability between 0 and 1")
+    for temperature in args.temperature or []:
+        if not 0 < temperature < math.inf:
+            raise StochaError(f"--temperature is {temperature}: expected a number above 0; for 0, --decoding greedy")
+    settings: list[tuple[str, dict[str, float]]] = []
+    for name in dict.fromkeys(wanted):
+        key = VALUES[name]
+        settings += [(name, {key: value}) for value in getattr(args, key) or DEFAULTS[key]] if key else [(name, {})]
+    return settings
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt or [])
+    if args.prompts:
+        try:
+            text = Path(args.prompts).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StochaError(f"--prompts {args.prompts} cannot be read ({error}): expected a text file") from None
+        if not text.strip():
+            raise StochaError(f"--prompts {args.prompts} is empty: expected a prompt a line")
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts or not all(map(str.strip, prompts)):
+        raise StochaError("there is no prompt, or an empty one: expected --prompt TEXT or --prompts FILE")
+    return prompts
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("samples", "new"):
+        if getattr(args, name) < 1:
+            raise StochaError(f"--{name} is {getattr(args, name)}: expected at least 1")
+    if not 0 <= args.seed < 2**64:
+        raise StochaError(f"--seed is {args.seed}: expected a number from 0 to 2**64 - 1")
+    check_dtype(args.dtype)
+    if args.plot:
+        from stocha_hf.plots import check_plot
+
+        check_plot(args.plot)
+        if args.samples < 2:
+            raise StochaError("--samples is 1: expected at least 2 for --plot, which draws how they differ")
+    if args.samples > 1:
+        from stocha_hf.diversity import check_sacrebleu
+
+        check_sacrebleu()
+
+
+def _tokens(name: str, texts: list[str], chat: bool) -> tuple[Any, list[list[int]]]:
+    """The model's tokenizer, and each prompt as token ids."""
+    from transformers import AutoTokenizer
+
+    from stocha_hf.hub import hub_errors
+    from stocha_hf.loading import tokenizer_folder
+
+    with hub_errors("reading the tokenizer of", name):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name))
+    if not chat:
+        return tokenizer, [tokenizer(text)["input_ids"] for text in texts]
+    if not tokenizer.chat_template:
+        raise StochaError(f"the tokenizer of {name} has no chat template: expected one for --chat; leave --chat out")
+    messages = [[{"role": "user", "content": text}] for text in texts]
+    return tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def _value(row: dict[str, Any]) -> str:
+    value = row.get(str(VALUES[row["decoding"]]))
+    return "" if value is None else f"{value:g}"
+
+
+def _title(row: dict[str, Any]) -> str:
+    return f"{row['decoding']} {_value(row)}".strip()
+
+
+def _told(figures: dict[str, Any]) -> str:
+    lines = []
+    for row in figures["runs"]:
+        for prompt, samples in zip(figures["prompts"], row["samples"], strict=True):
+            lines += [f"[{_title(row)}] {prompt}", *(f"  {sample['text']!r}" for sample in samples)]
+    for row in figures["runs"]:
+        shares = ", ".join(f"{row[f'distinct_{n}']:.3f}" for n in (1, 2, 3))
+        bleu = "" if row["self_bleu"] is None else f"; self-BLEU {row['self_bleu']:.1f}"
+        likelihood = f"log-likelihood {row['log_likelihood']:.3f} a token"
+        lines.append(f"{_title(row)}: {likelihood}; distinct 1-, 2-, 3-grams {shares}{bleu}")
+    return "\n".join(lines)
