@@ -23,6 +23,7 @@ from stocha_hf import checkpoint, report
 from stocha_hf.checkpoint import CARD, CONFIG
 from stocha_hf.config import MODELING_FILE, StochaConfig
 from stocha_hf.errors import StochaError
+from stocha_hf.measured import FOLDER as MEASUREMENTS
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -155,9 +156,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> dict[str
 
 def _publishable(folder: Path) -> list[str]:
     """The names of a stocha checkpoint's files, after checking that they are whole."""
-    config = checkpoint.read_config(folder)
-    if not isinstance(config.get("stocha"), dict):
-        raise StochaError(f"{folder} is no stocha checkpoint: expected a folder that stocha-convert or training wrote")
+    config = report.stocha_config(folder)
     row = checkpoint.check_config(config, str(folder))
     try:
         StochaConfig.from_dict(config["stocha"]).resolve(row.act)
@@ -168,7 +167,9 @@ def _publishable(folder: Path) -> list[str]:
         names, lambda: checkpoint.read_json(folder / checkpoint.INDEX, "an index"), str(folder)
     )
     checkpoint.check_weights(folder, weights, config)
-    return [CONFIG, *weights, *checkpoint.companion_files(names)]
+    report.check_card(folder)
+    measurements = sorted(name for name in names if Path(name).match(f"{MEASUREMENTS}/*"))
+    return [CONFIG, *weights, *checkpoint.companion_files(names), *measurements]
 
 
 def _additions(folder: Path, files: list[str], repo: str) -> list[CommitOperationAdd]:

@@ -1,8 +1,8 @@
-"""The model card: README.md with Hub metadata, written at conversion and completed at publication.
+"""The model card: README.md with Hub metadata, written at conversion, with measurements, and completed at publication.
 
-The text is model_card.md beside this file. A converted folder's card still has REPO_ID and REVISION where only the
-publication knows the values; `published_card` fills them in for the upload and leaves the folder's own file, and a
-user's edits, alone.
+The text is model_card.md beside this file; measured.py tells what was measured. A card still has REPO_ID and REVISION
+where only the publication knows the values; `published_card` fills them in for the upload and leaves the folder's own
+file, and a user's edits, alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 from stocha_hf.checkpoint import CARD, read_config
 from stocha_hf.config import ARCHITECTURES, StochaConfig
+from stocha_hf.errors import StochaError
+from stocha_hf.measured import HASH_KEY, Measured, check_measurements
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -30,6 +32,7 @@ REFITTED_LIMITS = (
     "A refit comes near the source's quality on text like that it was fitted on, less so on other text; continued "
     "pretraining goes on from it."
 )
+LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
@@ -48,8 +51,8 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def model_card(config: dict[str, Any], inherited: dict[str, Any]) -> str:
-    """The card of a checkpoint, given its config.json and the metadata of its source."""
+def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Measured | None = None) -> str:
+    """The card of a checkpoint, given its config.json, the metadata of its source and what was measured of it."""
     from huggingface_hub import ModelCardData
 
     row = ARCHITECTURES[config["model_type"]]
@@ -63,6 +66,7 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any]) -> str:
         library_name="transformers",
         tags=["stocha", "activation-sparsity", config["model_type"]],
         **{"pipeline_tag": "text-generation", **kept},
+        **(measured.metadata() if measured else {}),
     )
     name = f"`{source_id}`" if source_id else "an unnamed model"
     p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
@@ -71,6 +75,8 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any]) -> str:
     refit = next((stage for stage in stocha.history or [] if stage.get("method") == "refit"), None)
     values = {
         "weights": REFITTED.format(**refit) if refit else COPIED,
+        "measured": measured.section() + "\n\n" if measured else "",
+        "recipe": _recipe(stocha.history or []),
         "limits": REFITTED_LIMITS if refit else SWAPPED_LIMITS,
         "metadata": metadata.to_yaml(),
         "source": f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else name,
@@ -84,6 +90,40 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any]) -> str:
         "version": stocha.stocha_version,
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+
+
+def _recipe(history: list[dict[str, Any]]) -> str:
+    """What was done to the weights, stage by stage, as YAML; nothing where they are the source's."""
+    import yaml
+
+    if not history:
+        return ""
+    stages = [{key: value for key, value in stage.items() if key not in LONG} for stage in history]
+    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(stages, sort_keys=False)}```\n\n"
+
+
+def stocha_config(folder: Path) -> dict[str, Any]:
+    """config.json of a stocha checkpoint folder. Raises StochaError for another folder."""
+    config = read_config(folder)
+    if not isinstance(config.get("stocha"), dict):
+        raise StochaError(f"{folder} is no stocha checkpoint: expected a folder that stocha-convert or training wrote")
+    return config
+
+
+def write_card(folder: Path, config: dict[str, Any], measured: Measured) -> Path:
+    """Write a folder's card with its measurements; one that is there is kept beside it."""
+    path = folder / CARD
+    card = model_card(config, source_metadata(folder), measured)
+    if path.exists():
+        path.replace(folder / f"{CARD}.orig")
+    path.write_text(card, encoding="utf-8")
+    return path
+
+
+def check_card(folder: Path) -> None:
+    """Raise StochaError where a folder's card or measurements tell of other weights than it has."""
+    found = source_metadata(folder).get(HASH_KEY)
+    check_measurements(folder, None if found is None else str(found))
 
 
 def published_card(folder: Path, repo: str, tag: str) -> str:

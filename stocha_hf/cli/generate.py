@@ -143,8 +143,9 @@ def _tokens(name: str, texts: list[str], chat: bool) -> tuple[Any, list[list[int
         return tokenizer, [tokenizer(text)["input_ids"] for text in texts]
     if not tokenizer.chat_template:
         raise StochaError(f"the tokenizer of {name} has no chat template: expected one for --chat; leave --chat out")
-    messages = [[{"role": "user", "content": text}] for text in texts]
-    return tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    messages: Any = [[{"role": "user", "content": text}] for text in texts]
+    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return tokenizer, ids
 
 
 def _value(row: dict[str, Any]) -> str:

@@ -1,0 +1,58 @@
+"""Write a checkpoint's model card from files of measurements: README.md, with tables, pictures and Hub metadata.
+
+example:
+  stocha-eval smollm2-sparse --data text.parquet --baseline HuggingFaceTB/SmolLM2-135M --json > eval.json
+  stocha-bench smollm2-sparse --json > bench.json
+  stocha-card smollm2-sparse eval.json --bench bench.json
+
+The files and their pictures are copied to FOLDER/measurements, which stocha-publish uploads. Files that were measured
+on other weights than FOLDER's are refused, here and when it is published. A card that is there already is kept as
+README.md.orig.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from stocha_hf.cli import Parser, run, show
+from stocha_hf.errors import StochaError
+
+
+def parser() -> Parser:
+    verb = Parser("stocha-card", __doc__)
+    verb.add_argument("folder", metavar="FOLDER", help="stocha checkpoint folder")
+    verb.add_argument("evaluation", metavar="EVAL", help="what stocha-eval FOLDER --json printed")
+    verb.add_argument(
+        "--row", action="append", default=[], metavar="LABEL=EVAL", help="another evaluation for the same table"
+    )
+    verb.add_argument("--bench", metavar="BENCH", help="what stocha-bench FOLDER --json printed")
+    verb.add_argument("--generation", metavar="FILE", help="what stocha-generate FOLDER --json printed")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    return verb
+
+
+def main() -> None:
+    run(parser(), card)
+
+
+def card(args: argparse.Namespace) -> None:
+    from stocha_hf import report
+    from stocha_hf.measured import Measured
+    from stocha_hf.plots import check_plot
+
+    rows = dict(_row(given) for given in args.row)
+    folder = Path(args.folder)
+    config = report.stocha_config(folder)
+    measured = Measured.read(folder, args.evaluation, rows, args.bench, args.generation)
+    check_plot(folder / "zeros.png")
+    measured.write()
+    path = report.write_card(folder, config, measured)
+    show({"card": str(path), "weights": measured.weights}, f"wrote {path}", args.json)
+
+
+def _row(given: str) -> tuple[str, str]:
+    label, equals, path = given.rpartition("=")
+    if not equals or not label:
+        raise StochaError(f"--row is {given}: expected LABEL=EVAL, as in 'swapped, untrained=swapped.json'")
+    return label, path
