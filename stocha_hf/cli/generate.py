@@ -138,14 +138,13 @@ def _tokens(name: str, texts: list[str], chat: bool) -> tuple[Any, list[list[int
     from stocha_hf.loading import tokenizer_folder
 
     with hub_errors("reading the tokenizer of", name):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name))
+        tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder(name))
     if not chat:
         return tokenizer, [tokenizer(text)["input_ids"] for text in texts]
     if not tokenizer.chat_template:
         raise StochaError(f"the tokenizer of {name} has no chat template: expected one for --chat; leave --chat out")
-    messages: Any = [[{"role": "user", "content": text}] for text in texts]
-    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return tokenizer, ids
+    messages = [[{"role": "user", "content": text}] for text in texts]
+    return tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def _value(row: dict[str, Any]) -> str:
