@@ -18,6 +18,7 @@ quality depends on model, data and target: compare perplexity before and after.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,23 +44,20 @@ class SparsityMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self.recording = False
-        layers = patched_layers(model)
-        self._zeros, self._elements = ([torch.zeros((), dtype=torch.int64) for _ in layers] for _ in range(2))
-        self._hooks = [
-            layer.down_proj.register_forward_pre_hook(self._counting_hook(i)) for i, layer in enumerate(layers)
-        ]
+        self._counted: list[Any] = [layer.down_proj for layer in patched_layers(model)]
+        # One hook, and its counters on the modules: a compiler then has one graph for all layers.
+        for module in self._counted:
+            device = next((weight.device for weight in module.parameters()), None)
+            module.zeros, module.elements = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self._hooks = [module.register_forward_pre_hook(self._count) for module in self._counted]
 
-    def _counting_hook(self, layer: int) -> Any:
-        def count(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            if self.recording and not _in_backward():
-                hidden = args[0].detach()
-                if self._zeros[layer].device != hidden.device:
-                    self._zeros[layer] = self._zeros[layer].to(hidden.device)
-                    self._elements[layer] = self._elements[layer].to(hidden.device)
-                self._zeros[layer].add_((hidden == 0).sum())
-                self._elements[layer].add_(hidden.numel())
-
-        return count
+    def _count(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if self.recording and not _in_backward():
+            hidden = args[0].detach()
+            if module.zeros.device != hidden.device:
+                module.zeros, module.elements = module.zeros.to(hidden.device), module.elements.to(hidden.device)
+            module.zeros.add_((hidden == 0).sum())
+            module.elements.add_(hidden.numel())
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -75,10 +73,11 @@ class SparsityMeter:
 
         Raises StochaError when no forward was recorded.
         """
-        zeros, elements = (torch.stack([n.cpu() for n in counts]).double() for counts in (self._zeros, self._elements))
+        counts = [(module.zeros, module.elements) for module in self._counted]
+        zeros, elements = torch.tensor([[n.item() for n in pair] for pair in counts], dtype=torch.float64).unbind(1)
         if not elements.all():
             raise StochaError("no forward pass was recorded since the last read: run one inside meter.record()")
-        for count in (*self._zeros, *self._elements):
+        for count in itertools.chain(*counts):
             count.zero_()
         return {"mean": (zeros.sum() / elements.sum()).item(), "per_layer": (zeros / elements).tolist()}
 

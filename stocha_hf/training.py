@@ -89,11 +89,17 @@ class StochaTrainer(SFTTrainer):
     train_dataset: Any
 
     def __init__(self, model: Any, args: StochaArguments, *, schedule: Schedule, teacher: Any = None, **kwargs: Any):
-        compiled, args.torch_compile = args.torch_compile, False  # else Trainer compiles the whole model
+        compiled, use_cache = args.torch_compile, model.config.use_cache
+        options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        # else accelerate compiles the whole model; it goes by the backend, Trainer by the flag
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__init__(model=model, args=args, **kwargs)
+        self.model.config.use_cache = use_cache  # Trainer turns it off, also in what is saved
+        for part in filter(None, (self.model, teacher)):
+            narrow_stream(part)
         if compiled:
             for part in filter(None, (self.model, teacher)):
-                compile_layers(part, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+                compile_layers(part, **options)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
         if self.teacher is not None:
             open_head(self.model)
@@ -242,6 +248,20 @@ class _ScheduleCallback(TrainerCallback):
         if trainer.target is not None:
             trainer.target.update(state.global_step / state.max_steps, mean)
             metrics["l1_coefficient"].append(trainer.target.coefficient)
+
+
+def narrow_stream(model: Any) -> None:
+    """Under autocast, run a model's residual stream in autocast's dtype, as inference does, and not in the weights'.
+
+    The float32 embeddings of a model with float32 master weights would make the stream float32: every norm and
+    residual addition would move twice the bytes.
+    """
+
+    def narrow(module: Any, args: Any, embedded: torch.Tensor) -> torch.Tensor:
+        kind = embedded.device.type
+        return embedded.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embedded
+
+    model.get_input_embeddings().register_forward_hook(narrow)
 
 
 def compile_layers(model: Any, **options: Any) -> None:

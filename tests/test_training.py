@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_python, tiny_model
+from datasets import Dataset
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -23,7 +24,7 @@ from stocha_hf.cli.train import parse, train
 from stocha_hf.convert import convert
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mlps
-from stocha_hf.training import StochaTrainer, compile_layers, last_checkpoint
+from stocha_hf.training import StochaTrainer, compile_layers, last_checkpoint, narrow_stream
 
 STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
 RELU = "[{activation: relu, until: 1.0}]"
@@ -118,6 +119,7 @@ def test_a_run_follows_its_schedule_logs_it_and_leaves_a_publishable_relu_checkp
     assert rates == sorted(rates, reverse=True)  # the schedule of the learning rate runs on over the switch
     config = json.loads((out / "config.json").read_text())
     assert config["hidden_act"] == config["stocha"]["activation"] == config["stocha"]["inference"] == "relu"
+    assert config["use_cache"] is True
     [stage] = config["stocha"]["history"]
     assert [phase["activation"] for phase in stage["schedule"]] == ["stocha", "relu"] and stage["method"] == "full"
     native = AutoModelForCausalLM.from_pretrained(out)
@@ -190,12 +192,36 @@ def test_options_of_the_trainer_work(base, text, tmp_path, option):
 
 
 def test_layers_compiled_by_the_trainer_train_as_eager_ones(base, text, tmp_path):
+    """And nothing else is compiled: a graph for each activation, with and without its zeros counted."""
     phases = "[{activation: mean, until: 0.5}, {activation: relu, until: 1.0}]"
     shared = {"schedule": phases, "max_steps": 4, "save_steps": 4, "logging_steps": 2}
     eager = losses(run(base, text, tmp_path / "eager", **shared))
+    torch._dynamo.reset()
+    counters.clear()
     compiled = run(base, text, tmp_path / "out", torch_compile=True, torch_compile_backend="aot_eager", **shared)
     assert losses(compiled) == pytest.approx(eager, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 4
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_act == "relu"
+
+
+def test_rows_of_token_ids_train_without_preparation(base, tmp_path):
+    rows = torch.randint(4, 64, (40, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    Dataset.from_dict({"input_ids": rows}).to_parquet(tmp_path / "rows.parquet")
+    options = {"packing": False, "dataset_kwargs": '{"skip_prepare_dataset": true}', "max_steps": 2, "save_steps": 2}
+    run(base, tmp_path / "rows.parquet", tmp_path / "out", logging_steps=1, **options)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert [entry["num_tokens"] for entry in state["log_history"] if "loss" in entry] == [64, 128]
+
+
+def test_the_residual_stream_is_narrow_under_autocast_only():
+    model = tiny_model()
+    narrow_stream(model)
+    seen = []
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    model(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(TOKENS)
+    assert seen == [torch.float32, torch.bfloat16] and model.model.embed_tokens.weight.dtype == torch.float32
 
 
 def test_all_layers_share_one_compiled_graph_an_activation():

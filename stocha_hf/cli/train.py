@@ -101,6 +101,7 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     if args.threshold_shift:
         trainer.shift_thresholds()
     trainer.save_model()
+    trainer.save_state()
     trainer.create_model_card()
     if model_args.use_peft and trainer.accelerator.is_main_process:
         merge_adapter(args.output_dir, name, revision, tokenizer, trainer.model.config.stocha)
