@@ -1,8 +1,9 @@
 """Training text: a Hub dataset (streaming or not), or local parquet, jsonl, json, csv or txt, as a datasets.Dataset.
 
-Which of trl's formats a data set has is read off its columns: `messages` (chat), `prompt` and `completion`, or a text
-column. Tokenizing, packing and masking are trl's; this module finds the data and says in one sentence what is wrong
-with it.
+Which of trl's formats a data set has is read off its columns: `input_ids` (token ids, whose rows are used as they are
+with packing off and dataset_kwargs {"skip_prepare_dataset": true}), `messages` (chat), `prompt` and `completion`, or a
+text column. Tokenizing, packing and masking are trl's; this module finds the data and says in one sentence what is
+wrong with it.
 
     load_data("HuggingFaceFW/fineweb-edu", split="train", streaming=True)
     load_data("books.parquet", text_column="body")
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
-CHAT_COLUMNS = ({"messages"}, {"prompt", "completion"})
+READY_COLUMNS = ({"input_ids"}, {"messages"}, {"prompt", "completion"})
 
 
 def load_data(
@@ -33,7 +34,7 @@ def load_data(
     text_column: str = "text",
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """The data set's training columns: `messages`, `prompt` and `completion`, or `text`.
+    """The data set's training columns: `input_ids`, `messages`, `prompt` and `completion`, or `text`.
 
     `name` is a local file, a folder of files of one kind, or a Hub data set. Raises StochaError where there is none,
     none of its columns is text, or it is empty.
@@ -43,7 +44,7 @@ def load_data(
         first = next(iter(data))
     except StopIteration:  # datasets itself raises it for an empty JSON file
         raise StochaError(f"{name} (split {split}) is empty: expected at least one row of text") from None
-    columns = next((wanted for wanted in CHAT_COLUMNS if wanted <= set(first)), None)
+    columns = next((wanted for wanted in READY_COLUMNS if wanted <= set(first)), None)
     if columns is None:
         if not isinstance(first.get(text_column), str):
             raise StochaError(

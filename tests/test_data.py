@@ -40,6 +40,11 @@ def test_chat_and_completion_columns_are_taken_and_other_columns_left(tmp_path):
     assert sorted(load_data(str(tmp_path / "pairs.jsonl")).column_names) == ["completion", "prompt"]
 
 
+def test_rows_of_token_ids_are_taken_as_they_are(tmp_path):
+    Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "text": TEXTS}).to_parquet(tmp_path / "rows.parquet")
+    assert list(load_data(str(tmp_path / "rows.parquet"))) == [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}]
+
+
 def test_another_text_column_is_renamed(tmp_path):
     Dataset.from_dict({"body": TEXTS}).to_parquet(tmp_path / "data.parquet")
     assert list(load_data(str(tmp_path / "data.parquet"), text_column="body")) == [{"text": text} for text in TEXTS]
