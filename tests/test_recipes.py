@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from stocha_hf.cli.train import parse
+from stocha_hf.config import ACTIVATIONS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
@@ -20,7 +21,7 @@ def test_recipe_parses_and_names_files_that_exist(path, tmp_path):
         ["--config", str(path), "--use_cpu", "true", "--output_dir", str(tmp_path)], None
     )
     assert data.dataset and model.model_name_or_path and args.max_steps > 0
-    assert schedule.phases[-1].activation == "relu"
+    assert ACTIVATIONS[schedule.phases[-1].activation].native == "relu"
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for name in re.findall(r"recipes/[\w./-]+\.(?:py|yaml)", header):
         assert (ROOT / name).is_file(), name

@@ -1,0 +1,203 @@
+"""Which schedule converts best: a list of training runs through the recipe, each evaluated, one JSON line a run.
+
+The list is YAML: `recipe` is the YAML file that all runs share; `shared` holds keys that override it; `starts` maps a
+name to options of stocha-convert (`refit: true` stands for the training text); each of `runs` has a `name`, a `start`
+(one of the starts, or an earlier run), `tokens`, and any keys of the recipe; its `teacher` may be an earlier run too.
+
+    python benchmarks/schedules.py benchmarks/schedules.yaml --model SmolLM2-135M-Instruct --data train.parquet \
+        --eval val.parquet --work runs --results results.jsonl [--only 'silu*' 'refit90*'] [--gpus 4 --jobs 8]
+
+Every run is the recipe in a process of its own, so one that fails is a line with `error` and the others go on. Started
+again, it skips what `results` holds. Tokens per second mean something with one job a GPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import queue
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from stocha_hf.data import load_data, text_windows
+from stocha_hf.evaluate import evaluate
+from stocha_hf.loading import load_model
+
+ROOT = Path(__file__).parent.parent
+LENGTH = 1024
+
+
+class Bench:
+    """The list of runs, the folders they live in, and the GPUs that are free."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.listed = args, yaml.safe_load(args.runs.read_text())
+        self.lock = threading.Lock()
+        self.done: dict[str, Future] = {}
+        self.gpus: queue.Queue[int | None] = queue.Queue()
+        for job in range(args.jobs):
+            self.gpus.put(job % args.gpus if args.gpus else None)
+        self.rows_file = tokenised(args)
+        self.windows = {Path(name).stem: text_windows(name, args.model, LENGTH) for name in args.eval}
+
+    def go(self) -> None:
+        finished = {row["name"] for row in self.rows() if "error" not in row}
+        runs = [
+            run for run in self.listed["runs"] if any(fnmatch.fnmatch(run["name"], glob) for glob in self.args.only)
+        ]
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            for name, options in self.listed["starts"].items():
+                if any(run["start"] == name for run in runs):
+                    self.done[name] = pool.submit(self.on_a_gpu, self.convert, name, options)
+            for run in (run for run in runs if run["name"] not in finished):
+                needed = [self.done[key] for key in (run["start"], run.get("teacher")) if key in self.done]
+                self.done[run["name"]] = pool.submit(self.after, needed, run)
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.args.results
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def after(self, needed: list[Future], run: dict[str, Any]) -> None:
+        """A run, once those that it begins from are there; they were submitted before it, so none waits for ever."""
+        for other in needed:
+            other.result()
+        self.on_a_gpu(self.run, run["name"], run)
+
+    def on_a_gpu(self, function: Any, name: str, options: dict[str, Any]) -> None:
+        gpu = self.gpus.get()
+        try:
+            function(gpu, name, options)
+        except subprocess.CalledProcessError as error:
+            self.add({"name": name, **options, "error": error.stderr})
+        except Exception as error:  # of any kind: the other runs go on
+            self.add({"name": name, **options, "error": f"{type(error).__name__}: {error}"})
+        finally:
+            self.gpus.put(gpu)
+
+    def folder(self, name: str) -> Path:
+        return self.args.work / name
+
+    def convert(self, gpu: int | None, name: str, options: dict[str, Any]) -> None:
+        if self.folder(name).exists():
+            return
+        code = "from stocha_hf.cli.convert import main; main()"
+        command = [sys.executable, "-c", code, str(self.args.model), str(self.folder(name)), "--json"]
+        for key, value in options.items():
+            command += [f"--{key.replace('_', '-')}", str(self.args.data if key == "refit" else value)]
+        self.process(gpu, name, command)
+
+    def run(self, gpu: int | None, name: str, run: dict[str, Any]) -> None:
+        start = time.monotonic()
+        keys = self.listed["shared"] | {k: v for k, v in run.items() if k not in ("name", "start", "tokens")}
+        batch = LENGTH * keys["per_device_train_batch_size"] * keys.get("gradient_accumulation_steps", 1)
+        keys |= {
+            "model_name_or_path": self.folder(run["start"]),
+            "dataset": self.rows_file,
+            "packing": False,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "output_dir": self.folder(name),
+            "max_length": LENGTH,
+            "max_steps": round(run["tokens"] / batch),
+        }
+        if teacher := keys.get("teacher"):
+            keys["teacher"] = self.folder(teacher)
+        command = [sys.executable, str(ROOT / "recipes/continued_pretrain.py"), "--config", self.listed["recipe"]]
+        for key, value in keys.items():
+            command += [f"--{key}", json.dumps(value) if isinstance(value, list | dict | bool) else str(value)]
+        self.process(gpu, name, command)
+        row = run | {"learning_rate": keys["learning_rate"], "seed": keys["seed"], "batch_tokens": batch}
+        row |= {"device": "cpu" if gpu is None else torch.cuda.get_device_name(gpu)}
+        row |= {"jobs_per_gpu": self.args.jobs / max(self.args.gpus, 1), **self.figures(gpu, name)}
+        self.add(row | {"seconds": round(time.monotonic() - start, 1), "command": shlex.join(command)})
+
+    def process(self, gpu: int | None, name: str, command: list[str]) -> None:
+        """Run it on a GPU; its output goes to NAME.log. Raises CalledProcessError with the log's last line."""
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        log = self.args.work / f"{name}.log"
+        with log.open("w") as file:
+            code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        if code:
+            last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+            raise subprocess.CalledProcessError(code, command, stderr=last)
+
+    def figures(self, gpu: int | None, name: str) -> dict[str, Any]:
+        device = "cpu" if gpu is None else f"cuda:{gpu}"
+        model = load_model(str(self.folder(name)), dtype=torch.bfloat16).eval().to(device)
+        logs = json.loads((self.folder(name) / "trainer_state.json").read_text())["log_history"]
+        speeds = [log["tokens_per_second"] for log in logs if "tokens_per_second" in log][1:]  # the first one compiles
+        found: dict[str, Any] = {"tokens_per_second": statistics.median(speeds) if speeds else None}
+        for text, windows in self.windows.items():
+            measured = evaluate(model, windows)
+            zeros = measured["sparsity"]["per_layer"]
+            found[text] = {
+                "perplexity": measured["perplexity"],
+                "zeros": measured["sparsity"]["mean"],
+                "zeros_per_layer": [round(share, 4) for share in zeros],
+                "tokens": measured["tokens"],
+            }
+        return found
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self.lock, self.args.results.open("a") as file:
+            file.write(json.dumps(row, default=str) + "\n")
+        texts = {k: v for k, v in row.items() if isinstance(v, dict) and "perplexity" in v}
+        told = "  ".join(f"{k} {v['perplexity']:.3f} at {v['zeros']:.1%}" for k, v in texts.items())
+        speed = f"  {row['tokens_per_second']:.0f} tokens/s" if row.get("tokens_per_second") else ""
+        print(f"{row['name']:32} {told or row.get('error')}{speed}  {row.get('seconds', '')} s", flush=True)
+
+
+def tokenised(args: argparse.Namespace) -> Path:
+    """The training text as rows of LENGTH token ids, documents running on over row ends: once for all runs."""
+    path = args.work / f"{args.data.stem}-{LENGTH}.parquet"
+    if not path.exists():
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        texts = [row["text"] + tokenizer.eos_token for row in load_data(str(args.data))]
+        parts = []
+        for at in tqdm(range(0, len(texts), 1000), desc="Tokenising", disable=None):
+            ids = tokenizer(texts[at : at + 1000], return_attention_mask=False)["input_ids"]
+            parts += [np.array(row, dtype=np.int32) for row in ids]
+        flat = np.concatenate(parts)
+        flat = flat[: len(flat) // LENGTH * LENGTH]
+        offsets = np.arange(0, len(flat) + 1, LENGTH, dtype=np.int32)
+        pq.write_table(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, flat)}), path, compression="none")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="YAML: recipe, shared, starts, runs")
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder that all starts are made from")
+    parser.add_argument("--data", type=Path, required=True, help="training text")
+    parser.add_argument("--eval", nargs="+", required=True, help="texts to evaluate on")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
+    parser.add_argument("--results", type=Path, required=True, help="lines are added to this file")
+    parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, with wildcards")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU)")
+    args = parser.parse_args()
+    args.jobs = args.jobs or max(args.gpus, 1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    Bench(args).go()
+
+
+if __name__ == "__main__":
+    main()
