@@ -85,7 +85,7 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     if model_args.use_peft:
         _check_adapter_base(model.config.stocha, schedule, name)
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_MODULES
-    _record_history(model.config, args, model_args, schedule)
+    _record_history(model.config, data, args, model_args, schedule)
     trainer = StochaTrainer(
         model=model,
         args=args,
@@ -141,8 +141,14 @@ def _check_adapter_base(stocha: dict[str, Any], schedule: Any, name: str) -> Non
         )
 
 
-def _record_history(config: Any, args: Any, model_args: Any, schedule: Any) -> None:
+def _record_history(config: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = {
+        "dataset": data.dataset,
+        "steps": args.max_steps if args.max_steps > 0 else None,
+        "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
+        "tokens_per_step": rows * args.max_length if args.max_length else None,
+        "seed": args.seed,
         "schedule": schedule.to_list(),
         "learning_rate": args.learning_rate,
         "method": "lora" if model_args.use_peft else "full",
