@@ -12,6 +12,7 @@ from typing import Any
 
 from stocha_hf.plots import Picture, plot
 
+WHOLE = (-2.0, 102.0)  # percent, with room for the points at both ends
 VALUES = {"stocha": "p", "temperature": "temperature", "greedy": None}  # way of decoding: the option it takes
 
 
@@ -28,8 +29,8 @@ def plot_evaluation(figures: dict[str, Any], path: str | Path) -> None:
         for label, key in ((name, "mean"), (f"{name}, if independent", "independent")):
             unused[label] = list(zip(shares["tokens"], _percent(shares[key]), strict=True))
     pictures = [
-        Picture("Zeros in the FFN's hidden vector", zeros, "layer", "%"),
-        Picture("Neurons that none of the first t tokens used", unused, "t", "%", log="x"),
+        Picture("Zeros in the FFN's hidden vector", zeros, "layer", "%", y_limits=WHOLE),
+        Picture("Neurons that none of the first t tokens used", unused, "t", "%", log="x", y_limits=WHOLE),
     ]
     if curves := {name: _curve(row) for name, row in rows.items() if "cett" in row or "ppl_sparsity" in row}:
         pictures.append(Picture("Truncated by CETT", curves, "zeros, %", "perplexity", log="y"))
@@ -41,7 +42,7 @@ def plot_generation(figures: dict[str, Any], path: str | Path) -> None:
     lines: dict[str, dict[str, list[tuple[float, float, str]]]] = {"Distinct 2-grams": {}, "100 - self-BLEU": {}}
     for row in figures["runs"]:
         key = VALUES[row["decoding"]]
-        label, value = (f"{row['decoding']}, by {key}", f"{row[key]:g}") if key else (row["decoding"], "")
+        label, value = row["decoding"] + (", by p" if key == "p" else ""), f"{row[key]:g}" if key else ""
         for title, diversity in zip(lines, (100 * row["distinct_2"], 100 - row["self_bleu"]), strict=True):
             lines[title].setdefault(label, []).append((row["log_likelihood"], diversity, value))
     x = "mean log-likelihood of a token, without noise"

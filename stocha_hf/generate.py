@@ -94,16 +94,22 @@ def log_likelihoods(model: Any, prompt: Sequence[int], samples: Sequence[Sequenc
 
 
 def measure(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, doing: str = "Generating", **options: Any
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int = 0,
+    doing: str = "Generating",
+    **options: Any,
 ) -> dict[str, Any]:
-    """Samples of each prompt and their figures; `options` are those of `generate`.
+    """Samples of each prompt and their figures; `options` are those of `generate`. Prompt i has the seed `seed` + i.
 
     `log_likelihood` is the mean over all samples, `distinct_1` to `distinct_3` and `self_bleu` (None for one sample a
     prompt) are means over prompts; `samples` has a list of {"text", "tokens", "log_likelihood"} for each prompt.
     """
     rows, told = [], []
-    for prompt in tqdm(prompts, desc=doing, unit="prompt", disable=None, leave=False):
-        samples = generate(model, prompt, **options)
+    for i, prompt in enumerate(tqdm(prompts, desc=doing, unit="prompt", disable=None, leave=False)):
+        samples = generate(model, prompt, seed=seed + i, **options)
         likelihoods = log_likelihoods(model, prompt, samples)
         texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
         row = {"log_likelihood": _mean(likelihoods)} | {f"distinct_{n}": distinct(samples, n) for n in (1, 2, 3)}

@@ -21,7 +21,8 @@ Lines = Mapping[str, Iterable[tuple[Any, ...]]]  # label: points (x, y), or (x, 
 
 @dataclass(frozen=True)
 class Picture:
-    """Lines under a title; `x` and `y` label the axes, `log` names those that are logarithmic: "", "x", "y", "xy".
+    """Lines under a title. `x` and `y` label the axes, `log` names those that are logarithmic: "", "x", "y" or "xy";
+    `y_limits` is the range shown, chosen by the points if None.
 
     A line of one point is drawn as a level, unless `levels` is false.
     """
@@ -32,6 +33,7 @@ class Picture:
     y: str
     log: str = ""
     levels: bool = True
+    y_limits: tuple[float, float] | None = None
 
 
 def check_plot(path: str | Path) -> None:
@@ -67,6 +69,8 @@ def plot(path: str | Path, pictures: Sequence[Picture]) -> None:
 
 
 def _draw(axis: Any, picture: Picture) -> None:
+    from matplotlib.ticker import LogFormatter
+
     for label, points in picture.lines.items():
         ordered = sorted(points)
         if len(ordered) == 1 and picture.levels:
@@ -77,6 +81,10 @@ def _draw(axis: Any, picture: Picture) -> None:
             axis.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
     for scale in picture.log:
         getattr(axis, f"set_{scale}scale")("log")
-    axis.set(title=picture.title, xlabel=picture.x, ylabel=picture.y)
+        numbers = getattr(axis, f"{scale}axis")
+        numbers.set_major_formatter(LogFormatter())  # 60, where the default is 6 x 10^1
+        numbers.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.margins(x=0.08)  # room for a text beside the last point
+    axis.set(title=picture.title, xlabel=picture.x, ylabel=picture.y, ylim=picture.y_limits)
     axis.grid(alpha=0.3)
     axis.legend()

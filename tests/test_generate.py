@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, run_python, tiny_model
+from conftest import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.diversity import distinct, self_bleu
@@ -188,16 +188,17 @@ def test_self_bleu_is_the_mean_of_bleu_against_the_other_samples():
 
 def test_the_command_measures_ways_of_decoding_side_by_side(checkpoint, tmp_path):
     source, prompts, plot = checkpoint(**LIVELY), tmp_path / "prompts.txt", tmp_path / "curve.png"
-    prompts.write_text("w5 w6 w7\n\nw8 w9\n")
+    prompts.write_text("w5 w6 w7\n\nw20\n")
     options = ["--prompt", "w20", "--prompts", prompts, "--samples", 3, "--new", 6, "--dtype", "float32", "--seed", 5]
     ways = ["--p", 0.4, 1, "--temperature", 1.5, "--decoding", "stocha", "temperature", "greedy"]
     done = run_command("stocha-generate", source, *options, *ways, "--json", "--plot", plot)
     figures = json.loads(done.stdout)
-    assert figures["prompts"] == ["w20", "w5 w6 w7", "w8 w9"] and figures["seed"] == 5, done.stderr
+    assert figures["prompts"] == ["w20", "w5 w6 w7", "w20"] and figures["seed"] == 5, done.stderr
     runs = figures["runs"]
     assert [run["decoding"] for run in runs] == ["stocha", "stocha", "temperature", "greedy"]
     assert [runs[0]["p"], runs[1]["p"], runs[2]["temperature"]] == [0.4, 1, 1.5]
     assert runs[1]["samples"] == runs[3]["samples"]  # p = 1 is SiLU
+    assert runs[0]["samples"][0] != runs[0]["samples"][2]  # the same prompt again, with noise of its own
     assert runs[3]["self_bleu"] == 100 and runs[0]["self_bleu"] < 100 > runs[2]["self_bleu"]
     for run in runs:
         means = [sample["log_likelihood"] for samples in run["samples"] for sample in samples]
@@ -209,13 +210,16 @@ def test_the_command_measures_ways_of_decoding_side_by_side(checkpoint, tmp_path
 
 
 def test_the_command_shows_samples_of_a_chat(checkpoint):
-    source = checkpoint()
-    options = ["--prompt", "w6", "--samples", 2, "--new", 4, "--dtype", "float32"]
-    plain, chat = (run_command("stocha-generate", source, *options, *more) for more in ([], ["--chat"]))
-    assert plain.stdout.startswith("[stocha 0.9] w6\n") and "\nstocha 0.9: log-likelihood -" in plain.stdout
-    assert chat.returncode == 0 and chat.stdout != plain.stdout, chat.stderr
+    source = checkpoint(**LIVELY)
+    options = ["--prompt", "w6", "--samples", 2, "--new", 4, "--dtype", "float32", "--chat"]
+    done = run_command("stocha-generate", source, *options)
+    samples = generate(load_model(str(source)).eval(), [4, 6, 5], samples=2, new=4, p=0.9)  # the template's w4 w6 w5
+    texts = [repr(tiny_tokenizer().decode(sample, skip_special_tokens=True)) for sample in samples]
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["[stocha 0.9] w6", *(f"  {text}" for text in texts)], done.stderr
+    assert lines[3].startswith("stocha 0.9: log-likelihood -") and len(lines) == 4
     (source / "chat_template.jinja").unlink()
-    assert_refused(run_command("stocha-generate", source, *options, "--chat"), "no chat template", "--chat")
+    assert_refused(run_command("stocha-generate", source, *options), "no chat template", "--chat")
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("samples", "new"):
         if getattr(args, name) < 1:
             raise StochaError(f"--{name} is {getattr(args, name)}: expected at least 1")
-    if not 0 <= args.seed < 2**64:
-        raise StochaError(f"--seed is {args.seed}: expected a number from 0 to 2**64 - 1")
+    if not 0 <= args.seed < 2**63:
+        raise StochaError(f"--seed is {args.seed}: expected a number from 0 to 2**63 - 1")
     check_dtype(args.dtype)
     if args.plot:
         from stocha_hf.plots import check_plot
