@@ -74,7 +74,7 @@ def generate(args: argparse.Namespace) -> None:
         plot_generation(figures, args.plot)
 
 
-def _settings(args: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
+def _settings(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Each way of decoding with each of its values, as {option: value}; {} for greedy."""
     given = {name for name, key in VALUES.items() if key and getattr(args, key)}
     wanted = args.decoding or sorted(given) or ["stocha"]
@@ -89,7 +89,7 @@ def _settings(args: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
     for temperature in args.temperature or []:
         if not 0 < temperature < math.inf:
             raise StochaError(f"--temperature is {temperature}: expected a number above 0; for 0, --decoding greedy")
-    settings: list[tuple[str, dict[str, float]]] = []
+    settings: list[tuple[str, dict[str, Any]]] = []
     for name in dict.fromkeys(wanted):
         key = VALUES[name]
         settings += [(name, {key: value}) for value in getattr(args, key) or DEFAULTS[key]] if key else [(name, {})]
