@@ -5,9 +5,9 @@ example:
   stocha-generate smollm2-stocha --prompts prompts.txt --samples 8 --p 0.7 0.9 --temperature 0.5 1 --plot curve.png
 
 MODEL is a Hub id or folder, converted or native. "stocha" takes the most likely token at every step while the
-activation is StochA (of negative gate values, a share p stays what it is without noise); "temperature" draws tokens
-from the model without noise. log-likelihood: mean of the samples' tokens under the model without noise; distinct-n:
-different n-grams by all; self-BLEU: of each sample against the others of its prompt, 100 if all are equal.
+activation is StochA: a negative gate value gives the model's SiLU with probability p, else 0. "temperature" draws
+tokens from the model without noise. log-likelihood: mean of the samples' tokens under the model without noise;
+distinct-n: different n-grams by all; self-BLEU: of each sample against the others of its prompt, 100 if all are equal.
 """
 
 from __future__ import annotations
