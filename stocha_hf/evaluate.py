@@ -138,7 +138,7 @@ class _LayerCounts:
         self._windows += len(active)
         self._tokens += active.shape[0] * active.shape[1]
         self._again += int(torch.count_nonzero(active[:, 1:] & active[:, :-1]))
-        self._later += int(torch.count_nonzero(active[:, 1:]))
+        self._later += int(fired[1:].double().sum())  # the first end is the first token
 
     def shares(self) -> dict[str, float]:
         fired = self._fired
