@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def main() -> None:
         "model": Path(args.model).name,
         "device": DEVICE,
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # of the last minute: beyond the number of cores, others were running
         "dtype": args.dtype,
         "windows": len(windows),
         "length": args.length,
