@@ -206,7 +206,7 @@ def _diversity(generation: dict[str, Any]) -> str:
     ]
     for run in generation["runs"]:
         key = VALUES[run["decoding"]]
-        name = run["decoding"] + (f", {key} {run[key]:g}" if key else "")
+        name = run["decoding"] + (", p" if key == "p" else "") + (f" {run[key]:g}" if key else "")
         bleu = "" if run["self_bleu"] is None else f"{run['self_bleu']:.1f}"
         lines[-1] += f"\n| {name} | {run['log_likelihood']:.3f} | {run['distinct_2']:.3f} | {bleu} |"
     if _is_drawn(generation):

@@ -24,6 +24,9 @@ REFITTED = (
     "The feed-forward weights were refitted layer by layer on {tokens:,} tokens of {data}, without training; every "
     "other weight, all names and all shapes are the source's."
 )
+TRAINED = (
+    "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
+)
 SWAPPED_LIMITS = (
     "The conversion itself trains nothing: a checkpoint whose activation was only swapped needs continued pretraining "
     "or a ReLU fine-tune before its outputs under the new activation are useful."
@@ -33,6 +36,9 @@ REFITTED_LIMITS = (
     "pretraining goes on from it."
 )
 LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
+TRAINED_LIMITS = (
+    "Training moves the model towards the text it was trained on; on other text it may be worse than the source."
+)
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
@@ -72,12 +78,12 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
     p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
     native = stocha.native_act
     note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
-    refit = next((stage for stage in stocha.history or [] if stage.get("method") == "refit"), None)
+    weights, limits = _what_was_done(stocha.history or [])
     values = {
-        "weights": REFITTED.format(**refit) if refit else COPIED,
+        "weights": weights,
         "measured": measured.section() + "\n\n" if measured else "",
         "recipe": _recipe(stocha.history or []),
-        "limits": REFITTED_LIMITS if refit else SWAPPED_LIMITS,
+        "limits": limits,
         "metadata": metadata.to_yaml(),
         "source": f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else name,
         "revision": f"revision `{revision}`" if revision else "revision unknown: it was a local folder or file",
@@ -90,6 +96,13 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
         "version": stocha.stocha_version,
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+
+
+def _what_was_done(history: list[dict[str, Any]]) -> tuple[str, str]:
+    """What a card says of the weights, and of their limits."""
+    if any(stage.get("method") != "refit" for stage in history):
+        return TRAINED, TRAINED_LIMITS
+    return (REFITTED.format(**history[-1]), REFITTED_LIMITS) if history else (COPIED, SWAPPED_LIMITS)
 
 
 def _recipe(history: list[dict[str, Any]]) -> str:

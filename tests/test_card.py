@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from stocha_hf.convert import convert
 from stocha_hf.errors import StochaError
 from stocha_hf.provenance import circumstances
-from stocha_hf.report import check_card, source_metadata
+from stocha_hf.report import check_card, model_card, source_metadata
 from stocha_hf.weights_hash import weights_hash
 
 
@@ -115,6 +115,20 @@ def test_a_measured_checkpoint_end_to_end(converted: Path, tmp_path: Path) -> No
     done = run_command("stocha-card", converted, paths[0], "--bench", paths[1], "--generation", paths[2])
     assert done.returncode == 0, done.stderr
     assert f"{json.loads(outputs[0].stdout)['perplexity']:.2f}" in (converted / "README.md").read_text()
+
+
+def test_the_card_says_what_was_done_to_the_weights(converted: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    refit = {"method": "refit", "tokens": 98304, "data": "docs.parquet", "held_out_errors": [0.5]}
+    trained = {"method": "full", "dataset": "docs", "steps": 60}
+    cards = []
+    for history in ([], [refit], [refit, trained]):
+        config["stocha"]["history"] = history
+        cards.append(model_card(config, {}))
+    assert "leaves every weight" in cards[0] and "Recipe" not in cards[0]
+    assert "refitted layer by layer on 98,304 tokens of docs.parquet" in cards[1]
+    assert "trained after the conversion" in cards[2] and "leaves every weight" not in cards[2]
+    assert "- method: refit" in cards[2] and "steps: 60" in cards[2] and "held_out" not in cards[2]
 
 
 def test_figures_of_other_weights_are_refused(converted: Path, tmp_path: Path) -> None:
