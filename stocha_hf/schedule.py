@@ -16,13 +16,17 @@ one:
     schedule:                                                   # annealed StochA, then ReLU
       - {activation: stocha, p: [0.5, 0.0], anneal: linear, until: 0.6}
       - {activation: relu, until: 1.0}
+
+    schedule:                                                   # FATReLU thresholds raised, then held at 90% zeros
+      - {activation: fatrelu, sparsity: [0.6, 0.9], until: 0.6}
+      - {activation: fatrelu, sparsity: 0.9, until: 1.0}
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -33,33 +37,60 @@ from stocha_hf.errors import StochaError
 ANNEAL = {"linear": lambda t: t, "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2}
 
 
+class Moment(NamedTuple):
+    """What a schedule asks for at one step: `phase` counts from 0, `sparsity` is None where thresholds stay."""
+
+    phase: int
+    activation: str
+    p: float
+    sparsity: float | None
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One activation up to training progress `until`; p is a number, or [first, last] to anneal between."""
+    """One activation up to training progress `until`.
+
+    p and sparsity are numbers, or [first, last] to anneal between. `sparsity` is for fatrelu: the mean share of zeros
+    over layers that thresholds are moved to during the phase; without it they stay what the checkpoint has.
+    """
 
     activation: str
     until: float
     p: float | list[float] = 0.3
+    sparsity: float | list[float] | None = None
     anneal: str = "linear"
 
     def __post_init__(self) -> None:
-        values = self.p if isinstance(self.p, list) else [self.p]
-        if len(values) not in (1, 2):
-            raise StochaError(f"p is {self.p!r}: expected a probability, or [first, last] to anneal between")
-        for value in values:
+        for value in _ends("p", self.p):
             try:
                 StochaConfig(activation=self.activation, p=value)
             except ValueError as error:
                 raise StochaError(f"a phase of the schedule is wrong: {error}") from None
         if self.anneal not in ANNEAL:
             raise StochaError(f"anneal is {self.anneal!r}: expected one of {', '.join(ANNEAL)}")
+        if self.sparsity is not None:
+            self._check_sparsity()
 
-    def p_at(self, share: float) -> float:
-        """p at a share (0 to 1) of this phase."""
-        if not isinstance(self.p, list):
-            return self.p
-        first, last = self.p[0], self.p[-1]
+    def _check_sparsity(self) -> None:
+        if self.activation != "fatrelu":
+            raise StochaError(f"a phase of {self.activation} has sparsity: expected it with fatrelu only")
+        for value in _ends("sparsity", self.sparsity):
+            if not isinstance(value, int | float) or not 0 < value < 1:
+                raise StochaError(f"sparsity is {self.sparsity!r}: expected shares of zeros between 0 and 1")
+
+    def at(self, value: Any, share: float) -> Any:
+        """p or sparsity at a share (0 to 1) of this phase."""
+        if not isinstance(value, list):
+            return value
+        first, last = value[0], value[-1]
         return first + (last - first) * ANNEAL[self.anneal](share)
+
+
+def _ends(name: str, value: Any) -> list[Any]:
+    values = value if isinstance(value, list) else [value]
+    if len(values) not in (1, 2):
+        raise StochaError(f"{name} is {value!r}: expected a number, or [first, last] to anneal between")
+    return values
 
 
 @dataclass(frozen=True)
@@ -83,7 +114,7 @@ class Schedule:
         except yaml.YAMLError:
             given = None
         if not isinstance(given, list) or not all(isinstance(phase, dict) for phase in given):
-            raise StochaError(f"schedule is {phases!r}: expected a list of {{activation, p, anneal, until}}")
+            raise StochaError(f"schedule is {phases!r}: expected a list of {{activation, p, sparsity, anneal, until}}")
         known = set(Phase.__dataclass_fields__)
         for phase in given:
             if unknown := sorted(set(phase) - known):
@@ -92,14 +123,16 @@ class Schedule:
                 raise StochaError(f"the phase {phase} has no {missing[0]!r}: expected activation and until in each")
         return cls(tuple(Phase(**phase) for phase in given))
 
-    def at(self, progress: float) -> tuple[int, str, float]:
-        """(index of the phase, activation, p) at a progress of 0 to 1; a phase ends just before its `until`."""
+    def at(self, progress: float) -> Moment:
+        """What training runs at a progress of 0 to 1; a phase ends just before its `until`."""
         ends = [phase.until for phase in self.phases]
         index = next((i for i, end in enumerate(ends) if progress < end), len(ends) - 1)
         start = ends[index - 1] if index else 0.0
         phase = self.phases[index]
-        return index, phase.activation, phase.p_at((progress - start) / (phase.until - start))
+        share = (progress - start) / (phase.until - start)
+        return Moment(index, phase.activation, phase.at(phase.p, share), phase.at(phase.sparsity, share))
 
     def to_list(self) -> list[dict[str, Any]]:
         """The phases as config.json's history records them."""
-        return [{key: getattr(phase, key) for key in Phase.__dataclass_fields__} for phase in self.phases]
+        keys = [key for key in Phase.__dataclass_fields__]
+        return [{key: getattr(phase, key) for key in keys if getattr(phase, key) is not None} for phase in self.phases]

@@ -1,4 +1,4 @@
-"""Zeros of the feed-forward layers' hidden vector: measure them, steer them while training, fix them afterwards.
+"""Zeros of the feed-forward layers' hidden vector: measure them, and steer them by L1 while training.
 
 The hidden vector is the input of down_proj, [..., M]. Measuring and steering hang on a forward pre-hook of that
 module, which works inside peft, DDP and FSDP alike, since stocha_mlps finds the layers in any wrapper.
@@ -11,16 +11,15 @@ module, which works inside peft, DDP and FSDP alike, since stocha_mlps finds the
 SparsityTarget is the progressive L1 of ProSparse (Song et al., arXiv 2402.13516) with a controller in the place of its
 hand-set stages: the user names the share of zeros, the coefficient follows from what is measured. The penalty is no
 term of the loss but its gradient, added where the hidden vector's gradient passes: no side tensors, and nothing that
-activation checkpointing, accumulation, DDP, FSDP or torch.compile could lose. fatrelu_thresholds is ProSparse's last
-step, the threshold shift, but with one threshold per layer, chosen to meet a share of zeros. What either costs in
-quality depends on model, data and target: compare perplexity before and after.
+activation checkpointing, accumulation, DDP, FSDP or torch.compile could lose. What it costs in quality depends on
+model, data and target: compare perplexity before and after. stocha_hf/thresholds.py makes zeros by thresholds.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,10 +27,7 @@ import torch
 from torch import nn
 
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, StochaMLP, stocha_mlps, stocha_mode
-
-BINS = 2**17  # of a layer's histogram: non-negative float32 values by all but their lowest 14 bits, so 0.2% wide
-SHIFT = 14
+from stocha_hf.modeling_stocha import StochaMLP, stocha_mlps
 
 
 class SparsityMeter:
@@ -193,102 +189,3 @@ class SparsityTarget:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-def fatrelu_thresholds(model: nn.Module, batches: Sequence[Mapping[str, Any]], target: float) -> list[float]:
-    """One threshold per layer, with which the share of zeros over `batches` is `target` under fatrelu.
-
-    Every layer is given the same share, except one that plain ReLU takes beyond it: its threshold is 0, and the others
-    get less. A threshold changes what the layers after it see, so passes over all batches are repeated, all layers at
-    once, until the share that the thresholds in force make is within 0.001 of target; at most layers + 1 times, since
-    layer n's input is final after n passes. `batches` are the model's inputs, whose every position counts, padding
-    too; ranks that are to agree must be given the same ones.
-
-    ProSparse, arXiv 2402.13516, shifts all layers by one hand-set threshold. Raises StochaError for a target that
-    plain ReLU exceeds, or of 1 or more.
-    """
-    if target >= 1:
-        raise StochaError(f"the sparsity target is {target}: expected a share of zeros below 1")
-    layers = patched_layers(model)
-    before = [layer.threshold for layer in layers]
-    thresholds = [0.0] * len(layers)
-    try:
-        with stocha_mode(model, "fatrelu"):
-            for _ in range(len(layers) + 1):
-                _set_thresholds(layers, thresholds)
-                shares = _shares_up_to(model, layers, batches)
-                bins = (torch.tensor(thresholds).view(torch.int32) >> SHIFT).tolist()
-                now = sum(share[i].item() for share, i in zip(shares, bins, strict=True)) / len(layers)
-                if abs(now - target) < 0.001:
-                    break
-                thresholds = _meeting(shares, target)
-    finally:
-        _set_thresholds(layers, before)
-    return thresholds
-
-
-def apply_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
-    """Make fatrelu with these thresholds, one per layer, what `model` trains and infers with, also once it is saved.
-
-    config.json then holds them under `stocha`, and hidden_act "relu" for the native class. Raises StochaError when
-    their number is not that of the layers.
-    """
-    layers = patched_layers(model)
-    if len(thresholds) != len(layers):
-        raise StochaError(f"{len(thresholds)} thresholds were given: expected {len(layers)}, one per layer")
-    config: Any = next(module for module in model.modules() if hasattr(type(module), "stocha_mode")).config
-    fatrelu = {"activation": "fatrelu", "inference": "fatrelu"}
-    stocha = StochaConfig.from_dict(config.stocha | fatrelu | {"threshold": list(thresholds)})
-    _set_thresholds(layers, thresholds)
-    for layer in layers:
-        layer.activation = layer.inference = "fatrelu"
-    config.stocha = stocha.to_dict()
-    setattr(config, ARCHITECTURES[config.model_type].act_key, stocha.native_act)
-
-
-def _set_thresholds(layers: list[StochaMLP], thresholds: Sequence[float]) -> None:
-    for layer, threshold in zip(layers, thresholds, strict=True):
-        layer.threshold = threshold
-
-
-def _shares_up_to(
-    model: nn.Module, layers: list[StochaMLP], batches: Sequence[Mapping[str, Any]]
-) -> list[torch.Tensor]:
-    """For each layer, the share of gate pre-activations in or below each bin, float64 [BINS] on the CPU."""
-    counts = [torch.zeros(BINS, dtype=torch.int64) for _ in layers]
-
-    def count(layer: int, gate: torch.Tensor) -> None:
-        bits = gate.detach().float().clamp(min=0).contiguous().view(torch.int32)
-        counts[layer] += torch.bincount((bits >> SHIFT).flatten(), minlength=BINS).cpu()
-
-    hooks = [
-        layer.gate_proj.register_forward_hook(lambda module, args, gate, i=i: count(i, gate))
-        for i, layer in enumerate(layers)
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [count.cumsum(0).double() / count.sum() for count in counts]
-
-
-def _meeting(shares: list[torch.Tensor], target: float) -> list[float]:
-    """Thresholds whose shares average to target, as equal as thresholds of 0 or more allow."""
-    plain = [share[0].item() for share in shares]
-    if sum(plain) > target * len(plain):
-        raise StochaError(
-            f"plain ReLU makes {sum(plain) / len(plain):.1%} zeros on these batches, more than the target of "
-            f"{target:.1%}: expected a target above that"
-        )
-    level, beyond = target, [False] * len(plain)
-    while any(own > level and not out for own, out in zip(plain, beyond, strict=True)):
-        beyond = [own > level for own in plain]
-        taken = sum(own for own, out in zip(plain, beyond, strict=True) if out)
-        level = (target * len(plain) - taken) / beyond.count(False)
-    bins = [0 if out else int(torch.searchsorted(share, level)) for share, out in zip(shares, beyond, strict=True)]
-    # a bin's lower end: the very value for bfloat16, which has no other in the bin
-    return (torch.tensor(bins, dtype=torch.int32) << SHIFT).view(torch.float32).tolist()

@@ -26,16 +26,18 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from stocha_hf import report
-from stocha_hf.distill import distilled_losses, open_head
 from stocha_hf.errors import StochaError
+from stocha_hf.loss import open_head, token_losses, training_losses
 from stocha_hf.modeling_stocha import ACTIVATIONS, ARCHITECTURES, StochaConfig, set_activation, stocha_mlps
 from stocha_hf.schedule import Schedule
-from stocha_hf.sparsity import SparsityMeter, SparsityTarget, apply_thresholds, fatrelu_thresholds
+from stocha_hf.sparsity import SparsityMeter, SparsityTarget
+from stocha_hf.thresholds import apply_thresholds, fatrelu_thresholds, moved_thresholds, set_thresholds
 
 THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
 MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
-UPDATES = 50  # of the sparsity target's controller in a run
-TARGET_STATE = "sparsity_target.json"  # the controller of the sparsity target, in each checkpoint
+UPDATE_ROWS = 8  # of these, on which thresholds are moved while training
+UPDATES = 50  # of the thresholds, or of the sparsity target's controller, in a run
+SPARSITY_STATE = "sparsity_state.json"  # thresholds and the controller of the sparsity target, in each checkpoint
 
 
 @dataclass
@@ -63,6 +65,9 @@ class StochaArguments(SFTConfig):
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter is used; looking for others costs time
+        self.logging_nan_inf_filter = False  # it waits for the GPU twice a step; check_finite stops the run
+        accelerator: Any = self.accelerator_config
+        accelerator.non_blocking = True  # else each batch's copy to the GPU waits for the step before
         if self.use_liger_kernel:
             raise StochaError("use_liger_kernel is true: Liger's FFN computes SiLU only, so leave it out")
         for key in ("distill_weight", "target_sparsity"):
@@ -71,6 +76,11 @@ class StochaArguments(SFTConfig):
                 raise StochaError(f"{key} is {value}: expected a number between 0 and 1")
         if self.distill_temperature <= 0:
             raise StochaError(f"distill_temperature is {self.distill_temperature}: expected a number above 0")
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            raise StochaError(
+                f"loss_type is {self.loss_type!r} and label_smoothing_factor {self.label_smoothing_factor}: expected "
+                "'nll' and 0, the next-token loss"
+            )
         if self.threshold_shift and self.target_sparsity is None:
             raise StochaError("threshold_shift is true without target_sparsity: expected the share of zeros to meet")
         if self.fp16 and self.target_sparsity is not None:
@@ -90,7 +100,7 @@ class StochaTrainer(SFTTrainer):
 
     def __init__(self, model: Any, args: StochaArguments, *, schedule: Schedule, teacher: Any = None, **kwargs: Any):
         compiled, use_cache = args.torch_compile, model.config.use_cache
-        options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        options: dict[str, Any] = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
         # else accelerate compiles the whole model; it goes by the backend, Trainer by the flag
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__init__(model=model, args=args, **kwargs)
@@ -101,13 +111,20 @@ class StochaTrainer(SFTTrainer):
             for part in filter(None, (self.model, teacher)):
                 compile_layers(part, **options)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
-        if self.teacher is not None:
-            open_head(self.model)
-            open_head(self.teacher)
+        for part in filter(None, (self.model, teacher)):
+            open_head(part)
+        self.loss_options: dict[str, Any] = {}
+        if compiled:
+            self.loss_options["token_losses"] = torch.compile(token_losses, **options)
+        if teacher is not None:
+            self.loss_options |= {"kl_weight": args.distill_weight, "temperature": args.distill_temperature}
         self.meter = SparsityMeter(self.model)
         self.target = None if args.target_sparsity is None else SparsityTarget(self.model, args.target_sparsity)
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
-        self._last_log = (time.monotonic(), 0)
+        # since the last log, on the device, so that no step waits for one: nll and kl; tokens with a loss, all tokens
+        self._nats = torch.zeros(2, device=self.accelerator.device)
+        self._tokens = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+        self._last_log = time.monotonic()
         self.add_callback(_ScheduleCallback(self, schedule))
 
     def compute_loss(
@@ -119,21 +136,13 @@ class StochaTrainer(SFTTrainer):
         if self.target is not None and model.training:
             accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
             self.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
-        if self.teacher is None or not model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        args = self.args
-        losses = distilled_losses(
-            model, self.teacher, inputs, kl_weight=args.distill_weight, temperature=args.distill_temperature
-        )
-        tokens = losses.tokens.clamp(min=1)
-        metrics = self._metrics["train"]
-        metrics["lm_loss"].append((losses.nll / tokens).item())
-        metrics["kl"].append((losses.kl / tokens).item())
-        self._total_train_tokens += self.accelerator.gather(losses.tokens).sum().item()
-        metrics["num_tokens"] = [self._total_train_tokens]
-        if num_items_in_batch is None:
-            return losses.loss / tokens
-        return losses.loss / num_items_in_batch * ranks
+        losses = training_losses(model, self.teacher, inputs, **self.loss_options)
+        tokens, labels = losses.tokens, inputs["labels"]
+        self._nats += torch.stack([losses.nll, losses.kl])
+        self._tokens += torch.stack([tokens, inputs.get("attention_mask", torch.ones_like(labels)).sum()])
+        return losses.loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -150,18 +159,32 @@ class StochaTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now, (before, tokens) = time.monotonic(), self._last_log
-            self._last_log = (now, self._total_train_tokens)
-            logs["tokens_per_second"] = round((self._total_train_tokens - tokens) / (now - before), 1)
+            logs |= self._read_sums()
         super().log(logs, start_time)
+
+    def _read_sums(self) -> dict[str, float]:
+        """What all ranks trained on since the last log: losses a token, tokens so far, tokens per second."""
+        nll, kl = self.accelerator.reduce(self._nats, reduction="sum").tolist()
+        tokens, seen = self.accelerator.reduce(self._tokens, reduction="sum").tolist()
+        self._nats.zero_()
+        self._tokens.zero_()
+        self._total_train_tokens += seen
+        before, self._last_log = self._last_log, time.monotonic()
+        read = {
+            "num_tokens": self._total_train_tokens,
+            "tokens_per_second": round(seen / (self._last_log - before), 1),
+        }
+        if self.teacher is not None:
+            read |= {"lm_loss": nll / max(tokens, 1), "kl": kl / max(tokens, 1)}
+        return read
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that could not be written to its end is removed: the one before it stays the last."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            if self.target is not None and self.accelerator.is_main_process:
+            if self.accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / TARGET_STATE).write_text(json.dumps(self.target.state_dict()))
+                (folder / SPARSITY_STATE).write_text(json.dumps(self.sparsity_state()))
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "write" not in str(error):
@@ -172,20 +195,36 @@ class StochaTrainer(SFTTrainer):
                 f"same command; the last whole checkpoint is {last_checkpoint(self.args.output_dir) or 'none yet'}"
             ) from None
 
+    def move_thresholds(self, sparsity: float) -> None:
+        """Move FATReLU thresholds so that a share `sparsity` of the hidden vectors' entries is zero, here and now."""
+        with torch.compiler.set_stance("force_eager"):  # what it hooks would compile every layer once more
+            thresholds = moved_thresholds(self.model, self.first_rows(UPDATE_ROWS), sparsity)
+        apply_thresholds(self.model, thresholds)
+
     def shift_thresholds(self) -> None:
         """End a run with FATReLU thresholds that meet target_sparsity on the first rows of the training data."""
-        rows = list(itertools.islice(iter(self.train_dataset), THRESHOLD_ROWS))
+        batches = self.first_rows(THRESHOLD_ROWS)
+        apply_thresholds(self.model, fatrelu_thresholds(self.model, batches, self.args.target_sparsity))
+
+    def first_rows(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """The first rows of the training data as batches of a model's inputs."""
+        rows = list(itertools.islice(iter(self.train_dataset), count))
         size = self.args.per_device_train_batch_size
         batches = [self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
-        batches = [
+        return [
             {key: batch[key].to(self.accelerator.device) for key in MODEL_INPUTS & set(batch)} for batch in batches
         ]
-        apply_thresholds(self.model, fatrelu_thresholds(self.model, batches, self.args.target_sparsity))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = json.loads((Path(resume_from_checkpoint) / SPARSITY_STATE).read_text())
+        set_thresholds(self.model, state["thresholds"])
         if self.target is not None:
-            self.target.load_state_dict(json.loads((Path(resume_from_checkpoint) / TARGET_STATE).read_text()))
+            self.target.load_state_dict(state["target"])
+
+    def sparsity_state(self) -> dict[str, Any]:
+        thresholds = [mlp.threshold for mlp in stocha_mlps(self.model)]
+        return {"thresholds": thresholds, "target": self.target and self.target.state_dict()}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """This package's card instead of trl's."""
@@ -210,16 +249,17 @@ class _ScheduleCallback(TrainerCallback):
         torch.manual_seed(args.seed + self.trainer.accelerator.process_index)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        phase, activation, p = self.schedule.at(state.global_step / state.max_steps)
-        set_activation(self.trainer.model, activation, p)
-        if phase != self.phase:
-            self.phase = phase
-            record_activation(self.trainer.model.config, activation, p)
+        now = self.schedule.at(state.global_step / state.max_steps)
+        set_activation(self.trainer.model, now.activation, now.p)
+        if now.phase != self.phase:
+            self.phase = now.phase
+            record_activation(self.trainer.model.config, now.activation, now.p)
             if self.trainer.accelerator.is_main_process:
-                print(f"step {state.global_step}/{state.max_steps}: {self.schedule.phases[phase]}", flush=True)
-        every = [max(int(args.logging_steps), 1)]
-        if self.trainer.target is not None:
-            every.append(max(state.max_steps // UPDATES, 1))
+                print(f"step {state.global_step}/{state.max_steps}: {self.schedule.phases[now.phase]}", flush=True)
+        update = max(state.max_steps // UPDATES, 1)
+        if now.sparsity is not None and state.global_step % update == 0:
+            self.trainer.move_thresholds(now.sparsity)
+        every = [max(int(args.logging_steps), 1)] + [update] * (self.trainer.target is not None)
         if any((state.global_step + 1) % steps == 0 for steps in every):
             self.recording = self.trainer.meter.record()
             self.recording.__enter__()
@@ -237,7 +277,7 @@ class _ScheduleCallback(TrainerCallback):
         shares = torch.tensor(read["per_layer"], device=trainer.accelerator.device)
         shares = trainer.accelerator.reduce(shares, reduction="mean")
         mean = shares.mean().item()
-        _, activation, p = self.schedule.at(max(state.global_step - 1, 0) / state.max_steps)
+        _, activation, p, _ = self.schedule.at(max(state.global_step - 1, 0) / state.max_steps)
         metrics = trainer._metrics["train"]
         metrics["sparsity"].append(mean)
         for layer, share in enumerate(shares.tolist()):

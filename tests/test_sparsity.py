@@ -17,7 +17,8 @@ from torch._dynamo.utils import counters
 import stocha_hf
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaLlamaForCausalLM, stocha_mlps
-from stocha_hf.sparsity import SparsityMeter, SparsityTarget, apply_thresholds, fatrelu_thresholds
+from stocha_hf.sparsity import SparsityMeter, SparsityTarget
+from stocha_hf.thresholds import apply_thresholds, fatrelu_thresholds, moved_thresholds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,3 +279,24 @@ def test_thresholds_refuse_what_they_cannot_meet() -> None:
     with pytest.raises(StochaError, match="3 thresholds were given: expected 2"):
         apply_thresholds(model, [0.1, 0.2, 0.3])
     assert model.config.stocha["activation"] == "relu" and stocha_mlps(model)[0].threshold == 0.0
+
+
+def test_moved_thresholds_scale_what_every_layer_leaves_by_one_factor() -> None:
+    model = relu_model(num_hidden_layers=3).eval()
+    apply_thresholds(model, [0.05, 0.1, 0.2])
+    before = shares(model, batch())
+    for _ in range(4):  # a threshold changes what the layers after it see
+        apply_thresholds(model, moved_thresholds(model, [batch()], 0.9))
+    after = shares(model, batch())
+    factors = [(1 - late) / (1 - early) for early, late in zip(before, after, strict=True)]
+    assert sum(after) / 3 == pytest.approx(0.9, abs=0.005)
+    assert factors == pytest.approx([sum(factors) / 3] * 3, rel=0.1) and factors[0] < 1
+
+
+def test_moved_thresholds_stop_at_plain_relu() -> None:
+    model = relu_model(num_hidden_layers=3).eval()
+    plain = shares(model, batch())
+    apply_thresholds(model, [0.5, 0.5, 0.5])
+    for _ in range(4):
+        apply_thresholds(model, moved_thresholds(model, [batch()], 0.1))
+    assert shares(model, batch()) == pytest.approx(plain, abs=1e-3)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def test_layers_compiled_by_the_trainer_train_as_eager_ones(base, text, tmp_path
     counters.clear()
     compiled = run(base, text, tmp_path / "out", torch_compile=True, torch_compile_backend="aot_eager", **shared)
     assert losses(compiled) == pytest.approx(eager, rel=1e-4)
-    assert counters["stats"]["unique_graphs"] == 4
+    assert counters["stats"]["unique_graphs"] == 5  # one is the loss
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_act == "relu"
 
 
@@ -276,6 +277,35 @@ def test_a_sparsity_target_is_met_and_its_thresholds_are_saved(base, text, tmp_p
     assert sum(zeros) / len(zeros) == pytest.approx(0.9, abs=0.03)
 
 
+RISING = "[{activation: fatrelu, sparsity: [0.6, 0.9], until: 0.5}, {activation: fatrelu, sparsity: 0.9, until: 1}]"
+
+
+def test_the_schedule_raises_thresholds_and_the_checkpoint_keeps_them(base, text, tmp_path):
+    out = tmp_path / "out"
+    options = {"schedule": RISING, "max_steps": 12, "save_steps": 3, "logging_steps": 1, "learning_rate": 3e-3}
+    history = run(base, text, out, **options)
+    shares = [entry["sparsity"] for entry in history if "sparsity" in entry]
+    assert shares[0] == pytest.approx(0.6, abs=0.05) and shares[-6:] == pytest.approx([0.9] * 6, abs=0.03)
+    stocha = json.loads((out / "config.json").read_text())["stocha"]
+    loaded = stocha_mlps(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True))
+    assert stocha["inference"] == "fatrelu" and [mlp.threshold for mlp in loaded] == stocha["threshold"]
+    assert min(stocha["threshold"]) > 0
+    for step in (9, 12):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    assert losses(run(base, text, out, **options)) == losses(history)  # resumed with the thresholds of step 6
+
+
+def test_moving_thresholds_compiles_nothing_again(base, text, tmp_path):
+    graphs = []
+    for steps in (2, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        options = {"torch_compile": True, "save_steps": steps}
+        run(base, text, tmp_path / str(steps), schedule=RISING, max_steps=steps, logging_steps=100, **options)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
+
+
 @pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
 def test_lora_saves_an_adapter_and_a_merged_model_with_the_same_logits(base, text, tmp_path, variant):
     from peft import PeftModel
@@ -323,6 +353,10 @@ def test_tensorboard_receives_the_logs(base, text, tmp_path, monkeypatch):
 
 
 REFUSALS = {
+    "another loss": ({"loss_type": "dft"}, "loss_type is 'dft'"),
+    "LoRA under moving thresholds": ({"schedule": RISING, "use_peft": True}, "which an adapter cannot hold"),
+    "a sparsity of relu": ({"schedule": "[{activation: relu, sparsity: 0.9, until: 1.0}]"}, "with fatrelu only"),
+    "a sparsity of 1": ({"schedule": "[{activation: fatrelu, sparsity: 1, until: 1.0}]"}, "sparsity is 1"),
     "liger": ({"use_liger_kernel": True}, "use_liger_kernel is true"),
     "an unknown option": ({"scheduel": "x"}, "scheduel"),
     "p outside [0, 1]": ({"schedule": "[{activation: stocha, p: 2, until: 1.0}]"}, "p is 2"),

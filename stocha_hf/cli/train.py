@@ -69,8 +69,8 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     from transformers import AutoTokenizer
     from trl import get_peft_config
 
-    from stocha_hf.distill import check_teacher
     from stocha_hf.loading import load_model
+    from stocha_hf.loss import check_teacher
     from stocha_hf.training import StochaTrainer, last_checkpoint
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -83,6 +83,7 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
         check_teacher(model.config, teacher.config)
         _use_base(teacher)
     if model_args.use_peft:
+        _check_thresholds_stay(args, schedule)
         _check_adapter_base(model.config.stocha, schedule, name)
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_MODULES
     _record_history(model.config, data, args, model_args, schedule)
@@ -138,6 +139,15 @@ def _check_adapter_base(stocha: dict[str, Any], schedule: Any, name: str) -> Non
         raise StochaError(
             f"{name} infers with {stocha['inference']} but its adapter would be trained for {last}: expected a base "
             f"that infers with {last}; run stocha-convert {name} NEW_BASE --activation {last} and train on NEW_BASE"
+        )
+
+
+def _check_thresholds_stay(args: Any, schedule: Any) -> None:
+    """An adapter has no place for thresholds."""
+    if args.threshold_shift or any(phase.sparsity is not None for phase in schedule.phases):
+        raise StochaError(
+            "use_peft is true with thresholds that training moves, which an adapter cannot hold: expected a schedule "
+            "without sparsity and no threshold_shift, or use_peft: false"
         )
 
 

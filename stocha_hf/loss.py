@@ -1,20 +1,20 @@
-"""Distillation from the source model: KL(teacher || student) for every token, mixed with the next-token loss.
+"""The training loss: next token, mixed with KL(teacher || student) for every token where there is a teacher.
 
 The logits of a batch, [tokens, vocabulary] in float32, are the largest tensors of a training step: 34 GB for 65,536
 tokens and 128k words, for the student and again for the teacher. Here they exist for one chunk of tokens at a time,
 and each chunk's gradient is taken at once, in the forward pass. So nothing is computed twice, and neither model's head
 is needed again in backward, where wrappers may have taken its weights away. The price: the weight of the KL must be
-known in the forward pass.
+known in the forward pass. Nothing waits for a GPU: shapes do not depend on which positions have a loss.
 
 The loss runs inside the student's own forward, around one call of its lm_head, so autocast, DDP, FSDP and peft
 treat it as they treat the head they know:
 
     open_head(model)  # before wrapping: model(**inputs, in_place_of_head=function) works from here on
     open_head(teacher)
-    losses = distilled_losses(model, teacher, inputs, kl_weight=0.5)
+    losses = training_losses(model, teacher, inputs, kl_weight=0.5)
     (losses.loss / losses.tokens).backward()
 
-The objective is that of Hinton et al., arXiv 1503.02531, with its factor of temperature squared.
+The objective with a teacher is that of Hinton et al., arXiv 1503.02531, with its factor of temperature squared.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from transformers import PreTrainedModel
 from stocha_hf.errors import StochaError
 
 IGNORED = -100  # the label of a position without a loss
+CHUNK = 2**28  # logits at a time: 1 GiB in float32
 
 
-class DistilledLosses(NamedTuple):
+class Losses(NamedTuple):
     """Sums over `tokens` positions; only `loss` has a gradient. float32 (float64 for float64 hidden states), 0-dim."""
 
     loss: torch.Tensor  # (1 - kl_weight) * nll + kl_weight * kl
@@ -53,40 +54,35 @@ def check_teacher(student_config: Any, teacher_config: Any) -> None:
         )
 
 
-def distilled_losses(
+def training_losses(
     model: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     inputs: Mapping[str, Any],
     *,
-    kl_weight: float,
-    temperature: float = 1.0,
-    chunk: int = 1024,
-) -> DistilledLosses:
+    kl_weight: float = 0.0,
+    **options: Any,
+) -> Losses:
     """The losses of one batch; `inputs` are the models' own, with `labels` [batch, seq] (-100: no loss).
 
     Both models went through open_head. `model` may be wrapped since (DDP, FSDP, peft, torch.compile); the
-    teacher is a whole copy on every rank.
+    teacher is a whole copy on every rank, or None, and then kl is 0. `options` are those of chunked_losses.
     """
-    with torch.no_grad():
-        teacher_hidden = final_hidden_states(teacher, inputs)
-    teacher_lm = _causal_lm(teacher)
-
-    losses: list[DistilledLosses] = []
+    teacher_hidden = teacher_head = None
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_hidden = final_hidden_states(teacher, inputs)
+        teacher_head = _causal_lm(teacher).get_output_embeddings()
+    config = _causal_lm(model).config.get_text_config()
+    options = {
+        "chunk": _chunk(config.vocab_size),
+        "softcap": getattr(config, "final_logit_softcapping", None),
+    } | options
+    losses: list[Losses] = []
 
     def loss(hidden: torch.Tensor, head: nn.Module) -> torch.Tensor:
-        in_chunks = chunked_losses(
-            hidden,
-            head,
-            teacher_hidden,
-            teacher_lm.get_output_embeddings(),
-            inputs["labels"],
-            kl_weight=kl_weight,
-            temperature=temperature,
-            softcap=getattr(teacher_lm.config, "final_logit_softcapping", None),
-            chunk=chunk,
-        )
-        losses.append(in_chunks)
-        return in_chunks.loss
+        taught = (teacher_hidden, teacher_head, inputs["labels"])
+        losses.append(chunked_losses(hidden, head, *taught, kl_weight=kl_weight, **options))
+        return losses[0].loss
 
     passed = _call_open(model, inputs, loss)
     return losses[0]._replace(loss=_with_value(passed, losses[0].loss))
@@ -134,37 +130,60 @@ def _causal_lm(model: nn.Module) -> Any:
     raise StochaError(f"the model is a {type(model).__name__} without an lm_head: expected a causal language model")
 
 
+def token_losses(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nll, kl) summed over tokens; logits are [tokens, vocabulary] as the heads leave them, targets [tokens]."""
+    logits = _widened(logits, softcap)
+    log_probs = F.log_softmax(logits, dim=-1)
+    nll = F.nll_loss(log_probs, targets, reduction="sum", ignore_index=IGNORED)
+    if teacher_logits is None:
+        return nll, torch.zeros_like(nll)
+    with torch.no_grad():
+        teacher = F.log_softmax(_widened(teacher_logits, softcap) / temperature, dim=-1)
+    softened = log_probs if temperature == 1 else F.log_softmax(logits / temperature, dim=-1)
+    kl = F.kl_div(softened, teacher, reduction="none", log_target=True).sum(-1)
+    return nll, (kl * (targets != IGNORED)).sum() * temperature**2
+
+
 @torch.compiler.disable
 def chunked_losses(
     student_hidden: torch.Tensor,
     student_head: nn.Module,
-    teacher_hidden: torch.Tensor,
-    teacher_head: nn.Module,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: nn.Module | None,
     labels: torch.Tensor,
     *,
-    kl_weight: float,
+    kl_weight: float = 0.0,
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk: int = 1024,
-) -> DistilledLosses:
-    """Next-token loss and temperature^2 * KL(teacher || student), `chunk` tokens at a time.
+    token_losses: Callable[..., tuple[torch.Tensor, torch.Tensor]] = token_losses,
+) -> Losses:
+    """Next-token loss and, with a teacher, temperature^2 * KL(teacher || student), `chunk` tokens at a time.
 
     Hidden states are [batch, seq, hidden] after the final norm, of any float dtype, and the two models' widths may
     differ; labels are [batch, seq], -100 where there is no loss, and are shifted by one here. `softcap` is Gemma's
-    final_logit_softcapping. The student's head is called once as a module, and all chunks inside that call, so hooks
-    that gather weights run once; the teacher's is called once per chunk. With no token left the loss is a zero that
-    can be differentiated.
+    final_logit_softcapping; `token_losses` is this module's function of that name, or what torch.compile makes of it.
+    The student's head is called once as a module, and all chunks inside that call, so hooks that gather weights run
+    once; the teacher's is called once per chunk. With no token left the loss is a zero that can be differentiated.
     """
-    targets = labels[:, 1:].to(student_hidden.device)
-    kept = targets != IGNORED
-    targets, taught = targets[kept], teacher_hidden[:, :-1][kept]
+    hidden = student_hidden.flatten(0, 1)
+    taught = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)
+    targets = F.pad(labels.to(hidden.device)[:, 1:], (0, 1), value=IGNORED).flatten()
     trained = [weight for weight in student_head.parameters() if weight.requires_grad]
     forward = student_head.forward
 
     def chunk_losses(hidden: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            teacher_logits = _logits(teacher_head, taught[part], softcap)
-        return _nll_and_kl(_logits(forward, hidden, softcap), teacher_logits, targets[part], temperature)
+        teacher_logits = None
+        if taught is not None and teacher_head is not None:
+            with torch.no_grad():
+                teacher_logits = teacher_head(taught[part])
+        return token_losses(forward(hidden), teacher_logits, targets[part], temperature, softcap)
 
     sums: list[torch.Tensor] = []
 
@@ -173,8 +192,8 @@ def chunked_losses(
         sums.extend(_GradientInForward.apply(chunk_losses, kl_weight, chunk, needs_grad, hidden, *trained))
         return sums[0]
 
-    passed = _call_once(student_head, all_chunks, student_hidden[:, :-1][kept])
-    return DistilledLosses(_with_value(passed, sums[0]), sums[1], sums[2], kept.sum())
+    passed = _call_once(student_head, all_chunks, hidden)
+    return Losses(_with_value(passed, sums[0]), sums[1], sums[2], (targets != IGNORED).sum())
 
 
 def _with_value(passed: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
@@ -194,21 +213,14 @@ def _call_once(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
             module.forward = before
 
 
-def _logits(head: Callable[..., torch.Tensor], hidden: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    logits = head(hidden)
+def _chunk(vocabulary: int) -> int:
+    """The power of two of tokens that makes at most CHUNK logits: the usual batches split into equal chunks."""
+    return 1 << max((CHUNK // vocabulary).bit_length() - 1, 0)
+
+
+def _widened(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def _nll_and_kl(
-    logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    log_probs = F.log_softmax(logits, dim=-1)
-    softened = log_probs if temperature == 1 else F.log_softmax(logits / temperature, dim=-1)
-    with torch.no_grad():
-        teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    kl = F.kl_div(softened, teacher, reduction="sum", log_target=True)
-    return F.nll_loss(log_probs, targets, reduction="sum"), kl * temperature**2
 
 
 class _GradientInForward(torch.autograd.Function):

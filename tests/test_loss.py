@@ -1,4 +1,4 @@
-"""Distillation: chunked losses equal the full-logits reference, and the gradient survives every wrapper."""
+"""Training loss, with and without a teacher: equal to that of full logits; its gradient survives every wrapper."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, run_python, tiny_model
 
-from stocha_hf.distill import (
+from stocha_hf.errors import StochaError
+from stocha_hf.loss import (
     check_teacher,
     chunked_losses,
-    distilled_losses,
     final_hidden_states,
     open_head,
+    token_losses,
+    training_losses,
 )
-from stocha_hf.errors import StochaError
 
 WIDTH, VOCAB = 16, 50
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +64,18 @@ def test_values_and_gradients_equal_full_logits(chunk: int, temperature: float, 
     torch.testing.assert_close(torch.autograd.grad(losses.loss / 7, inputs), expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_a_teacher_it_is_the_next_token_loss(compiled: bool) -> None:
+    hidden, head, _, _, labels = case()
+    nll, _ = reference(hidden, head, hidden, head, labels, 1.0, None)
+    expected = torch.autograd.grad(nll, [hidden, head.weight])
+    options = {"token_losses": torch.compile(token_losses, backend="aot_eager")} if compiled else {}
+    losses = chunked_losses(hidden, head, None, None, labels, chunk=8, **options)
+    torch.testing.assert_close(losses.loss, nll)
+    assert losses.kl == 0
+    torch.testing.assert_close(torch.autograd.grad(losses.loss, [hidden, head.weight]), expected)
+
+
 def test_bf16_sums_in_float32() -> None:
     hidden, head, taught, teacher, labels = case(torch.bfloat16)
     losses = chunked_losses(hidden, head, taught, teacher, labels, kl_weight=0.5, chunk=4)
@@ -97,8 +110,8 @@ def test_logits_exist_for_one_chunk_and_hooks_of_the_head_run_once() -> None:
     student_calls, rows = [], []
     head.register_forward_pre_hook(lambda module, args: student_calls.append(len(args[0])))
     teacher.register_forward_hook(lambda module, args, output: rows.append(len(output)))
-    tokens = chunked_losses(hidden, head, taught, teacher, labels, kl_weight=0.5, chunk=8).tokens
-    assert student_calls == [tokens] and sum(rows) == tokens and max(rows) == 8
+    chunked_losses(hidden, head, taught, teacher, labels, kl_weight=0.5, chunk=8)
+    assert student_calls == [labels.numel()] and sum(rows) == labels.numel() and max(rows) == 8
     assert "forward" not in vars(head)
 
 
@@ -139,7 +152,7 @@ def test_model_losses_equal_the_models_own_logits(model_type: str, checkpointing
     model.zero_grad()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    losses = distilled_losses(model.train(), teacher, inputs, kl_weight=0.5, temperature=2.0, chunk=7)
+    losses = training_losses(model.train(), teacher, inputs, kl_weight=0.5, temperature=2.0, chunk=7)
     losses.loss.backward()
     torch.testing.assert_close((losses.nll, losses.kl), (nll.detach(), kl.detach()))
     for name, weight in model.named_parameters():
@@ -153,7 +166,7 @@ def test_peft_trains_its_adapters_only(target_modules: list[str]) -> None:
     config = peft.LoraConfig(target_modules=target_modules, init_lora_weights=False)
     model = peft.get_peft_model(tiny_model(tie_word_embeddings=False), config)
     open_head(model)
-    losses = distilled_losses(model, teacher, batch(), kl_weight=0.5)
+    losses = training_losses(model, teacher, batch(), kl_weight=0.5)
     logits, teacher_logits = model(**batch()).logits, teacher(**batch()).logits
     nll, kl = reference(logits, lambda x: x, teacher_logits, lambda x: x, batch()["labels"], 1.0, None)
     torch.testing.assert_close(losses.loss, 0.5 * (nll + kl))
@@ -175,7 +188,7 @@ WRAPPED = """
 import sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 sys.path.insert(0, sys.argv[1])
-from test_distill import batch, distilled_losses, opened
+from test_loss import batch, training_losses, opened
 
 def one(rank, port):
     from torch.distributed.device_mesh import init_device_mesh
@@ -188,7 +201,7 @@ def one(rank, port):
     def step(model, inputs):
         for _ in range(2):  # the second step is where a hook that was left half-done would show
             model.zero_grad()
-            losses = distilled_losses(model, teacher, inputs, kl_weight=0.5, chunk=4)
+            losses = training_losses(model, teacher, inputs, kl_weight=0.5, chunk=4)
             losses.loss.backward()
         return losses.loss.item()
     whole = opened()
