@@ -1,11 +1,14 @@
 """Which schedule converts best: a list of training runs through the recipe, each evaluated, one JSON line a run.
 
 The list is YAML: `recipe` is the YAML file that all runs share; `shared` holds keys that override it; `starts` maps a
-name to options of stocha-convert (`refit: true` stands for the training text); each of `runs` has a `name`, a `start`
-(one of the starts, or an earlier run), `tokens`, and any keys of the recipe; its `teacher` may be an earlier run too.
+name to options of stocha-convert (`refit: true` stands for the training text, `of` for the run that is converted, by
+default the model); each of `runs` has a `name`, a `start` (one of the starts, or an earlier run), `tokens`, and any
+keys of the recipe; its `teacher` may be a start or an earlier run.
 
     python benchmarks/schedules.py benchmarks/schedules.yaml --model SmolLM2-135M-Instruct --data train.parquet \
         --eval val.parquet --work runs --results results.jsonl [--only 'silu*' 'refit90*'] [--gpus 4 --jobs 8]
+
+Each line has perplexity, zeros and the divergence (KL) from the starts' common model on every evaluation text.
 
 Every run is the recipe in a process of its own, so one that fails is a line with `error` and the others go on. Started
 again, it skips what `results` holds. Tokens per second mean something with one job a GPU only.
@@ -37,11 +40,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from stocha_hf.data import load_data, text_windows
-from stocha_hf.evaluate import evaluate
+from stocha_hf.evaluate import compare, evaluate
 from stocha_hf.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 1024
+COMPARED = 64  # evenly spaced windows of each text for the divergence
 
 
 class Bench:
@@ -63,31 +67,42 @@ class Bench:
             run for run in self.listed["runs"] if any(fnmatch.fnmatch(run["name"], glob) for glob in self.args.only)
         ]
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            for name, options in self.listed["starts"].items():
-                if any(run["start"] == name for run in runs):
-                    self.done[name] = pool.submit(self.on_a_gpu, self.convert, name, options)
-            for run in (run for run in runs if run["name"] not in finished):
-                needed = [self.done[key] for key in (run["start"], run.get("teacher")) if key in self.done]
-                self.done[run["name"]] = pool.submit(self.after, needed, run)
+            used = {run.get(key) for run in runs for key in ("start", "teacher")}
+            starts = [{"name": name, **options} for name, options in self.listed["starts"].items() if name in used]
+            for job in self.ordered(starts, [run for run in runs if run["name"] not in finished]):
+                needed = [self.done[key] for key in self.needs(job) if key in self.done]
+                self.done[job["name"]] = pool.submit(self.after, needed, job)
 
     def rows(self) -> list[dict[str, Any]]:
         path = self.args.results
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def after(self, needed: list[Future], run: dict[str, Any]) -> None:
-        """A run, once those that it begins from are there; they were submitted before it, so none waits for ever."""
+    @staticmethod
+    def needs(job: dict[str, Any]) -> set[Any]:
+        return {job.get(key) for key in ("start", "teacher", "of")}
+
+    def ordered(self, starts: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Conversions just before the first run that begins from them, so that no job waits for one after it."""
+        jobs: list[dict[str, Any]] = []
+        for run in runs:
+            jobs += [start for start in starts if start["name"] in self.needs(run) and start not in jobs]
+            jobs.append(run)
+        return jobs
+
+    def after(self, needed: list[Future], job: dict[str, Any]) -> None:
+        """A job, once those that it begins from are there; they were submitted before it, so none waits for ever."""
         for other in needed:
             other.result()
-        self.on_a_gpu(self.run, run["name"], run)
+        self.on_a_gpu(self.run if "start" in job else self.convert, job["name"], job)
 
     def on_a_gpu(self, function: Any, name: str, options: dict[str, Any]) -> None:
         gpu = self.gpus.get()
         try:
             function(gpu, name, options)
         except subprocess.CalledProcessError as error:
-            self.add({"name": name, **options, "error": error.stderr})
+            self.add(options | {"error": error.stderr})
         except Exception as error:  # of any kind: the other runs go on
-            self.add({"name": name, **options, "error": f"{type(error).__name__}: {error}"})
+            self.add(options | {"error": f"{type(error).__name__}: {error}"})
         finally:
             self.gpus.put(gpu)
 
@@ -97,10 +112,12 @@ class Bench:
     def convert(self, gpu: int | None, name: str, options: dict[str, Any]) -> None:
         if self.folder(name).exists():
             return
+        source = self.folder(options["of"]) if "of" in options else self.args.model
         code = "from stocha_hf.cli.convert import main; main()"
-        command = [sys.executable, "-c", code, str(self.args.model), str(self.folder(name)), "--json"]
+        command = [sys.executable, "-c", code, str(source), str(self.folder(name)), "--json"]
         for key, value in options.items():
-            command += [f"--{key.replace('_', '-')}", str(self.args.data if key == "refit" else value)]
+            if key not in ("name", "of"):
+                command += [f"--{key.replace('_', '-')}", str(self.args.data if key == "refit" else value)]
         self.process(gpu, name, command)
 
     def run(self, gpu: int | None, name: str, run: dict[str, Any]) -> None:
@@ -141,10 +158,16 @@ class Bench:
 
     def figures(self, gpu: int | None, name: str) -> dict[str, Any]:
         device = "cpu" if gpu is None else f"cuda:{gpu}"
-        model = load_model(str(self.folder(name)), dtype=torch.bfloat16).eval().to(device)
-        logs = json.loads((self.folder(name) / "trainer_state.json").read_text())["log_history"]
-        speeds = [log["tokens_per_second"] for log in logs if "tokens_per_second" in log][1:]  # the first one compiles
-        found: dict[str, Any] = {"tokens_per_second": statistics.median(speeds) if speeds else None}
+        folder = self.folder(name)
+        logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        found: dict[str, Any] = {}
+        for key, best in (("tokens_per_second", statistics.median), ("peak_memory_gb", max)):
+            values = [log[key] for log in logs if key in log][1:]  # the first one compiles
+            found[key] = best(values) if values else None
+        trained = folder / "merged" if (folder / "merged").exists() else folder
+        model, original = (load_model(str(one), dtype=torch.bfloat16) for one in (trained, self.args.model))
+        for one in (model, original):
+            one.eval().to(device)
         for text, windows in self.windows.items():
             measured = evaluate(model, windows)
             zeros = measured["sparsity"]["per_layer"]
@@ -153,6 +176,7 @@ class Bench:
                 "zeros": measured["sparsity"]["mean"],
                 "zeros_per_layer": [round(share, 4) for share in zeros],
                 "tokens": measured["tokens"],
+                **compare(model, original, windows[:: max(len(windows) // COMPARED, 1)]),
             }
         return found
 

@@ -88,11 +88,15 @@ def refit_checkpoint(source: Source, config: dict[str, Any], options: Refit, wor
     """Refit the FFNs of `source`, of which `config` is the converted config.json; keeps what is done in `work`.
 
     A work folder of the same source and options is gone on with. Runs on the GPU where there is one. Raises
-    StochaError for a source that was trained already or has FFN biases, too few tokens, activations that are no
-    numbers, and normal equations without a solution.
+    StochaError for a source that does not infer with its base activation any more or has FFN biases, too few tokens,
+    activations that are no numbers, and normal equations without a solution.
     """
-    if (source.config.get("stocha") or {}).get("history"):
-        raise StochaError(f"{source.id} was trained or refitted already: expected the original model to refit")
+    before = source.config.get("stocha") or {}
+    if before.get("history") and before["inference"] != before["base"]:
+        raise StochaError(
+            f"{source.id} was trained or refitted for {before['inference']} already: expected a model that runs "
+            f"{before['base']}, the original or one trained with it"
+        )
     native = source.config | {source.architecture.act_key: config["stocha"]["base"]}
     tokens = _windows(source.folder, native, options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,7 +153,8 @@ def _refitted_config(
         "seed": options.seed,
         "held_out_errors": [round(error, 4) for error in errors],
     }
-    changes: dict[str, Any] = {"history": [{key: value for key, value in stage.items() if value is not None}]}
+    stage = {key: value for key, value in stage.items() if value is not None}
+    changes: dict[str, Any] = {"history": [*(config["stocha"].get("history") or []), stage]}
     if any(thresholds):
         changes |= {"activation": "fatrelu", "inference": "fatrelu", "threshold": thresholds}
     return config | {"stocha": config["stocha"] | changes}

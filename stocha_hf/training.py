@@ -67,7 +67,7 @@ class StochaArguments(SFTConfig):
             self.ddp_find_unused_parameters = False  # every parameter is used; looking for others costs time
         self.logging_nan_inf_filter = False  # it waits for the GPU twice a step; check_finite stops the run
         accelerator: Any = self.accelerator_config
-        accelerator.non_blocking = True  # else each batch's copy to the GPU waits for the step before
+        accelerator.non_blocking = self.dataloader_pin_memory  # else a batch's copy waits for the step before
         if self.use_liger_kernel:
             raise StochaError("use_liger_kernel is true: Liger's FFN computes SiLU only, so leave it out")
         for key in ("distill_weight", "target_sparsity"):
@@ -170,12 +170,12 @@ class StochaTrainer(SFTTrainer):
         self._tokens.zero_()
         self._total_train_tokens += seen
         before, self._last_log = self._last_log, time.monotonic()
-        read = {
-            "num_tokens": self._total_train_tokens,
-            "tokens_per_second": round(seen / (self._last_log - before), 1),
-        }
+        speed = round(seen / (self._last_log - before), 1)
+        read = {"num_tokens": self._total_train_tokens, "tokens_per_second": speed}
         if self.teacher is not None:
             read |= {"lm_loss": nll / max(tokens, 1), "kl": kl / max(tokens, 1)}
+        if torch.cuda.is_available():
+            read["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         return read
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

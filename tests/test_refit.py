@@ -291,7 +291,7 @@ def test_a_refit_without_data_and_a_refit_of_a_refit_are_refused(checkpoint, tex
     with pytest.raises(StochaError, match="expected the data to refit on"):
         convert(checkpoint(), tmp_path / "out", target_sparsity=0.8)
     convert(checkpoint(), tmp_path / "once", refit=str(text), refit_tokens=512)
-    with pytest.raises(StochaError, match="refitted already: expected the original"):
+    with pytest.raises(StochaError, match="refitted for relu already: expected a model that runs silu"):
         convert(tmp_path / "once", tmp_path / "twice", refit=str(text), refit_tokens=512)
 
 
