@@ -27,7 +27,7 @@ SHAPES = {  # Llama shapes for random weights: hidden_size, intermediate_size, l
 VOCABULARY = 128256
 
 
-def random_llama(name: str, dtype: torch.dtype) -> Any:
+def random_llama(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A native LlamaForCausalLM of a SHAPES row, random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,9 +45,10 @@ def random_llama(name: str, dtype: torch.dtype) -> Any:
     )
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     model.model.rotary_emb.__init__(config)  # its buffers are computed, not loaded
+    model.model.rotary_emb.to(device)
     for parameter in model.parameters():
         parameter.data.fill_(1.0) if parameter.dim() == 1 else parameter.data.normal_(0, 0.02)
     return model.eval()
@@ -69,13 +70,13 @@ def force_sparsity(model: Any, share: float, tokens: torch.Tensor) -> None:
         handle.remove()
 
 
-def decode_seconds(model: Any, tokens: torch.Tensor, new: int) -> float:
-    """Seconds a new token takes generate() once the prompt is read, greedily."""
+def decode_seconds(model: Any, tokens: torch.Tensor, new: int, **options: Any) -> float:
+    """Seconds a new token takes generate(**options) once the prompt is read, greedily."""
     times: list[float] = []
 
     def note(*args: Any, **kwargs: Any) -> torch.Tensor:
         times.append(time.perf_counter())
-        return torch.zeros(len(tokens), dtype=torch.bool)
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     from transformers import StoppingCriteriaList
 
@@ -87,6 +88,7 @@ def decode_seconds(model: Any, tokens: torch.Tensor, new: int) -> float:
         do_sample=False,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([note]),
+        **options,
     )
     return (times[-1] - times[0]) / (len(times) - 1)
 
