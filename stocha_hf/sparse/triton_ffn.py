@@ -11,7 +11,7 @@ type, sums are in float32. Where a token holds infinities or NaN, all neurons ar
 
     ffn(x, gate, up, down_t, "relu", 0.0)  # = W_down(act(W_gate x) * (W_up x)) on the GPU of x
 
-TRITON_INTERPRET=1 runs the kernels on CPU tensors: `TRITON_INTERPRET=1 pytest tests/test_triton.py`.
+`TRITON_INTERPRET=1 pytest tests/test_triton.py` runs the kernels on CPU tensors (Triton 3.6 needs NumPy < 2.4 for it).
 """
 
 from __future__ import annotations
