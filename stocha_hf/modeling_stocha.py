@@ -448,7 +448,7 @@ class TritonStocha(torch.autograd.Function):
 
 # Sparse decode: a step of few tokens computes the gate, then reads only the active neurons' weights.
 
-# Tokens of a step that is sparse, by type of device: more are no slower on a CPU, but may be on a GPU (docs/decode.md)
+# Tokens of a step that is sparse: on a CPU as many as the kernels take, on a GPU as many as gain (docs/decode.md)
 FEW = {"cpu": 8, "cuda": 4}
 GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each time, which costs more than they save
 
@@ -621,7 +621,8 @@ class StochaMLP(nn.Module):
         _refuse_liger(self.__dict__.get("forward"))
         down: Any = self.down_proj
         if mode and type(down) is nn.Linear and not down.weight.is_contiguous():
-            down.weight.data = down.weight.data.contiguous()  # undoes by_neuron: optimizers want their states' layout
+            with torch.inference_mode(False):  # undoes by_neuron, since optimizers want their states' layout
+                down.weight.data = down.weight.data.contiguous()
         return super().train(mode)
 
 

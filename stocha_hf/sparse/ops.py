@@ -81,12 +81,10 @@ def _ffn(
     return out
 
 
-def _ffn_on_gpu(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, activation: str, threshold: float
-) -> torch.Tensor:
+def _ffn_on_gpu(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     _tokens(x)
-    out = triton_ffn.ffn(x, gate, up, down_t, activation, threshold) if triton_ffn.available() else None
-    return _dense(x, gate, up, down_t, activation, threshold) if out is None else out
+    out = triton_ffn.ffn(x, *rest) if triton_ffn.available() else None
+    return _dense(x, *rest) if out is None else out
 
 
 def _dense(
