@@ -1,9 +1,11 @@
 """The sparse FFN against cuBLAS on a GPU, in CUDA graphs on both sides, and a whole model; random weights.
 
-An FFN's graph goes through so many copies of the weights that no cache holds them. Dense, sparse and reading memory
-are measured in turn, ratios taken within a round, medians reported; `issued` is the module without a graph. With
-several tokens, `zeros_of` says whether the share of zeros is that of each token, drawn independently, so that the step
-needs many more neurons (`active`), or that of neurons which no token of the step needs.
+The dense FFN is SiLU's: three products by cuBLAS, the activation and a multiplication; `products` are the products
+alone. An FFN's graph goes through so many copies of the weights that no cache holds them. Dense, sparse and reading
+memory are measured in turn, ratios taken within a round, medians reported; `issued` is the module without a graph;
+errors are ReLU's against float64, since FATReLU jumps. With several tokens, `zeros_of` says whether the share of zeros
+is that of each token, drawn independently, so that the step needs many more neurons (`active`), or that of neurons
+which no token of the step needs.
 
     python benchmarks/decode_gpu.py --json benchmarks/results/decode_gpu_h100.jsonl
     python benchmarks/decode_gpu.py --model 1b --json benchmarks/results/decode_gpu_h100.jsonl
@@ -25,8 +27,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from stocha_hf.bench import ratio, threshold_for, timed
-from stocha_hf.bench_models import decode_seconds, force_sparsity, random_llama
+from stocha_hf.bench import measured_in_turn, ratio, threshold_for, timed
+from stocha_hf.bench_models import SHAPES, decode_seconds, force_sparsity, random_llama
 from stocha_hf.modeling_stocha import StochaConfig, patch, patch_mlps
 from stocha_hf.sparse import triton_ffn
 
@@ -55,15 +57,6 @@ def recorded(function: Callable[[], object]) -> Callable[[], float]:
     return replay
 
 
-def in_turn(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each function returned in each round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for measured in range(rounds + 1):
-        for name, function in functions.items():
-            seconds[name] += [function()] * (measured > 0)
-    return seconds
-
-
 def issued(function: Callable[[], object], calls: int) -> Callable[[], float]:
     """Without a graph: seconds until the GPU has done it, a call, over many calls."""
 
@@ -80,11 +73,11 @@ def issued(function: Callable[[], object], calls: int) -> Callable[[], float]:
 
 
 def module(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, cut: float | None) -> Any:
-    """Llama's FFN under ReLU; with a threshold its stocha counterpart."""
+    """Llama's FFN; with a threshold its stocha counterpart."""
     width, size = gate.shape
     sizes = {"hidden_size": size, "intermediate_size": width, "num_attention_heads": 1, "num_key_value_heads": 1}
     with torch.device("meta"):
-        mlp: Any = LlamaMLP(LlamaConfig(hidden_act="relu", **sizes))
+        mlp: Any = LlamaMLP(LlamaConfig(**sizes))
     for linear, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), (gate, up, down), strict=True):
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     if cut is not None:
@@ -96,8 +89,14 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def dense(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, cut: float) -> torch.Tensor:
-    return F.linear(F.threshold(F.linear(x, gate), cut, 0.0) * F.linear(x, up), down)
+def dense(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
+) -> torch.Tensor:
+    return F.linear(activation(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def products(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -143,7 +142,7 @@ def _times(
         return lambda: [function(x, *w, d, cut) for w, d, cut in zip(weights, downs, cuts, strict=True)]
 
     sides = {
-        "dense": over_copies(lambda x, g, u, t, d, cut: dense(x, g, u, d, cut)),
+        "dense": over_copies(lambda x, g, u, t, d, cut: dense(x, g, u, d)),
         "products": over_copies(lambda x, g, u, t, d, cut: products(x, g, u, d)),
         "sparse": over_copies(lambda x, g, u, t, d, cut: triton_ffn.ffn(x, g, u, t, "fatrelu", cut)),
     }
@@ -154,10 +153,10 @@ def _times(
         f"{name} issued": issued(lambda mlps=mlps: [mlp(x) for mlp in mlps], max(CALLS // len(weights), 1))
         for name, mlps in (("dense", natives), ("sparse", stochas))
     }
-    seconds = in_turn({"read": read, **graphs, **calls}, rounds)
+    seconds = measured_in_turn({"read": read, **graphs, **calls}, rounds)
     microseconds = {name: 1e6 * statistics.median(times) / len(weights) for name, times in seconds.items()}
-    (gate, up, down_t), down, cut = weights[0], downs[0], cuts[0]
-    exact = dense(x.double(), gate.double(), up.double(), down.double(), cut)
+    (gate, up, down_t), down = weights[0], downs[0]
+    exact = dense(x.double(), gate.double(), up.double(), down.double(), F.relu)
     read_bytes = len(weights) * gate.nbytes * (1 + 2 * active)
     return {
         "dense_us": microseconds["dense"],
@@ -170,13 +169,13 @@ def _times(
         "dense_gbps": len(weights) * 3 * gate.nbytes / statistics.median(seconds["dense"]) / 1e9,
         "achieved_gbps": read_bytes / statistics.median(seconds["sparse"]) / 1e9,
         "read_gbps": READ / statistics.median(seconds["read"]) / 1e9,
-        "dense_error": relative_error(dense(x, gate, up, down, cut), exact),
-        "sparse_error": relative_error(triton_ffn.ffn(x, gate, up, down_t, "fatrelu", cut), exact),
+        "dense_error": relative_error(dense(x, gate, up, down, F.relu), exact),
+        "sparse_error": relative_error(triton_ffn.ffn(x, gate, up, down_t, "relu", 0.0), exact),
     }
 
 
 def model_records(name: str, dtype: torch.dtype, share: float, rounds: int, new: int) -> Iterator[dict[str, Any]]:
-    """A random Llama under ReLU and its stocha counterpart with forced zeros, generating in turn, ms a token."""
+    """A random Llama, as it is and under FATReLU with forced zeros, generating in turn: ms a token."""
     tokens = torch.randint(32000, (1, 64), device="cuda")
     dense_model, sparse_model = (random_llama(name, dtype, "cuda") for _ in range(2))
     patch(sparse_model, StochaConfig(activation="relu"))
@@ -186,7 +185,7 @@ def model_records(name: str, dtype: torch.dtype, share: float, rounds: int, new:
             side: partial(decode_seconds, model, tokens, new, cache_implementation=cache)
             for side, model in (("dense", dense_model), ("sparse", sparse_model))
         }
-        seconds = in_turn(sides, rounds)
+        seconds = measured_in_turn(sides, rounds)
         yield {
             "model": f"random Llama {name}",
             "dtype": str(dtype).removeprefix("torch."),
@@ -204,12 +203,14 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="H,M; several times (default: 2048,8192 and 4096,14336)")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.0, 0.5, 0.8, 0.9, 0.95])
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--model", help="1b or 3b: a whole model instead, with the largest --sparsity given")
+    parser.add_argument("--model", choices=SHAPES, help="a whole model instead, with the largest --sparsity given")
     parser.add_argument("--new", type=int, default=64, help="tokens that a model decodes (default: 64)")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
+    if not (torch.cuda.is_available() and triton_ffn.available()):
+        parser.error("expected a GPU and Triton")
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     dtype = getattr(torch, args.dtype)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from stocha_hf.bench import READ, ratio, read_memory, threshold_for, timed
+from stocha_hf.bench import READ, measured_in_turn, ratio, read_memory, threshold_for, timed
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, patch, stocha_mlps
 from stocha_hf.provenance import origin
@@ -75,6 +75,8 @@ def decode_seconds(model: Any, tokens: torch.Tensor, new: int, **options: Any) -
     times: list[float] = []
 
     def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if tokens.is_cuda:
+            torch.cuda.synchronize()  # the token is computed, not only asked for
         times.append(time.perf_counter())
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
@@ -95,13 +97,7 @@ def decode_seconds(model: Any, tokens: torch.Tensor, new: int, **options: Any) -
 
 def decoding_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each measure returned in each round, and the seconds to read READ bytes; the first round is not counted."""
-    read = read_memory()
-    seconds: dict[str, list[float]] = {"read": [], **{name: [] for name in measures}}
-    for measured in tqdm(range(rounds + 1), desc="Decoding", unit="round", disable=None):
-        spent = {"read": timed(read), **{name: measure() for name, measure in measures.items()}}
-        for name, value in spent.items():
-            seconds[name] += [value] * (measured > 0)
-    return seconds
+    return measured_in_turn({"read": partial(timed, read_memory()), **measures}, rounds)
 
 
 def decode_record(
