@@ -13,8 +13,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from stocha_hf.sparse.build import kernels
 
@@ -31,12 +33,15 @@ def timed(function: Callable[[], object]) -> float:
 
 def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each function in each round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for measured in range(rounds + 1):
-        for name, function in functions.items():
-            spent = timed(function)
-            if measured:
-                seconds[name].append(spent)
+    return measured_in_turn({name: partial(timed, function) for name, function in functions.items()}, rounds)
+
+
+def measured_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each measure returned in each round, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in measures}
+    for counted in tqdm(range(rounds + 1), desc="Measuring", unit="round", leave=False, disable=None):
+        for name, measure in measures.items():
+            seconds[name] += [measure()] * (counted > 0)
     return seconds
 
 

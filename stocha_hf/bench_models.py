@@ -9,12 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from stocha_hf.bench import READ, ratio, read_memory, threshold_for, timed
+from stocha_hf.bench import READ, measured_in_turn, ratio, read_memory, threshold_for, timed
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, patch, stocha_mlps
 from stocha_hf.provenance import origin
@@ -27,7 +27,7 @@ SHAPES = {  # Llama shapes for random weights: hidden_size, intermediate_size, l
 VOCABULARY = 128256
 
 
-def random_llama(name: str, dtype: torch.dtype) -> Any:
+def random_llama(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A native LlamaForCausalLM of a SHAPES row, random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,9 +45,10 @@ def random_llama(name: str, dtype: torch.dtype) -> Any:
     )
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     model.model.rotary_emb.__init__(config)  # its buffers are computed, not loaded
+    model.model.rotary_emb.to(device)
     for parameter in model.parameters():
         parameter.data.fill_(1.0) if parameter.dim() == 1 else parameter.data.normal_(0, 0.02)
     return model.eval()
@@ -69,13 +70,15 @@ def force_sparsity(model: Any, share: float, tokens: torch.Tensor) -> None:
         handle.remove()
 
 
-def decode_seconds(model: Any, tokens: torch.Tensor, new: int) -> float:
-    """Seconds a new token takes generate() once the prompt is read, greedily."""
+def decode_seconds(model: Any, tokens: torch.Tensor, new: int, **options: Any) -> float:
+    """Seconds a new token takes generate(**options) once the prompt is read, greedily."""
     times: list[float] = []
 
     def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if tokens.is_cuda:
+            torch.cuda.synchronize()  # the token is computed, not only asked for
         times.append(time.perf_counter())
-        return torch.zeros(len(tokens), dtype=torch.bool)
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     from transformers import StoppingCriteriaList
 
@@ -87,19 +90,14 @@ def decode_seconds(model: Any, tokens: torch.Tensor, new: int) -> float:
         do_sample=False,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([note]),
+        **options,
     )
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def decoding_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each measure returned in each round, and the seconds to read READ bytes; the first round is not counted."""
-    read = read_memory()
-    seconds: dict[str, list[float]] = {"read": [], **{name: [] for name in measures}}
-    for measured in tqdm(range(rounds + 1), desc="Decoding", unit="round", disable=None):
-        spent = {"read": timed(read), **{name: measure() for name, measure in measures.items()}}
-        for name, value in spent.items():
-            seconds[name] += [value] * (measured > 0)
-    return seconds
+    return measured_in_turn({"read": partial(timed, read_memory()), **measures}, rounds)
 
 
 def decode_record(

@@ -446,35 +446,44 @@ class TritonStocha(torch.autograd.Function):
             _stocha_kernel[grid](gate.contiguous(), up.contiguous(), keys, *rest[:3], width, *rest[3:], block)
 
 
-# Sparse decode on a CPU: a step of few tokens computes the gate, then reads only the active neurons' weights.
+# Sparse decode: a step of few tokens computes the gate, then reads only the active neurons' weights.
 
-FEW = 8  # tokens of a step that is sparse: as many as the kernels take, and never slower (docs/decode.md)
+# Tokens of a step that is sparse: on a CPU as many as the kernels take, on a GPU as many as gain (docs/decode.md)
+FEW = {"cpu": 8, "cuda": 4}
 GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each time, which costs more than they save
 
 
 def decodes(x: torch.Tensor) -> bool:
-    """Whether x [..., size] is a decode step's: a few tokens on a CPU, with nothing recorded for a backward."""
+    """Whether x [..., size] is a decode step's: a few tokens of plain inference."""
+    return is_few(x) and infers(x)
+
+
+def is_few(x: torch.Tensor) -> bool:
+    """Whether x [..., size] has as few tokens as are worth a sparse step."""
+    return 0 < x.numel() <= FEW.get(x.device.type, 0) * x.shape[-1]
+
+
+def infers(x: torch.Tensor) -> bool:
+    """Whether x is a plain tensor of a type that the kernels know, with nothing recorded for a backward."""
     return (
         type(x) is torch.Tensor  # neither fake nor distributed
-        and x.is_cpu
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and 0 < x.numel() <= FEW * x.shape[-1]
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch.jit.is_tracing()
     )
 
 
-def is_plain(linear: nn.Module, dtype: torch.dtype, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a module is a `kind` in memory and nothing else: no adapter, quantization, offloading or hook, for which
-    it must be called.
+def is_plain(linear: nn.Module, x: torch.Tensor, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module is a `kind` of x's type and device and nothing else: no adapter, quantization, offloading or
+    hook, for which it must be called.
     """
     weight = linear._parameters.get("weight")
     return (
         type(linear) is kind
         and type(weight) is nn.Parameter
-        and weight.is_cpu
-        and weight.dtype == dtype
+        and weight.device == x.device
+        and weight.dtype == x.dtype
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and "forward" not in linear.__dict__
@@ -485,11 +494,16 @@ def by_neuron(down: nn.Linear) -> torch.Tensor | None:
     """The weight of down_proj as a contiguous [M, H]: a row a neuron.
 
     The first call lays the parameter out anew, in place: its shape, its state-dict key and the bytes it takes stay,
-    its strides become (1, H). None while compiling, if that was not done before.
+    its strides become (1, H), until StochaMLP.train() undoes it. None where that was not done before and cannot be:
+    while compiling or recording a CUDA graph, and among processes, whose sharding may own the memory.
     """
     transposed = down.weight.t()
     if not transposed.is_contiguous():
-        if torch.compiler.is_compiling():
+        if (
+            torch.compiler.is_compiling()
+            or (transposed.is_cuda and torch.cuda.is_current_stream_capturing())
+            or (torch.distributed.is_available() and torch.distributed.is_initialized())
+        ):
             return None
         with torch.inference_mode(False):
             old, down.weight.data = down.weight.data, transposed.detach().contiguous().t()
@@ -542,30 +556,33 @@ class StochaMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of shape [..., hidden_size], any float dtype; returns the same shape and dtype."""
         name = self.running
-        if not self.training and decodes(x) and self.skips(x.dtype):
-            return self.decode(x, name)
+        if not self.training and infers(x) and self.skips(x):
+            if is_few(x):
+                return self.decode(x, name)
+            if x.is_cuda and self.has_kernels(x):
+                by_neuron(self.down_proj)  # type: ignore[arg-type] # here, since a compiled step cannot
         return self.down_proj(ACTIVATIONS[name].function(self.gate_proj(x), self.up_proj(x), self))
 
     def decode(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """forward for a decode step: all of the gate, then only the active neurons' rows of up and columns of down.
 
-        By stocha_hf's kernels where they are; else in PyTorch's operations, which gather faster than they read all
-        rows for one token and if less than a third is active.
+        By stocha_hf's kernels where they are; else in PyTorch's operations, which on a CPU gather faster than they
+        read all rows for one token and if less than a third is active.
         """
         linears: list[Any] = [self._modules[key] for key in ("gate_proj", "up_proj", "down_proj")]
         gate, up, down = linears
         function, cut = ACTIVATIONS[name].function, ACTIVATIONS[name].cut(self)  # type: ignore[misc]
-        compiling = torch.compiler.is_compiling()
-        if self.kernels is not None and (compiling or self.kernels.available()):
+        if self.has_kernels(x):
             if (down_t := by_neuron(down)) is not None:
                 return self.kernels.ffn(x, gate.weight, up.weight, down_t, name, cut, self.coarse)
-        elif x.numel() == x.shape[-1] and not compiling:
+        elif x.is_cpu and x.numel() == x.shape[-1] and not torch.compiler.is_compiling():
             gates = gate(x)
             active = (~(gates <= cut)).flatten().nonzero().squeeze(1)  # NaN is active
-            if len(active) <= min(gates.shape[-1] // 3, GATHERED // (x.numel() * x.element_size())):
-                up_rows, down_t = up.weight.index_select(0, active), by_neuron(down)
+            few = len(active) <= min(gates.shape[-1] // 3, GATHERED // (x.numel() * x.element_size()))
+            if few and (down_t := by_neuron(down)) is not None:
+                up_rows = up.weight.index_select(0, active)
                 hidden = function(gates.index_select(-1, active), F.linear(x, up_rows), self)
-                return hidden @ down_t.index_select(0, active)  # type: ignore[union-attr]
+                return hidden @ down_t.index_select(0, active)
             return down(function(gates, up(x), self))
         return down(function(gate(x), up(x), self))
 
@@ -574,11 +591,15 @@ class StochaMLP(nn.Module):
         """The name of the activation that a forward now runs."""
         return self.forced or (self.activation if self.training else self.inference)
 
-    def skips(self, dtype: torch.dtype) -> bool:
+    def has_kernels(self, x: torch.Tensor) -> bool:
+        """Whether stocha_hf's kernels are there for x's device; a compiler always finds them, as an operator."""
+        return self.kernels is not None and (torch.compiler.is_compiling() or self.kernels.available(x.device.type))
+
+    def skips(self, x: torch.Tensor) -> bool:
         """Whether inactive neurons can be skipped: the activation makes zeros, and the matrices are plain."""
         linears: list[Any] = [self._modules[key] for key in ("gate_proj", "up_proj", "down_proj")]
         return ACTIVATIONS[self.running].cut is not None and all(
-            is_plain(linear, dtype) and linear._parameters["bias"] is None for linear in linears
+            is_plain(linear, x) and linear._parameters["bias"] is None for linear in linears
         )
 
     @property
@@ -598,6 +619,10 @@ class StochaMLP(nn.Module):
         # Liger rebinds `forward` of the instance, which would bypass the activation in silence; every trainer calls
         # train().
         _refuse_liger(self.__dict__.get("forward"))
+        down: Any = self.down_proj
+        if mode and type(down) is nn.Linear and not down.weight.is_contiguous():
+            with torch.inference_mode(False):  # undoes by_neuron, since optimizers want their states' layout
+                down.weight.data = down.weight.data.contiguous()
         return super().train(mode)
 
 

@@ -195,9 +195,30 @@ def test_down_proj_is_laid_out_anew_without_a_copy_and_saved_as_before(tmp_path:
     model.save_pretrained(tmp_path / "after")
     name = "model.safetensors"
     assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
-    model.train()
+    with torch.inference_mode():
+        model.train()
+    assert down.weight.is_contiguous() and torch.equal(down.weight, values), "optimizers' states have the old layout"
     model(TOKENS, labels=TOKENS).loss.backward()  # no inference tensor was left behind
     assert down.weight.grad is not None
+
+
+@torch.no_grad()
+def test_among_processes_no_weight_is_laid_out_anew(tmp_path: Path, calls: dict[str, int]) -> None:
+    model, laid_out = relu_model(), relu_model()
+    expected = decoded(laid_out, TOKENS)
+    calls.update(dict.fromkeys(calls, 0))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for kernels in (stocha_mlps(model)[0].kernels, None):
+            for mlp in stocha_mlps(model):
+                mlp.kernels = kernels
+            torch.testing.assert_close(decoded(model, TOKENS[:1]), expected[:1], rtol=1e-4, atol=1e-4)
+            assert stocha_mlps(model)[0].down_proj.weight.is_contiguous()
+        assert calls["_ffn"] == calls["layer"] == 0
+        decoded(laid_out, TOKENS)
+        assert calls["layer"] > 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

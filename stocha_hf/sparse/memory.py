@@ -18,7 +18,7 @@ MADV_PAGEOUT = 21  # Linux 5.4; older ones answer EINVAL, which leaves the pages
 
 def release(tensor: torch.Tensor) -> None:
     """Take the pages of a tensor that will not be read again out of memory, if a file holds them."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not tensor.is_cpu:
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start

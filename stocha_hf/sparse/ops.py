@@ -1,9 +1,9 @@
-"""The CPU kernels as functions of tensors, and the FFN and Linear kernels as torch operators, for 1 to 8 tokens.
+"""The kernels as functions of tensors, and the FFN and Linear kernels as torch operators, for 1 to 8 tokens.
 
 `torch.ops.stocha.ffn` and `torch.ops.stocha.linear` have fake implementations, so that torch.compile keeps them as
 they are. In eager mode the kernels are called without torch's dispatcher, which takes longer than a small layer does.
-All tensors are on the CPU and of one dtype: bfloat16, float16 or float32. Where the kernels cannot be built, the
-operators are PyTorch's dense operations.
+All tensors are of one dtype, bfloat16, float16 or float32, and on the CPU; for the FFN also on a GPU (triton_ffn.py).
+Where the kernels cannot be built, the operators are PyTorch's dense operations.
 
     ffn(x, gate, up, down_t, "fatrelu", 0.1)   # = W_down(act(W_gate x) * (W_up x)), reading active neurons only
 """
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from stocha_hf import modeling_stocha
+from stocha_hf.sparse import triton_ffn
 from stocha_hf.sparse.build import kernels
 from stocha_hf.sparse.coarse import CoarseGate, key_of
 
@@ -26,9 +27,9 @@ TOKENS = 8  # at most
 ACTIVATIONS = {"relu": 0, "fatrelu": 1, "relu2": 2, "drelu": 3, "shifted_relu": 4}  # as in kernels.cpp
 
 
-def available() -> bool:
-    """Whether the kernels are there; builds them at the first call."""
-    return kernels() is not None
+def available(device: str = "cpu") -> bool:
+    """Whether the kernels for a type of device are there; builds the CPU's at the first call."""
+    return kernels() is not None if device == "cpu" else triton_ffn.available()
 
 
 def ffn(
@@ -46,6 +47,8 @@ def ffn(
     """
     if torch.compiler.is_compiling():
         return torch.ops.stocha.ffn(x, gate, up, down_t, activation, threshold)
+    if x.is_cuda:
+        return _ffn_on_gpu(x, gate, up, down_t, activation, threshold)
     return _ffn(x, gate, up, down_t, activation, threshold, coarse)
 
 
@@ -67,8 +70,7 @@ def _ffn(
 ) -> torch.Tensor:
     library = kernels()
     if library is None:
-        function, given = modeling_stocha.ACTIVATIONS[activation].function, SimpleNamespace(threshold=threshold)
-        return function(F.linear(x, gate), F.linear(x, up), given) @ down_t  # type: ignore[arg-type]
+        return _dense(x, gate, up, down_t, activation, threshold)
     width, size = gate.shape
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     weights, scales, margin = _coarse(coarse, gate)
@@ -77,6 +79,19 @@ def _ffn(
         scales, _tokens(x), size, width, ACTIVATIONS[activation], threshold, margin, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _ffn_on_gpu(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _tokens(x)
+    out = triton_ffn.ffn(x, *rest) if triton_ffn.available() else None
+    return _dense(x, *rest) if out is None else out
+
+
+def _dense(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, activation: str, threshold: float
+) -> torch.Tensor:
+    function, given = modeling_stocha.ACTIVATIONS[activation].function, SimpleNamespace(threshold=threshold)
+    return function(F.linear(x, gate), F.linear(x, up), given) @ down_t  # type: ignore[arg-type]
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -169,6 +184,7 @@ _library = torch.library.Library("stocha", "DEF")
 _library.define("ffn(Tensor x, Tensor gate, Tensor up, Tensor down_t, str activation, float threshold) -> Tensor")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("ffn", _ffn, "CPU")
+_library.impl("ffn", _ffn_on_gpu, "CUDA")
 _library.impl("linear", _linear, "CPU")
 
 

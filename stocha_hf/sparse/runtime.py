@@ -1,8 +1,8 @@
-"""Decoding with the CPU kernels: what a stocha model does differently where stocha_hf is installed.
+"""Decoding with the kernels: what a stocha model does differently where stocha_hf is installed.
 
-Patching a model calls `install`, which gives its decoder layers and Linear layers classes of this file. In training,
-prefill and on a GPU these are the native ones. In a decode step on a CPU (modeling_stocha.decodes: eval mode, no
-gradients, at most 8 tokens)
+Patching a model calls `install`, which gives its decoder layers and Linear layers classes of this file. In training
+and prefill these are the native ones. In a decode step (modeling_stocha.decodes: eval mode, no gradients, at most 8
+tokens, 4 on a GPU) an FFN that skips neurons is two kernels on a GPU, and nothing else changes there. On a CPU
 
 - a Linear layer is one kernel, since PyTorch's reaches a third of the memory's speed with few tokens;
 - an FFN is one kernel that reads active neurons only (StochaMLP.decode);
@@ -38,7 +38,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 class Kernels(NamedTuple):
     """What a StochaMLP decodes with; functions and no module, so that models can be copied and pickled."""
 
-    available: Callable[[], bool]
+    available: Callable[[str], bool]  # of a device type
     ffn: Callable[..., torch.Tensor]
 
 
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self._parameters["weight"]
-        if not self.training and decodes(x) and _is_taken(weight, x.dtype):
+        if not self.training and x.is_cpu and decodes(x) and _is_taken(weight, x.dtype):
             return ops.linear(x, weight, self._parameters["bias"])
         return super().forward(x)
 
@@ -104,10 +104,11 @@ class FusedLayer(nn.Module):
             and past_key_values is not None
             and position_embeddings is not None
             and hidden_states.shape[1] == 1
+            and hidden_states.is_cpu
             and decodes(hidden_states)
             and not torch.compiler.is_compiling()
-            and self._is_plain(hidden_states.dtype)
             and available()
+            and self._is_plain(hidden_states)
         ):
             return self._decode(hidden_states, past_key_values, *position_embeddings)
         return super().forward(
@@ -120,7 +121,7 @@ class FusedLayer(nn.Module):
             **kwargs,
         )
 
-    def _is_plain(self, dtype: torch.dtype) -> bool:
+    def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether nothing but the native modules' own computation would run."""
         parts: Any = self._modules
         attention: Any = parts["self_attn"]
@@ -132,9 +133,12 @@ class FusedLayer(nn.Module):
             and attention.config._attn_implementation == "sdpa"
             and hasattr(mlp, "kernels")
             and not any(_is_called(module) for module in (attention, mlp, *norms))
-            and all(norm.__class__ is self.norm_class and norm._parameters["weight"].dtype == dtype for norm in norms)
-            and all(is_plain(attention._modules[name], dtype, Linear) for name in PROJECTIONS)
-            and mlp.skips(dtype)
+            and all(
+                norm.__class__ is self.norm_class and norm._parameters["weight"].dtype == x.dtype for norm in norms
+            )
+            and all(is_plain(attention._modules[name], x, Linear) for name in PROJECTIONS)
+            and mlp.skips(x)
+            and by_neuron(mlp._modules["down_proj"]) is not None
         )
 
     def _decode(self, x: torch.Tensor, cache: Any, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
