@@ -448,8 +448,8 @@ class TritonStocha(torch.autograd.Function):
 
 # Sparse decode: a step of few tokens computes the gate, then reads only the active neurons' weights.
 
-# Tokens of a step that is sparse: on a CPU as many as the kernels take, on a GPU as many as gain (docs/decode.md)
-FEW = {"cpu": 8, "cuda": 4}
+FEW = 8  # tokens of a step that is sparse, at most: as many as the kernels take
+DEVICES = ("cpu", "cuda")  # that have kernels
 GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each time, which costs more than they save
 
 
@@ -460,7 +460,7 @@ def decodes(x: torch.Tensor) -> bool:
 
 def is_few(x: torch.Tensor) -> bool:
     """Whether x [..., size] has as few tokens as are worth a sparse step."""
-    return 0 < x.numel() <= FEW.get(x.device.type, 0) * x.shape[-1]
+    return x.device.type in DEVICES and 0 < x.numel() <= FEW * x.shape[-1]
 
 
 def infers(x: torch.Tensor) -> bool:
