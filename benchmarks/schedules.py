@@ -66,10 +66,11 @@ class Bench:
         runs = [
             run for run in self.listed["runs"] if any(fnmatch.fnmatch(run["name"], glob) for glob in self.args.only)
         ]
-        with ThreadPoolExecutor(self.args.jobs) as pool:
-            used = {run.get(key) for run in runs for key in ("start", "teacher")}
-            starts = [{"name": name, **options} for name, options in self.listed["starts"].items() if name in used]
-            for job in self.ordered(starts, [run for run in runs if run["name"] not in finished]):
+        used = {run.get(key) for run in runs for key in ("start", "teacher")}
+        starts = [{"name": name, **options} for name, options in self.listed["starts"].items() if name in used]
+        jobs = self.ordered(starts, [run for run in runs if run["name"] not in finished])
+        with ThreadPoolExecutor(len(jobs) or 1) as pool:  # a thread a job: what waits for another takes no GPU
+            for job in jobs:
                 needed = [self.done[key] for key in self.needs(job) if key in self.done]
                 self.done[job["name"]] = pool.submit(self.after, needed, job)
 
@@ -82,7 +83,7 @@ class Bench:
         return {job.get(key) for key in ("start", "teacher", "of")}
 
     def ordered(self, starts: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Conversions just before the first run that begins from them, so that no job waits for one after it."""
+        """Conversions just before the first run that begins from them; GPUs are given in this order."""
         jobs: list[dict[str, Any]] = []
         for run in runs:
             jobs += [start for start in starts if start["name"] in self.needs(run) and start not in jobs]
@@ -90,7 +91,7 @@ class Bench:
         return jobs
 
     def after(self, needed: list[Future], job: dict[str, Any]) -> None:
-        """A job, once those that it begins from are there; they were submitted before it, so none waits for ever."""
+        """A job, once those that it begins from are there; they come before it in the list, so none waits for ever."""
         for other in needed:
             other.result()
         self.on_a_gpu(self.run if "start" in job else self.convert, job["name"], job)

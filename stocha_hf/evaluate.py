@@ -20,7 +20,7 @@ from tqdm import tqdm
 from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.sparsity import patched_layers
 
-BATCH = 4  # windows at a time
+BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
 CHUNK = 512  # tokens whose logits are float32 at a time
 
 
@@ -32,17 +32,17 @@ def evaluate(model: Any, windows: torch.Tensor) -> dict[str, Any]:
     counts the windows' tokens; the rest is Activity.read(). Raises StochaError for a model without patched layers.
     """
     activity = Activity(model)
-    total = 0.0
+    losses = []  # on the device: no chunk waits for it
     try:
         for batch in batches(model, windows, "Evaluating"):
             logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
             for part, after in zip(logits.split(CHUNK), batch[:, 1:].flatten().split(CHUNK), strict=True):
-                total += F.cross_entropy(part.float(), after, reduction="sum").item()
+                losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
     finally:
         activity.close()
     predicted = windows.numel() - len(windows)
     return {
-        "perplexity": math.exp(total / predicted),
+        "perplexity": math.exp(math.fsum(torch.stack(losses).tolist()) / predicted),
         "tokens": windows.numel(),
         "activation": stocha_mlps(model)[0].running,
         **activity.read(),
@@ -56,20 +56,22 @@ def compare(model: Any, baseline: Any, windows: torch.Tensor) -> dict[str, float
     `kl` is the mean Kullback-Leibler divergence from the baseline to the model, in nats a token; `top1_agreement` the
     share of tokens whose most likely successor is the same.
     """
-    divergence, agreed = 0.0, 0
+    divergences, agreements = [], []
     for batch in batches(model, windows, "Comparing"):
         both = (some(batch, use_cache=False).logits.flatten(0, 1).split(CHUNK) for some in (model, baseline))
         for found, expected in zip(*both, strict=True):
-            agreed += (found.argmax(-1) == expected.argmax(-1)).sum().item()
+            agreements.append((found.argmax(-1) == expected.argmax(-1)).sum())
             logs, aims = (logits.float().log_softmax(-1) for logits in (found, expected))
-            divergence += F.kl_div(logs, aims, reduction="sum", log_target=True).item()
-    return {"kl": divergence / windows.numel(), "top1_agreement": agreed / windows.numel()}
+            divergences.append(F.kl_div(logs, aims, reduction="sum", log_target=True))
+    sums = (math.fsum(torch.stack(parts).tolist()) for parts in (divergences, agreements))
+    return dict(zip(("kl", "top1_agreement"), (total / windows.numel() for total in sums), strict=True))
 
 
 def batches(model: Any, windows: torch.Tensor, doing: str) -> Iterator[torch.Tensor]:
-    """BATCH windows at a time, on the model's device, with a progress bar."""
+    """A few windows at a time, on the model's device, with a progress bar."""
     device = next(model.parameters()).device
-    for batch in tqdm(windows.split(BATCH), desc=doing, unit="batch", disable=None, leave=False):
+    size = GPU_BATCH if device.type == "cuda" else BATCH
+    for batch in tqdm(windows.split(size), desc=doing, unit="batch", disable=None, leave=False):
         yield batch.to(device)
 
 

@@ -1,12 +1,13 @@
 """StochaTrainer: trl's SFTTrainer under an activation schedule, with distillation and a sparsity target.
 
-Data, packing, the fused LM head, accumulation, DDP, FSDP and checkpoints are trl's and transformers'. What is added
-here: the schedule sets the activation before each step; ranks draw different noise; logs show activation, p, sparsity
-and tokens per second; a loss that is no number stops the run before it is saved; a checkpoint that was not written to
-its end is never resumed from; torch_compile compiles a layer and not the model, so that another activation takes
-seconds and not minutes. config.json of every checkpoint says what was trained, under `stocha.history`.
+Data, packing, accumulation, DDP, FSDP and checkpoints are trl's and transformers'. What is added here: the schedule
+sets the activation, and the thresholds, before each step; ranks draw different noise; logs show activation, p,
+sparsity and tokens per second; no step waits for the GPU; a loss that is no number stops the run before it is saved; a
+checkpoint that was not written to its end is never resumed from; torch_compile compiles a layer and not the model.
+config.json of every checkpoint says what was trained, under `stocha.history`.
 
-Run through recipes/continued_pretrain.py and recipes/relu_finetune.py; stocha_hf/cli/train.py reads their YAML.
+Run through recipes/continued_pretrain.py and recipes/relu_finetune.py; stocha_hf/cli/train.py reads their YAML, whose
+keys stocha_hf/training_arguments.py adds to trl's.
 """
 
 from __future__ import annotations
@@ -16,75 +17,29 @@ import json
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from stocha_hf import report
+from stocha_hf.compiled_layers import compile_layers, narrow_stream
 from stocha_hf.errors import StochaError
 from stocha_hf.loss import open_head, token_losses, training_losses
 from stocha_hf.modeling_stocha import ACTIVATIONS, ARCHITECTURES, StochaConfig, set_activation, stocha_mlps
 from stocha_hf.schedule import Schedule
 from stocha_hf.sparsity import SparsityMeter, SparsityTarget
 from stocha_hf.thresholds import apply_thresholds, fatrelu_thresholds, moved_thresholds, set_thresholds
+from stocha_hf.training_arguments import StochaArguments
 
 THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
 MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 UPDATE_ROWS = 8  # of these, on which thresholds are moved while training
 UPDATES = 50  # of the thresholds, or of the sparsity target's controller, in a run
 SPARSITY_STATE = "sparsity_state.json"  # thresholds and the controller of the sparsity target, in each checkpoint
-
-
-@dataclass
-class StochaArguments(SFTConfig):
-    """trl's SFTConfig and what this package adds to it. Raises StochaError for contradictions."""
-
-    schedule: str | None = field(
-        default=None, metadata={"help": "Phases {activation, p, anneal, until}; see stocha_hf/schedule.py."}
-    )
-    teacher: str | None = field(
-        default=None, metadata={"help": "Model to distil from: Hub id or folder, run with its own activation."}
-    )
-    distill_weight: float = field(
-        default=0.5, metadata={"help": "Share of the KL term in the loss; the rest is the LM loss."}
-    )
-    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
-    target_sparsity: float | None = field(
-        default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}
-    )
-    threshold_shift: bool = field(
-        default=False, metadata={"help": "End with FATReLU thresholds that meet target_sparsity exactly."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every parameter is used; looking for others costs time
-        self.logging_nan_inf_filter = False  # it waits for the GPU twice a step; check_finite stops the run
-        accelerator: Any = self.accelerator_config
-        accelerator.non_blocking = self.dataloader_pin_memory  # else a batch's copy waits for the step before
-        if self.use_liger_kernel:
-            raise StochaError("use_liger_kernel is true: Liger's FFN computes SiLU only, so leave it out")
-        for key in ("distill_weight", "target_sparsity"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value <= 1:
-                raise StochaError(f"{key} is {value}: expected a number between 0 and 1")
-        if self.distill_temperature <= 0:
-            raise StochaError(f"distill_temperature is {self.distill_temperature}: expected a number above 0")
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            raise StochaError(
-                f"loss_type is {self.loss_type!r} and label_smoothing_factor {self.label_smoothing_factor}: expected "
-                "'nll' and 0, the next-token loss"
-            )
-        if self.threshold_shift and self.target_sparsity is None:
-            raise StochaError("threshold_shift is true without target_sparsity: expected the share of zeros to meet")
-        if self.fp16 and self.target_sparsity is not None:
-            raise StochaError("fp16 scales gradients, which target_sparsity does not see: expected bf16 or float32")
 
 
 class StochaTrainer(SFTTrainer):
@@ -124,6 +79,7 @@ class StochaTrainer(SFTTrainer):
         # since the last log, on the device, so that no step waits for one: nll and kl; tokens with a loss, all tokens
         self._nats = torch.zeros(2, device=self.accelerator.device)
         self._tokens = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+        self._flops: int | None = None
         self._last_log = time.monotonic()
         self.add_callback(_ScheduleCallback(self, schedule))
 
@@ -156,6 +112,13 @@ class StochaTrainer(SFTTrainer):
                 f"the loss is no number at step {self.state.global_step}: lower learning_rate or set max_grad_norm; "
                 f"the last good checkpoint is {last_checkpoint(self.args.output_dir) or 'the model it began with'}"
             )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Trainer's, but the model's parameters are counted once and not at every step: a tenth of the host's work."""
+        tokens = inputs["input_ids"].numel()
+        if self._flops is None:
+            self._flops = super().floating_point_ops(inputs) // tokens
+        return self._flops * tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -288,34 +251,6 @@ class _ScheduleCallback(TrainerCallback):
         if trainer.target is not None:
             trainer.target.update(state.global_step / state.max_steps, mean)
             metrics["l1_coefficient"].append(trainer.target.coefficient)
-
-
-def narrow_stream(model: Any) -> None:
-    """Under autocast, run a model's residual stream in autocast's dtype, as inference does, and not in the weights'.
-
-    The float32 embeddings of a model with float32 master weights would make the stream float32: every norm and
-    residual addition would move twice the bytes.
-    """
-
-    def narrow(module: Any, args: Any, embedded: torch.Tensor) -> torch.Tensor:
-        kind = embedded.device.type
-        return embedded.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embedded
-
-    model.get_input_embeddings().register_forward_hook(narrow)
-
-
-def compile_layers(model: Any, **options: Any) -> None:
-    """Compile the decoder layers of a patched model in place, as one function that all of them share.
-
-    `options` are torch.compile's. An activation compiles once (once more where sparsity is recorded) however many
-    layers there are: seconds for 30 layers on a GPU, where the whole model took minutes in every phase.
-    """
-    # one function serves all activations of a schedule, recorded or not, and the teacher
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    mlps = set(stocha_mlps(model))
-    for layer in model.modules():
-        if mlps & set(layer.children()):
-            layer.compile(**options)
 
 
 def record_activation(config: Any, activation: str, p: float) -> None:

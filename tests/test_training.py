@@ -22,10 +22,11 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from stocha_hf.cli.train import parse, train
+from stocha_hf.compiled_layers import compile_layers, narrow_stream
 from stocha_hf.convert import convert
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mlps
-from stocha_hf.training import StochaTrainer, compile_layers, last_checkpoint, narrow_stream
+from stocha_hf.training import StochaTrainer, last_checkpoint
 
 STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
 RELU = "[{activation: relu, until: 1.0}]"

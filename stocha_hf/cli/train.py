@@ -46,7 +46,7 @@ def parse(argv: list[str], schedule: list[dict[str, Any]] | None) -> tuple[Any, 
     from trl import ModelConfig, TrlParser
 
     from stocha_hf.schedule import Schedule
-    from stocha_hf.training import StochaArguments
+    from stocha_hf.training_arguments import StochaArguments
 
     try:
         kinds: Any = (DataArguments, StochaArguments, ModelConfig)
