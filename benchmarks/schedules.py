@@ -149,7 +149,8 @@ class Bench:
         """Run it on a GPU; its output goes to NAME.log. Raises CalledProcessError with the log's last line."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
         log = self.args.work / f"{name}.log"
         with log.open("w") as file:
             code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode

@@ -12,6 +12,7 @@ keys stocha_hf/training_arguments.py adds to trl's.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -32,7 +33,7 @@ from stocha_hf.loss import open_head, token_losses, training_losses
 from stocha_hf.modeling_stocha import ACTIVATIONS, ARCHITECTURES, StochaConfig, set_activation, stocha_mlps
 from stocha_hf.schedule import Schedule
 from stocha_hf.sparsity import SparsityMeter, SparsityTarget
-from stocha_hf.thresholds import apply_thresholds, fatrelu_thresholds, moved_thresholds, set_thresholds
+from stocha_hf.thresholds import apply_thresholds, fatrelu_thresholds, moved_thresholds
 from stocha_hf.training_arguments import StochaArguments
 
 THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
@@ -161,27 +162,31 @@ class StochaTrainer(SFTTrainer):
     def move_thresholds(self, sparsity: float) -> None:
         """Move FATReLU thresholds so that a share `sparsity` of the hidden vectors' entries is zero, here and now."""
         with torch.compiler.set_stance("force_eager"):  # what it hooks would compile every layer once more
-            thresholds = moved_thresholds(self.model, self.first_rows(UPDATE_ROWS), sparsity)
+            thresholds = moved_thresholds(self.model, self.first_batches(UPDATE_ROWS), sparsity)
         apply_thresholds(self.model, thresholds)
 
     def shift_thresholds(self) -> None:
         """End a run with FATReLU thresholds that meet target_sparsity on the first rows of the training data."""
-        batches = self.first_rows(THRESHOLD_ROWS)
+        batches = self.first_batches(THRESHOLD_ROWS)
         apply_thresholds(self.model, fatrelu_thresholds(self.model, batches, self.args.target_sparsity))
 
-    def first_rows(self, count: int) -> list[dict[str, torch.Tensor]]:
+    @functools.cached_property
+    def first_rows(self) -> list[Any]:
+        """Of the training data; read once, since a stream would start over each time."""
+        return list(itertools.islice(iter(self.train_dataset), THRESHOLD_ROWS))
+
+    def first_batches(self, count: int) -> list[dict[str, torch.Tensor]]:
         """The first rows of the training data as batches of a model's inputs."""
-        rows = list(itertools.islice(iter(self.train_dataset), count))
-        size = self.args.per_device_train_batch_size
+        rows, size = self.first_rows[:count], self.args.per_device_train_batch_size
         batches = [self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
-        return [
-            {key: batch[key].to(self.accelerator.device) for key in MODEL_INPUTS & set(batch)} for batch in batches
-        ]
+        device = self.accelerator.device
+        return [{key: batch[key].to(device) for key in MODEL_INPUTS & set(batch)} for batch in batches]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = json.loads((Path(resume_from_checkpoint) / SPARSITY_STATE).read_text())
-        set_thresholds(self.model, state["thresholds"])
+        if state["thresholds"] != self.sparsity_state()["thresholds"]:  # they were moved
+            apply_thresholds(self.model, state["thresholds"])
         if self.target is not None:
             self.target.load_state_dict(state["target"])
 
