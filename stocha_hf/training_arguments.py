@@ -18,7 +18,7 @@ class StochaArguments(SFTConfig):
     """trl's SFTConfig and what this package adds to it. Raises StochaError for contradictions."""
 
     schedule: str | None = field(
-        default=None, metadata={"help": "Phases {activation, p, anneal, until}; see stocha_hf/schedule.py."}
+        default=None, metadata={"help": "Phases {activation, p, sparsity, anneal, until}; see stocha_hf/schedule.py."}
     )
     teacher: str | None = field(
         default=None, metadata={"help": "Model to distil from: Hub id or folder, run with its own activation."}
