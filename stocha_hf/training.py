@@ -63,12 +63,10 @@ class StochaTrainer(SFTTrainer):
         self.model.config.use_cache = use_cache  # Trainer turns it off, also in what is saved
         for part in filter(None, (self.model, teacher)):
             narrow_stream(part)
-        if compiled:
-            for part in filter(None, (self.model, teacher)):
+            open_head(part)
+            if compiled:
                 compile_layers(part, **options)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
-        for part in filter(None, (self.model, teacher)):
-            open_head(part)
         self.loss_options: dict[str, Any] = {}
         if compiled:
             self.loss_options["token_losses"] = torch.compile(token_losses, **options)
@@ -96,9 +94,10 @@ class StochaTrainer(SFTTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         losses = training_losses(model, self.teacher, inputs, **self.loss_options)
-        tokens, labels = losses.tokens, inputs["labels"]
+        tokens, mask = losses.tokens, inputs.get("attention_mask")
+        seen = torch.ones_like(inputs["labels"]) if mask is None else mask  # no mask: packed rows
         self._nats += torch.stack([losses.nll, losses.kl])
-        self._tokens += torch.stack([tokens, inputs.get("attention_mask", torch.ones_like(labels)).sum()])
+        self._tokens += torch.stack([tokens, seen.sum()])
         return losses.loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

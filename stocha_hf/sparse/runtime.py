@@ -2,7 +2,7 @@
 
 Patching a model calls `install`, which gives its decoder layers and Linear layers classes of this file. In training
 and prefill these are the native ones. In a decode step (modeling_stocha.decodes: eval mode, no gradients, at most 8
-tokens, 4 on a GPU) an FFN that skips neurons is two kernels on a GPU, and nothing else changes there. On a CPU
+tokens) an FFN that skips neurons is two kernels on a GPU, and nothing else changes there. On a CPU
 
 - a Linear layer is one kernel, since PyTorch's reaches a third of the memory's speed with few tokens;
 - an FFN is one kernel that reads active neurons only (StochaMLP.decode);
