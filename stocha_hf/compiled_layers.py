@@ -34,7 +34,11 @@ def compile_layers(model: Any, **options: Any) -> None:
     """
     # one function serves all activations of a schedule, recorded or not, and the teacher
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for layer in decoder_layers(model):
+        layer.forward = torch.compile(layer.forward, **options)  # layer.compile would compile what hooks do as well
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers of a patched model, from the first to the last: the modules with an FFN in them."""
     mlps = set(stocha_mlps(model))
-    for layer in model.modules():
-        if mlps & set(layer.children()):
-            layer.compile(**options)
+    return [layer for layer in model.modules() if mlps & set(layer.children())]

@@ -12,6 +12,7 @@ from stocha_hf import modeling_stocha
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
+from stocha_hf.provenance import public_name
 
 
 def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
@@ -31,8 +32,9 @@ def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
     with hub_errors("reading", name):
         model = model_class.from_pretrained(name, revision=revision, **kwargs)
     if not converted:
+        source = {"id": public_name(name), "revision": getattr(config, "_commit_hash", None)}
         try:
-            patch(model, StochaConfig(source={"id": name, "revision": getattr(config, "_commit_hash", None)}))
+            patch(model, StochaConfig(source=source))
         except ValueError as error:
             raise StochaError(str(error)) from None
     return model

@@ -46,3 +46,8 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def public_name(source: str) -> str:
+    """A Hub id as it is; of a local file or folder its name alone, since a published config tells nobody's paths."""
+    return Path(source).resolve().name if Path(source).exists() else source

@@ -12,6 +12,7 @@ keys stocha_hf/training_arguments.py adds to trl's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -23,15 +24,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from stocha_hf import report
 from stocha_hf.compiled_layers import compile_layers, narrow_stream
 from stocha_hf.errors import StochaError
+from stocha_hf.hidden_states import HiddenError, layer_error
 from stocha_hf.loss import open_head, token_losses, training_losses
-from stocha_hf.modeling_stocha import ACTIVATIONS, ARCHITECTURES, StochaConfig, set_activation, stocha_mlps
+from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.schedule import Schedule
+from stocha_hf.schedule_callback import ScheduleCallback
 from stocha_hf.sparsity import SparsityMeter, SparsityTarget
 from stocha_hf.thresholds import apply_thresholds, fatrelu_thresholds, moved_thresholds
 from stocha_hf.training_arguments import StochaArguments
@@ -39,7 +41,6 @@ from stocha_hf.training_arguments import StochaArguments
 THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
 MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 UPDATE_ROWS = 8  # of these, on which thresholds are moved while training
-UPDATES = 50  # of the thresholds, or of the sparsity target's controller, in a run
 SPARSITY_STATE = "sparsity_state.json"  # thresholds and the controller of the sparsity target, in each checkpoint
 
 
@@ -66,6 +67,10 @@ class StochaTrainer(SFTTrainer):
             open_head(part)
             if compiled:
                 compile_layers(part, **options)
+        self.hidden_error = None
+        if args.distill_hidden:
+            error = torch.compile(layer_error, **options) if compiled else layer_error
+            self.hidden_error = HiddenError(self.model, teacher, error)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
         self.loss_options: dict[str, Any] = {}
         if compiled:
@@ -75,17 +80,20 @@ class StochaTrainer(SFTTrainer):
         self.meter = SparsityMeter(self.model)
         self.target = None if args.target_sparsity is None else SparsityTarget(self.model, args.target_sparsity)
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
-        # since the last log, on the device, so that no step waits for one: nll and kl; tokens with a loss, all tokens
-        self._nats = torch.zeros(2, device=self.accelerator.device)
+        # since the last log, on the device, so that no step waits for one: nll, kl and hidden_error, times tokens;
+        # tokens with a loss, all tokens
+        self._sums = torch.zeros(3, device=self.accelerator.device)
         self._tokens = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
         self._flops: int | None = None
         self._last_log = time.monotonic()
-        self.add_callback(_ScheduleCallback(self, schedule))
+        self.add_callback(ScheduleCallback(self, schedule))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The LM loss, in training mixed with distill_weight x KL(teacher || student); a mean over all tokens."""
+        """The LM loss, in training mixed with distill_weight x KL(teacher || student), plus distill_hidden x
+        the error of the layers; a mean over all tokens.
+        """
         # num_items_in_batch counts all ranks' tokens, and DDP and FSDP average the ranks' gradients
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         if self.target is not None and model.training:
@@ -93,12 +101,17 @@ class StochaTrainer(SFTTrainer):
             self.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses = training_losses(model, self.teacher, inputs, **self.loss_options)
-        tokens, mask = losses.tokens, inputs.get("attention_mask")
+        mask = inputs.get("attention_mask")
         seen = torch.ones_like(inputs["labels"]) if mask is None else mask  # no mask: packed rows
-        self._nats += torch.stack([losses.nll, losses.kl])
+        with self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext():
+            losses = training_losses(model, self.teacher, inputs, **self.loss_options)
+        loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
+        if self.hidden_error:
+            error = self.hidden_error.mean(seen) * tokens
+            loss = loss + self.args.distill_hidden * error
+        self._sums += torch.stack([losses.nll, losses.kl, error.detach()])
         self._tokens += torch.stack([tokens, seen.sum()])
-        return losses.loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
+        return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -127,9 +140,9 @@ class StochaTrainer(SFTTrainer):
 
     def _read_sums(self) -> dict[str, float]:
         """What all ranks trained on since the last log: losses a token, tokens so far, tokens per second."""
-        nll, kl = self.accelerator.reduce(self._nats, reduction="sum").tolist()
+        nll, kl, error = self.accelerator.reduce(self._sums, reduction="sum").tolist()
         tokens, seen = self.accelerator.reduce(self._tokens, reduction="sum").tolist()
-        self._nats.zero_()
+        self._sums.zero_()
         self._tokens.zero_()
         self._total_train_tokens += seen
         before, self._last_log = self._last_log, time.monotonic()
@@ -137,6 +150,8 @@ class StochaTrainer(SFTTrainer):
         read = {"num_tokens": self._total_train_tokens, "tokens_per_second": speed}
         if self.teacher is not None:
             read |= {"lm_loss": nll / max(tokens, 1), "kl": kl / max(tokens, 1)}
+        if self.hidden_error:
+            read["hidden_error"] = error / max(tokens, 1)
         if torch.cuda.is_available():
             read["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         return read
@@ -201,69 +216,6 @@ class StochaTrainer(SFTTrainer):
             source = Path(str(self.model.config._name_or_path))
             card = report.model_card(self.model.config.to_dict(), report.source_metadata(source))
             (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-class _ScheduleCallback(TrainerCallback):
-    """Sets the activation before each step, and measures what the logs and the sparsity target need."""
-
-    def __init__(self, trainer: StochaTrainer, schedule: Schedule) -> None:
-        self.trainer, self.schedule, self.phase = trainer, schedule, -1
-        self.recording: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Every rank starts from the same seed and would draw the same noise; a resumed run restores its own state
-        # later.
-        torch.manual_seed(args.seed + self.trainer.accelerator.process_index)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = self.schedule.at(state.global_step / state.max_steps)
-        set_activation(self.trainer.model, now.activation, now.p)
-        if now.phase != self.phase:
-            self.phase = now.phase
-            record_activation(self.trainer.model.config, now.activation, now.p)
-            if self.trainer.accelerator.is_main_process:
-                print(f"step {state.global_step}/{state.max_steps}: {self.schedule.phases[now.phase]}", flush=True)
-        update = max(state.max_steps // UPDATES, 1)
-        if now.sparsity is not None and state.global_step % update == 0:
-            self.trainer.move_thresholds(now.sparsity)
-        every = [max(int(args.logging_steps), 1)] + [update] * (self.trainer.target is not None)
-        if any((state.global_step + 1) % steps == 0 for steps in every):
-            self.recording = self.trainer.meter.record()
-            self.recording.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.recording is not None:
-            self.recording.__exit__(None, None, None)
-            self.recording = None
-            self.report_sparsity(state)
-        if control.should_log or control.should_save or control.should_evaluate:
-            self.trainer.check_finite()
-
-    def report_sparsity(self, state: Any) -> None:
-        trainer, read = self.trainer, self.trainer.meter.read()
-        shares = torch.tensor(read["per_layer"], device=trainer.accelerator.device)
-        shares = trainer.accelerator.reduce(shares, reduction="mean")
-        mean = shares.mean().item()
-        _, activation, p, _ = self.schedule.at(max(state.global_step - 1, 0) / state.max_steps)
-        metrics = trainer._metrics["train"]
-        metrics["sparsity"].append(mean)
-        for layer, share in enumerate(shares.tolist()):
-            metrics[f"sparsity/layer_{layer:02d}"].append(share)
-        metrics[f"activation/{activation}"].append(1.0)
-        if not ACTIVATIONS[activation].deterministic:
-            metrics["p"].append(p)
-        if trainer.target is not None:
-            trainer.target.update(state.global_step / state.max_steps, mean)
-            metrics["l1_coefficient"].append(trainer.target.coefficient)
-
-
-def record_activation(config: Any, activation: str, p: float) -> None:
-    """Write the activation that training now uses into a model's config, so that whatever is saved says so."""
-    row = ARCHITECTURES[config.model_type]
-    entry = {key: value for key, value in config.stocha.items() if key != "inference"}
-    stocha = StochaConfig.from_dict(entry | {"activation": activation, "p": p}).resolve(config.stocha["base"])
-    config.stocha = stocha.to_dict()
-    setattr(config, row.act_key, stocha.native_act)
 
 
 def last_checkpoint(output: str | Path) -> Path | None:

@@ -27,6 +27,9 @@ class StochaArguments(SFTConfig):
         default=0.5, metadata={"help": "Share of the KL term in the loss; the rest is the LM loss."}
     )
     distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
+    distill_hidden: float = field(
+        default=0.0, metadata={"help": "Weight of the error of the residual stream, layer by layer, beside the KL."}
+    )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}
     )
@@ -49,12 +52,20 @@ class StochaArguments(SFTConfig):
                 raise StochaError(f"{key} is {value}: expected a number between 0 and 1")
         if self.distill_temperature <= 0:
             raise StochaError(f"distill_temperature is {self.distill_temperature}: expected a number above 0")
+        if self.distill_hidden < 0 or (self.distill_hidden and self.teacher is None):
+            raise StochaError(
+                f"distill_hidden is {self.distill_hidden} and teacher {self.teacher}: expected a weight of 0 or more, "
+                "and a teacher with it"
+            )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise StochaError(
                 f"loss_type is {self.loss_type!r} and label_smoothing_factor {self.label_smoothing_factor}: expected "
                 "'nll' and 0, the next-token loss"
             )
-        if self.threshold_shift and self.target_sparsity is None:
-            raise StochaError("threshold_shift is true without target_sparsity: expected the share of zeros to meet")
+        if self.threshold_shift and (self.target_sparsity is None or self.target_sparsity == 1):
+            raise StochaError(
+                f"threshold_shift is true and target_sparsity {self.target_sparsity}: expected the share of zeros to "
+                "meet, below 1"
+            )
         if self.fp16 and self.target_sparsity is not None:
             raise StochaError("fp16 scales gradients, which target_sparsity does not see: expected bf16 or float32")

@@ -140,7 +140,18 @@ def test_a_second_stage_adds_to_the_history_and_a_native_model_is_patched(base, 
     assert [len(stage["schedule"]) for stage in stages] == [2, 1]
     run(checkpoint(name="native"), text, tmp_path / "third", max_steps=2, save_steps=2)
     stocha = json.loads((tmp_path / "third" / "config.json").read_text())["stocha"]
-    assert stocha["base"] == "silu" and stocha["source"]["id"] == str(tmp_path / "native")
+    assert stocha["base"] == "silu" and stocha["source"]["id"] == "native"
+
+
+def test_what_is_recorded_of_a_distillation_is_whole_and_tells_no_local_path(base, text, tmp_path):
+    out = tmp_path / "out"
+    options = {"teacher": base, "distill_weight": 0.7, "distill_hidden": 0.5, "max_steps": 2, "save_steps": 2}
+    run(base, text, out, **options)
+    for file in ("config.json", "README.md"):
+        assert str(tmp_path) not in (out / file).read_text()
+    [stage] = json.loads((out / "config.json").read_text())["stocha"]["history"]
+    assert (stage["dataset"], stage["teacher"]) == ("text.jsonl", "base")
+    assert (stage["distill_weight"], stage["distill_hidden"]) == (0.7, 0.5)
 
 
 def test_a_killed_run_goes_on_with_the_same_command_to_the_same_losses(base, text, tmp_path):
@@ -247,6 +258,17 @@ def test_distillation_from_the_model_itself_costs_nothing_under_its_own_activati
     relu = run(base, text, tmp_path / "relu", schedule=RELU, **options)
     assert relu[0]["kl"] > 0.01 and relu[0]["loss"] == pytest.approx(relu[0]["kl"], rel=1e-4)
     assert relu[0]["lm_loss"] > 1
+
+
+def test_distillation_layer_by_layer_brings_the_streams_closer(base, text, tmp_path):
+    options = {"teacher": base, "distill_weight": 1.0, "schedule": RELU, "max_steps": 20, "save_steps": 20}
+    options |= {"logging_steps": 1, "learning_rate": 3e-3}
+    history = run(base, text, tmp_path / "with", distill_hidden=1.0, **options)
+    first, last = history[0], [log for log in history if "loss" in log][-1]
+    assert first["loss"] == pytest.approx(first["kl"] + first["hidden_error"], rel=1e-3)
+    assert last["hidden_error"] < 0.8 * first["hidden_error"]
+    without = run(base, text, tmp_path / "without", **options)
+    assert "hidden_error" not in without[0] and without[0]["kl"] == pytest.approx(first["kl"], rel=1e-4)
 
 
 def test_a_sparsity_target_is_met_and_its_thresholds_are_saved(base, text, tmp_path):
@@ -363,8 +385,10 @@ REFUSALS = {
     "p outside [0, 1]": ({"schedule": "[{activation: stocha, p: 2, until: 1.0}]"}, "p is 2"),
     "phases that do not cover the run": ({"schedule": "[{activation: relu, until: 0.5}]"}, "end at until: 1.0"),
     "a weight outside [0, 1]": ({"distill_weight": 2}, "distill_weight is 2"),
+    "layers' errors without a teacher": ({"distill_hidden": 1.0}, "distill_hidden is 1.0 and teacher None"),
     "a target outside [0, 1]": ({"target_sparsity": 90}, "target_sparsity is 90"),
-    "thresholds without a target": ({"threshold_shift": True}, "without target_sparsity"),
+    "thresholds without a target": ({"threshold_shift": True}, "threshold_shift is true and target_sparsity None"),
+    "thresholds for nothing but zeros": ({"threshold_shift": True, "target_sparsity": 1}, "target_sparsity 1.0"),
     "streaming without max_steps": ({"dataset_streaming": True, "max_steps": -1}, "without max_steps"),
     "no dataset": ({"dataset": "absent/data.parquet"}, "absent/data.parquet does not exist"),
     "no model": ({"model_name_or_path": "./absent"}, "absent"),
@@ -392,6 +416,12 @@ def test_a_teacher_with_another_vocabulary_is_refused(base, checkpoint, text, tm
     other = checkpoint(name="other", vocab_size=80)
     with pytest.raises(StochaError, match=r"80.*64|64.*80"):
         run(base, text, tmp_path / "out", teacher=other)
+
+
+def test_layer_by_layer_distillation_from_another_shape_is_refused(base, checkpoint, text, tmp_path):
+    other = checkpoint(name="other", hidden_size=48)
+    with pytest.raises(StochaError, match="2 layers of width 48 and the student 2 of width 32"):
+        run(base, text, tmp_path / "out", teacher=other, distill_hidden=1.0)
 
 
 class Poison(TrainerCallback):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf.errors import StochaError
+from stocha_hf.provenance import public_name
 
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -154,7 +155,7 @@ def _check_thresholds_stay(args: Any, schedule: Any) -> None:
 def _record_history(config: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = {
-        "dataset": data.dataset,
+        "dataset": public_name(data.dataset),
         "steps": args.max_steps if args.max_steps > 0 else None,
         "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
         "tokens_per_step": rows * args.max_length if args.max_length else None,
@@ -162,7 +163,9 @@ def _record_history(config: Any, data: Any, args: Any, model_args: Any, schedule
         "schedule": schedule.to_list(),
         "learning_rate": args.learning_rate,
         "method": "lora" if model_args.use_peft else "full",
-        "teacher": args.teacher,
+        "teacher": args.teacher and public_name(args.teacher),
+        "distill_weight": args.distill_weight if args.teacher else None,
+        "distill_hidden": args.distill_hidden or None,
         "target_sparsity": args.target_sparsity,
     }
     stage = {key: value for key, value in stage.items() if value is not None}
