@@ -85,6 +85,15 @@ class Phase:
         first, last = value[0], value[-1]
         return first + (last - first) * ANNEAL[self.anneal](share)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that have an effect, as parse takes them."""
+        given = {"activation": self.activation, "until": self.until, "sparsity": self.sparsity}
+        if self.activation in ("stocha", "mean"):
+            given["p"] = self.p
+        if any(isinstance(value, list) for value in given.values()):
+            given["anneal"] = self.anneal
+        return {key: value for key, value in given.items() if value is not None}
+
 
 def _ends(name: str, value: Any) -> list[Any]:
     values = value if isinstance(value, list) else [value]
@@ -133,6 +142,5 @@ class Schedule:
         return Moment(index, phase.activation, phase.at(phase.p, share), phase.at(phase.sparsity, share))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The phases as config.json's history records them."""
-        keys = [key for key in Phase.__dataclass_fields__]
-        return [{key: getattr(phase, key) for key in keys if getattr(phase, key) is not None} for phase in self.phases]
+        """The phases as config.json's history records them: what has an effect."""
+        return [phase.to_dict() for phase in self.phases]

@@ -79,3 +79,9 @@ def test_sparsity_is_held_or_annealed_over_a_phase():
     schedule = Schedule.parse(phases)
     assert [schedule.at(at).sparsity for at in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([0.6, 0.75, 0.9, 0.9])
     assert [{k: v for k, v in row.items() if k in phases[0]} for row in schedule.to_list()] == phases
+
+
+def test_the_history_holds_what_has_an_effect():
+    phases = [{"activation": "stocha", "until": 0.5, "p": 0.3}, {"activation": "relu", "until": 1.0}]
+    assert Schedule.parse(phases).to_list() == phases
+    assert Schedule.parse([phases[0], phases[1] | {"p": 0.7}]).to_list() == phases
