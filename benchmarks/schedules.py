@@ -167,7 +167,8 @@ class Bench:
             values = [log[key] for log in logs if key in log][1:]  # the first one compiles
             found[key] = best(values) if values else None
         trained = folder / "merged" if (folder / "merged").exists() else folder
-        model, original = (load_model(str(one), dtype=torch.bfloat16) for one in (trained, self.args.model))
+        with self.lock:  # from_pretrained changes PyTorch's default device for all threads meanwhile
+            model, original = (load_model(str(one), dtype=torch.bfloat16) for one in (trained, self.args.model))
         for one in (model, original):
             one.eval().to(device)
         for text, windows in self.windows.items():
