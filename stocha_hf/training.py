@@ -197,8 +197,14 @@ class StochaTrainer(SFTTrainer):
         return [{key: batch[key].to(device) for key in MODEL_INPUTS & set(batch)} for batch in batches]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = Path(resume_from_checkpoint) / SPARSITY_STATE
+        if not stored.exists():
+            raise StochaError(
+                f"{resume_from_checkpoint} has no {SPARSITY_STATE}, so another program wrote it: expected one "
+                "of these recipes; name another output_dir"
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = json.loads((Path(resume_from_checkpoint) / SPARSITY_STATE).read_text())
+        state = json.loads(stored.read_text())
         if state["thresholds"] != self.sparsity_state()["thresholds"]:  # they were moved
             apply_thresholds(self.model, state["thresholds"])
         if self.target is not None:

@@ -424,6 +424,14 @@ def test_layer_by_layer_distillation_from_another_shape_is_refused(base, checkpo
         run(base, text, tmp_path / "out", teacher=other, distill_hidden=1.0)
 
 
+def test_a_checkpoint_of_another_program_is_not_resumed_from(base, text, tmp_path):
+    out = tmp_path / "out"
+    run(base, text, out, max_steps=4, save_steps=4)
+    (out / "checkpoint-4" / "sparsity_state.json").unlink()
+    with pytest.raises(StochaError, match=r"checkpoint-4 has no sparsity_state.json"):
+        run(base, text, out, max_steps=8, save_steps=8)
+
+
 class Poison(TrainerCallback):
     """Makes the weights infinite at a step, as a diverging run does."""
 

@@ -108,6 +108,7 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     if model_args.use_peft and trainer.accelerator.is_main_process:
         merge_adapter(args.output_dir, name, revision, tokenizer, trainer.model.config.stocha)
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # without it gloo's threads may outlive Python, and abort a run that is done
 
 
 def _load_both(data: DataArguments) -> tuple[Any, Any]:
