@@ -1,7 +1,7 @@
 """The second term of distillation: the residual stream after every layer, the student's against the teacher's.
 
-KL sees what comes out of the last layer; here every layer is told what it should have made, so the same tokens teach
-more (FitNets, Romero et al., arXiv 1412.6550; docs/training.md says what it gains). Student and teacher are of the
+KL sees what comes out of the last layer; here every layer is told what it should have made, as in
+FitNets (Romero et al., arXiv 1412.6550; docs/training.md says what it gained). Student and teacher are of the
 same shape, so nothing has to be projected. Errors are relative for each feature by itself, because a few features of
 a Llama's stream are hundreds of times larger than all others (Sun et al., arXiv 2402.17762) and would decide alone.
 
@@ -40,12 +40,11 @@ def layer_error(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor
 class HiddenError:
     """layer_error between two patched models, in the forward passes that each makes once while `recording`.
 
-    `layer_error` is this module's function of that name, or what torch.compile makes of it. Raises StochaError when
-    the models differ in their layers' number or width.
+    The models are of one shape (check_same_shape). `layer_error` is this module's function of that name, or what
+    torch.compile makes of it.
     """
 
     def __init__(self, student: Any, teacher: Any, layer_error: Callable[..., torch.Tensor] = layer_error) -> None:
-        check_same_shape(student.config, teacher.config)
         self.layer_error = layer_error
         self.on = False
         self.streams: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])

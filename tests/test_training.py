@@ -422,6 +422,7 @@ def test_layer_by_layer_distillation_from_another_shape_is_refused(base, checkpo
     other = checkpoint(name="other", hidden_size=48)
     with pytest.raises(StochaError, match="2 layers of width 48 and the student 2 of width 32"):
         run(base, text, tmp_path / "out", teacher=other, distill_hidden=1.0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_another_program_is_not_resumed_from(base, text, tmp_path):

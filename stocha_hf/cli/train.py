@@ -70,6 +70,7 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     from transformers import AutoTokenizer
     from trl import get_peft_config
 
+    from stocha_hf.hidden_states import check_same_shape
     from stocha_hf.loading import load_model
     from stocha_hf.loss import check_teacher
     from stocha_hf.training import StochaTrainer, last_checkpoint
@@ -82,6 +83,8 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     teacher = load_model(args.teacher, **options) if args.teacher else None
     if teacher is not None:
         check_teacher(model.config, teacher.config)
+        if args.distill_hidden:
+            check_same_shape(model.config, teacher.config)
         _use_base(teacher)
     if model_args.use_peft:
         _check_thresholds_stay(args, schedule)
