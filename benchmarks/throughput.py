@@ -3,9 +3,10 @@
 A case is an activation and a batch (rows of 1024 tokens a step). Each is a run of the recipe's own code on a
 SmolLM2-135M shape with random weights and tokens, compiled layers, bf16 autocast; the figure is the median of what
 training logs, without the first two logs, in which it compiles. Cases run one after another, so differences of a few
-percent between them mean nothing: benchmarks/train_step.py compares activations in pairs.
+percent between them mean nothing. Two activations with a + between them take turns in one run, a phase of the schedule
+and a log each, and `ratio` is the median over pairs of neighbours of the second's tokens per second to the first's.
 
-    python benchmarks/throughput.py --cases silu:64 stocha:64 silu:16 --json benchmarks/results/throughput_h100.jsonl
+    python benchmarks/throughput.py --cases silu+stocha:64 silu:16 --json benchmarks/results/throughput_h200.jsonl
 """
 
 from __future__ import annotations
@@ -50,36 +51,43 @@ def inputs(folder: Path, shape: dict[str, int], length: int) -> tuple[Path, Path
 
 
 def measure(case: str, model: Path, rows: Path, length: int, small: bool) -> dict[str, Any]:
-    activation, batch = case.split(":")
-    steps = 3 * LOGS if small else max(100, TOKENS // (int(batch) * length))
+    names, batch = case.split(":")
+    activations = names.split("+")
+    logs = LOGS * len(activations)
+    steps = logs * (3 if small else max(100, TOKENS // (int(batch) * length)) // LOGS)
+    turns = [{"activation": activations[i % len(activations)], "until": (i + 1) / logs} for i in range(logs)]
     output = model.parent / case.replace(":", "-")
     options = {
         "model_name_or_path": model, "dtype": "float32", "dataset": rows, "output_dir": output, "packing": False,
         "dataset_kwargs": '{"skip_prepare_dataset": true}', "max_length": length, "max_steps": steps,
-        "schedule": json.dumps([{"activation": activation, "until": 1.0}]), "per_device_train_batch_size": batch,
+        "schedule": json.dumps(turns), "per_device_train_batch_size": batch,
         "learning_rate": 1e-4, "bf16": True, "torch_compile": not small, "gradient_checkpointing": False,
-        "logging_steps": steps // LOGS, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "logging_steps": steps // logs, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "dataloader_drop_last": True, "use_cpu": small,
     }  # fmt: skip
     start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
         train(*parse([word for key, value in options.items() for word in (f"--{key}", str(value))], None))
-    logs = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    speeds = [log["tokens_per_second"] for log in logs if "tokens_per_second" in log][2:]
-    return {
-        "activation": activation,
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    speeds = [log["tokens_per_second"] for log in history if "tokens_per_second" in log]
+    each = [speeds[i :: len(activations)][2:] for i in range(len(activations))]
+    record = {
+        "activation": names,
         "batch": int(batch),
-        "tokens_per_second": statistics.median(speeds),
-        "all": speeds,
-        "peak_memory_gb": max((log.get("peak_memory_gb", 0) for log in logs), default=0),
+        "tokens_per_second": [statistics.median(speeds) for speeds in each],
+        "all": each,
+        "peak_memory_gb": max((log.get("peak_memory_gb", 0) for log in history), default=0),
         "seconds": round(time.monotonic() - start, 1),
         "device": "cpu" if small else torch.cuda.get_device_name(),
     }
+    if len(each) == 2:
+        record["ratio"] = statistics.median(second / first for first, second in zip(*each, strict=True))
+    return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["silu:16", "silu:64", "stocha:64", "fatrelu:64"])
+    parser.add_argument("--cases", nargs="+", default=["silu+stocha:64", "silu+stocha:16"])
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to try the script")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
