@@ -3,7 +3,8 @@
 The list is YAML: `recipe` is the YAML file that all runs share; `shared` holds keys that override it; `starts` maps a
 name to options of stocha-convert (`refit: true` stands for the training text, `of` for the run that is converted, by
 default the model); each of `runs` has a `name`, a `start` (one of the starts, or an earlier run), `tokens`, and any
-keys of the recipe; its `teacher` may be a start or an earlier run.
+keys of the recipe; its `teacher` may be a start or an earlier run. `data` in either is the name of one of the files of
+--data, without its ending, in place of the first.
 
     python benchmarks/schedules.py benchmarks/schedules.yaml --model SmolLM2-135M-Instruct --data train.parquet \
         --eval val.parquet --work runs --results results.jsonl [--only 'silu*' 'refit90*'] [--gpus 4 --jobs 8]
@@ -53,16 +54,15 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.listed = args, yaml.safe_load(args.runs.read_text())
-        self.lock = threading.Lock()
+        self.lock, self.tokenising = threading.Lock(), threading.Lock()
         self.done: dict[str, Future] = {}
         self.gpus: queue.Queue[int | None] = queue.Queue()
         for job in range(args.jobs):
             self.gpus.put(job % args.gpus if args.gpus else None)
-        self.rows_file = tokenised(args)
         self.windows = {Path(name).stem: text_windows(name, args.model, LENGTH) for name in args.eval}
 
     def go(self) -> None:
-        finished = {row["name"] for row in self.rows() if "error" not in row}
+        finished = {row["name"] for row in self.results() if "error" not in row}
         runs = [
             run for run in self.listed["runs"] if any(fnmatch.fnmatch(run["name"], glob) for glob in self.args.only)
         ]
@@ -74,7 +74,7 @@ class Bench:
                 needed = [self.done[key] for key in self.needs(job) if key in self.done]
                 self.done[job["name"]] = pool.submit(self.after, needed, job)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def results(self) -> list[dict[str, Any]]:
         path = self.args.results
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -110,6 +110,10 @@ class Bench:
     def folder(self, name: str) -> Path:
         return self.args.work / name
 
+    def data(self, job: dict[str, Any]) -> Path:
+        files = {path.stem: path for path in self.args.data}
+        return files[job["data"]] if "data" in job else self.args.data[0]
+
     def convert(self, gpu: int | None, name: str, options: dict[str, Any]) -> None:
         if self.folder(name).exists():
             return
@@ -117,17 +121,16 @@ class Bench:
         code = "from stocha_hf.cli.convert import main; main()"
         command = [sys.executable, "-c", code, str(source), str(self.folder(name)), "--json"]
         for key, value in options.items():
-            if key not in ("name", "of"):
-                command += [f"--{key.replace('_', '-')}", str(self.args.data if key == "refit" else value)]
+            if key not in ("name", "of", "data"):
+                command += [f"--{key.replace('_', '-')}", str(self.data(options) if key == "refit" else value)]
         self.process(gpu, name, command)
 
     def run(self, gpu: int | None, name: str, run: dict[str, Any]) -> None:
-        start = time.monotonic()
-        keys = self.listed["shared"] | {k: v for k, v in run.items() if k not in ("name", "start", "tokens")}
+        keys = self.listed["shared"] | {k: v for k, v in run.items() if k not in ("name", "start", "tokens", "data")}
         batch = LENGTH * keys["per_device_train_batch_size"] * keys.get("gradient_accumulation_steps", 1)
         keys |= {
             "model_name_or_path": self.folder(run["start"]),
-            "dataset": self.rows_file,
+            "dataset": self.rows(self.data(run)),
             "packing": False,
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "output_dir": self.folder(name),
@@ -139,11 +142,29 @@ class Bench:
         command = [sys.executable, str(ROOT / "recipes/continued_pretrain.py"), "--config", self.listed["recipe"]]
         for key, value in keys.items():
             command += [f"--{key}", json.dumps(value) if isinstance(value, list | dict | bool) else str(value)]
+        start = time.monotonic()
         self.process(gpu, name, command)
         row = run | {"learning_rate": keys["learning_rate"], "seed": keys["seed"], "batch_tokens": batch}
         row |= {"device": "cpu" if gpu is None else torch.cuda.get_device_name(gpu)}
         row |= {"jobs_per_gpu": self.args.jobs / max(self.args.gpus, 1), **self.figures(gpu, name)}
         self.add(row | {"seconds": round(time.monotonic() - start, 1), "command": shlex.join(command)})
+
+    def rows(self, text: Path) -> Path:
+        """A file's text as rows of LENGTH token ids, documents running on over row ends: made once for all runs."""
+        path = self.args.work / f"{text.stem}-{LENGTH}.parquet"
+        with self.tokenising:
+            if not path.exists():
+                tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+                texts = [row["text"] + tokenizer.eos_token for row in load_data(str(text))]
+                parts = []
+                for at in tqdm(range(0, len(texts), 1000), desc=f"Tokenising {text.name}", disable=None):
+                    ids = tokenizer(texts[at : at + 1000], return_attention_mask=False)["input_ids"]
+                    parts += [np.array(row, dtype=np.int32) for row in ids]
+                flat = np.concatenate(parts)
+                flat = flat[: len(flat) // LENGTH * LENGTH]
+                offsets = np.arange(0, len(flat) + 1, LENGTH, dtype=np.int32)
+                pq.write_table(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, flat)}), path)
+        return path
 
     def process(self, gpu: int | None, name: str, command: list[str]) -> None:
         """Run it on a GPU; its output goes to NAME.log. Raises CalledProcessError with the log's last line."""
@@ -192,28 +213,11 @@ class Bench:
         print(f"{row['name']:32} {told or row.get('error')}{speed}  {row.get('seconds', '')} s", flush=True)
 
 
-def tokenised(args: argparse.Namespace) -> Path:
-    """The training text as rows of LENGTH token ids, documents running on over row ends: once for all runs."""
-    path = args.work / f"{args.data.stem}-{LENGTH}.parquet"
-    if not path.exists():
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        texts = [row["text"] + tokenizer.eos_token for row in load_data(str(args.data))]
-        parts = []
-        for at in tqdm(range(0, len(texts), 1000), desc="Tokenising", disable=None):
-            ids = tokenizer(texts[at : at + 1000], return_attention_mask=False)["input_ids"]
-            parts += [np.array(row, dtype=np.int32) for row in ids]
-        flat = np.concatenate(parts)
-        flat = flat[: len(flat) // LENGTH * LENGTH]
-        offsets = np.arange(0, len(flat) + 1, LENGTH, dtype=np.int32)
-        pq.write_table(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, flat)}), path, compression="none")
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="YAML: recipe, shared, starts, runs")
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder that all starts are made from")
-    parser.add_argument("--data", type=Path, required=True, help="training text")
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="training text, the first file by default")
     parser.add_argument("--eval", nargs="+", required=True, help="texts to evaluate on")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
     parser.add_argument("--results", type=Path, required=True, help="lines are added to this file")
