@@ -110,8 +110,11 @@ def _shares_up_to(
     counts = [torch.zeros(BINS, dtype=torch.int64) for _ in layers]
 
     def count(layer: int, gate: torch.Tensor) -> None:
-        bits = gate.detach().float().clamp(min=0).contiguous().view(torch.int32)
-        counts[layer] += torch.bincount((bits >> SHIFT).flatten(), minlength=BINS).cpu()
+        bins = gate.detach().float().contiguous().view(torch.int32) >> SHIFT  # from -BINS to BINS - 1
+        # negative values have bins of their own: to a single one, a GPU would add them one by one
+        counted = torch.bincount(bins.flatten() + BINS, minlength=2 * BINS).cpu()
+        counts[layer] += counted[BINS:]
+        counts[layer][0] += counted[:BINS].sum()
 
     hooks = [
         layer.gate_proj.register_forward_hook(lambda module, args, gate, i=i: count(i, gate))

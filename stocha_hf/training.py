@@ -103,7 +103,8 @@ class StochaTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs.get("attention_mask")
         seen = torch.ones_like(inputs["labels"]) if mask is None else mask  # no mask: packed rows
-        with self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext():
+        recording = self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext()
+        with self.accelerator.autocast(), recording:  # accelerate wraps the student in autocast, but not the teacher
             losses = training_losses(model, self.teacher, inputs, **self.loss_options)
         loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
         if self.hidden_error:

@@ -30,6 +30,7 @@ from stocha_hf.training import StochaTrainer, last_checkpoint
 
 STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
 RELU = "[{activation: relu, until: 1.0}]"
+SILU = "[{activation: silu, until: 1.0}]"
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
 RECIPE = """
 import sys
@@ -152,6 +153,13 @@ def test_what_is_recorded_of_a_distillation_is_whole_and_tells_no_local_path(bas
     [stage] = json.loads((out / "config.json").read_text())["stocha"]["history"]
     assert (stage["dataset"], stage["teacher"]) == ("text.jsonl", "base")
     assert (stage["distill_weight"], stage["distill_hidden"]) == (0.7, 0.5)
+
+
+def test_a_teacher_computes_in_the_students_precision(base, text, tmp_path):
+    """So a student that is still its teacher has nothing to learn, to the last bit of bfloat16."""
+    options = {"teacher": base, "distill_weight": 1.0, "distill_hidden": 1.0, "bf16": True, "schedule": SILU}
+    [log] = run(base, text, tmp_path / "out", max_steps=1, save_steps=1, logging_steps=1, **options)[:1]
+    assert log["kl"] == log["hidden_error"] == 0
 
 
 def test_a_killed_run_goes_on_with_the_same_command_to_the_same_losses(base, text, tmp_path):
