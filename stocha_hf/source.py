@@ -22,6 +22,11 @@ from stocha_hf.errors import StochaError
 
 _SNAPSHOT = re.compile(r"models--(?P<org>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})$")
 
+SPECIAL_TOKENS = {  # of a tokenizer, and the metadata of a .gguf file that says which they are
+    f"{ours}_token": f"tokenizer.ggml.{theirs}_token_id"
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -87,6 +92,9 @@ def _dequantize(path: Path, folder: Path, dtype: str) -> dict[str, Any]:
             quantization_config=GgufConfig(dequantize=True),  # else tensors may stay packed and saving refuses
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        for name, key in SPECIAL_TOKENS.items():  # transformers 5.17 takes BOS for EOS
+            if key in fields:
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(fields[key].contents())))
     except Exception as error:  # gguf, tokenizers and transformers raise whatever a broken file leads them to
         raise StochaError(
             f"{path} cannot be read as GGUF ({_one_line(error)}): expected a whole file of a dense model"

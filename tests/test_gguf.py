@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from conftest import assert_refused, run_command
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 HIDDEN, WIDTH, HEADS, VOCAB = 64, 96, 2, 32
 
@@ -71,7 +72,8 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path):
         assert torch.equal(stored, torch.from_numpy(made[f"blk.0.ffn_{part}.weight"]))
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config and config["stocha"]["base"] == "silu"
-    assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in out.iterdir()}
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (28, 29)
     assert "license: apache-2.0" in (out / "README.md").read_text()
 
 
