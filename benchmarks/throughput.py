@@ -5,6 +5,7 @@ SmolLM2-135M shape with random weights and tokens, compiled layers, bf16 autocas
 training logs, without the first two logs, in which it compiles. Cases run one after another, so differences of a few
 percent between them mean nothing. Two activations with a + between them take turns in one run, a phase of the schedule
 and a log each, and `ratio` is the median over pairs of neighbours of the second's tokens per second to the first's.
+With --distill the model is its own teacher, by logits and layers.
 
     python benchmarks/throughput.py --cases silu+stocha:64 silu:16 --json benchmarks/results/throughput_h200.jsonl
 """
@@ -50,7 +51,7 @@ def inputs(folder: Path, shape: dict[str, int], length: int) -> tuple[Path, Path
     return folder / "model", folder / "rows.parquet"
 
 
-def measure(case: str, model: Path, rows: Path, length: int, small: bool) -> dict[str, Any]:
+def measure(case: str, model: Path, rows: Path, length: int, small: bool, distill: bool) -> dict[str, Any]:
     names, batch = case.split(":")
     activations = names.split("+")
     logs = LOGS * len(activations)
@@ -65,6 +66,8 @@ def measure(case: str, model: Path, rows: Path, length: int, small: bool) -> dic
         "logging_steps": steps // logs, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "dataloader_drop_last": True, "use_cpu": small,
     }  # fmt: skip
+    if distill:
+        options |= {"teacher": model, "distill_weight": 0.7, "distill_hidden": 1.0}
     start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
         train(*parse([word for key, value in options.items() for word in (f"--{key}", str(value))], None))
@@ -74,6 +77,7 @@ def measure(case: str, model: Path, rows: Path, length: int, small: bool) -> dic
     record = {
         "activation": names,
         "batch": int(batch),
+        "distill": distill,
         "tokens_per_second": [statistics.median(speeds) for speeds in each],
         "all": each,
         "peak_memory_gb": max((log.get("peak_memory_gb", 0) for log in history), default=0),
@@ -88,6 +92,7 @@ def measure(case: str, model: Path, rows: Path, length: int, small: bool) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["silu+stocha:64", "silu+stocha:16"])
+    parser.add_argument("--distill", action="store_true", help="with a teacher of the same shape")
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to try the script")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
@@ -95,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, rows = inputs(Path(folder), SHAPES["tiny" if args.small else "135m"], length)
         for case in args.cases:
-            line = json.dumps(measure(case, model, rows, length, args.small))
+            line = json.dumps(measure(case, model, rows, length, args.small, args.distill))
             print(line, flush=True)
             if args.json:
                 with args.json.open("a") as file:
