@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+STREAMED = 4000  # rows: some millions of tokens of ordinary text, from shards in random order
 READY_COLUMNS = ({"input_ids"}, {"messages"}, {"prompt", "completion"})
 
 
@@ -93,13 +94,16 @@ def calibration_windows(name: str, tokenizer_folder: Path, tokens: int, length: 
     """About `tokens` token ids of a data set's text, [windows, length], fewer where it has fewer.
 
     Rows come in random order, and no row gives more than four windows or its share, so that the text is as varied as
-    the data set. Each window begins with what the tokenizer puts before a text (a BOS token or nothing).
+    the data set. A Hub data set is streamed, STREAMED rows of it at most: some are terabytes. Each window begins with
+    what the tokenizer puts before a text (a BOS token or nothing).
     """
     import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    data = load_data(name)
+    data: Any = load_data(name, streaming=not Path(name).expanduser().exists())
+    if not hasattr(data, "__len__"):
+        data = list(data.shuffle(seed=seed, buffer_size=1000).take(STREAMED))
     start = tokenizer("")["input_ids"][:1]
     most = max(4 * length, 2 * tokens // len(data))
     ids: list[int] = []

@@ -12,6 +12,7 @@ from conftest import CONFIGS, assert_refused, run_command, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stocha_hf import data
 from stocha_hf import refit as refit_module
 from stocha_hf.checkpoint import read_config
 from stocha_hf.convert import convert
@@ -245,6 +246,20 @@ def test_a_full_disk_is_told_in_one_sentence_and_keeps_finished_layers(
     with pytest.raises(StochaError, match=r"No space left on device.*goes on from the finished layers"):
         convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
     assert [path.name for path in (tmp_path / ".out.refit").glob("layer*")] == ["layer-000.safetensors"]
+
+
+def test_a_hub_data_set_is_streamed_for_calibration(checkpoint, text, monkeypatch) -> None:
+    opened = []
+
+    def open_local(name: str, config: Any, split: str, streaming: bool) -> Any:
+        opened.append((name, streaming))
+        return open_data(str(text), config, split, streaming)
+
+    open_data = data._open
+    monkeypatch.setattr(data, "_open", open_local)
+    first, again = (calibration_windows("org/terabytes", checkpoint(), 1024, 64, seed=0) for _ in range(2))
+    assert opened == [("org/terabytes", True)] * 2
+    assert first.shape == (16, 64) and torch.equal(first, again)
 
 
 def test_calibration_windows_are_varied_whole_and_reproducible(checkpoint, text) -> None:
