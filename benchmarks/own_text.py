@@ -37,8 +37,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.start not in tokenizer.get_vocab():
+        parser.error(f"{args.model} has no token {args.start}: expected one of its own, such as {tokenizer.bos_token}")
+    first = tokenizer.convert_tokens_to_ids(args.start)
     model = load_model(args.model, dtype=torch.bfloat16).eval().to(args.device)
-    start = torch.full((args.batch, 1), tokenizer.convert_tokens_to_ids(args.start), device=args.device)
+    start = torch.full((args.batch, 1), first, device=args.device)
     options = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
     options |= {"attention_mask": torch.ones_like(start), "max_new_tokens": args.length - 1, "pad_token_id": 0}
     torch.manual_seed(args.seed)

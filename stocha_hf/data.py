@@ -12,6 +12,8 @@ wrong with it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +43,9 @@ def load_data(
     none of its columns is text, or it is empty.
     """
     try:
-        data = _open(name, config, split, streaming)
-        first = next(iter(data))
+        with _reading(name):
+            data = _open(name, config, split, streaming)
+            first = next(iter(data))
     except StopIteration:  # datasets itself raises it for an empty JSON file
         raise StochaError(f"{name} (split {split}) is empty: expected at least one row of text") from None
     columns = next((wanted for wanted in READY_COLUMNS if wanted <= set(first)), None)
@@ -63,27 +66,34 @@ def _open(name: str, config: str | None, split: str, streaming: bool) -> Any:
             f"reading {name} needs the package datasets, which is not installed: run pip install 'stocha_hf[train]'"
         )
     from datasets import disable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     path = Path(name).expanduser()
     if not path.exists() and (path.suffix in BUILDERS or name.startswith((".", "/", "~"))):
         raise StochaError(f"the data file {name} does not exist: expected a local file or the id of a Hub data set")
+    if path.exists():
+        files = sorted(map(str, path.iterdir())) if path.is_dir() else [str(path)]
+        builder = BUILDERS.get(Path(files[0]).suffix) if files else None
+        files = [file for file in files if BUILDERS.get(Path(file).suffix) == builder]
+        if builder is None:
+            raise StochaError(f"{name} holds no text: expected {', '.join(BUILDERS)} files")
+        # one row a paragraph would lose the order of a text file's lines
+        extra: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+        return load_dataset(builder, data_files={split: files}, split=split, streaming=streaming, **extra)
+    return load_dataset(name, config, split=split, streaming=streaming)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """One sentence for whatever a broken file or connection leads datasets, pyarrow and httpx to raise; a stream is
+    opened without being read, so that it may be raised at any row.
+    """
     try:
-        if path.exists():
-            files = sorted(map(str, path.iterdir())) if path.is_dir() else [str(path)]
-            builder = BUILDERS.get(Path(files[0]).suffix) if files else None
-            files = [file for file in files if BUILDERS.get(Path(file).suffix) == builder]
-            if builder is None:
-                raise StochaError(f"{name} holds no text: expected {', '.join(BUILDERS)} files")
-            # one row a paragraph would lose the order of a text file's lines
-            extra: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
-            return load_dataset(builder, data_files={split: files}, split=split, streaming=streaming, **extra)
-        return load_dataset(name, config, split=split, streaming=streaming)
-    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
-        if isinstance(error, StochaError):
-            raise
+        yield
+    except (StochaError, StopIteration):
+        raise
+    except Exception as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise StochaError(
             f"the data set {name} cannot be read ({reason}): expected a local file or a Hub data set"
@@ -103,7 +113,8 @@ def calibration_windows(name: str, tokenizer_folder: Path, tokens: int, length: 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     data: Any = load_data(name, streaming=not Path(name).expanduser().exists())
     if not hasattr(data, "__len__"):
-        data = list(data.shuffle(seed=seed, buffer_size=1000).take(STREAMED))
+        with _reading(name):
+            data = list(data.shuffle(seed=seed, buffer_size=1000).take(STREAMED))
     start = tokenizer("")["input_ids"][:1]
     most = max(4 * length, 2 * tokens // len(data))
     ids: list[int] = []

@@ -50,7 +50,8 @@ def test_another_text_column_is_renamed(tmp_path):
     assert list(load_data(str(tmp_path / "data.parquet"), text_column="body")) == [{"text": text} for text in TEXTS]
 
 
-def test_what_is_no_training_data_is_refused_in_one_sentence(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_no_training_data_is_refused_in_one_sentence(tmp_path, streaming):
     Dataset.from_dict({"body": TEXTS, "id": [1, 2]}).to_parquet(tmp_path / "columns.parquet")
     Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
     (tmp_path / "empty.jsonl").write_text("")
@@ -65,7 +66,7 @@ def test_what_is_no_training_data_is_refused_in_one_sentence(tmp_path):
     }
     for name, words in cases.items():
         with pytest.raises(StochaError, match=words) as refusal:
-            load_data(str(tmp_path / name))
+            load_data(str(tmp_path / name), streaming=streaming)
         assert "\n" not in str(refusal.value) and name in str(refusal.value)
 
 

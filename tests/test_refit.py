@@ -260,6 +260,9 @@ def test_a_hub_data_set_is_streamed_for_calibration(checkpoint, text, monkeypatc
     first, again = (calibration_windows("org/terabytes", checkpoint(), 1024, 64, seed=0) for _ in range(2))
     assert opened == [("org/terabytes", True)] * 2
     assert first.shape == (16, 64) and torch.equal(first, again)
+    text.write_text(text.read_text() + '{"text": "cut of')
+    with pytest.raises(StochaError, match="the data set org/terabytes cannot be read"):
+        calibration_windows("org/terabytes", checkpoint(), 1024, 64, seed=0)
 
 
 def test_calibration_windows_are_varied_whole_and_reproducible(checkpoint, text) -> None:
