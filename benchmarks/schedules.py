@@ -4,7 +4,8 @@ The list is YAML: `recipe` is the YAML file that all runs share; `shared` holds 
 name to options of stocha-convert (`refit: true` stands for the training text, `of` for the run that is converted, by
 default the model); each of `runs` has a `name`, a `start` (one of the starts, or an earlier run), `tokens`, and any
 keys of the recipe; its `teacher` may be a start or an earlier run. `data` in either is the name of one of the files of
---data, without its ending, in place of the first.
+--data, without its ending, in place of the first. A run with a `name` and `average`, a list of earlier runs, trains
+nothing: it is their mean (stocha-average).
 
     python benchmarks/schedules.py benchmarks/schedules.yaml --model SmolLM2-135M-Instruct --data train.parquet \
         --eval val.parquet --work runs --results results.jsonl [--only 'silu*' 'refit90*'] [--gpus 4 --jobs 8]
@@ -80,7 +81,7 @@ class Bench:
 
     @staticmethod
     def needs(job: dict[str, Any]) -> set[Any]:
-        return {job.get(key) for key in ("start", "teacher", "of")}
+        return {job.get(key) for key in ("start", "teacher", "of")} | set(job.get("average", []))
 
     def ordered(self, starts: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Conversions just before the first run that begins from them; GPUs are given in this order."""
@@ -94,7 +95,8 @@ class Bench:
         """A job, once those that it begins from are there; they come before it in the list, so none waits for ever."""
         for other in needed:
             other.result()
-        self.on_a_gpu(self.run if "start" in job else self.convert, job["name"], job)
+        is_run = "start" in job or "average" in job
+        self.on_a_gpu(self.run if is_run else self.convert, job["name"], job)
 
     def on_a_gpu(self, function: Any, name: str, options: dict[str, Any]) -> None:
         gpu = self.gpus.get()
@@ -118,14 +120,30 @@ class Bench:
         if self.folder(name).exists():
             return
         source = self.folder(options["of"]) if "of" in options else self.args.model
-        code = "from stocha_hf.cli.convert import main; main()"
-        command = [sys.executable, "-c", code, str(source), str(self.folder(name)), "--json"]
+        command = [*self.verb("convert"), str(source), str(self.folder(name)), "--json"]
         for key, value in options.items():
             if key not in ("name", "of", "data"):
                 command += [f"--{key.replace('_', '-')}", str(self.data(options) if key == "refit" else value)]
         self.process(gpu, name, command)
 
+    @staticmethod
+    def verb(name: str) -> list[str]:
+        """One of the package's commands, also where it is not installed."""
+        return [sys.executable, "-c", f"from stocha_hf.cli.{name} import main; main()"]
+
     def run(self, gpu: int | None, name: str, run: dict[str, Any]) -> None:
+        row, command = self.averaging(name, run) if "average" in run else self.training(name, run)
+        start = time.monotonic()
+        self.process(gpu, name, command)
+        row |= {"device": "cpu" if gpu is None else torch.cuda.get_device_name(gpu)}
+        row |= {"jobs_per_gpu": self.args.jobs / max(self.args.gpus, 1), **self.figures(gpu, name)}
+        self.add(row | {"seconds": round(time.monotonic() - start, 1), "command": shlex.join(command)})
+
+    def averaging(self, name: str, run: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        return dict(run), [*self.verb("average"), *(str(self.folder(one)) for one in [*run["average"], name])]
+
+    def training(self, name: str, run: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What a row says of the run, and the command that trains it."""
         keys = self.listed["shared"] | {k: v for k, v in run.items() if k not in ("name", "start", "tokens", "data")}
         batch = LENGTH * keys["per_device_train_batch_size"] * keys.get("gradient_accumulation_steps", 1)
         keys |= {
@@ -142,12 +160,7 @@ class Bench:
         command = [sys.executable, str(ROOT / "recipes/continued_pretrain.py"), "--config", self.listed["recipe"]]
         for key, value in keys.items():
             command += [f"--{key}", json.dumps(value) if isinstance(value, list | dict | bool) else str(value)]
-        start = time.monotonic()
-        self.process(gpu, name, command)
-        row = run | {"learning_rate": keys["learning_rate"], "seed": keys["seed"], "batch_tokens": batch}
-        row |= {"device": "cpu" if gpu is None else torch.cuda.get_device_name(gpu)}
-        row |= {"jobs_per_gpu": self.args.jobs / max(self.args.gpus, 1), **self.figures(gpu, name)}
-        self.add(row | {"seconds": round(time.monotonic() - start, 1), "command": shlex.join(command)})
+        return run | {"learning_rate": keys["learning_rate"], "seed": keys["seed"], "batch_tokens": batch}, command
 
     def rows(self, text: Path) -> Path:
         """A file's text as rows of LENGTH token ids, documents running on over row ends: made once for all runs."""
@@ -182,7 +195,8 @@ class Bench:
     def figures(self, gpu: int | None, name: str) -> dict[str, Any]:
         device = "cpu" if gpu is None else f"cuda:{gpu}"
         folder = self.folder(name)
-        logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        state = folder / "trainer_state.json"
+        logs = json.loads(state.read_text())["log_history"] if state.exists() else []
         found: dict[str, Any] = {}
         for key, best in (("tokens_per_second", statistics.median), ("peak_memory_gb", max)):
             values = [log[key] for log in logs if key in log][1:]  # the first one compiles

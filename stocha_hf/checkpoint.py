@@ -128,10 +128,7 @@ def check_weights(folder: Path, files: Collection[str], config: dict[str, Any]) 
     """Raise StochaError unless every shard is whole and together they hold one gated FFN per layer of the stated
     shape.
     """
-    shapes: dict[str, tuple[list[int], str]] = {}
-    for name in files:
-        if name.endswith(".safetensors"):
-            shapes |= _read_header(folder / name)
+    shapes = tensor_headers(folder, files)
     if INDEX in files:
         listed = set(read_json(folder / INDEX, "an index of shards")["weight_map"])
         if missing := sorted(listed - set(shapes)):
@@ -146,8 +143,18 @@ def check_weights(folder: Path, files: Collection[str], config: dict[str, Any]) 
     _check_ffns(folder, {name: shape for name, (shape, _) in shapes.items()}, config)
 
 
+def tensor_headers(folder: Path, files: Collection[str]) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of each tensor of a folder's safetensors files. Raises StochaError for a broken file."""
+    return {
+        name: header
+        for file in files
+        if file.endswith(".safetensors")
+        for name, header in _read_header(folder / file).items()
+    }
+
+
 def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype of each tensor. safetensors checks the header against the file's length when opening."""
+    """One file's; safetensors checks the header against the file's length when opening."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def convert(
             "target_sparsity, refit_tokens or refit_on_disk was given without refit: expected the data to refit on"
         )
     _stocha_config(changes)
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     if refit is not None:
         from stocha_hf.refit import Refit, refit_checkpoint  # needs torch, which copying does not
 
@@ -68,14 +69,7 @@ def convert(
         fitted = refit_checkpoint(found, config, options, _work_folder(output)) if refit is not None else None
         if fitted is not None:
             config = fitted.config
-        with staged_folder(output, replace=overwrite) as folder:
-            _copy_all(found, folder)
-            if fitted is not None:
-                fitted.apply_to(folder)
-            copy_file(MODELING_FILE, folder / MODELING_FILE.name)
-            (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            (folder / CARD).write_text(report.model_card(config, found.metadata), encoding="utf-8")
-            files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        files = write_checkpoint(found, config, output, overwrite, fitted.apply_to if fitted is not None else None)
         shutil.rmtree(_work_folder(output), ignore_errors=True)
     return {
         "layers": config["num_hidden_layers"],
@@ -110,7 +104,8 @@ def _stocha_config(entry: dict[str, Any]) -> StochaConfig:
         raise StochaError(str(error)) from None
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise StochaError where `output` cannot be written, or exists and is not to be replaced."""
     if not output.exists() and not output.is_symlink():
         ancestor = next(parent for parent in output.absolute().parents if parent.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
@@ -142,6 +137,23 @@ def _converted_config(source: Source, base_model: str | None, changes: dict[str,
     act_keys = {row.act_key, *({"hidden_act", "hidden_activation"} & source.config.keys())}
     acts = dict.fromkeys(sorted(act_keys), stocha.native_act)
     return source.config | acts | {"auto_map": row.auto_map, "stocha": stocha.to_dict()}
+
+
+def write_checkpoint(
+    source: Source, config: dict[str, Any], output: Path, overwrite: bool, change: Callable[[Path], None] | None = None
+) -> list[str]:
+    """Write the source's files with this config to `output`, whole or not at all; returns the names of its files.
+
+    `change` may overwrite the copied tensors in the folder that it is given.
+    """
+    with staged_folder(output, replace=overwrite) as folder:
+        _copy_all(source, folder)
+        if change is not None:
+            change(folder)
+        copy_file(MODELING_FILE, folder / MODELING_FILE.name)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(report.model_card(config, source.metadata), encoding="utf-8")
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _copy_all(source: Source, folder: Path) -> None:

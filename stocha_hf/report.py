@@ -111,8 +111,14 @@ def _recipe(history: list[dict[str, Any]]) -> str:
 
     if not history:
         return ""
-    stages = [{key: value for key, value in stage.items() if key not in LONG} for stage in history]
-    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(stages, sort_keys=False)}```\n\n"
+    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(_shortened(history), sort_keys=False)}```\n\n"
+
+
+def _shortened(value: Any) -> Any:
+    """Without what is too long for a card; the stages of averaged checkpoints lie within a stage."""
+    if isinstance(value, dict):
+        return {key: _shortened(inner) for key, inner in value.items() if key not in LONG}
+    return [_shortened(inner) for inner in value] if isinstance(value, list) else value
 
 
 def stocha_config(folder: Path) -> dict[str, Any]:

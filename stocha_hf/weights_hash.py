@@ -33,14 +33,15 @@ def weights_hash(folder: Path) -> str:
     tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
     for path in (folder / name for name in found if name.endswith(".safetensors")):
         tensors |= {name: (path, *entry) for name, entry in _entries(path).items()}
-    digest = hashlib.sha256(_line(_behaviour(read_config(folder))))
+    digest = hashlib.sha256(_line(behaviour(read_config(folder))))
     for name, (path, dtype, shape, begin, end) in sorted(tensors.items()):
         digest.update(_line([name, dtype, shape]))
         _add_bytes(digest, path, begin, end)
     return digest.hexdigest()
 
 
-def _behaviour(config: dict[str, Any]) -> dict[str, Any]:
+def behaviour(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without the keys that no figure depends on."""
     kept = {key: value for key, value in config.items() if key not in NEUTRAL}
     if isinstance(entry := kept.get("stocha"), dict):
         kept["stocha"] = {key: value for key, value in entry.items() if key not in NEUTRAL_STOCHA}
