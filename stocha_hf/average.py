@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' weights and thresholds: often nearer to the original than each of them alone.
+"""The mean of several checkpoints' weights and thresholds: it can have less perplexity than each of them alone.
 
 Runs that began at one model and differ in seed, text, length or the teacher's share keep their neurons in place, so
 that their mean is a model too, as sparse and as fast as each ("model soup", Wortsman et al., arXiv 2203.05482).

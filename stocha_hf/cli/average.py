@@ -4,8 +4,8 @@ example:
   stocha-average runs/kl runs/kl-and-text averaged
   stocha-average runs/seed-0 runs/seed-1 runs/seed-2 averaged --shares 2 1 1
 
-The mean is as sparse and as fast as each run, and often better on text that none of them saw. OUTPUT appears complete
-or not at all.
+The mean is as sparse and as fast as the runs, and can be better than each on text that none of them saw: measure it
+with stocha-eval. OUTPUT appears complete or not at all.
 """
 
 from __future__ import annotations
