@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,12 +199,7 @@ def test_where_triton_fails_one_warning_names_the_cause_and_decoding_is_dense(mo
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no linker")
 
-    class Kernel:
-        def __getitem__(self, grid: object) -> Any:
-            return broken
-
-    for name in ("_hidden_kernel", "_down_kernel"):
-        monkeypatch.setattr(triton_ffn, name, Kernel(), raising=False)
+    monkeypatch.setattr(triton_ffn, "triton_tokens", SimpleNamespace(launch=broken), raising=False)
     monkeypatch.setattr(triton_ffn, "triton", "installed")
     monkeypatch.setattr(triton_ffn, "_failures", [])
     tensors = given(64, 96, 2)
