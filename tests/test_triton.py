@@ -94,6 +94,48 @@ def test_the_same_input_gives_the_same_bits_and_skipped_rows_are_not_read() -> N
         assert torch.equal(kernel(tensors, "fatrelu", 1.0), found[0])
 
 
+@pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED, reason="no Triton, or interpreted")
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernels_compile_for_an_h100_that_is_not_there(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = triton_ffn.triton_one_token if tokens == 1 else triton_ffn.triton_tokens
+    compiled: list[Any] = []
+
+    class Kernel:
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *args, **options: compiled.append(compiled_for_h100(self.function, args, options))
+
+    for name in ("_hidden_kernel", "_down_kernel"):
+        monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
+    x, weights = torch.empty(tokens, 576, dtype=dtype), torch.empty(1536, 576, dtype=dtype)
+    module.launch(x, weights, weights, weights, torch.empty_like(x), "fatrelu", 1.0)
+    assert len(compiled) == 2
+    assert all(kernel.metadata.shared <= 227 * 2**10 for kernel in compiled), "what a program of an H100 has"
+
+
+def compiled_for_h100(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What a launch with these arguments would compile."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    values = dict(zip(function.arg_names, args, strict=False))
+    values |= {name: options.pop(name) for name in function.arg_names if name in options}
+    constants = {p.name: values[p.name] for p in function.params if p.is_constexpr}
+    kinds = {
+        name: pointers[value.dtype] if isinstance(value, torch.Tensor) else {int: "i32", float: "fp32"}[type(value)]
+        for name, value in values.items()
+        if name not in constants
+    }
+    signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
+    return compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+
+
 @needs_gpu
 def test_a_cuda_graph_replays_on_new_inputs_and_thresholds_stay() -> None:
     for tokens in (1, 8):
