@@ -95,10 +95,11 @@ def test_the_same_input_gives_the_same_bits_and_skipped_rows_are_not_read() -> N
 
 
 @pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED, reason="no Triton, or interpreted")
+@pytest.mark.parametrize("size", [576, 1024])  # the tiles of the first kernel divide the second
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_kernels_compile_for_an_h100_that_is_not_there(
-    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    size: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = triton_ffn.triton_one_token if tokens == 1 else triton_ffn.triton_tokens
     compiled: list[Any] = []
@@ -112,7 +113,7 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there(
 
     for name in ("_hidden_kernel", "_down_kernel"):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
-    x, weights = torch.empty(tokens, 576, dtype=dtype), torch.empty(1536, 576, dtype=dtype)
+    x, weights = torch.empty(tokens, size, dtype=dtype), torch.empty(1536, size, dtype=dtype)
     module.launch(x, weights, weights, weights, torch.empty_like(x), "fatrelu", 1.0)
     assert len(compiled) == 2
     assert all(kernel.metadata.shared <= 227 * 2**10 for kernel in compiled), "what a program of an H100 has"
