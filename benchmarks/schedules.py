@@ -22,14 +22,13 @@ import argparse
 import fnmatch
 import json
 import os
-import queue
 import shlex
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.listed = args, yaml.safe_load(args.runs.read_text())
         self.lock, self.tokenising = threading.Lock(), threading.Lock()
-        self.done: dict[str, Future] = {}
-        self.gpus: queue.Queue[int | None] = queue.Queue()
-        for job in range(args.jobs):
-            self.gpus.put(job % args.gpus if args.gpus else None)
+        self.turn, self.unfinished = threading.Condition(), set[str]()
+        self.free = [job % args.gpus if args.gpus else None for job in range(args.jobs)]
         self.windows = {Path(name).stem: text_windows(name, args.model, LENGTH) for name in args.eval}
 
     def go(self) -> None:
@@ -70,10 +67,18 @@ class Bench:
         used = {run.get(key) for run in runs for key in ("start", "teacher")}
         starts = [{"name": name, **options} for name, options in self.listed["starts"].items() if name in used]
         jobs = self.ordered(starts, [run for run in runs if run["name"] not in finished])
-        with ThreadPoolExecutor(len(jobs) or 1) as pool:  # a thread a job: what waits for another takes no GPU
-            for job in jobs:
-                needed = [self.done[key] for key in self.needs(job) if key in self.done]
-                self.done[job["name"]] = pool.submit(self.after, needed, job)
+        self.unfinished = {job["name"] for job in jobs}
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            while jobs:
+                with self.turn:
+                    self.turn.wait_for(lambda: self.free and any(map(self.ready, jobs)))
+                    job, gpu = next(filter(self.ready, jobs)), self.free.pop(0)
+                jobs.remove(job)
+                pool.submit(self.on_a_gpu, gpu, job)
+
+    def ready(self, job: dict[str, Any]) -> bool:
+        """Whether what it begins from is there, or has failed."""
+        return not self.needs(job) & self.unfinished
 
     def results(self) -> list[dict[str, Any]]:
         path = self.args.results
@@ -91,23 +96,19 @@ class Bench:
             jobs.append(run)
         return jobs
 
-    def after(self, needed: list[Future], job: dict[str, Any]) -> None:
-        """A job, once those that it begins from are there; they come before it in the list, so none waits for ever."""
-        for other in needed:
-            other.result()
+    def on_a_gpu(self, gpu: int | None, job: dict[str, Any]) -> None:
         is_run = "start" in job or "average" in job
-        self.on_a_gpu(self.run if is_run else self.convert, job["name"], job)
-
-    def on_a_gpu(self, function: Any, name: str, options: dict[str, Any]) -> None:
-        gpu = self.gpus.get()
         try:
-            function(gpu, name, options)
+            (self.run if is_run else self.convert)(gpu, job["name"], job)
         except subprocess.CalledProcessError as error:
-            self.add(options | {"error": error.stderr})
+            self.add(job | {"error": error.stderr})
         except Exception as error:  # of any kind: the other runs go on
-            self.add(options | {"error": f"{type(error).__name__}: {error}"})
+            self.add(job | {"error": f"{type(error).__name__}: {error}"})
         finally:
-            self.gpus.put(gpu)
+            with self.turn:
+                self.unfinished.remove(job["name"])
+                self.free.append(gpu)
+                self.turn.notify()
 
     def folder(self, name: str) -> Path:
         return self.args.work / name

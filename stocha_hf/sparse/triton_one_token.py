@@ -91,17 +91,22 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     hidden_ptr, down_ptr, part_ptr, arrived_ptr, out_ptr, size, width,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of hidden times down, for a split of the neurons; the last split to finish adds all up."""
+    """BLOCK columns of hidden times down, for a split of the neurons; the last split to finish adds all up.
+
+    `hidden` is a row that is turned into a column once for the mask and again, after the loads, as a factor: as a vector
+    it is turned once, and the assembler then waits for some rows before it loads the others, which is slower.
+    """
     split = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     share = tl.cdiv(width, SPLITS * ROWS) * ROWS
     for start in range(split * share, (split + 1) * share, ROWS):
         rows = start + tl.arange(0, ROWS)
-        hidden = tl.load(hidden_ptr + rows, rows < width, 0.0)
-        mask = (hidden != 0)[:, None] & (columns < size)[None, :]
+        hidden = tl.load(hidden_ptr + rows[None, :], (rows < width)[None, :], 0.0)
+        taken = tl.max((hidden != 0).to(tl.int32), 0) > 0
+        mask = taken[:, None] & (columns < size)[None, :]
         down = tl.load(down_ptr + rows[:, None].to(tl.int64) * size + columns[None, :], mask, 0.0)
-        sums += hidden[:, None].to(tl.float32) * down.to(tl.float32)
+        sums += tl.trans(hidden).to(tl.float32) * down.to(tl.float32)
     tl.store(part_ptr + split * size + columns, tl.sum(sums, 0), columns < size)
     tl.debug_barrier()  # all threads' sums are stored before the program counts as done
     if tl.atomic_add(arrived_ptr + tl.program_id(0), 1) == SPLITS - 1:

@@ -1,9 +1,10 @@
 """The kernels of triton_ffn.py for 2 to 8 tokens: the neurons that any token needs are listed, then read in tiles.
 
 Tensor cores multiply tiles of 16 tokens by 16 rows or more. With masks, as for one token, most rows of a tile would be
-empty, while every step of the loop still waits for it. So a program of the first kernel lists the active neurons of
-its segment, ROWS neurons, in their order, and computes up and hidden for tiles of the list; the second kernel walks
-through the lists of a group of segments. Nothing is counted over the whole layer, so no program waits for another.
+empty, while every step of the loop still waits for it. So a program multiplies all gate rows of its segment, ROWS
+neurons, lists the active ones in their order, and takes tiles of the list through up, activation and down. What it
+adds to the output goes to its own part, [tokens, H] in float32; a second kernel adds the parts up. No program waits
+for another, and nothing is counted over the whole layer.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stocha_hf.sparse.triton_one_token import hidden_value
 
-# Tiles found on an H100 with 2 tokens (docs/decode.md)
-HIDDEN = {"ROWS": 64, "BLOCK": 128, "TILE": 32, "num_warps": 4, "num_stages": 5}
-DOWN = {"ROWS": 128, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
+# Tiles found on an H100 (docs/decode.md)
+FFN = {"ROWS": 64, "BLOCK": 256, "num_warps": 4}
+SUM = {"PARTS": 256, "BLOCK": 32, "num_warps": 4, "num_stages": 1}
 LANES = 16  # tokens in a tile: what tensor cores take
-GROUP = 8  # segments in a split of the second kernel, or more where that makes more than SPLITS
-SPLITS = 32  # their sums are added in one tile
 
 
 def launch(
@@ -33,20 +33,93 @@ def launch(
 ) -> None:
     """Write the FFN of x [..., H], 2 to 8 tokens, to `out`, on the current GPU."""
     (width, size), tokens = gate.shape, x.numel() // x.shape[-1]
-    blocks, segments = triton.cdiv(size, DOWN["BLOCK"]), triton.cdiv(width, HIDDEN["ROWS"])
-    group = max(GROUP, triton.next_power_of_2(triton.cdiv(segments, SPLITS)))
-    splits, stride = triton.cdiv(segments, group), segments * HIDDEN["ROWS"]
-    gates, hidden = x.new_empty(tokens, stride), x.new_empty(tokens, stride)  # in the lists' order
-    listed, counts = (x.new_empty(count, dtype=torch.int32) for count in (stride, segments))
-    parts, arrived = x.new_empty(splits, tokens, size, dtype=torch.float32), counts.new_empty(blocks)
-    _hidden_kernel[(max(segments, blocks),)](
-        x, gate, up, gates, hidden, listed, counts, arrived, threshold, size, width, tokens, blocks, segments, stride,
-        activation, LANES, size % HIDDEN["BLOCK"] == 0, **HIDDEN,
+    segments, tile = triton.cdiv(width, FFN["ROWS"]), 32 if tokens < 4 else 64
+    parts = x.new_empty(segments, tokens, size, dtype=torch.float32)
+    stages, early = _options(x, segments)
+    _ffn_kernel[(segments,)](
+        x, gate, up, down_t, parts, threshold, size, width, tokens,
+        activation, LANES, size % FFN["BLOCK"] == 0, early, tile, num_stages=stages, **FFN,
     )  # fmt: skip
-    _down_kernel[blocks, splits](
-        hidden, down_t, listed, counts, parts, arrived, out, size, tokens, splits, segments, stride,
-        LANES, triton.next_power_of_2(tokens), triton.next_power_of_2(splits), group, HIDDEN["ROWS"], **DOWN,
+    _sum_kernel[(triton.cdiv(out.numel(), SUM["BLOCK"]),)](
+        parts, out, segments, out.numel(), early, **SUM, **({"launch_pdl": True} if early else {})
+    )
+
+
+def _options(x: torch.Tensor, segments: int) -> tuple[int, bool]:
+    """Stages of the first kernel's loops; and whether the second one's programs start while the first one ends, and
+    wait there for its parts, as they can from Hopper on.
+    """
+    if not x.is_cuda:  # the interpreter
+        return 3, False
+    gpu = torch.cuda.get_device_properties(x.device)
+    # Four stages take so much shared memory that an SM holds one program only
+    bytes_of_four = 3 * (FFN["ROWS"] + LANES) * FFN["BLOCK"] * x.element_size()
+    room = getattr(gpu, "shared_memory_per_block_optin", 0)  # PyTorch 2.6 and ROCm do not tell
+    stages = 4 if segments <= gpu.multi_processor_count and bytes_of_four <= room else 3
+    return stages, torch.version.cuda is not None and gpu.major >= 9
+
+
+@triton.jit
+def _ffn_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, gate_ptr, up_ptr, down_ptr, part_ptr, cut, size, width, tokens,
+    ACTIVATION: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the active neurons of a segment add to the output, float32 [tokens, size] of the program's own."""
+    if EARLY:
+        gdc_launch_dependents()
+    row, token = tl.arange(0, ROWS), tl.arange(0, LANES)
+    first = tl.program_id(0) * ROWS
+    inside = first + row < width
+    gate = _product(x_ptr, gate_ptr, first + row, inside, size, tokens, LANES, BLOCK, EVEN).to(x_ptr.dtype.element_ty)
+    active = (token < tokens)[:, None] & inside[None, :] & _is_active(gate.to(tl.float32), cut)
+    taken = tl.max(active.to(tl.int32), 0)
+    place, number = tl.where(taken > 0, tl.cumsum(taken, 0) - 1, -1), tl.sum(taken, 0)
+    _add_tile(
+        0, number, place, gate, x_ptr, up_ptr, down_ptr, part_ptr, cut, size, tokens,
+        ACTIVATION, EVEN, TILE, BLOCK, True,
     )  # fmt: skip
+    for start in range(TILE, number, TILE):
+        tl.debug_barrier()  # other threads read the sums of the tile before
+        _add_tile(
+            start, number, place, gate, x_ptr, up_ptr, down_ptr, part_ptr, cut, size, tokens,
+            ACTIVATION, EVEN, TILE, BLOCK, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_tile(  # type: ignore[no-untyped-def]
+    start, number, place, gate, x_ptr, up_ptr, down_ptr, part_ptr, cut, size, tokens,
+    ACTIVATION: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Add the neurons start to start + TILE of the list to the part; the FIRST tile, also an empty one, begins it.
+
+    gate [LANES, ROWS]; place [ROWS]: where in the list of `number` neurons a row is, or -1.
+    """
+    LANES: tl.constexpr = gate.shape[0]
+    ROWS: tl.constexpr = gate.shape[1]
+    segment, present = tl.program_id(0), (tl.arange(0, LANES) < tokens)[:, None]
+    ranks = start + tl.arange(0, TILE)
+    listed = ranks < number
+    row = tl.sum(tl.where(place[None, :] == ranks[:, None], tl.arange(0, ROWS)[None, :], 0), 1)
+    neurons = segment * ROWS + row
+    chosen = tl.gather(gate, tl.broadcast_to(row[None, :], [LANES, TILE]), 1).to(tl.float32)
+    up = _product(x_ptr, up_ptr, neurons, listed, size, tokens, LANES, BLOCK, EVEN)
+    hidden = hidden_value(chosen, up.to(gate.dtype).to(tl.float32), cut, ACTIVATION, gate.dtype)
+    hidden = tl.where(present & listed[None, :] & _is_active(chosen, cut), hidden, 0.0).to(gate.dtype)
+    down_rows = down_ptr + neurons[:, None].to(tl.int64) * size
+    part_rows = part_ptr + (segment * tokens + tl.arange(0, LANES))[:, None] * size
+    for column in range(0, size, BLOCK):
+        columns = (column + tl.arange(0, BLOCK))[None, :]
+        down_mask, part_mask = listed[:, None], present
+        if not EVEN:
+            down_mask, part_mask = down_mask & (columns < size), part_mask & (columns < size)
+        down = tl.load(down_rows + columns, down_mask, 0.0)
+        if FIRST:
+            sums = tl.dot(hidden, down, input_precision="ieee")
+        else:
+            sums = tl.dot(hidden, down, tl.load(part_rows + columns, part_mask, 0.0), input_precision="ieee")
+        tl.store(part_rows + columns, sums, part_mask)
 
 
 @triton.jit
@@ -75,73 +148,16 @@ def _is_active(gate, cut):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _hidden_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, gate_ptr, up_ptr, gates_ptr, hidden_ptr, list_ptr, count_ptr, arrived_ptr, cut,
-    size, width, tokens, blocks, segments, stride,
-    ACTIVATION: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """A segment's list of active neurons, its length, and their hidden values [tokens, stride]; and the second
-    kernel's counters, set to 0.
-    """
-    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
-    program, token = tl.program_id(0), tl.arange(0, LANES)
-    tl.store(arrived_ptr + program, 0, program < blocks)
-    if program < segments:
-        present = (token < tokens)[:, None]
-        rows = program * ROWS + tl.arange(0, ROWS)
-        gate = _product(x_ptr, gate_ptr, rows, rows < width, size, tokens, LANES, BLOCK, EVEN).to(dtype)
-        active = present & (rows < width)[None, :] & _is_active(gate.to(tl.float32), cut)
-        taken = tl.max(active.to(tl.int32), 0)
-        place, number = tl.cumsum(taken, 0) - 1, tl.sum(taken, 0)
-        position = program * ROWS + place
-        tl.store(list_ptr + position, rows, taken > 0)
-        tl.store(count_ptr + program, number)
-        tl.store(gates_ptr + token[:, None] * stride + position[None, :], gate, present & (taken > 0)[None, :])
-        tl.debug_barrier()  # other threads read the gates back
-        for start in range(0, number, TILE):
-            ranks = start + tl.arange(0, TILE)
-            found = (place[None, :] == ranks[:, None]) & (taken > 0)[None, :]
-            neurons = tl.sum(tl.where(found, rows[None, :], 0), 1)
-            where = token[:, None] * stride + (program * ROWS + ranks)[None, :]
-            mask = present & (ranks < number)[None, :]
-            chosen = tl.load(gates_ptr + where, mask, 0.0).to(tl.float32)
-            up = _product(x_ptr, up_ptr, neurons, ranks < number, size, tokens, LANES, BLOCK, EVEN)
-            hidden = hidden_value(chosen, up.to(dtype).to(tl.float32), cut, ACTIVATION, dtype)
-            hidden = tl.where(_is_active(chosen, cut), hidden, 0.0).to(dtype)
-            tl.store(hidden_ptr + where, hidden, mask)
-
-
-@triton.jit
-def _down_kernel(  # type: ignore[no-untyped-def]
-    hidden_ptr, down_ptr, list_ptr, count_ptr, part_ptr, arrived_ptr, out_ptr, size, tokens, splits, segments, stride,
-    LANES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """BLOCK columns of hidden times down, for GROUP segments' lists; the last split to finish adds all up."""
-    block, split, token = tl.program_id(0), tl.program_id(1), tl.arange(0, LANES)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    first, segment = split * GROUP, tl.arange(0, GROUP)
-    counts = tl.load(count_ptr + first + segment, first + segment < segments, 0)
-    ends, total = tl.cumsum(counts, 0), tl.sum(counts, 0)
-    sums = tl.zeros([LANES, BLOCK], tl.float32)
-    for start in range(0, total, ROWS):
-        ranks = start + tl.arange(0, ROWS)  # among the group's listed neurons
-        before = ends[None, :] <= ranks[:, None]  # segments that end before
-        position = (first + tl.sum(before.to(tl.int32), 1)) * SEGMENT + ranks
-        position -= tl.sum(tl.where(before, counts[None, :], 0), 1)
-        neurons = tl.load(list_ptr + position, ranks < total, 0)
-        inside = (token < tokens)[:, None] & (ranks < total)[None, :]
-        hidden = tl.load(hidden_ptr + token[:, None] * stride + position[None, :], inside, 0.0)
-        mask = (ranks < total)[:, None] & (columns < size)[None, :]
-        down = tl.load(down_ptr + neurons[:, None].to(tl.int64) * size + columns[None, :], mask, 0.0)
-        sums = tl.dot(hidden, down, sums, input_precision="ieee")
-    inside = (token < tokens)[:, None] & (columns < size)[None, :]
-    tl.store(part_ptr + (split * tokens + token)[:, None] * size + columns[None, :], sums, inside)
-    tl.debug_barrier()  # all threads' sums are stored before the program counts as done
-    if tl.atomic_add(arrived_ptr + block, 1) == splits - 1:
-        part, few = tl.arange(0, SPLITS), tl.arange(0, TOKENS)
-        wanted = (few < tokens)[:, None] & (columns < size)[None, :]
-        at = (part[:, None, None] * tokens + few[None, :, None]) * size + columns[None, None, :]
-        parts = tl.load(part_ptr + at, (part < splits)[:, None, None] & wanted[None, :, :], 0.0, cache_modifier=".cg")
-        tl.store(out_ptr + few[:, None] * size + columns[None, :], tl.sum(parts, 0), wanted)
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    part_ptr, out_ptr, parts, total, EARLY: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The parts [parts, total] added up, BLOCK columns of them."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if EARLY:
+        gdc_wait()
+    sums = tl.zeros([PARTS, BLOCK], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (column < total)[None, :]
+        sums += tl.load(part_ptr + part[:, None] * total + column[None, :], mask, 0.0)
+    tl.store(out_ptr + column, tl.sum(sums, 0), column < total)
