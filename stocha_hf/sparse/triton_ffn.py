@@ -1,8 +1,8 @@
 """The sparse FFN of a decode step on a GPU, in two Triton kernels, for 1 to 8 tokens.
 
-All gate rows are multiplied; where a neuron is active its rows of up and of the transposed down projection are read too.
-What is active never leaves the GPU and no shape depends on it, so that CUDA graphs can record the kernels. With one
-token a program masks the loads of inactive rows, which then cost no memory traffic (triton_one_token.py); with more,
+All gate rows are multiplied; where a neuron is active its rows of up and of the transposed down projection are read
+too. What is active never leaves the GPU and no shape depends on it, so that CUDA graphs can record the kernels. With
+one token a program masks the loads of inactive rows, which then cost no memory traffic (triton_one_token.py); with more,
 tensor cores take whole tiles, so the active neurons are listed first (triton_tokens.py). Sums are split over programs
 and added in a fixed order: the same input gives the same bits.
 

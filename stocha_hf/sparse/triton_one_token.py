@@ -93,8 +93,8 @@ def _down_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """BLOCK columns of hidden times down, for a split of the neurons; the last split to finish adds all up.
 
-    `hidden` is a row that is turned into a column once for the mask and again, after the loads, as a factor: as a vector
-    it is turned once, and the assembler then waits for some rows before it loads the others, which is slower.
+    `hidden` is a row that is turned into a column once for the mask and again, after the loads, as a factor: as a
+    vector it is turned once, and the assembler then waits for some rows before it loads the others, which is slower.
     """
     split = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
