@@ -2,9 +2,9 @@
 
 All gate rows are multiplied; where a neuron is active its rows of up and of the transposed down projection are read
 too. What is active never leaves the GPU and no shape depends on it, so that CUDA graphs can record the kernels. With
-one token a program masks the loads of inactive rows, which then cost no memory traffic (triton_one_token.py); with more,
-tensor cores take whole tiles, so the active neurons are listed first (triton_tokens.py). Sums are split over programs
-and added in a fixed order: the same input gives the same bits.
+one token a program masks the loads of inactive rows, which then cost no memory traffic (triton_one_token.py); with
+more, tensor cores take whole tiles, so the active neurons are listed first (triton_tokens.py). Sums are split over
+programs and added in a fixed order: the same input gives the same bits.
 
 Rounding follows PyTorch's dense path, as in kernels.cpp: gate, up, activation and hidden are rounded to the weights'
 type, sums are in float32. Where a token holds infinities or NaN, all neurons are active, since 0 * inf is NaN.
