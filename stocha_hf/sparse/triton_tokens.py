@@ -33,7 +33,8 @@ def launch(
 ) -> None:
     """Write the FFN of x [..., H], 2 to 8 tokens, to `out`, on the current GPU."""
     (width, size), tokens = gate.shape, x.numel() // x.shape[-1]
-    segments, tile = triton.cdiv(width, FFN["ROWS"]), 32 if tokens < 4 else 64
+    segments = triton.cdiv(width, FFN["ROWS"])
+    tile = 32 if tokens < 4 else 64  # at 90% zeros most lists fit into one: 19% of a segment with 2 tokens, 34% with 4
     parts = x.new_empty(segments, tokens, size, dtype=torch.float32)
     stages, early = _options(x, segments)
     _ffn_kernel[(segments,)](
