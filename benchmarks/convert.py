@@ -25,7 +25,7 @@ LAYER = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": 
 SHARDS = 8
 CONVERT = """
 import re, sys
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 convert(sys.argv[1], sys.argv[2])
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """

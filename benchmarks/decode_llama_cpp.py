@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stocha_hf.bench import READ
-from stocha_hf.bench_models import (
+from stocha_hf.measurement.speed import READ
+from stocha_hf.measurement.speed_models import (
     SHAPES,
     VOCABULARY,
     decode_seconds,

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from stocha_hf.bench import in_turn, ratio
 from stocha_hf.data import text_windows
-from stocha_hf.evaluate import BATCH, CHUNK, evaluate
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.evaluation import BATCH, CHUNK, evaluate
+from stocha_hf.measurement.speed import in_turn, ratio
+from stocha_hf.models import load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -31,8 +31,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from stocha_hf.data import text_windows
-from stocha_hf.evaluate import evaluate
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.evaluation import evaluate
+from stocha_hf.models import load_model
 
 TASK = "local_text"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import trange
 from transformers import AutoTokenizer
 
-from stocha_hf.loading import load_model
+from stocha_hf.models import load_model
 
 BUCKETS = 4  # a step attends to a quarter, a half, ... of the cache, so that short texts do not read all of it
 

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 from stocha_hf.data import calibration_windows, text_windows
-from stocha_hf.evaluate import evaluate
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.evaluation import evaluate
+from stocha_hf.measurement.plots import plot_lines
 from stocha_hf.modeling_stocha import stocha_mlps
-from stocha_hf.plots import plot_lines
+from stocha_hf.models import load_model
 
 LENGTH = 1024
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 
 
 def write_random(tokenizer_of: str, folder: Path, hidden: int, width: int, layers: int) -> None:

@@ -41,8 +41,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from stocha_hf.data import load_data, text_windows
-from stocha_hf.evaluate import compare, evaluate
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.evaluation import compare, evaluate
+from stocha_hf.models import load_model
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 1024

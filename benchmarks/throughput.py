@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models
 from train_step import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stocha_hf.cli.train import parse, train
+from stocha_hf.training.run import parse, train
 
 LENGTH = 1024
 TOKENS = 3_300_000  # a case trains on so many, or on 100 steps

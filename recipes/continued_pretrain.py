@@ -6,7 +6,7 @@
 Every key of the YAML file can be overridden on the command line. Started again with the same command, it resumes.
 """
 
-from stocha_hf.cli.train import main
+from stocha_hf.training.run import main
 
 if __name__ == "__main__":
     main("continued_pretrain.py")

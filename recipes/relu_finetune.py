@@ -5,7 +5,7 @@
 LoRA needs a base that infers with ReLU already: `stocha-convert STAGE1 STAGE1-relu --activation relu` makes it.
 """
 
-from stocha_hf.cli.train import main
+from stocha_hf.training.run import main
 
 if __name__ == "__main__":
     main("relu_finetune.py", schedule=[{"activation": "relu", "until": 1.0}])

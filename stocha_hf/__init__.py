@@ -12,7 +12,7 @@ _HOME = {
     "unpatch": "modeling_stocha",
     "stocha_mode": "modeling_stocha",
     "StochaError": "errors",
-    "__version__": "config",
+    "__version__": "spec",
 }
 __all__ = sorted(_HOME)  # pyright: ignore
 

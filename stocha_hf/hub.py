@@ -11,25 +11,19 @@ commit.
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from stocha_hf import checkpoint, report
-from stocha_hf.checkpoint import CARD, CONFIG
-from stocha_hf.config import MODELING_FILE, StochaConfig
+from stocha_hf.checkpoints import inspection
+from stocha_hf.checkpoints.inspection import CARD, CONFIG
 from stocha_hf.errors import StochaError
-from stocha_hf.measured import FOLDER as MEASUREMENTS
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
-# What transformers would load: a stale single file wins over new shards, stale shards only fill the repo.
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _HINTS = {
     400: "correct what it names",
     401: "log in with `hf auth login` or set HF_TOKEN to a valid token",
@@ -98,15 +92,15 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
         names = [sibling.rfilename for sibling in info.siblings or []]
 
         def read(name: str) -> dict[str, Any]:
-            return checkpoint.read_json(Path(hf_hub_download(repo, name, revision=sha)), "a JSON object")
+            return inspection.read_json(Path(hf_hub_download(repo, name, revision=sha)), "a JSON object")
 
         if CONFIG not in names:
             raise StochaError(
                 f"{repo} has no {CONFIG}: expected a transformers checkpoint, or the path of a .gguf file"
             )
-        checkpoint.check_config(read(CONFIG), repo)
-        weights = checkpoint.weight_files(names, lambda: read(checkpoint.INDEX), repo)
-        wanted = [CONFIG, *({CARD} & set(names)), *weights, *checkpoint.companion_files(names)]
+        inspection.check_config(read(CONFIG), repo)
+        weights = inspection.weight_files(names, lambda: read(inspection.INDEX), repo)
+        wanted = [CONFIG, *({CARD} & set(names)), *weights, *inspection.companion_files(names)]
         folder = Path(snapshot_download(repo, revision=sha, allow_patterns=wanted))
     # Where the list of files cannot be had, the client returns what the cache holds, whole or not.
     if missing := [name for name in wanted if not (folder / name).is_file()]:
@@ -127,75 +121,3 @@ def check_login(repo: str) -> HfApi:
         validate_repo_id(repo)
         api.whoami()
     return api
-
-
-def publish(folder: str | Path, repo: str, *, private: bool = False) -> dict[str, Any]:
-    """Publish a stocha checkpoint folder to a Hub repo, which is made if it does not exist, in one commit.
-
-    `private` concerns a new repo only. Stale weight files of an earlier publication are removed in the same commit.
-    Returns repo, url, commit (hash), tag and files; the same contents always have the same tag. Raises StochaError,
-    before anything is uploaded if the folder is no whole stocha checkpoint.
-    """
-    from huggingface_hub import CommitOperationDelete
-
-    folder = Path(folder)
-    files = _publishable(folder)
-    api = check_login(repo)
-    with hub_errors("publishing to", repo):
-        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        head = api.model_info(repo)
-        additions = _additions(folder, files, repo)
-        stale = {sibling.rfilename for sibling in head.siblings or []} - {item.path_in_repo for item in additions}
-        deletions = [CommitOperationDelete(name) for name in sorted(stale) if _WEIGHTS.fullmatch(name)]
-        tag = _tag(additions)
-        commit = _commit_once(api, repo, [*additions, *deletions], str(head.sha), f"Publish {tag}")
-        api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
-    url = f"{api.endpoint}/{repo}"
-    return {"repo": repo, "url": url, "commit": commit, "tag": tag, "files": [item.path_in_repo for item in additions]}
-
-
-def _publishable(folder: Path) -> list[str]:
-    """The names of a stocha checkpoint's files, after checking that they are whole."""
-    config = report.stocha_config(folder)
-    row = checkpoint.check_config(config, str(folder))
-    try:
-        StochaConfig.from_dict(config["stocha"]).resolve(row.act)
-    except ValueError as error:
-        raise StochaError(f"{folder / CONFIG} cannot be published: {error}") from None
-    names = checkpoint.list_files(folder)
-    weights = checkpoint.weight_files(
-        names, lambda: checkpoint.read_json(folder / checkpoint.INDEX, "an index"), str(folder)
-    )
-    checkpoint.check_weights(folder, weights, config)
-    report.check_card(folder)
-    measurements = sorted(name for name in names if Path(name).match(f"{MEASUREMENTS}/*"))
-    return [CONFIG, *weights, *checkpoint.companion_files(names), *measurements]
-
-
-def _additions(folder: Path, files: list[str], repo: str) -> list[CommitOperationAdd]:
-    from huggingface_hub import CommitOperationAdd
-
-    additions = [CommitOperationAdd(name, str(folder / name)) for name in files]
-    own = folder / MODELING_FILE.name  # absent where the native class saved the folder
-    additions.append(CommitOperationAdd(own.name, str(own if own.exists() else MODELING_FILE)))
-    card = report.published_card(folder, repo, _tag(additions))
-    return [*additions, CommitOperationAdd(CARD, card.encode())]
-
-
-def _tag(additions: list[CommitOperationAdd]) -> str:
-    """A name for the contents: every file but the card, whose snippet holds this very name."""
-    lines = sorted(
-        f"{item.path_in_repo} {item.upload_info.sha256.hex()}" for item in additions if item.path_in_repo != CARD
-    )
-    return f"stocha-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
-
-
-def _commit_once(api: HfApi, repo: str, operations: list[Any], parent: str, message: str) -> str:
-    """Make the commit and return its hash; where its reply is lost, the repo is asked whether it landed."""
-    try:
-        return str(api.create_commit(repo, operations, commit_message=message, parent_commit=parent).oid)
-    except Exception:
-        head = api.list_repo_commits(repo)[0]
-        if head.commit_id != parent and head.title == message:
-            return head.commit_id
-        raise

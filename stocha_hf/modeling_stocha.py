@@ -514,9 +514,9 @@ def by_neuron(down: nn.Linear) -> torch.Tensor | None:
 
 
 def _runtime() -> Any:
-    """stocha_hf.sparse.runtime if that package is installed, else None."""
+    """stocha_hf.decoding.runtime if that package is installed, else None."""
     try:
-        from stocha_hf.sparse import runtime
+        from stocha_hf.decoding import runtime
     except ImportError:
         return None
     return runtime
@@ -550,8 +550,8 @@ class StochaMLP(nn.Module):
     threshold: float
     k: int
     native_class: type[nn.Module]
-    kernels: Any  # stocha_hf.sparse.runtime.KERNELS, or None
-    coarse: Any  # stocha_hf.sparse.coarse.CoarseGate, or None
+    kernels: Any  # stocha_hf.decoding.runtime.KERNELS, or None
+    coarse: Any  # stocha_hf.decoding.gate_prediction.CoarseGate, or None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of shape [..., hidden_size], any float dtype; returns the same shape and dtype."""

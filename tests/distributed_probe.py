@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from stocha_hf.cli import train
-from stocha_hf.training import StochaTrainer
+from stocha_hf.training.trainer import StochaTrainer
 
 
 def digest(*tensors: torch.Tensor) -> str:

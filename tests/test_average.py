@@ -13,8 +13,8 @@ from conftest import assert_refused, run_command
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stocha_hf.average import average
-from stocha_hf.convert import convert
+from stocha_hf.conversion.averaging import average
+from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
@@ -120,7 +120,7 @@ def test_a_failure_midway_leaves_nothing(runs, tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stocha_hf.tensors.Tensors.overwrite", full)
+    monkeypatch.setattr("stocha_hf.checkpoints.tensors.Tensors.overwrite", full)
     with pytest.raises(StochaError, match="No space left"):
         average(runs[:2], tmp_path / "mean")
     assert not (tmp_path / "mean").exists() and not list(tmp_path.glob(".*partial*"))

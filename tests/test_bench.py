@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import assert_refused, run_command, tiny_model
 
-from stocha_hf import bench, bench_ffn, bench_models
+from stocha_hf.measurement import speed, speed_ffn, speed_models
 from stocha_hf.modeling_stocha import StochaConfig, patch
 
 KEYS = {"shape", "dtype", "sparsity", "dense_ms", "sparse_ms", "speedup", "achieved_gbps"}
 
 
 def test_an_ffn_record_has_the_keys_and_the_forced_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ffn, "BYTES", 2**16)
-    monkeypatch.setattr(bench, "READ", 2**20)
-    records = list(bench_ffn.ffn_records((32, 200), torch.float32, tokens=[1, 3], sparsities=[0.0, 0.9], rounds=2))
+    monkeypatch.setattr(speed_ffn, "BYTES", 2**16)
+    monkeypatch.setattr(speed, "READ", 2**20)
+    records = list(speed_ffn.ffn_records((32, 200), torch.float32, tokens=[1, 3], sparsities=[0.0, 0.9], rounds=2))
     assert [(record["tokens"], record["sparsity"]) for record in records] == [(1, 0.0), (1, 0.9), (3, 0.0), (3, 0.9)]
     assert all(record.keys() >= KEYS for record in records)
     assert [records[0]["active"], records[2]["active"]] == [1.0, 1.0]
@@ -29,8 +29,8 @@ def test_forcing_zeros_on_a_model() -> None:
     model = tiny_model()
     patch(model, StochaConfig(activation="relu"))
     tokens = torch.randint(64, (1, 40))
-    bench_models.force_sparsity(model, 0.9, tokens)
-    record = bench_models.decode_record("tiny", tiny_model(), model, tokens[:, :8], new=4, rounds=1)
+    speed_models.force_sparsity(model, 0.9, tokens)
+    record = speed_models.decode_record("tiny", tiny_model(), model, tokens[:, :8], new=4, rounds=1)
     assert record["model"] == "tiny" and record["sparsity"] > 0.6 and record["dense_ms"] > 0
 
 

@@ -13,11 +13,12 @@ import yaml
 from conftest import assert_refused, run_command
 from safetensors.torch import load_file, save_file
 
-from stocha_hf.convert import convert
+from stocha_hf.checkpoints.hashing import weights_hash
+from stocha_hf.checkpoints.metadata import source_metadata
+from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
-from stocha_hf.provenance import circumstances
-from stocha_hf.report import check_card, model_card, source_metadata
-from stocha_hf.weights_hash import weights_hash
+from stocha_hf.measurement.provenance import circumstances
+from stocha_hf.publishing.card import check_card, model_card
 
 
 def evaluation(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from conftest import assert_refused, run_command, tiny_model
 
 from stocha_hf import StochaConfig, patch
-from stocha_hf.cett import CettCurve, at_cett, ppl_sparsity, truncated
 from stocha_hf.errors import StochaError
-from stocha_hf.evaluate import evaluate
+from stocha_hf.measurement.cett import CettCurve, at_cett, ppl_sparsity, truncated
+from stocha_hf.measurement.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWS = torch.randint(64, (6, 40), generator=torch.Generator().manual_seed(0))

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import stocha_hf
-from stocha_hf.config import ARCHITECTURES, MODELING_FILE
-from stocha_hf.convert import convert
+from stocha_hf.checkpoints.staging import staged_folder
+from stocha_hf.conversion.convert import convert
 from stocha_hf.modeling_stocha import StochaConfig
-from stocha_hf.staging import staged_folder
+from stocha_hf.spec import ARCHITECTURES, MODELING_FILE
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
 
@@ -167,7 +167,8 @@ for verb in (convert, publish):
 
 
 def test_the_torch_free_half_is_the_modeling_files_own(checkpoint):
-    from stocha_hf import config, modeling_stocha
+    from stocha_hf import modeling_stocha
+    from stocha_hf import spec as config
 
     assert config.StochaConfig(p=0.5).to_dict() == modeling_stocha.StochaConfig(p=0.5).to_dict()
     assert {name: row.native for name, row in config.ACTIVATIONS.items()} == {
@@ -229,7 +230,8 @@ def test_a_running_conversion_is_not_swept_up_by_another(tmp_path):
     with staged_folder(out) as mine:
         (mine / "file").write_text("mine")
         code = (
-            "import sys; from stocha_hf.staging import staged_folder\nwith staged_folder(sys.argv[1], True) as f: pass"
+            "import sys; from stocha_hf.checkpoints.staging import staged_folder\n"
+            "with staged_folder(sys.argv[1], True) as f: pass"
         )
         assert run_python(code, out).returncode == 0
         assert (mine / "file").exists()
@@ -254,7 +256,7 @@ def test_converting_does_not_read_tensors(large_source, tmp_path):
     """Peak memory stays below the size of the weights (96 MB), whatever their size."""
     code = r"""
 import re, sys
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 convert(sys.argv[1], sys.argv[2])
 print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1], "torch" in sys.modules)
 """

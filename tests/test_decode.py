@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, run_python, tiny_model
 
+from stocha_hf.decoding import ops
+from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.errors import StochaError
+from stocha_hf.measurement.sparsity import SparsityMeter
 from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps, unpatch
-from stocha_hf.sparse import ops
-from stocha_hf.sparse.coarse import predict_gates
-from stocha_hf.sparsity import SparsityMeter
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3")
 

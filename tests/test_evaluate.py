@@ -9,10 +9,10 @@ import torch
 from conftest import assert_refused, run_command, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
+from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.data import text_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.evaluate import compare, evaluate
-from stocha_hf.weights_hash import weights_hash
+from stocha_hf.measurement.evaluation import compare, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

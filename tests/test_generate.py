@@ -9,11 +9,11 @@ import torch
 from conftest import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
-from stocha_hf.diversity import distinct, self_bleu
 from stocha_hf.errors import StochaError
-from stocha_hf.generate import generate, log_likelihoods
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.diversity import distinct, self_bleu
+from stocha_hf.measurement.sampling import generate, log_likelihoods
 from stocha_hf.modeling_stocha import ACTIVATIONS, Activation, stocha_mlps
+from stocha_hf.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = [1, 5, 9, 17, 33, 4, 8, 60]
@@ -46,7 +46,8 @@ def test_without_noise_all_samples_are_the_greedy_one():
 
 def test_a_seed_gives_the_same_samples_in_another_process_and_the_generator_is_left_alone(checkpoint):
     code = (
-        "import sys, json, torch; from stocha_hf.generate import generate; from stocha_hf.loading import load_model; "
+        "import sys, json, torch; from stocha_hf.measurement.sampling import generate; "
+        "from stocha_hf.models import load_model; "
         "torch.set_num_threads(1); model = load_model(sys.argv[1]).eval(); before = torch.get_rng_state(); "
         f"print(json.dumps(generate(model, {PROMPT}, samples=3, new=9, p=0.4, seed=7))); "
         "assert torch.equal(torch.get_rng_state(), before)"

@@ -23,8 +23,8 @@ import pytest
 from conftest import BIN, assert_refused, run_command, run_python
 from loopback_hub import LoopbackHub
 
-from stocha_hf.config import MODELING_FILE
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
+from stocha_hf.spec import MODELING_FILE
 
 Done = subprocess.CompletedProcess[str]
 WRONG_TOKEN = "hf_of_somebody_else"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import run_python
 
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 
 LOAD = """
 import hashlib, json, sys

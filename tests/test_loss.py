@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import CONFIGS, run_python, tiny_model
 
 from stocha_hf.errors import StochaError
-from stocha_hf.loss import (
+from stocha_hf.training.losses import (
     check_teacher,
     chunked_losses,
     final_hidden_states,

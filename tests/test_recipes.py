@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stocha_hf.cli.train import parse
-from stocha_hf.config import ACTIVATIONS
+from stocha_hf.spec import ACTIVATIONS
+from stocha_hf.training.run import parse
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")

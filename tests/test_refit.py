@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stocha_hf import data
-from stocha_hf import refit as refit_module
-from stocha_hf.checkpoint import read_config
-from stocha_hf.convert import convert
+from stocha_hf.checkpoints.inspection import read_config
+from stocha_hf.checkpoints.tensors import Tensors
+from stocha_hf.conversion import refit
+from stocha_hf.conversion.convert import convert
+from stocha_hf.conversion.layerwise import Layers
+from stocha_hf.conversion.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn, solve_down, threshold_for
+from stocha_hf.conversion.refit_shares import allocate
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.layerwise import Layers
-from stocha_hf.loading import load_model
-from stocha_hf.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn, solve_down, threshold_for
-from stocha_hf.refit_shares import allocate
-from stocha_hf.sparsity import SparsityMeter
-from stocha_hf.tensors import Tensors
+from stocha_hf.measurement.sparsity import SparsityMeter
+from stocha_hf.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(4, 64, (8, 64), generator=torch.Generator().manual_seed(5))
@@ -196,7 +196,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(checkpoint, text, tmp_
             raise KeyboardInterrupt
         return refit_ffn(*args, **kwargs)
 
-    monkeypatch.setattr(refit_module, "refit_ffn", fit_two)
+    monkeypatch.setattr(refit, "refit_ffn", fit_two)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.refit").is_dir()
@@ -217,7 +217,7 @@ def test_finished_layers_of_other_options_are_not_used(checkpoint, text, tmp_pat
         fits.append(kwargs["share"])
         return refit_ffn(*args, **kwargs)
 
-    monkeypatch.setattr(refit_module, "refit_ffn", fit)
+    monkeypatch.setattr(refit, "refit_ffn", fit)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
     convert(source, tmp_path / "out", refit=str(text), refit_tokens=512, target_sparsity=0.8)
@@ -235,14 +235,14 @@ def test_streams_on_disk_give_the_same_weights(checkpoint, text, tmp_path) -> No
 def test_a_full_disk_is_told_in_one_sentence_and_keeps_finished_layers(
     checkpoint, text, tmp_path, monkeypatch
 ) -> None:
-    source, store = checkpoint(), refit_module.save_file
+    source, store = checkpoint(), refit.save_file
 
     def full_at_the_second(tensors: Any, path: Path, metadata: Any) -> None:
         if "001" in path.name:
             raise OSError(28, "No space left on device")
         store(tensors, path, metadata)
 
-    monkeypatch.setattr(refit_module, "save_file", full_at_the_second)
+    monkeypatch.setattr(refit, "save_file", full_at_the_second)
     with pytest.raises(StochaError, match=r"No space left on device.*goes on from the finished layers"):
         convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
     assert [path.name for path in (tmp_path / ".out.refit").glob("layer*")] == ["layer-000.safetensors"]

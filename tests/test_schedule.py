@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from stocha_hf.errors import StochaError
-from stocha_hf.schedule import Schedule
+from stocha_hf.training.schedule import Schedule
 
 STOCHA_FT = [{"activation": "stocha", "p": 0.3, "until": 0.8}, {"activation": "relu", "until": 1.0}]
 ANNEALED = [{"activation": "stocha", "p": [0.5, 0.1], "until": 0.6}, {"activation": "relu", "until": 1}]

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from conftest import run_python
 
+from stocha_hf.decoding import build, ops
+from stocha_hf.decoding.gate_prediction import CoarseGate, candidates
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ACTIVATIONS
-from stocha_hf.sparse import build, ops
-from stocha_hf.sparse.coarse import CoarseGate, candidates
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 96), (33, 77), (16, 8), (100, 300), (1, 1)]  # (H, M), also no multiples of the vector width
@@ -137,8 +137,8 @@ def test_without_special_instructions_the_kernels_compute_the_same(monkeypatch: 
 USE = """
 import warnings, sys, torch
 from stocha_hf.errors import StochaError
-from stocha_hf.sparse import build, ops
-from stocha_hf.sparse.coarse import CoarseGate, candidates
+from stocha_hf.decoding import build, ops
+from stocha_hf.decoding.gate_prediction import CoarseGate, candidates
 torch.manual_seed(0)
 given = [torch.randn(3, 64), *(torch.randn(96, 64) for _ in range(3))]
 with warnings.catch_warnings(record=True) as caught:

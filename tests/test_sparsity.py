@@ -16,9 +16,10 @@ from torch._dynamo.utils import counters
 
 import stocha_hf
 from stocha_hf.errors import StochaError
+from stocha_hf.measurement.sparsity import SparsityMeter
 from stocha_hf.modeling_stocha import StochaLlamaForCausalLM, stocha_mlps
-from stocha_hf.sparsity import SparsityMeter, SparsityTarget
-from stocha_hf.thresholds import apply_thresholds, fatrelu_thresholds, moved_thresholds
+from stocha_hf.training.sparsity_target import SparsityTarget
+from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds, moved_thresholds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

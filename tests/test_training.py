@@ -21,12 +21,12 @@ from datasets import Dataset
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from stocha_hf.cli.train import parse, train
-from stocha_hf.compiled_layers import compile_layers, narrow_stream
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mlps
-from stocha_hf.training import StochaTrainer, last_checkpoint
+from stocha_hf.training.compiled_layers import compile_layers, narrow_stream
+from stocha_hf.training.run import parse, train
+from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
 
 STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
 RELU = "[{activation: relu, until: 1.0}]"
@@ -34,7 +34,7 @@ SILU = "[{activation: silu, until: 1.0}]"
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
 RECIPE = """
 import sys
-from stocha_hf.cli.train import main
+from stocha_hf.training.run import main
 main("recipe")
 """
 
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_with_the_same_command_to_the_same_losses(base, tex
     """With StochA too: its noise comes from the generator whose state a checkpoint holds."""
     whole = losses(run(base, text, tmp_path / "whole", max_steps=12, logging_steps=1, save_steps=3))
     argv = arguments(base, text, tmp_path / "killed", max_steps=12, logging_steps=1, save_steps=3)
-    slow = RECIPE.replace("import sys", "import sys, time; from stocha_hf.training import StochaTrainer as T")
+    slow = RECIPE.replace("import sys", "import sys, time; from stocha_hf.training.trainer import StochaTrainer as T")
     slow = slow.replace(
         "main(", "s = T.training_step; T.training_step = lambda *a: (time.sleep(0.3), s(*a))[1]\nmain("
     )
@@ -465,7 +465,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(base, text, tmp_p
     """A limit on the size of files, set after the first checkpoint, stands in for the disk."""
     code = RECIPE.replace(
         "import sys",
-        "import resource, sys; from stocha_hf.training import StochaTrainer as T\n"
+        "import resource, sys; from stocha_hf.training.trainer import StochaTrainer as T\n"
         "save = T._save_checkpoint\n"
         "def limited(self, *args):\n"
         "    if self.state.global_step == 8:\n"

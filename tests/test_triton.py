@@ -15,8 +15,8 @@ import torch
 from conftest import tiny_model
 from test_sparse import bound, dense, error, matrices
 
+from stocha_hf.decoding import ops, triton_ffn
 from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps
-from stocha_hf.sparse import ops, triton_ffn
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def average(args: argparse.Namespace) -> None:
-    from stocha_hf.average import average as average_folders
+    from stocha_hf.conversion.averaging import average as average_folders
 
     done = average_folders(args.sources, args.output, shares=args.shares, overwrite=args.overwrite)
     shares = " ".join(f"{share:.3g}" for share in done["shares"])

@@ -16,7 +16,7 @@ from typing import Any
 
 from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
 from stocha_hf.errors import StochaError
-from stocha_hf.figures import plot_speedups
+from stocha_hf.measurement.figures import plot_speedups
 
 
 def parser() -> Parser:
@@ -47,22 +47,22 @@ def bench(args: argparse.Namespace) -> None:
     shapes = _checked(args, shares)
     import torch
 
-    from stocha_hf import bench_ffn, bench_models
-    from stocha_hf.provenance import circumstances
+    from stocha_hf.measurement import speed_ffn, speed_models
+    from stocha_hf.measurement.provenance import circumstances
 
     dtype, records = getattr(torch, args.dtype), []
     torch.manual_seed(0)
     for shape in shapes:
-        for record in bench_ffn.ffn_records(shape, dtype, args.tokens, shares):
+        for record in speed_ffn.ffn_records(shape, dtype, args.tokens, shares):
             records.append(_told(record, args.json))
     for name in args.random or []:
         for share in shares:
-            record = bench_models.random_decode_record(
+            record = speed_models.random_decode_record(
                 name, dtype, share, args.prompt, args.new, args.recall, args.batch
             )
             records.append(_told(record, args.json))
     if args.model:
-        record = bench_models.checkpoint_record(args.model, dtype, args.prompt, args.new, args.recall, args.batch)
+        record = speed_models.checkpoint_record(args.model, dtype, args.prompt, args.new, args.recall, args.batch)
         records.append(_told(record, args.json))
     if args.json:
         show([record | circumstances() for record in records], "", True)
@@ -96,7 +96,7 @@ def _checked(args: argparse.Namespace, shares: list[float]) -> list[tuple[int, i
             raise StochaError(f"--shape is {given}: expected hidden_size,intermediate_size as in 2048,8192")
         shapes.append((size, width))
     if args.plot:
-        from stocha_hf.plots import check_plot
+        from stocha_hf.measurement.plots import check_plot
 
         check_plot(args.plot)
         if not shapes:

@@ -37,17 +37,17 @@ def main() -> None:
 
 
 def card(args: argparse.Namespace) -> None:
-    from stocha_hf import report
-    from stocha_hf.measured import Measured
-    from stocha_hf.plots import check_plot
+    from stocha_hf.measurement.plots import check_plot
+    from stocha_hf.publishing import card
+    from stocha_hf.publishing.tables import Measured
 
     rows = dict(_row(given) for given in args.row)
     folder = Path(args.folder)
-    config = report.stocha_config(folder)
+    config = card.stocha_config(folder)
     measured = Measured.read(folder, args.evaluation, rows, args.bench, args.generation)
     check_plot(folder / "zeros.png")
     measured.write()
-    path = report.write_card(folder, config, measured)
+    path = card.write_card(folder, config, measured)
     show({"card": str(path), "weights": measured.weights}, f"wrote {path}", args.json)
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 
 from stocha_hf.cli import Parser, run, show
-from stocha_hf.config import ACTIVATIONS, POSITIVE_SIDES
 from stocha_hf.errors import StochaError
+from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
@@ -62,7 +62,8 @@ def main() -> None:
 
 def convert(args: argparse.Namespace) -> None:
     from stocha_hf import hub
-    from stocha_hf.convert import convert as convert_folder
+    from stocha_hf.conversion.convert import convert as convert_folder
+    from stocha_hf.publishing.upload import publish
 
     if args.private and not args.push_to_hub:
         raise StochaError("--private was given without --push-to-hub: expected the Hub repo to make private")
@@ -75,7 +76,7 @@ def convert(args: argparse.Namespace) -> None:
     text += f", {done['stocha']['inference']} in inference"
     if args.push_to_hub:
         try:
-            done["published"] = hub.publish(args.output, args.push_to_hub, private=args.private)
+            done["published"] = publish(args.output, args.push_to_hub, private=args.private)
         except StochaError as error:
             again = f"stocha-publish {args.output} {args.push_to_hub}{' --private' if args.private else ''}"
             raise StochaError(f"{error}; the conversion is complete, so that is: {again}") from None

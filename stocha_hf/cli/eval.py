@@ -21,9 +21,9 @@ from contextlib import nullcontext
 from typing import Any
 
 from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
-from stocha_hf.config import ACTIVATIONS
 from stocha_hf.errors import StochaError
-from stocha_hf.figures import evaluated, plot_evaluation
+from stocha_hf.measurement.figures import evaluated, plot_evaluation
+from stocha_hf.spec import ACTIVATIONS
 
 
 def parser() -> Parser:
@@ -50,10 +50,10 @@ def evaluate(args: argparse.Namespace) -> None:
     _check(args)
     import torch
 
-    from stocha_hf import evaluate
     from stocha_hf.data import text_windows
-    from stocha_hf.loading import load_model, tokenizer_folder
-    from stocha_hf.provenance import circumstances, origin
+    from stocha_hf.measurement import evaluation
+    from stocha_hf.measurement.provenance import circumstances, origin
+    from stocha_hf.models import load_model, tokenizer_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
@@ -66,15 +66,15 @@ def evaluate(args: argparse.Namespace) -> None:
         figures |= _measured(models[0], windows, args)
         if args.baseline:
             figures["baseline"] = origins[1] | _measured(models[1], windows, args)
-            figures |= evaluate.compare(models[0], models[1], windows)
+            figures |= evaluation.compare(models[0], models[1], windows)
     show(figures, _told(figures), args.json)
     if args.plot:
         plot_evaluation(figures, args.plot)
 
 
 def _measured(model: Any, windows: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from stocha_hf.cett import CettCurve, at_cett, ppl_sparsity
-    from stocha_hf.evaluate import evaluate
+    from stocha_hf.measurement.cett import CettCurve, at_cett, ppl_sparsity
+    from stocha_hf.measurement.evaluation import evaluate
 
     figures = evaluate(model, windows)
     if args.cett or args.ppl_increase is not None:
@@ -113,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
     if truncates and args.mode and not ACTIVATIONS[args.mode].deterministic:
         raise StochaError(f"--mode is {args.mode}, which is random: expected a deterministic one for --cett")
     if args.plot:
-        from stocha_hf.plots import check_plot
+        from stocha_hf.measurement.plots import check_plot
 
         check_plot(args.plot)
 

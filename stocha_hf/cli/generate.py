@@ -19,7 +19,7 @@ from typing import Any
 
 from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
 from stocha_hf.errors import StochaError
-from stocha_hf.figures import VALUES, plot_generation
+from stocha_hf.measurement.figures import VALUES, plot_generation
 
 DEFAULTS = {"p": [0.9], "temperature": [1.0]}
 
@@ -55,9 +55,9 @@ def generate(args: argparse.Namespace) -> None:
     _check(args)
     import torch
 
-    from stocha_hf.generate import measure
-    from stocha_hf.loading import load_model
-    from stocha_hf.provenance import circumstances, origin
+    from stocha_hf.measurement.provenance import circumstances, origin
+    from stocha_hf.measurement.sampling import measure
+    from stocha_hf.models import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, prompts = _tokens(args.model, texts, args.chat)
@@ -119,13 +119,13 @@ def _check(args: argparse.Namespace) -> None:
         raise StochaError(f"--seed is {args.seed}: expected a number from 0 to 2**63 - 1")
     check_dtype(args.dtype)
     if args.plot:
-        from stocha_hf.plots import check_plot
+        from stocha_hf.measurement.plots import check_plot
 
         check_plot(args.plot)
         if args.samples < 2:
             raise StochaError("--samples is 1: expected at least 2 for --plot, which draws how they differ")
     if args.samples > 1:
-        from stocha_hf.diversity import check_sacrebleu
+        from stocha_hf.measurement.diversity import check_sacrebleu
 
         check_sacrebleu()
 
@@ -135,7 +135,7 @@ def _tokens(name: str, texts: list[str], chat: bool) -> tuple[Any, list[list[int
     from transformers import AutoTokenizer
 
     from stocha_hf.hub import hub_errors
-    from stocha_hf.loading import tokenizer_folder
+    from stocha_hf.models import tokenizer_folder
 
     with hub_errors("reading the tokenizer of", name):
         tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder(name))

@@ -1,0 +1,72 @@
+"""The keys that training has beside trl's: schedule, distillation, a sparsity target.
+
+They stand in a recipe's YAML, or on its command line as --KEY VALUE, together with those of trl's SFTConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from stocha_hf.errors import StochaError
+
+
+@dataclass
+class StochaArguments(SFTConfig):
+    """trl's SFTConfig and what this package adds to it. Raises StochaError for contradictions."""
+
+    schedule: str | None = field(
+        default=None,
+        metadata={"help": "Phases {activation, p, sparsity, anneal, until}; see training/schedule.py."},
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Model to distil from: Hub id or folder, run with its own activation."}
+    )
+    distill_weight: float = field(
+        default=0.5, metadata={"help": "Share of the KL term in the loss; the rest is the LM loss."}
+    )
+    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
+    distill_hidden: float = field(
+        default=0.0, metadata={"help": "Weight of the error of the residual stream, layer by layer, beside the KL."}
+    )
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}
+    )
+    threshold_shift: bool = field(
+        default=False, metadata={"help": "End with FATReLU thresholds that meet target_sparsity exactly."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter is used; looking for others costs time
+        self.logging_nan_inf_filter = False  # it waits for the GPU twice a step; check_finite stops the run
+        accelerator: Any = self.accelerator_config
+        accelerator.non_blocking = self.dataloader_pin_memory  # else a batch's copy waits for the step before
+        if self.use_liger_kernel:
+            raise StochaError("use_liger_kernel is true: Liger's FFN computes SiLU only, so leave it out")
+        for key in ("distill_weight", "target_sparsity"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                raise StochaError(f"{key} is {value}: expected a number between 0 and 1")
+        if self.distill_temperature <= 0:
+            raise StochaError(f"distill_temperature is {self.distill_temperature}: expected a number above 0")
+        if self.distill_hidden < 0 or (self.distill_hidden and self.teacher is None):
+            raise StochaError(
+                f"distill_hidden is {self.distill_hidden} and teacher {self.teacher}: expected a weight of 0 or more, "
+                "and a teacher with it"
+            )
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            raise StochaError(
+                f"loss_type is {self.loss_type!r} and label_smoothing_factor {self.label_smoothing_factor}: expected "
+                "'nll' and 0, the next-token loss"
+            )
+        if self.threshold_shift and (self.target_sparsity is None or self.target_sparsity == 1):
+            raise StochaError(
+                f"threshold_shift is true and target_sparsity {self.target_sparsity}: expected the share of zeros to "
+                "meet, below 1"
+            )
+        if self.fp16 and self.target_sparsity is not None:
+            raise StochaError("fp16 scales gradients, which target_sparsity does not see: expected bf16 or float32")
