@@ -119,8 +119,8 @@ def test_shards_of_an_earlier_publication_go_in_the_same_commit(checkpoint, hub,
     """Left behind, an old model.safetensors would be loaded in place of the new shards."""
     own = {"models/model.safetensors": b"theirs", "model-fp8.safetensors": b"theirs", "figure.png": b"theirs"}
     hub.add_repo("user/model", own)
-    single = convert(checkpoint(), tmp_path / "single")["files"]
-    sharded = convert(checkpoint(name="other", max_shard_size="20KB"), tmp_path / "sharded")["files"]
+    single = convert(checkpoint(), tmp_path / "single").files
+    sharded = convert(checkpoint(name="other", max_shard_size="20KB"), tmp_path / "sharded").files
     for number, (folder, files) in enumerate((("single", single), ("sharded", sharded), ("single", single)), 1):
         assert hub_run("stocha-publish", tmp_path / folder, "user/model").returncode == 0
         assert set(hub.files("user/model")) == {".gitattributes", *own, *files}
@@ -366,14 +366,14 @@ def test_a_converted_hub_model_keeps_its_first_source_when_converted_again(check
     [
         ("org/nothing", [], "", ["org/nothing", "no such repo"]),
         ("org/open", ["--revision", "nowhere"], "", ["org/open", "no such revision"]),
-        ("org/two--dashes", [], "", ["org/two--dashes", "no valid Hub id"]),
+        ("org/two--dashes", [], "", ["org/two--dashes", "not a valid Hub id"]),
         ("org/open", [], WRONG_TOKEN, ["org/open", "401", "HF_TOKEN"]),
         ("org/private", [], None, ["org/private", "private", "hf auth login"]),
         ("org/gated", [], None, ["org/gated", "gated", "hf auth login"]),
         ("org/closed", [], "", ["org/closed", "gated", "ask for access"]),
         ("org/pickled", [], "", ["org/pickled", "only pickle weights"]),
         ("org/empty", [], "", ["org/empty", "no config.json"]),
-        ("org/open", ["--push-to-hub", "user/two--dashes"], "", ["user/two--dashes", "no valid Hub id"]),
+        ("org/open", ["--push-to-hub", "user/two--dashes"], "", ["user/two--dashes", "not a valid Hub id"]),
         ("org/open", ["--push-to-hub", "user/model"], None, ["user/model", "no token", "hf auth login"]),
     ],
 )

@@ -69,8 +69,8 @@ def without_code(folder: Path, names: Collection[str], settings: dict[str, Any])
     """
     if settings.get("auto_map") and "tokenizer.json" not in names:
         raise StochaError(
-            f"the tokenizer of {folder} needs the code that its {TOKENIZER_CONFIG} names, which is never run: expected a "
-            "tokenizer.json beside it; save one with save_pretrained of a fast tokenizer"
+            f"the tokenizer of {folder} needs the code that its {TOKENIZER_CONFIG} names, which is never run: "
+            "expected a tokenizer.json beside it; save one with save_pretrained of a fast tokenizer"
         )
     return {key: value for key, value in settings.items() if key != "auto_map"}
 

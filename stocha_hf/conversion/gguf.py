@@ -1,8 +1,8 @@
 """Reading a .gguf file, or all parts of a split one, as an ordinary checkpoint.
 
-The header is checked first (gguf_header.py), its metadata become a config.json (gguf_config.py), and its tensors are
-compared with what that config asks for. Then one tensor after the other is dequantized by the package gguf, llama.cpp's
-own, and written: memory is that of one tensor. The tokenizer is the one inside the file, which transformers reads. It
+The header is checked first (gguf_header.py), its metadata become a config.json (gguf_config.py), and its tensors
+are compared with what that config asks for. Then one tensor after the other is dequantized by llama.cpp's own package
+gguf, and written: memory is that of one tensor. The tokenizer is the one inside the file, which transformers reads. It
 needs torch, and the extra `stocha_hf[gguf]`.
 
     model = check_gguf(Path("model-00001-of-00003.gguf"))
@@ -80,7 +80,8 @@ def check_gguf(path: Path) -> GgufModel:
     factors = found.pop(ROPE_FACTORS, None)
     tensors = {_renamed(name, config["model_type"], first): tensor for name, tensor in found.items()}
     check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, str(first))
-    config = with_scaled_rope(config, metadata, factors and _read(factors).flatten().tolist(), str(first))
+    scales = None if factors is None else _read(factors).flatten().tolist()
+    config = with_scaled_rope(config, metadata, scales, str(first))
     return GgufModel(first, metadata, config, tensors)
 
 
@@ -128,8 +129,8 @@ def _row_bytes(tensor: GgufTensor, name: str) -> int:
         values, size = 0, 0
     if not values or not tensor.shape[-1] or tensor.shape[-1] % values:
         raise StochaError(
-            f"{name} in {tensor.file} has the type {tensor.type} in rows of {tensor.shape[-1]}: expected a type of ggml "
-            "whose blocks fill a row; update the package gguf"
+            f"{name} in {tensor.file} has the type {tensor.type} in rows of {tensor.shape[-1]}: expected a "
+            "type of ggml whose blocks fill a row; update the package gguf"
         )
     return tensor.shape[-1] // values * size
 
@@ -193,14 +194,12 @@ def _write_tensors(model: GgufModel, path: Path, dtype: str) -> None:
         for name, tensor in tqdm(model.tensors.items(), desc="Dequantizing", unit="tensor", disable=None, leave=False):
             value = torch.from_numpy(_native(_read(tensor, name), name, model.config)).to(getattr(torch, dtype))
             if not value.isfinite().all():
-                raise StochaError(
-                    f"{name} of {model.path} has values that are not finite in {dtype}: expected numbers"
-                )
-            file.write(value.contiguous().view(torch.uint8).numpy())
+                raise StochaError(f"{name} of {model.path} has values that are not finite in {dtype}")
+            file.write(value.contiguous().view(torch.uint8).numpy().data)
 
 
 def _native(values: Any, name: str, config: dict[str, Any]) -> Any:
-    """A tensor as transformers has it: llama.cpp stores Llama's rotary pairs side by side, and Gemma's norms plus 1."""
+    """A tensor as transformers has it: GGUF puts a Llama's rotary pairs side by side, and adds 1 to Gemma's norms."""
     import numpy as np
 
     if config["model_type"] == "llama" and (".q_proj." in name or ".k_proj." in name):

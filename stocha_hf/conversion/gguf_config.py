@@ -1,8 +1,8 @@
 """What a GGUF file's metadata says as a config.json: everything that changes a number, exactly, or a refusal.
 
-Five architectures of llama.cpp are native classes here; a Mistral is a `llama` there, and a Llama with its sizes computes
-the same. Scaled rotary embeddings are carried over where transformers computes the same: linear, YaRN with its usual
-constants, and Llama 3.1's factors, which the file holds as the tensor rope_freqs.weight.
+Five architectures of llama.cpp are native classes here; a Mistral is a `llama` there, and a Llama with its sizes
+computes the same. Scaled rotary embeddings are carried over where transformers computes the same: linear, YaRN with
+its usual constants, and Llama 3.1's factors, which the file holds as the tensor rope_freqs.weight.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
         if key.startswith(("attention.", "rope.")) and key not in UNDERSTOOD:
             raise StochaError(f"{where} has {arch}.{key}, which {MODEL_TYPES[arch]} cannot express: {INSTEAD}")
     heads, hidden = own.get("attention.head_count"), own.get("embedding_length")
-    if not _are_counts(heads, hidden):
+    if heads is None or hidden is None or not _are_counts(heads, hidden):
         raise StochaError(
             f"{where} has {heads!r} attention heads and embedding length {hidden!r}: expected two counts"
         )

@@ -56,7 +56,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 def _header(path: Path, data: mmap.mmap) -> GgufHeader:
     cursor = _Cursor(data)
-    if cursor.take(4) != b"GGUF" or (version := cursor.number("I")) not in VERSIONS:
+    if cursor.take(4) != b"GGUF" or cursor.number("I") not in VERSIONS:
         raise ValueError(f"it does not begin with GGUF and a version of {VERSIONS}")
     tensors, entries = cursor.count(24), cursor.count(13)
     metadata: dict[str, Any] = {}

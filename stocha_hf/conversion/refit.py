@@ -7,17 +7,15 @@ streams after attention. MIX = 1 would undo all drift at once, 0 ignores it. A t
 mean square of its stream, which the next norm divides by. Nothing is backpropagated through the model.
 
 From folder to folder, a finished layer is written to a work folder beside the output (refit_work.py), so that a killed
-run goes on there and ends with the same weights. A model in memory is refitted in place.
+run goes on there and ends with the same weights. refit_model.py refits a model in memory.
 
     stocha-convert SOURCE OUTPUT --activation relu --refit DATA [--target-sparsity 0.8]
-    stocha_hf.refit(model, "text.parquet", tokenizer, target_sparsity=0.8)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,13 +23,12 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from tqdm import tqdm
 
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.checkpoints.names import public_name
-from stocha_hf.checkpoints.tensors import ModelTensors, Tensors
+from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit_ffn import BATCH, FFN, refit_ffn
 from stocha_hf.conversion.refit_shares import allocate
@@ -40,7 +37,7 @@ from stocha_hf.conversion.refit_work import Refit, layers_folder
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch, stocha_mlps, unpatch
+from stocha_hf.spec import StochaConfig
 
 TOKENS = 98_304  # default, or TOKENS_PER_NEURON x the FFN's width if that is more
 TOKENS_PER_NEURON = 8
@@ -111,128 +108,35 @@ def refit_checkpoint(source: Source, config: dict[str, Any], options: Refit, wor
     few tokens, activations that are not finite, and normal equations without a solution.
     """
     if "stocha" in source.config:
-        _check_original(read_entry(source.config, source.id), source.id)
+        check_original(read_entry(source.config, source.id), source.id)
     native = source.config | {source.architecture.act_key: config["stocha"]["base"]}
     length = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
-    windows = calibration_windows(options.data, source.folder, _wanted(options, native), length, options.seed)
-    tokens = _whole_batches(windows, native, str(options.data))
+    windows = calibration_windows(options.data, source.folder, wanted_tokens(options, native), length, options.seed)
+    tokens = whole_batches(windows, native, str(options.data))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = Layers(Tensors(source.folder), native, device)
     try:
         folder = layers_folder(work, _key(source, native, options, tokens))
         store = LayerFiles(folder, device)
-        figures = _refit_layers(layers, tokens, options, store, folder if options.on_disk else None)
+        figures = refit_layers(layers, tokens, options, store, folder if options.on_disk else None)
     except (OSError, SafetensorError) as error:
         raise StochaError(
             f"cannot write {work} ({error}): free space and start again with the same command, which goes on from "
             "the finished layers there"
         ) from error
-    stocha = _refitted(read_entry(config, source.id), options, tokens.numel(), figures)
+    stocha = refitted_entry(read_entry(config, source.id), options, tokens.numel(), figures)
     return Refitted(LayerFiles(folder), with_entry(config, stocha))
 
 
-def refit(
-    model: nn.Module,
-    data: str | Path | torch.Tensor,
-    tokenizer: Any = None,
-    *,
-    tokens: int | None = None,
-    target_sparsity: float | None = None,
-    seed: int = 0,
-) -> nn.Module:
-    """Refit a loaded model's FFNs for ReLU, in place, layer by layer and without training.
-
-    It takes the memory of the model, of one layer in float32 and of the calibration text's residual streams: 16 bytes
-    x tokens x hidden_size.
-
-    Args:
-        model: a native CausalLM of a known architecture, or one that was patched and still infers with its base
-            activation; of any float dtype, on one device.
-        data: a file, folder or Hub data set of text, or token ids, int64 [windows, length].
-        tokenizer: of the model; needed where `data` is text.
-        tokens: how many tokens of the text to use (default: 98304, or 8 per neuron if that is more).
-        target_sparsity: the wanted share of zeros in the hidden vectors, between 0 and 1; None is what plain ReLU makes.
-        seed: the same seed gives the same weights.
-
-    Returns:
-        The model, now its stocha class, with refitted gate_proj, up_proj and down_proj. It infers with relu, or with
-        fatrelu and one threshold per layer where `target_sparsity` asks for more zeros.
-
-    Raises:
-        StochaError: for a model that cannot be refitted, and too little text; the model is then as it was.
-    """
-    is_text = not isinstance(data, torch.Tensor)
-    options = Refit(str(data) if is_text else "token ids", tokens, target_sparsity, seed=seed)
-    before = _native_entry(model)
-    settings: Any = model.config
-    native = {key: value for key, value in settings.to_dict().items() if key not in ("stocha", "auto_map")}
-    native |= {ARCHITECTURES[settings.model_type].act_key: before.base}
-    if is_text:
-        length = min(WINDOW, settings.max_position_embeddings or WINDOW)
-        data = _text_windows(options, tokenizer, _wanted(options, native), length)
-    windows = _whole_batches(_checked_ids(data, settings.vocab_size), native, options.data)
-    layers = Layers(ModelTensors(model), native, str(next(model.parameters()).device))
-    store: dict[int, tuple[FFN, float]] = {}
-    figures = _refit_layers(layers, windows, options, store)
-    stocha = _refitted(before, options, windows.numel(), figures)
-    if stocha_mlps(model):
-        unpatch(model)
-    patch(model, StochaConfig.from_dict(stocha.to_dict()))
-    with torch.no_grad():
-        for index, mlp in enumerate(stocha_mlps(model)):
-            ffn, _ = store[index]
-            for part, matrix in zip(PARTS, (ffn.gate, ffn.up, ffn.down), strict=True):
-                getattr(mlp, part).weight.copy_(matrix)
-    return model
-
-
-def _check_original(entry: Any, where: str) -> None:
+def check_original(entry: StochaConfig, where: str) -> None:
     if entry.history and entry.inference != entry.base:
         raise StochaError(
-            f"{where} was trained or refitted for {entry.inference} already: expected a model that runs {entry.base}, the "
-            "original or one trained with it"
+            f"{where} was trained or refitted for {entry.inference} already: expected a model that runs {entry.base}, "
+            "the original or one trained with it"
         )
 
 
-def _native_entry(model: nn.Module) -> StochaConfig:
-    """The entry that a model's refit adds to. Raises StochaError for a model that cannot be refitted."""
-    config: Any = getattr(model, "config", None)
-    row = ARCHITECTURES.get(str(getattr(config, "model_type", None)))
-    names = {row.causal_lm, f"Stocha{row.causal_lm}"} if row else set()
-    if row is None or type(model).__name__ not in names:
-        known = ", ".join(row.causal_lm for row in ARCHITECTURES.values())
-        raise StochaError(f"the model is a {type(model).__name__}: expected one of {known}")
-    if not stocha_mlps(model):
-        if (act := getattr(config, row.act_key)) != row.act:
-            raise StochaError(f"the model has {row.act_key} {act!r}: expected {row.act!r}, the original's")
-        return StochaConfig(activation="relu").resolve(row.act)
-    entry = read_entry(config.to_dict(), "the model")
-    _check_original(entry, "the model")
-    return StochaConfig.from_dict(replace(entry, activation="relu", inference="relu", threshold=0.0).to_dict())
-
-
-def _text_windows(options: Refit, tokenizer: Any, wanted: int, length: int) -> torch.Tensor:
-    if tokenizer is None:
-        raise StochaError(f"refitting on {options.data} needs a tokenizer: expected the model's own, or token ids")
-    with tempfile.TemporaryDirectory(prefix="stocha-tokenizer-") as folder:
-        tokenizer.save_pretrained(folder)
-        return calibration_windows(options.data, Path(folder), wanted, length, options.seed)
-
-
-def _checked_ids(windows: Any, vocabulary: int) -> torch.Tensor:
-    if windows.dim() != 2 or windows.dtype != torch.int64 or (windows.numel() and not _within(windows, vocabulary)):
-        raise StochaError(
-            f"the token ids are {windows.dtype} of shape {list(windows.shape)}: expected int64 [windows, length], each "
-            f"from 0 to {vocabulary - 1}"
-        )
-    return windows.cpu()
-
-
-def _within(windows: torch.Tensor, vocabulary: int) -> bool:
-    return 0 <= int(windows.min()) and int(windows.max()) < vocabulary
-
-
-def _wanted(options: Refit, config: dict[str, Any]) -> int:
+def wanted_tokens(options: Refit, config: dict[str, Any]) -> int:
     """How many tokens of text to refit on. Raises StochaError for too few."""
     width = config["intermediate_size"]
     needed, wanted = LEAST_PER_NEURON * width, options.tokens or max(TOKENS, TOKENS_PER_NEURON * width)
@@ -244,7 +148,7 @@ def _wanted(options: Refit, config: dict[str, Any]) -> int:
     return wanted
 
 
-def _whole_batches(windows: torch.Tensor, config: dict[str, Any], data: str) -> torch.Tensor:
+def whole_batches(windows: torch.Tensor, config: dict[str, Any], data: str) -> torch.Tensor:
     """Token ids [windows, length] in whole batches. Raises StochaError where they are too few."""
     width, length = config["intermediate_size"], windows.shape[1]
     windows = windows[: len(windows) // WINDOWS * WINDOWS]
@@ -256,7 +160,7 @@ def _whole_batches(windows: torch.Tensor, config: dict[str, Any], data: str) -> 
     return windows
 
 
-def _refit_layers(
+def refit_layers(
     layers: Layers, tokens: torch.Tensor, options: Refit, store: Store, on_disk: Path | None = None
 ) -> list[tuple[float, float]]:
     """Threshold and held-out error of each layer, whose weights are then in `store`."""
@@ -284,7 +188,9 @@ def _refit_layers(
     return done
 
 
-def _refitted(entry: Any, options: Refit, tokens: int, figures: list[tuple[float, float]]) -> Any:
+def refitted_entry(
+    entry: StochaConfig, options: Refit, tokens: int, figures: list[tuple[float, float]]
+) -> StochaConfig:
     """The entry of a refitted model: what it runs, and one more stage of its history."""
     thresholds, errors = map(list, zip(*figures, strict=True))
     stage = {

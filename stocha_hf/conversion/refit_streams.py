@@ -71,7 +71,7 @@ class Streams:
             progress()
         if not (self.targets.isfinite().all() and weights.isfinite().all() and self.inputs.isfinite().all()):
             raise StochaError(
-                f"layer {index} computes values that are no numbers on the calibration text: expected a model that "
+                f"layer {index} computes values that are not finite on the calibration text: expected a model that "
                 "runs in float32; check the source's weights"
             )
         return Rows(*(tensor.to(device) for tensor in (self.inputs, self.targets, weights / weights.mean())))

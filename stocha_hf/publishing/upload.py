@@ -20,7 +20,6 @@ from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, check_links, comp
 from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
 from stocha_hf.checkpoints.modeling_file import is_ours
-from stocha_hf.errors import StochaError
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
 from stocha_hf.publishing.tables import FOLDER as MEASUREMENTS
@@ -118,12 +117,8 @@ def _content(folder: Path, name: str, files: list[str]) -> str | bytes:
     """What is sent of a file: the file as it is, but no name of code in a config that could be given one."""
     if name == CONFIG:
         config = inspection.read_config(folder)
-        expected = inspection.check_config(config, str(folder)).auto_map
-        return (
-            str(folder / name)
-            if config.get("auto_map") == expected
-            else dump(config | {"auto_map": expected}).encode()
-        )
+        code = inspection.check_config(config, str(folder)).auto_map
+        return str(folder / name) if config.get("auto_map") == code else dump(config | {"auto_map": code}).encode()
     if name == TOKENIZER_CONFIG:
         settings = inspection.read_json(folder / name, "a tokenizer's settings")
         cleaned = without_code(folder, files, settings)
@@ -132,14 +127,14 @@ def _content(folder: Path, name: str, files: list[str]) -> str | bytes:
 
 
 def _modeling_file(folder: Path) -> Path:
-    """The folder's own modeling file if it is ours, else the package's; it may be absent where the native class saved."""
+    """The folder's own modeling file if it is ours, else the package's; a native class saves none."""
     own = folder / MODELING_FILE.name
     if own.is_file() and is_ours(own):
         return own
     if own.exists():
         warnings.warn(
-            f"{own} is not a file that stocha_hf wrote, so the package's own {own.name} is published in its place; the "
-            "folder's stays as it is",
+            f"{own} is not a file that stocha_hf wrote, so the package's own {own.name} is published in its place; "
+            "the folder's stays as it is",
             stacklevel=4,
         )
     return MODELING_FILE
