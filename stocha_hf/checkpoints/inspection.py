@@ -30,7 +30,9 @@ def user_path(name: str | Path) -> Path:
     """A path that the user gave, with ~ expanded. Raises StochaError for one that no file system has."""
     try:
         path = Path(name).expanduser()
-        path.exists()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StochaError(

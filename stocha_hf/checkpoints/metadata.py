@@ -18,6 +18,7 @@ from stocha_hf.checkpoints.names import check_label, public_name
 __all__ = ["INHERITED", "plain_metadata", "public_name", "source_metadata"]
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # what a new card repeats
 LONGEST = 2**16  # bytes of a card in which its metadata must end; parsing takes a second for as many
+DEEPEST = 20  # brackets within brackets
 STRING, LIST = 512, 64  # characters and items at most
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 
@@ -33,10 +34,21 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     try:
         with (folder / CARD).open("rb") as file:
             block = _METADATA.match(file.read(LONGEST).decode("utf-8-sig", errors="replace"))
-        metadata = yaml.load(block[1], Loader=yaml.BaseLoader) if block else {}
+        if block is None or _depth(block[1]) > DEEPEST:
+            return {}
+        metadata = yaml.load(block[1], Loader=yaml.BaseLoader)
     except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError):
         return {}
     return plain_metadata(metadata, str(folder / CARD)) if isinstance(metadata, dict) else {}
+
+
+def _depth(text: str) -> int:
+    """How deep brackets nest, at least; the time of parsing grows with its square."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def plain_metadata(metadata: dict[Any, Any], where: str) -> dict[str, Any]:

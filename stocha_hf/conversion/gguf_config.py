@@ -24,6 +24,10 @@ UNDERSTOOD = {  # keys of an architecture's attention and rope that are read bel
     *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scale_linear"),
 }
+COUNTS = (
+    *("embedding_length", "feed_forward_length", "block_count", "context_length", "attention.head_count"),
+    *("attention.head_count_kv", "attention.key_length"),
+)
 LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, which scale attention by hidden_size / heads
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of every Llama since 3.1
 LLAMA3_CONTEXT = 8192
@@ -40,33 +44,35 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
         known = ", ".join(MODEL_TYPES)
         raise StochaError(f"{where} has the architecture {arch!r}: expected a dense gated model of {known}")
     own = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
+    rows = [*tensors.get("token_embd.weight", ()), None][0]
     for key in own:
         if key.startswith(("attention.", "rope.")) and key not in UNDERSTOOD:
             raise StochaError(f"{where} has {arch}.{key}, which {MODEL_TYPES[arch]} cannot express: {INSTEAD}")
-    heads, hidden = own.get("attention.head_count"), own.get("embedding_length")
-    if heads is None or hidden is None or not _are_counts(heads, hidden):
-        raise StochaError(
-            f"{where} has {heads!r} attention heads and embedding length {hidden!r}: expected two counts"
-        )
-    head_dim = own.get("attention.key_length", hidden // heads)
+    counts = {key: own.get(key) for key in COUNTS} | {"the rows of token_embd.weight": rows}
+    counts["attention.head_count_kv"] = own.get("attention.head_count_kv", counts["attention.head_count"])
+    counts["attention.key_length"] = own.get("attention.key_length", _quotient(own))
+    for key, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise StochaError(f"{where} has {value!r} for {key}: expected a whole number of at least 1")
+    hidden, width, layers, context, heads, kv_heads, head_dim, vocabulary = (int(value) for value in counts.values())
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, head_dim) != head_dim:
             raise StochaError(f"{where} has {arch}.{key} {own[key]} and heads of {head_dim}: {INSTEAD}")
     if own.get("attention.causal", True) is not True or own.get("expert_count"):
         raise StochaError(f"{where} is a mixture of experts or no causal model: expected a dense causal one")
     row = ARCHITECTURES[MODEL_TYPES[arch]]
-    config = {
+    config: dict[str, Any] = {
         "architectures": [row.causal_lm],
         "model_type": MODEL_TYPES[arch],
         row.act_key: row.act,
         "hidden_size": hidden,
-        "intermediate_size": own.get("feed_forward_length"),
-        "num_hidden_layers": own.get("block_count"),
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": own.get("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "vocab_size": [*tensors.get("token_embd.weight", ()), None][0],
-        "max_position_embeddings": own.get("context_length"),
+        "vocab_size": vocabulary,
+        "max_position_embeddings": context,
         "rms_norm_eps": _float(own.get("attention.layer_norm_rms_epsilon"), "rms_norm_eps", where),
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": {
@@ -74,8 +80,6 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
             "rope_theta": _float(own.get("rope.freq_base", 1e4), "rope", where),
         },
     }
-    if not _are_counts(config["max_position_embeddings"]):
-        raise StochaError(f"{where} has the context length {config['max_position_embeddings']!r}: expected a count")
     if MODEL_TYPES[arch] != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if arch == "llama":
@@ -129,7 +133,7 @@ def with_scaled_rope(
     if kind in ("linear", "yarn"):
         scaling = {"rope_type": kind, "factor": _float(factor, "rope.scaling.factor", where)}
         if kind == "yarn":
-            if not _are_counts(context):
+            if type(context) is not int or context < 1:
                 raise StochaError(f"{where} has YaRN without an original context length: {INSTEAD}")
             scaling["original_max_position_embeddings"] = context
     elif kind != "none":
@@ -161,8 +165,10 @@ def _llama3(base: float | None, head_dim: int, factors: Sequence[float], context
     return {"rope_type": "llama3", "factor": factor, **LLAMA3, "original_max_position_embeddings": context}
 
 
-def _are_counts(*values: Any) -> bool:
-    return all(type(value) is int and value > 0 for value in values)
+def _quotient(own: Mapping[str, Any]) -> int | None:
+    """The size of a head where the metadata leave it open."""
+    hidden, heads = own.get("embedding_length"), own.get("attention.head_count")
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
 
 
 def _float(value: Any, what: str, where: str) -> float:
