@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -170,6 +171,34 @@ def test_a_killed_upload_is_taken_up_where_it_ended(checkpoint, hub, hub_run, tm
     done = succeeded(hub_run("stocha-publish", tmp_path / "stocha", "user/model", "--json"))
     assert [oid for oid, _ in hub.uploads] == [missing]
     assert hub.commits("user/model")[0] == done["commit"] and len(hub.commits("user/model")) == 2
+
+
+KILLED = """
+import os, signal, sys
+from huggingface_hub import HfApi
+from stocha_hf.publishing.upload import publish
+folder, step = sys.argv[1:]
+real = getattr(HfApi, step)
+
+def killed(*args, **kwargs):
+    real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(HfApi, step, killed)
+publish(folder, "user/model")
+"""
+
+
+@pytest.mark.parametrize(("step", "commits"), [("create_repo", 1), ("create_commit", 2), ("create_tag", 2)])
+def test_a_publication_that_was_killed_is_finished_by_the_next(checkpoint, hub, hub_run, tmp_path, step, commits):
+    convert(checkpoint(), tmp_path / "stocha")
+    before = upload(tmp_path / "stocha")
+    assert hub_run(KILLED, tmp_path / "stocha", step).returncode == -signal.SIGKILL
+    assert len(hub.commits("user/model")) == commits and upload(tmp_path / "stocha") == before
+    done = succeeded(hub_run("stocha-publish", tmp_path / "stocha", "user/model", "--json"))
+    assert len(hub.commits("user/model")) == 2 and len(hub.uploads) == 1
+    assert hub.tags("user/model") == {done["tag"]: hub.commits("user/model")[0]}
+    assert upload(tmp_path / "stocha") == before
 
 
 def test_an_upload_that_fails_is_one_sentence_and_commits_nothing(checkpoint, hub, hub_run, tmp_path):

@@ -180,6 +180,9 @@ def test_only_a_modeling_file_of_ours_is_published(checkpoint, tmp_path):
         return Path(str(item.path_or_fileobj)).read_bytes()
 
     assert is_ours(out / "modeling_stocha.py") and published() == MODELING_FILE.read_bytes()
+    for released in (Path(__file__).parent / "released").glob("*.py"):
+        (out / "modeling_stocha.py").write_bytes(released.read_bytes())
+        assert is_ours(out / "modeling_stocha.py") and published() == released.read_bytes()
     (out / "modeling_stocha.py").write_text(MODELING_FILE.read_text() + "\nimport os\n")
     with pytest.warns(UserWarning, match="not a file that stocha_hf wrote, so the package's own"):
         assert published() == MODELING_FILE.read_bytes()

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stocha_hf.checkpoints.names import check_origin
+from stocha_hf.checkpoints.names import check_label, check_origin
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import ARCHITECTURES, StochaConfig
 
 SIZES = ("num_hidden_layers", "intermediate_size")
+MOST_LAYERS = 10_000
 ACT_KEYS = ("hidden_act", "hidden_activation")  # Gemma's configs on the Hub hold both, and its class reads one
 
 
@@ -34,19 +35,15 @@ def read_entry(config: Mapping[str, Any], where: str) -> StochaConfig:
 
 def checked_entry(entry: dict[str, Any], config: Mapping[str, Any], where: str) -> StochaConfig:
     """An entry for a config as a StochaConfig, with nothing left open. Raises StochaError as `read_entry` does."""
-    act, layers, width = ARCHITECTURES[str(config["model_type"])].act, *map(config.get, SIZES)
+    row, layers, width = ARCHITECTURES[str(config["model_type"])], *map(config.get, SIZES)
     try:
-        stocha = StochaConfig.from_dict(entry).resolve(act)
-    except (ValueError, TypeError) as error:
+        stocha = StochaConfig.from_dict(entry).resolve(row.act)
+        if isinstance(layers, int) and layers <= MOST_LAYERS:  # what is no count of layers is refused with the tensors
+            stocha.thresholds(layers, width if isinstance(width, int) else None)
+    except ValueError as error:
         raise StochaError(f"the stocha entry of {where} is wrong: {error}") from error
     check_origin(stocha.source, where)
-    if isinstance(stocha.threshold, list) and len(stocha.threshold) != layers:
-        raise StochaError(
-            f"threshold has {len(stocha.threshold)} numbers for the {layers} layers of {where}: expected one, or one "
-            "per layer"
-        )
-    if stocha.k is not None and isinstance(width, int) and stocha.k > width:
-        raise StochaError(f"k is {stocha.k}: expected at most {width}, the neurons in a layer of {where}")
+    check_label(stocha.stocha_version, f"stocha.stocha_version of {where}")
     return stocha
 
 

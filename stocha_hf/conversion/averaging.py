@@ -26,7 +26,6 @@ from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.convert import check_output, write_checkpoint
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import StochaConfig
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _comparable(source: Source) -> dict[str, Any]:
 def _mean_config(found: Sequence[Source], parts: Sequence[float]) -> dict[str, Any]:
     """The first config with the mean thresholds, and a history that says what was averaged."""
     entries = [read_entry(source.config, source.id) for source in found]
-    layers = zip(*(_per_layer(entry, found[0].config["num_hidden_layers"]) for entry in entries), strict=True)
+    layers = zip(*(entry.thresholds(found[0].config["num_hidden_layers"]) for entry in entries), strict=True)
     means = [sum(part * value for part, value in zip(parts, layer, strict=True)) for layer in layers]
     histories = [entry.history or [] for entry in entries]
     common = 0
@@ -132,10 +131,6 @@ def _mean_config(found: Sequence[Source], parts: Sequence[float]) -> dict[str, A
     }
     mean = replace(entries[0], threshold=means if len(set(means)) > 1 else means[0], history=histories[0][:common])
     return with_entry(found[0].config, with_stage(mean, stage))
-
-
-def _per_layer(entry: StochaConfig, layers: int) -> list[float]:
-    return entry.threshold if isinstance(entry.threshold, list) else [entry.threshold] * layers
 
 
 def _mean_weights(found: Sequence[Source], parts: Sequence[float], folder: Path) -> None:

@@ -32,7 +32,8 @@ from stocha_hf.conversion.refit_ffn import FFN
 from stocha_hf.conversion.refit_work import Refit
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch, stocha_mlps, unpatch
+from stocha_hf.modeling_stocha import patch, stocha_mlps, unpatch
+from stocha_hf.spec import ARCHITECTURES, StochaConfig
 
 
 def refit(
@@ -82,7 +83,7 @@ def refit(
     stocha = refitted_entry(before, options, windows.numel(), figures)
     if stocha_mlps(model):
         unpatch(model)
-    patch(model, StochaConfig.from_dict(stocha.to_dict()))
+    patch(model, stocha)  # type: ignore[arg-type] # inside the package there is one StochaConfig
     with torch.no_grad():
         for index, mlp in enumerate(stocha_mlps(model)):
             ffn, _ = store[index]
@@ -105,7 +106,7 @@ def _native_entry(model: nn.Module) -> StochaConfig:
         return StochaConfig(activation="relu").resolve(row.act)
     entry = read_entry(config.to_dict(), "the model")
     check_original(entry, "the model")
-    return StochaConfig.from_dict(replace(entry, activation="relu", inference="relu", threshold=0.0).to_dict())
+    return replace(entry, activation="relu", inference="relu", threshold=0.0)
 
 
 def _text_windows(options: Refit, tokenizer: Any, wanted: int, length: int) -> torch.Tensor:
