@@ -171,9 +171,9 @@ def spoil(tensors: dict[str, np.ndarray]) -> None:
 
 LONGROPE = scaled(gguf.RopeScalingType.LONGROPE)
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {  # case -> (options of write_gguf, what the sentence says)
-    "no up_proj": (drop("blk.1.ffn_up.weight"), r"no tensor layers.1.mlp.up_proj.weight"),
+    "no up_proj": (drop("blk.1.ffn_up.weight"), r"tensor layers.1.mlp.up_proj.weight of .* is missing"),
     "no embedding": (drop("token_embd.weight"), r"None for the rows of token_embd.weight"),
-    "no final norm": (drop("output_norm.weight"), r"no tensor norm.weight"),
+    "no final norm": (drop("output_norm.weight"), r"tensor norm.weight of .* is missing"),
     "another shape": (put("blk.0.attn_k.weight", 8, 32), r"k_proj.weight of .* shape \[8, 32\]: expected \[16, 32\]"),
     "a layer too many": (put("blk.2.attn_q.weight", 32, 32), r"tensor layers.2.self_attn.q_proj.weight, .* ignore"),
     "an unknown tensor": (put("blk.0.ffn_sub_norm.weight", 32), r"blk.0.ffn_sub_norm.weight, which a llama"),

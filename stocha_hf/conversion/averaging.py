@@ -87,7 +87,7 @@ def _parts(sources: Sequence[str | Path], shares: Sequence[float] | None) -> lis
     total = sum(map(float, shares)) if numbers else math.nan
     parts = [share / total for share in shares] if 0 < total < math.inf else []
     if len(shares) != len(sources) or not all(parts) or not parts:
-        given = " ".join(map(str, shares))
+        given = " ".join(f"{share:g}" if isinstance(share, float) else repr(share) for share in shares)
         raise StochaError(
             f"shares are {given}: expected {len(sources)} positive numbers, one per checkpoint, with a finite sum"
         )
