@@ -75,7 +75,7 @@ def put(name: str, *shape: int) -> Edit:
 SPOILED: dict[str, tuple[Edit, str]] = {
     "no q_proj": (
         pop("model.layers.1.self_attn.q_proj.weight"),
-        r"tensor layers.1.self_attn.q_proj.weight of .* is missing",
+        r"layers.1.self_attn.q_proj.weight of .* is missing",
     ),
     "no embedding": (pop("model.embed_tokens.weight"), r"tensor embed_tokens.weight of .* is missing"),
     "no final norm": (pop("model.norm.weight"), r"tensor norm.weight of .* is missing"),
