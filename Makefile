@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test style clean
+.PHONY: demo test test-fast lint style clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,11 +17,16 @@ BIN := .venv/bin
 demo: .venv/demo-model
 	$(BIN)/python recipes/demo.py
 
-test: .venv/installed
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 style: .venv/installed
 	$(BIN)/ruff check --fix .

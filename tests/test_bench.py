@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, tiny_model
+from helpers import assert_refused, run_command, tiny_model
 
 from stocha_hf.measurement import speed, speed_ffn, speed_models
 from stocha_hf.modeling_stocha import StochaConfig, patch

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import assert_refused, run_command
+from helpers import assert_refused, run_command
 from safetensors.torch import load_file, save_file
 
 from stocha_hf.checkpoints.hashing import weights_hash

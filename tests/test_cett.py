@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, tiny_model
+from helpers import assert_refused, run_command, tiny_model
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.errors import StochaError

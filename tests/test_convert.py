@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, assert_refused, run_command, run_python
+from helpers import BIN, assert_refused, run_command, run_python
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 

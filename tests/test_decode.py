@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, run_python, tiny_model
+from helpers import CONFIGS, run_python, tiny_model
 
 from stocha_hf.decoding import ops
 from stocha_hf.decoding.gate_prediction import predict_gates

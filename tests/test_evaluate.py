@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, tiny_model, tiny_tokenizer
+from helpers import assert_refused, run_command, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.hashing import weights_hash

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
+from helpers import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.errors import StochaError

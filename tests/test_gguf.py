@@ -7,7 +7,7 @@ import json
 import gguf
 import numpy as np
 import torch
-from conftest import assert_refused, run_command
+from helpers import assert_refused, run_command
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 

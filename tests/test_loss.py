@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, run_python, tiny_model
+from helpers import CONFIGS, run_python, tiny_model
 
 from stocha_hf.errors import StochaError
 from stocha_hf.training.losses import (

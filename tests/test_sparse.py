@@ -10,12 +10,12 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_python
+from helpers import run_python
+from helpers.kernels import bound, dense, error, matrices
 
 from stocha_hf.decoding import build, ops
 from stocha_hf.decoding.gate_prediction import CoarseGate, candidates
@@ -24,26 +24,6 @@ from stocha_hf.modeling_stocha import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 96), (33, 77), (16, 8), (100, 300), (1, 1)]  # (H, M), also no multiples of the vector width
-
-
-def dense(x: Any, gate: Any, up: Any, down_t: Any, activation: str, threshold: float) -> torch.Tensor:
-    ffn: Any = SimpleNamespace(threshold=threshold)
-    return ACTIVATIONS[activation].function(F.linear(x, gate), F.linear(x, up), ffn) @ down_t
-
-
-def matrices(size: int, width: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    torch.manual_seed(size + width + tokens)
-    weights = [torch.randn(width, size) * size**-0.5 for _ in range(3)]
-    return [tensor.to(dtype) for tensor in (torch.randn(tokens, size), *weights)]
-
-
-def bound(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """What PyTorch's own result leaves as an error, and a quarter of the type's precision, as sums differ in order."""
-    return 1.5 * error(found, exact) + torch.finfo(found.dtype).eps / 4 + 1e-6
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-9)).item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from conftest import tiny_model
+from helpers import tiny_model
 from torch._dynamo.utils import counters
 
 import stocha_hf

@@ -11,13 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import run_python, tiny_model
 from datasets import Dataset
+from helpers import run_python, tiny_model
+from helpers.training import RELU, SILU, TOKENS, arguments, losses, run
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -28,65 +27,11 @@ from stocha_hf.training.compiled_layers import compile_layers, narrow_stream
 from stocha_hf.training.run import parse, train
 from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
 
-STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
-RELU = "[{activation: relu, until: 1.0}]"
-SILU = "[{activation: silu, until: 1.0}]"
-TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
 RECIPE = """
 import sys
 from stocha_hf.training.run import main
 main("recipe")
 """
-
-
-@pytest.fixture
-def base(checkpoint, tmp_path) -> Path:
-    convert(checkpoint(), tmp_path / "base", p=0.3)
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def text(tmp_path) -> Path:
-    """Periodic sequences of words, which a tiny model learns within a few steps."""
-    rows = [" ".join(f"w{4 + (7 * i + 3 * j) % 60}" for j in range(40)) for i in range(200)]
-    path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return path
-
-
-def arguments(base: Path, text: Path, output: Path, **changes: Any) -> list[str]:
-    options = {
-        "model_name_or_path": base,
-        "dataset": text,
-        "output_dir": output,
-        "schedule": STOCHA_FT,
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "max_length": 32,
-        "packing": True,
-        "packing_strategy": "wrapped",
-        "learning_rate": 1e-3,
-        "logging_steps": 2,
-        "save_steps": 4,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-    }
-    return [word for key, value in (options | changes).items() for word in (f"--{key}", str(value))]
-
-
-def run(base: Path, text: Path, output: Path, **changes: Any) -> list[dict[str, float]]:
-    """Train in this process; returns the log history."""
-    train(*parse(arguments(base, text, output, **changes), None))
-    return json.loads((output / f"checkpoint-{changes.get('max_steps', 8)}" / "trainer_state.json").read_text())[
-        "log_history"
-    ]
-
-
-def losses(history: list[dict[str, float]]) -> list[float]:
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_sparse import bound, dense, error, matrices
+from helpers import tiny_model
+from helpers.kernels import bound, dense, error, matrices
 
 from stocha_hf.decoding import ops, triton_ffn
 from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps
