@@ -1,6 +1,6 @@
 """What makes a training step fast on a GPU: one compiled layer for all, and a residual stream of half the bytes.
 
-StochaTrainer calls both, the first where `torch_compile` is true; docs/training.md says what they gain.
+StochaTrainer calls both, the first where `torch_compile` is true; docs/experiments/training.md says what they gain.
 """
 
 from __future__ import annotations
