@@ -1,10 +1,12 @@
-"""mkdocs hook: put every command's --help where a page says COMMANDS, so that the reference cannot grow stale.
+"""mkdocs hook: put what the package says of itself into pages, so that they cannot grow stale.
 
-Reads the parsers themselves; mkdocs.yml names this file.
+COMMANDS becomes every command's --help, MODULES the first sentence of every module's docstring. mkdocs.yml names this
+file.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import sys
@@ -14,12 +16,29 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-COMMANDS = "<!-- commands -->"
+COMMANDS, MODULES = "<!-- commands -->", "<!-- modules -->"
 VERBS = sorted(path.stem for path in Path("stocha_hf/cli").glob("*.py") if not path.stem.startswith("_"))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace(COMMANDS, "\n".join(map(section, VERBS))) if COMMANDS in markdown else markdown
+    for marker, text in {COMMANDS: commands, MODULES: modules}.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, text())
+    return markdown
+
+
+def modules() -> str:
+    paths = [path for path in sorted(Path("stocha_hf").rglob("*.py")) if path.name != "__init__.py"]
+    return "| module | purpose |\n| --- | --- |\n" + "".join(f"| `{path}` | {purpose(path)} |\n" for path in paths)
+
+
+def purpose(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(docstring.partition("\n\n")[0].split()).replace("|", "\\|")
+
+
+def commands() -> str:
+    return "\n".join(map(section, VERBS))
 
 
 def section(verb: str) -> str:

@@ -97,6 +97,7 @@ def test_metadata_holds_the_results_and_keeps_the_licence(converted: Path, tmp_p
     assert source_metadata(converted)["license"] == "apache-2.0"
 
 
+@pytest.mark.slow
 def test_a_measured_checkpoint_end_to_end(converted: Path, tmp_path: Path) -> None:
     """The verbs' own output is what stocha-card reads."""
     text = tmp_path / "text.txt"

@@ -114,6 +114,7 @@ def test_a_native_model_is_refused() -> None:
         CettCurve(tiny_model(), WINDOWS)
 
 
+@pytest.mark.slow
 def test_the_command_tells_the_curve_and_draws_it(checkpoint, tmp_path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 60}" for i in range(500)))

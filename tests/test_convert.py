@@ -195,6 +195,7 @@ def large_source(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_no_output_or_a_whole_one(large_source, tmp_path):
     out = tmp_path / "out"
     command = [str(BIN / "stocha-convert"), str(large_source), str(out), "--overwrite"]

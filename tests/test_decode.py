@@ -202,6 +202,7 @@ def test_down_proj_is_laid_out_anew_without_a_copy_and_saved_as_before(tmp_path:
     assert down.weight.grad is not None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_among_processes_no_weight_is_laid_out_anew(tmp_path: Path, calls: dict[str, int]) -> None:
     model, laid_out = relu_model(), relu_model()
@@ -221,6 +222,7 @@ def test_among_processes_no_weight_is_laid_out_anew(tmp_path: Path, calls: dict[
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_a_compiled_step_keeps_the_kernels(calls: dict[str, int]) -> None:
@@ -287,6 +289,7 @@ print(out.tolist(), model.model.layers[0].mlp.kernels is not None, model.model.l
 """
 
 
+@pytest.mark.slow
 def test_a_published_folder_decodes_the_same_with_and_without_the_package(tmp_path: Path) -> None:
     model = relu_model()
     model.save_pretrained(tmp_path / "relu")

@@ -12,6 +12,8 @@ from helpers import BIN
 from helpers.training import RELU, TOKENS, arguments, losses, run
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow  # two processes a test
+
 ROOT = Path(__file__).parent.parent
 PROBE = ROOT / "tests" / "helpers" / "distributed_probe.py"
 

@@ -107,7 +107,7 @@ def test_commands_parse(page: Path) -> None:
         check(command, words)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_the_examples_of_help_parse(verb: str) -> None:
     examples = list(commands(import_module(f"stocha_hf.cli.{verb}").__doc__))
     assert examples
@@ -117,8 +117,6 @@ def test_the_examples_of_help_parse(verb: str) -> None:
 
 def check(command: str, words: list[str]) -> None:
     verb = command.removeprefix("stocha-")
-    if verb == "train":  # its keys are trl's: test_recipes.py
-        return
     try:
         import_module(f"stocha_hf.cli.{verb}").parser().parse_args(words)
     except SystemExit:
@@ -128,11 +126,11 @@ def check(command: str, words: list[str]) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_options_that_are_named_exist(page: Path) -> None:
     """In prose; those of whole command lines are parsed above."""
-    options = {option for verb in VERBS if verb != "train" for option in parser_options(verb)}
+    options = {option for verb in VERBS for option in parser_options(verb)}
     scripts = "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))
     known = options | set(re.findall(r'"(--[\w-]+)"', scripts)) | {"--help", "--no-deps", "--config_file", "--config"}
     for code in re.findall(r"`([^`]+)`", prose(page)):
-        if not re.match(r"(?:pip|accelerate|git|lm_eval|stocha-train)\b", code):
+        if not re.match(r"(?:pip|accelerate|git|lm_eval)\b", code):
             unknown = set(re.findall(r"(?<!\S)--[\w-]+", code)) - known
             assert not unknown, f"{name(page)} names {' '.join(unknown)}, which no command has"
 

@@ -85,6 +85,7 @@ def test_predictions_are_compared_by_their_definitions() -> None:
     assert compare(model, model, windows) == {"kl": pytest.approx(0, abs=1e-6), "top1_agreement": 1.0}
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_model_beside_another(checkpoint, tmp_path) -> None:
     source, text = checkpoint(), tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 60}" for i in range(500)))

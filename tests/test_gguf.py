@@ -6,6 +6,7 @@ import json
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from helpers import assert_refused, run_command
 from safetensors.torch import load_file
@@ -59,6 +60,7 @@ def write_gguf(path) -> dict[str, np.ndarray]:
     return made
 
 
+@pytest.mark.slow
 def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path):
     source, out = tmp_path / "model.gguf", tmp_path / "out"
     made = write_gguf(source)

@@ -26,6 +26,7 @@ from helpers.loopback_hub import LoopbackHub
 from stocha_hf.conversion.convert import convert
 from stocha_hf.spec import MODELING_FILE
 
+pytestmark = pytest.mark.slow  # every test starts processes
 Done = subprocess.CompletedProcess[str]
 WRONG_TOKEN = "hf_of_somebody_else"
 STRAYS = ("optimizer.pt", "pytorch_model.bin", "notes.txt", "checkpoint-10/model.safetensors")

@@ -90,6 +90,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_operators_have_fake_implementations_and_compile() -> None:
     x, gate, up, down_t = matrices(64, 96, 2)
@@ -103,6 +104,7 @@ def test_the_operators_have_fake_implementations_and_compile() -> None:
     assert torch.equal(compiled(x), expected)
 
 
+@pytest.mark.slow
 def test_without_special_instructions_the_kernels_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("-O1", *(flag for flag in build.FLAGS if not flag.startswith(("-march", "-O"))))  # -O3 takes its time
     portable = build.with_types(ctypes.CDLL(str(build.compiled(flags))))
@@ -131,6 +133,7 @@ print(ops.available(), *[w.message for w in caught if "stocha_hf" in str(w.messa
 """
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once_into_an_empty_cache(tmp_path: Path) -> None:
     quick = tmp_path / "g++"
     quick.write_text('#!/bin/sh\nexec g++ "$@" -O1\n')
