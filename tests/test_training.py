@@ -24,12 +24,13 @@ from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mlps
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream
-from stocha_hf.training.run import parse, train
+from stocha_hf.training.run import parse
+from stocha_hf.training.run import run as run_training
 from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
 
 RECIPE = """
 import sys
-from stocha_hf.training.run import main
+from stocha_hf.cli.train import main
 main("recipe")
 """
 
@@ -124,7 +125,7 @@ def test_a_killed_run_goes_on_with_the_same_command_to_the_same_losses(base, tex
     run_slowly.wait()
     stopped_at = last_checkpoint(tmp_path / "killed")
     assert stopped_at is not None and stopped_at.name != "checkpoint-12"
-    train(*parse(argv, None))
+    run_training(*parse(argv, None))
     state = json.loads((tmp_path / "killed" / "checkpoint-12" / "trainer_state.json").read_text())
     assert losses(state["log_history"]) == whole
 
@@ -352,7 +353,7 @@ REFUSALS = {
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(base, text, tmp_path, case):
     changes, words = REFUSALS[case]
     with pytest.raises(StochaError, match=words) as refusal:
-        train(*parse(arguments(base, text, tmp_path / "out", **changes), None))
+        run_training(*parse(arguments(base, text, tmp_path / "out", **changes), None))
     assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
 
 
