@@ -40,8 +40,8 @@ def parser(prog: str = "stocha-train") -> Parser:
     verb = _TrainParser(prog, __doc__)
     verb.usage = "%(prog)s --config FILE [--accelerate NAME] [--KEY VALUE ...]"
     verb.add_argument("--config", metavar="FILE", help="the recipe: a YAML file of keys and values")
-    verb.add_argument("--accelerate", metavar="NAME", help="launch by accelerate: single, cpu, ddp, fsdp2, zero3, FILE")
-    verb.add_argument("--num_processes", metavar="N", type=int, help="processes of --accelerate (default: its config's)")
+    verb.add_argument("--accelerate", metavar="NAME", help="launch with one of its configs, or a FILE")
+    verb.add_argument("--num_processes", metavar="N", type=int, help="processes for --accelerate")
     return verb
 
 

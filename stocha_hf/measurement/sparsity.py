@@ -36,8 +36,8 @@ class SparsityMeter:
     def __init__(self, model: nn.Module) -> None:
         self.recording = False
         self._counted: list[Any] = [layer.down_proj for layer in patched_layers(model)]
-        # The counters, (zeros, elements), stand on the modules, and the hook knows their name only: a compiler then has
-        # one graph for all layers. The first free name, so that one meter after the other does not compile anew.
+        # The counters, (zeros, elements), stand on the modules, and the hook knows their name only: a compiler then
+        # has one graph for all layers. The first free name: a meter after another one does not compile anew.
         names = (f"zeros_and_elements_{i}" for i in itertools.count())
         self._name = next(name for name in names if not hasattr(self._counted[0], name))
         for module in self._counted:

@@ -1,6 +1,6 @@
 """The one writer of a model's `stocha` entry in training: what it runs, its thresholds, its history.
 
-    change_entry(model, activation="relu", inference=None)
+change_entry(model, activation="relu", inference=None)
 """
 
 from __future__ import annotations

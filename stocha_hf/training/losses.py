@@ -219,7 +219,7 @@ def _call_once(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
 
 
 def _chunk(vocabulary: int) -> int:
-    """The power of two of tokens that makes at most LOGITS_AT_ONCE logits: the usual batches split into equal chunks."""
+    """The largest power of two of tokens with at most LOGITS_AT_ONCE logits: usual batches split into equal chunks."""
     return 1 << max((LOGITS_AT_ONCE // vocabulary).bit_length() - 1, 0)
 
 

@@ -1,7 +1,7 @@
 """YAML as recipes need it: no aliases, and every error a sentence.
 
-An alias repeats what an anchor names; ten lines of aliases of aliases stand for more values than memory holds. A recipe
-has no use for them.
+An alias repeats what an anchor names; ten lines of aliases of aliases stand for more values than memory holds. No
+recipe needs them.
 """
 
 from __future__ import annotations

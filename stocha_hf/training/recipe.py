@@ -21,7 +21,7 @@ LARGEST = 2**20  # bytes of a recipe; those of this repository have 2,000
 EXPECTED = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
-def read_recipe(kinds: Sequence[type], argv: list[str], config: dict[str, Any] | None = None) -> tuple[Any, ...]:
+def read_recipe(kinds: Sequence[Any], argv: list[str], config: dict[str, Any] | None = None) -> tuple[Any, ...]:
     """An instance of each of the dataclasses `kinds`.
 
     Args:
@@ -41,7 +41,7 @@ def read_recipe(kinds: Sequence[type], argv: list[str], config: dict[str, Any] |
         config |= read_file(value)
     _set_environment(config.pop("env", {}))
     hints = {key: hint for kind in kinds for key, hint in get_type_hints(kind).items()}
-    parser = _Parser(kinds, add_help=False, allow_abbrev=False)
+    parser: Any = _Parser(list(kinds), add_help=False, allow_abbrev=False)
     words = parser.words_of(config, hints)
     return parser.parse_args_into_dataclasses([*words, *argv], look_for_args_file=False)
 

@@ -62,14 +62,14 @@ def train(config: dict[str, Any] | str | Path, **overrides: Any) -> TrainingResu
 
     Args:
         config: a recipe: the path of a YAML file, or its keys and values.
-        **overrides: keys that win over the recipe's: `max_steps=100`, `schedule=[{"activation": "relu", "until": 1.0}]`.
+        **overrides: keys that win over the recipe's, as in `schedule=[{"activation": "relu", "until": 1.0}]`.
 
     Returns:
         A TrainingResult.
 
     Raises:
-        StochaError: for a recipe that cannot be run, before anything is written; and where a run stops, as StochaTrainer
-            says.
+        StochaError: for a recipe that cannot be run, before anything is written; when the loss is not finite or a
+            checkpoint cannot be written.
     """
     from stocha_hf.training.recipe import read_file
 

@@ -1,9 +1,8 @@
 """The activation schedule: which activation, with which p, at each step of training.
 
 A schedule is a list of phases over training progress (0 to 1). What it asks for follows from the step alone, so a
-resumed run lands in the right phase and nothing needs to be stored. The optimizer and the learning-rate schedule run on
-over a switch. In YAML, the schedules of Lomeli et al. (arXiv 2509.22358, sec. 3) and the annealed
-one:
+resumed run lands in the right phase and nothing needs to be stored. The optimizer and the learning-rate schedule run
+on over a switch. In YAML, the schedules of Lomeli et al. (arXiv 2509.22358, sec. 3) and the annealed one:
 
     schedule:                                                   # StochA+FT, alpha = 0.2
       - {activation: stocha, p: 0.3, until: 0.8}

@@ -2,8 +2,8 @@
 
 Data, packing, accumulation, DDP, FSDP and checkpoints are trl's and transformers'. What is added here: the schedule
 sets the activation, and the thresholds, before each step; ranks draw different noise; logs show activation, p,
-sparsity and tokens per second; no step waits for the GPU; a loss that is not finite stops the run before it is saved; a
-checkpoint that was not written to its end is never resumed from; torch_compile compiles a layer and not the model.
+sparsity and tokens per second; no step waits for the GPU; a loss that is not finite stops the run before it is saved;
+a checkpoint that was not written to its end is never resumed from; torch_compile compiles a layer and not the model.
 config.json of every checkpoint says what was trained, under `stocha.history`.
 
 run.py reads a recipe's YAML, whose keys arguments.py adds to trl's.
@@ -288,13 +288,13 @@ class StochaTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         """The best checkpoint's weights, and with them its activation and thresholds."""
-        state = _read_sparsity_state(self.state.best_model_checkpoint)
+        state = _read_sparsity_state(str(self.state.best_model_checkpoint))
         super()._load_best_model()
         self._load_sparsity_state(state)
 
     def sparsity_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside weights and trl's state: the model's `stocha` entry, which an adapter's folder
-        has no other place for, and the sparsity target's controller.
+        """What a checkpoint holds beside weights and trl's state: the model's `stocha` entry, for which an adapter's
+        folder has no other place, and the sparsity target's controller.
         """
         target = self.steering.target
         return {"stocha": self.model.config.stocha, "target": target and target.state_dict()}
@@ -322,8 +322,8 @@ def _read_sparsity_state(checkpoint: str) -> dict[str, Any]:
         return {key: state[key] for key in ("stocha", "target")}
     except (OSError, ValueError, KeyError, TypeError):
         raise StochaError(
-            f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a checkpoint "
-            "of the same recipe; name another output_dir"
+            f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a "
+            "checkpoint of the same recipe; name another output_dir"
         ) from None
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from stocha_hf.training.run import parse, run as run_training
+from stocha_hf.training.run import parse
+from stocha_hf.training.run import run as run_training
 
 STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
 RELU = "[{activation: relu, until: 1.0}]"
