@@ -153,11 +153,11 @@ def test_two_meters_of_a_model_count_separately():
 
 
 def test_the_best_checkpoint_is_restored_with_its_thresholds(tmp_path):
-    """The thresholds rise from step to step, and so does the loss: the first checkpoint is the best."""
+    """With weights that stay, so that the thresholds alone tell checkpoints apart; the largest loss counts as best."""
     model = patched()
     schedule = Schedule.parse("[{activation: fatrelu, sparsity: [0.55, 0.95], until: 1.0}]")
     options = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 3}
-    args = arguments(tmp_path, load_best_model_at_end=True, learning_rate=0.0, **options)
+    args = arguments(tmp_path, load_best_model_at_end=True, learning_rate=0.0, greater_is_better=True, **options)
     run = trainer(model, args, schedule)
     run.train()
     best = type(model).from_pretrained(run.state.best_model_checkpoint)

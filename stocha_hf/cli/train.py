@@ -75,7 +75,7 @@ def train(recipe: list[str], schedule: list[dict[str, Any]] | None) -> None:
 def launch(name: str, processes: int | None, script: list[str], recipe: list[str]) -> None:
     """Become `accelerate launch` of this command, or of `script`, with a config of the package or a file."""
     config = CONFIGS / f"{name}.yaml"
-    config = config if config.is_file() else Path(name).expanduser()
+    config = config if config.is_file() else Path(os.path.expanduser(name))
     if not config.is_file():
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
         raise StochaError(f"--accelerate is {name}: expected one of {known}, or a config file of accelerate")

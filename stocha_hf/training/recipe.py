@@ -48,7 +48,7 @@ def read_recipe(kinds: Sequence[Any], argv: list[str], config: dict[str, Any] | 
 
 def read_file(name: str) -> dict[str, Any]:
     """The keys and values of a recipe's YAML file. Raises StochaError."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
     try:
         if not path.is_file():
             raise StochaError(f"the recipe {name or '(none)'} is not a file: expected --config and a YAML file")
