@@ -34,7 +34,9 @@ def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
         "0",
     ]
     command = [str(BIN / "accelerate"), "launch", *options, str(PROBE), str(folder), kind, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-20000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

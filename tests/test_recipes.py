@@ -194,6 +194,8 @@ def test_a_run_prints_a_line_a_log_and_no_warning(base, text, tmp_path):
         "step 4/4",
         "step 4/4",
     ]
-    assert re.fullmatch(r"step 2/4: loss \d\.\d+, zeros \d\d\.\d%, p 0\.\d\d, learning rate \S+, [\d,]+ tokens/s", lines[1])
+    assert re.fullmatch(
+        r"step 2/4: loss \d\.\d+, zeros \d\d\.\d%, p 0\.\d\d, learning rate \S+, [\d,]+ tokens/s", lines[1]
+    )
     logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert "sparsity/layer_00" in logs[0]

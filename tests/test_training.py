@@ -418,7 +418,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(base, text, tmp_p
 
     monkeypatch.setattr(StochaTrainer, "_save_checkpoint", limited)
     out = tmp_path / "out"
-    with pytest.raises(StochaError, match="checkpoint-8 could not be written.*checkpoint-4") as refusal:
+    with pytest.raises(StochaError, match=r"checkpoint-8 could not be written.*checkpoint-4") as refusal:
         run(base, text, out)
     assert "\n" not in str(refusal.value)
     assert last_checkpoint(out) == out / "checkpoint-4" and not (out / "checkpoint-8").exists()

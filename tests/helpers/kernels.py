@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stocha_hf.modeling_stocha import ACTIVATIONS
+from stocha_hf.modeling_stocha import hidden_vector
 
 
 def dense(x: Any, gate: Any, up: Any, down_t: Any, activation: str, threshold: float) -> torch.Tensor:
-    ffn: Any = SimpleNamespace(threshold=threshold)
-    return ACTIVATIONS[activation].function(F.linear(x, gate), F.linear(x, up), ffn) @ down_t
+    ffn: Any = SimpleNamespace(threshold=threshold, running=activation)
+    return hidden_vector(F.linear(x, gate), F.linear(x, up), ffn) @ down_t
 
 
 def matrices(size: int, width: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
