@@ -15,19 +15,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stocha_hf.cli import Parser, run, show
+from stocha_hf.cli import Parser, name, run, show
 from stocha_hf.errors import StochaError
 
 
 def parser() -> Parser:
     verb = Parser("stocha-card", __doc__)
-    verb.add_argument("folder", metavar="FOLDER", help="stocha checkpoint folder")
-    verb.add_argument("evaluation", metavar="EVAL", help="what stocha-eval FOLDER --json printed")
+    verb.add_argument("folder", type=name, metavar="FOLDER", help="stocha checkpoint folder")
+    verb.add_argument("evaluation", type=name, metavar="EVAL", help="what stocha-eval FOLDER --json printed")
     verb.add_argument(
         "--row", action="append", default=[], metavar="LABEL=EVAL", help="another evaluation for the same table"
     )
-    verb.add_argument("--bench", metavar="BENCH", help="what stocha-bench FOLDER --json printed")
-    verb.add_argument("--generation", metavar="FILE", help="what stocha-generate FOLDER --json printed")
+    verb.add_argument("--bench", type=name, metavar="BENCH", help="what stocha-bench FOLDER --json printed")
+    verb.add_argument("--generation", type=name, metavar="FILE", help="what stocha-generate FOLDER --json printed")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     return verb
 
@@ -56,3 +56,7 @@ def _row(given: str) -> tuple[str, str]:
     if not equals or not label:
         raise StochaError(f"--row is {given}: expected LABEL=EVAL, as in 'swapped, untrained=swapped.json'")
     return label, path
+
+
+if __name__ == "__main__":
+    main()
