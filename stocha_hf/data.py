@@ -74,7 +74,7 @@ def load_data(
         data = (data.remove_columns("text") if "text" in first else data).rename_column(text_column, "text")
         first["text"] = first[text_column]
     with _reading(name, found and found[1]):
-        return _usable(data.select_columns(columns), first, partial(_is_usable, columns, name, text_column))
+        return _usable(name, data.select_columns(columns), first, partial(_is_usable, columns, name, text_column))
 
 
 def _open(name: str, config: str | None, split: str, streaming: bool, found: tuple[str, list[Path]] | None) -> Any:
@@ -121,7 +121,7 @@ def _reading(name: str, files: list[Path] | None) -> Iterator[None]:
         ) from error
 
 
-def _usable(data: Any, first: dict[str, Any], keep: Callable[[dict[str, Any], int], bool]) -> Any:
+def _usable(name: str, data: Any, first: dict[str, Any], keep: Callable[[dict[str, Any], int], bool]) -> Any:
     """The data's rows that `keep` is true of; it refuses a row of the wrong form, and says so with its number."""
     keep(first, 0)
     if not hasattr(data, "__len__"):
@@ -130,10 +130,13 @@ def _usable(data: Any, first: dict[str, Any], keep: Callable[[dict[str, Any], in
         return data
     kept = [i for i, row in enumerate(data) if keep(row, i)]
     if not kept:
-        raise StochaError(f"every row has null in the column {' or '.join(data.column_names)}: expected text")
+        raise StochaError(
+            f"every row of {name} has null in the column {' or '.join(data.column_names)}: expected text"
+        )
     if len(kept) == len(data):
         return data
-    logging.getLogger(__name__).warning("%d of %d rows have no text and are left out", len(data) - len(kept), len(data))
+    missing = len(data) - len(kept)
+    logging.getLogger(__name__).warning("%s: %d of %d rows have no text and are left out", name, missing, len(data))
     return data.select(kept)
 
 
@@ -243,7 +246,9 @@ def _plain_text(row: dict[str, Any]) -> str:
     if "input_ids" in row:
         raise StochaError("the data set holds token ids: expected text, which the model's own tokenizer reads")
     columns = [column for column in ("messages", "prompt", "completion", "text") if column in row]
-    return "\n\n".join(text for column in columns if (text := _text_of(row[column], column, f"in the column {column}")))
+    return "\n\n".join(
+        text for column in columns if (text := _text_of(row[column], column, f"in the column {column}"))
+    )
 
 
 def _text_of(value: Any, column: str, where: str) -> str:

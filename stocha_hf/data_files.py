@@ -33,7 +33,9 @@ def local_files(name: str) -> tuple[str, list[Path]] | None:
     kinds = ", ".join(BUILDERS)
     if not path.exists():
         if path.suffix in BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise StochaError(f"the data file {name} does not exist: expected a local file or the id of a Hub data set")
+            raise StochaError(
+                f"the data file {name} does not exist: expected a local file or the id of a Hub data set"
+            )
         return None
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in found if file.suffix in BUILDERS and file.is_file()]
@@ -77,7 +79,9 @@ def explain(files: list[Path], error: Exception) -> str:
         if trouble := _trouble(file):
             return trouble
     reason = first_line(causes[-1])
-    return f"{files[0] if len(files) == 1 else files[0].parent} cannot be read ({reason}): expected whole files of text"
+    return (
+        f"{files[0] if len(files) == 1 else files[0].parent} cannot be read ({reason}): expected whole files of text"
+    )
 
 
 def _trouble(file: Path) -> str | None:

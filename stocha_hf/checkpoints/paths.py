@@ -1,6 +1,6 @@
 """Names that users give, as paths: refused in one place where no file system could have such a path.
 
-    local_path("~/models/smollm2")  # PosixPath("/home/me/models/smollm2")
+local_path("~/models/smollm2")  # PosixPath("/home/me/models/smollm2")
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ from stocha_hf.cli import Parser, name, positive_number, run, show
 
 def parser() -> Parser:
     verb = Parser("stocha-average", __doc__)
-    verb.add_argument("sources", type=name, metavar="FOLDER", nargs="+", help="two or more stocha checkpoints or Hub ids")
+    verb.add_argument(
+        "sources", type=name, metavar="FOLDER", nargs="+", help="two or more stocha checkpoints or Hub ids"
+    )
     verb.add_argument("output", type=name, metavar="OUTPUT", help="folder to write")
     verb.add_argument(
         "--shares", type=positive_number, nargs="+", help="positive numbers, one per FOLDER (default: all alike)"

@@ -63,10 +63,10 @@ def parser() -> Parser:
     )
     verb.add_argument("--threshold", type=number_from_0, help="threshold of fatrelu and shifted_relu (default: 0)")
     verb.add_argument("--k", type=whole_number(1), help="neurons that topk keeps per token")
-    verb.add_argument("--refit", type=name, metavar="DATA", help="refit the FFNs for --activation relu on this text, untrained")
     verb.add_argument(
-        "--target-sparsity", type=share, help="share of zeros to refit for (default: what ReLU makes)"
+        "--refit", type=name, metavar="DATA", help="refit the FFNs for --activation relu on this text, untrained"
     )
+    verb.add_argument("--target-sparsity", type=share, help="share of zeros to refit for (default: what ReLU makes)")
     verb.add_argument(
         "--refit-tokens", type=whole_number(1), help="tokens to refit on (default: 98304, or 8 a neuron if more)"
     )

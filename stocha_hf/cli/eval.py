@@ -58,7 +58,9 @@ def parser() -> Parser:
     )
     verb.add_argument("--dtype", type=dtype, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print the figures as JSON, with the weights' hash")
-    verb.add_argument("--plot", type=name, metavar="FILE", help="draw zeros by layer, reuse, and perplexity against zeros")
+    verb.add_argument(
+        "--plot", type=name, metavar="FILE", help="draw zeros by layer, reuse, and perplexity against zeros"
+    )
     return verb
 
 

@@ -57,7 +57,9 @@ def parser() -> Parser:
     )
     verb.add_argument("--dtype", type=dtype, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print samples and figures as JSON")
-    verb.add_argument("--plot", type=name, metavar="FILE", help="draw diversity against log-likelihood, a line a way of decoding")
+    verb.add_argument(
+        "--plot", type=name, metavar="FILE", help="draw diversity against log-likelihood, a line a way of decoding"
+    )
     return verb
 
 

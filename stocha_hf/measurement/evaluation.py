@@ -87,7 +87,9 @@ def compare(model: Any, baseline: Any, windows: torch.Tensor) -> Comparison:
             divergences.append(F.kl_div(logs, aims, reduction="sum", log_target=True))
     kl = _sum(divergences) / windows.numel()
     if not math.isfinite(kl):
-        raise StochaError(f"the divergence of the predictions is {kl}: expected finite ones; check both models' weights")
+        raise StochaError(
+            f"the divergence of the predictions is {kl}: expected finite ones; check both models' weights"
+        )
     return Comparison(kl, _sum(agreements) / windows.numel())
 
 

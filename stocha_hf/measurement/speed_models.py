@@ -1,7 +1,7 @@
 """Dense against sparse decode of whole models, side by side (stocha-bench): a checkpoint, or a Llama of random weights.
 
-    benchmark("smollm2-sparse", prompt=64, new=64).speedup
-    benchmark_random("1b", torch.bfloat16, share=0.9)
+benchmark("smollm2-sparse", prompt=64, new=64).speedup
+benchmark_random("1b", torch.bfloat16, share=0.9)
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def decoding_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> d
     return measured_in_turn({"read": partial(timed, read_memory()), **measures}, rounds)
 
 
-def compare_decoding(
-    name: str, dense: Any, sparse: Any, tokens: torch.Tensor, new: int, rounds: int = 5
-) -> Benchmark:
+def compare_decoding(name: str, dense: Any, sparse: Any, tokens: torch.Tensor, new: int, rounds: int = 5) -> Benchmark:
     """Time a native model and its stocha counterpart, decoding `new` tokens in turn after token ids [batch, length].
 
     The zeros are those of the tokens generated.
