@@ -170,8 +170,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise
     except Exception as error:  # the tokenizers library raises no other kind
         raise StochaError(
-            f"the tokenizer of {folder} cannot be read ({first_line(error)}): expected whole tokenizer files; copy them "
-            "again from the model that it was made from"
+            f"the tokenizer of {folder} cannot be read ({first_line(error)}): expected whole tokenizer files; copy "
+            "them again from the model that it was made from"
         ) from error
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from stocha_hf.checkpoints.paths import local_path
@@ -95,15 +96,19 @@ def _trouble(file: Path) -> str | None:
                     return f"{file} is truncated or no parquet file: expected a whole one"
             return None
         with file.open(encoding="utf-8") as lines:
-            return _bad_json_line(file, lines) if file.suffix == ".jsonl" else _bad_text(lines)
+            if file.suffix == ".jsonl":
+                return _bad_json_line(file, lines)
+            for _ in lines:  # decoding fails where it does
+                pass
+            return None
     except UnicodeDecodeError as error:
         return f"{file} is not in UTF-8 ({error.reason}): expected UTF-8; convert it with iconv"
     except OSError as error:
         return f"{file} cannot be read ({error.strerror}): expected a file that can be read"
 
 
-def _bad_json_line(file: Path, lines: object) -> str | None:
-    for number, line in enumerate(lines, 1):  # type: ignore[arg-type, var-annotated]
+def _bad_json_line(file: Path, lines: Iterable[str]) -> str | None:
+    for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line) if line.strip() else {}
         except (ValueError, RecursionError) as error:
@@ -111,11 +116,6 @@ def _bad_json_line(file: Path, lines: object) -> str | None:
         if not isinstance(content, dict):
             return f"row {number} of {file} is a JSON {type(content).__name__}: expected an object with a text column"
     return None
-
-
-def _bad_text(lines: object) -> None:
-    for _ in lines:  # type: ignore[attr-defined]
-        pass  # decoding fails where it does
 
 
 def _chain(error: BaseException) -> list[BaseException]:

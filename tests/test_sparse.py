@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_python
 
 from stocha_hf.decoding import build, ops
 from stocha_hf.decoding.gate_prediction import CoarseGate, candidates

@@ -1,9 +1,9 @@
 """The command line: one small file per verb, each a parser and a `main`. This one holds what they share.
 
 A user's mistake is one sentence on stderr and exit status 2. A kind of mistake is refused in one place: an option's
-`type=` is one of the functions below (`whole_number(1)`, `probability`, `name`, ...), so that what an option accepts
-stands beside its name, and is checked before anything is read. Heavy imports happen inside a verb's function, so --help
-answers at once.
+`type=` is one of the functions below (`whole_number(1)`, `probability`, `path_or_id`, ...), so that what an option
+accepts stands beside its name, and is checked before anything is read. Heavy imports happen inside a verb's function,
+so --help answers at once.
 
     verb = Parser("stocha-eval", __doc__)
     verb.add_argument("--length", type=whole_number(2), default=1024)
@@ -125,10 +125,10 @@ hub_id = checked(
     lambda text: bool(_HUB_ID.fullmatch(text)) and not any(pair in text for pair in ("--", "..")),
     "a Hub id such as org/name",
 )
-dtype = one_of(DTYPES)
+dtype_name = one_of(DTYPES)
 
 
-def name(text: str) -> str:
+def path_or_id(text: str) -> str:
     """The type of a local path or Hub id: any text that can be one."""
     try:
         local_path(text)

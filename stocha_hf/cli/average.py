@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 
-from stocha_hf.cli import Parser, name, positive_number, run, show
+from stocha_hf.cli import Parser, path_or_id, positive_number, run, show
 
 
 def parser() -> Parser:
     verb = Parser("stocha-average", __doc__)
     verb.add_argument(
-        "sources", type=name, metavar="FOLDER", nargs="+", help="two or more stocha checkpoints or Hub ids"
+        "sources", type=path_or_id, metavar="FOLDER", nargs="+", help="two or more stocha checkpoints, or Hub ids"
     )
-    verb.add_argument("output", type=name, metavar="OUTPUT", help="folder to write")
+    verb.add_argument("output", type=path_or_id, metavar="OUTPUT", help="folder to write")
     verb.add_argument(
         "--shares", type=positive_number, nargs="+", help="positive numbers, one per FOLDER (default: all alike)"
     )

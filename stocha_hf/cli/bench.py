@@ -14,10 +14,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from stocha_hf.cli import DTYPES, Parser, checked, dtype, name, one_of, run, share_below_1, show, whole_number
+from stocha_hf.cli import (
+    DTYPES,
+    Parser,
+    checked,
+    dtype_name,
+    one_of,
+    path_or_id,
+    run,
+    share_below_1,
+    show,
+    whole_number,
+)
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.figures import plot_speedups
-
 
 SHAPES = ("1b", "3b")  # of stocha_hf.measurement.speed_models, which imports torch
 
@@ -34,7 +44,7 @@ recall = checked(float, lambda share: 0.5 < share <= 1, "a share above 0.5, or 1
 def parser() -> Parser:
     verb = Parser("stocha-bench", __doc__)
     verb.add_argument(
-        "model", type=name, nargs="?", metavar="MODEL", help="converted checkpoint: end to end, dense and sparse"
+        "model", type=path_or_id, nargs="?", metavar="MODEL", help="converted checkpoint: end to end, dense and sparse"
     )
     verb.add_argument(
         "--shape", type=shape, action="append", help="H,M: an FFN of random weights; may be given several times"
@@ -56,9 +66,9 @@ def parser() -> Parser:
     )
     verb.add_argument("--prompt", type=whole_number(1), default=64, help="tokens before decoding (default: 64)")
     verb.add_argument("--new", type=whole_number(1), default=64, help="tokens to decode (default: 64)")
-    verb.add_argument("--dtype", type=dtype, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
+    verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print the records as JSON")
-    verb.add_argument("--plot", type=name, metavar="FILE", help="draw the FFN's speedup against its zeros")
+    verb.add_argument("--plot", type=path_or_id, metavar="FILE", help="draw the FFN's speedup against its zeros")
     return verb
 
 

@@ -15,19 +15,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stocha_hf.cli import Parser, name, run, show
+from stocha_hf.cli import Parser, path_or_id, run, show
 from stocha_hf.errors import StochaError
 
 
 def parser() -> Parser:
     verb = Parser("stocha-card", __doc__)
-    verb.add_argument("folder", type=name, metavar="FOLDER", help="stocha checkpoint folder")
-    verb.add_argument("evaluation", type=name, metavar="EVAL", help="what stocha-eval FOLDER --json printed")
+    verb.add_argument("folder", type=path_or_id, metavar="FOLDER", help="stocha checkpoint folder")
+    verb.add_argument("evaluation", type=path_or_id, metavar="EVAL", help="what stocha-eval FOLDER --json printed")
     verb.add_argument(
         "--row", action="append", default=[], metavar="LABEL=EVAL", help="another evaluation for the same table"
     )
-    verb.add_argument("--bench", type=name, metavar="BENCH", help="what stocha-bench FOLDER --json printed")
-    verb.add_argument("--generation", type=name, metavar="FILE", help="what stocha-generate FOLDER --json printed")
+    verb.add_argument("--bench", type=path_or_id, metavar="BENCH", help="what stocha-bench FOLDER --json printed")
+    verb.add_argument(
+        "--generation", type=path_or_id, metavar="FILE", help="what stocha-generate FOLDER --json printed"
+    )
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     return verb
 

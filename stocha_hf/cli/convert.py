@@ -16,11 +16,11 @@ import argparse
 
 from stocha_hf.cli import (
     Parser,
-    dtype,
+    dtype_name,
     hub_id,
-    name,
     number_from_0,
     one_of,
+    path_or_id,
     probability,
     run,
     share,
@@ -40,11 +40,11 @@ def parser() -> Parser:
     verb = Parser("stocha-convert", __doc__)
     verb.add_argument(
         "source",
-        type=name,
+        type=path_or_id,
         metavar="SOURCE",
         help="Hub id, checkpoint folder or .gguf file; may be converted already",
     )
-    verb.add_argument("output", type=name, metavar="OUTPUT", help="folder to write")
+    verb.add_argument("output", type=path_or_id, metavar="OUTPUT", help="folder to write")
     verb.add_argument(
         "--activation", type=one_of(ACTIVATIONS), help=f"in train() mode: {', '.join(ACTIVATIONS)} (default: stocha)"
     )
@@ -64,17 +64,17 @@ def parser() -> Parser:
     verb.add_argument("--threshold", type=number_from_0, help="threshold of fatrelu and shifted_relu (default: 0)")
     verb.add_argument("--k", type=whole_number(1), help="neurons that topk keeps per token")
     verb.add_argument(
-        "--refit", type=name, metavar="DATA", help="refit the FFNs for --activation relu on this text, untrained"
+        "--refit", type=path_or_id, metavar="DATA", help="refit the FFNs for --activation relu on this text, untrained"
     )
     verb.add_argument("--target-sparsity", type=share, help="share of zeros to refit for (default: what ReLU makes)")
     verb.add_argument(
         "--refit-tokens", type=whole_number(1), help="tokens to refit on (default: 98304, or 8 a neuron if more)"
     )
     verb.add_argument("--refit-on-disk", action="store_true", help="keep the refit's streams on disk, not in memory")
-    verb.add_argument("--revision", type=name, help="branch, tag or commit of a Hub SOURCE (default: main)")
+    verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
     verb.add_argument(
-        "--dtype", type=dtype, default="bfloat16", help="what a .gguf file's tensors become (default: bfloat16)"
+        "--dtype", type=dtype_name, default="bfloat16", help="what a .gguf file's tensors become (default: bfloat16)"
     )
     verb.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint folder")
     verb.add_argument("--push-to-hub", type=hub_id, metavar="REPO", help="publish OUTPUT to this Hub repo afterwards")

@@ -22,9 +22,9 @@ from typing import Any
 from stocha_hf.cli import (
     DTYPES,
     Parser,
-    dtype,
-    name,
+    dtype_name,
     one_of,
+    path_or_id,
     positive_number,
     run,
     share_below_1,
@@ -38,11 +38,13 @@ from stocha_hf.spec import ACTIVATIONS
 
 def parser() -> Parser:
     verb = Parser("stocha-eval", __doc__)
-    verb.add_argument("model", type=name, metavar="MODEL", help="Hub id or checkpoint folder")
+    verb.add_argument("model", type=path_or_id, metavar="MODEL", help="Hub id or checkpoint folder")
     verb.add_argument(
-        "--data", type=name, required=True, help="text: parquet, jsonl or txt file, folder or Hub data set"
+        "--data", type=path_or_id, required=True, help="text: parquet, jsonl or txt file, folder or Hub data set"
     )
-    verb.add_argument("--baseline", type=name, metavar="MODEL2", help="measure this one too, and compare predictions")
+    verb.add_argument(
+        "--baseline", type=path_or_id, metavar="MODEL2", help="measure this one too, and compare predictions"
+    )
     verb.add_argument(
         "--mode",
         type=one_of(ACTIVATIONS),
@@ -56,10 +58,10 @@ def parser() -> Parser:
     verb.add_argument(
         "--ppl-increase", type=positive_number, metavar="P", help="find the PPL-P%% sparsity, P in percent"
     )
-    verb.add_argument("--dtype", type=dtype, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
+    verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print the figures as JSON, with the weights' hash")
     verb.add_argument(
-        "--plot", type=name, metavar="FILE", help="draw zeros by layer, reuse, and perplexity against zeros"
+        "--plot", type=path_or_id, metavar="FILE", help="draw zeros by layer, reuse, and perplexity against zeros"
     )
     return verb
 

@@ -21,9 +21,9 @@ from stocha_hf.cli import (
     DTYPES,
     Parser,
     checked,
-    dtype,
-    name,
+    dtype_name,
     one_of,
+    path_or_id,
     probability,
     run,
     show,
@@ -38,9 +38,9 @@ DEFAULTS = {"p": [0.9], "temperature": [1.0]}
 
 def parser() -> Parser:
     verb = Parser("stocha-generate", __doc__)
-    verb.add_argument("model", type=name, metavar="MODEL", help="Hub id or checkpoint folder")
+    verb.add_argument("model", type=path_or_id, metavar="MODEL", help="Hub id or checkpoint folder")
     verb.add_argument("--prompt", action="append", help="text to continue; may be given several times")
-    verb.add_argument("--prompts", type=name, metavar="FILE", help="text file with a prompt a line")
+    verb.add_argument("--prompts", type=path_or_id, metavar="FILE", help="text file with a prompt a line")
     verb.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
     verb.add_argument("--samples", type=whole_number(1), default=4, help="samples a prompt (default: 4)")
     verb.add_argument("--new", type=whole_number(1), default=64, help="tokens of a sample at most (default: 64)")
@@ -55,10 +55,13 @@ def parser() -> Parser:
     verb.add_argument(
         "--seed", type=whole_number(0, 2**63 - 1), default=0, help="the same seed gives the same samples (default: 0)"
     )
-    verb.add_argument("--dtype", type=dtype, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
+    verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print samples and figures as JSON")
     verb.add_argument(
-        "--plot", type=name, metavar="FILE", help="draw diversity against log-likelihood, a line a way of decoding"
+        "--plot",
+        type=path_or_id,
+        metavar="FILE",
+        help="draw diversity against log-likelihood, a line a way of decoding",
     )
     return verb
 

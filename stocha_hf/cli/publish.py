@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 
-from stocha_hf.cli import Parser, hub_id, name, run, show
+from stocha_hf.cli import Parser, hub_id, path_or_id, run, show
 
 
 def parser() -> Parser:
     verb = Parser("stocha-publish", __doc__)
-    verb.add_argument("folder", type=name, metavar="FOLDER", help="folder that stocha-convert or a training run wrote")
+    verb.add_argument(
+        "folder", type=path_or_id, metavar="FOLDER", help="folder that stocha-convert or a training run wrote"
+    )
     verb.add_argument("repo", type=hub_id, metavar="REPO", help="Hub repo, made if it does not exist")
     verb.add_argument("--private", action="store_true", help="make REPO private if it is new")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -25,7 +25,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures under the names of their fields, nested ones too: what JSON holds of them."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ class Benchmark(Record):
 
 
 def check_record(content: object, kind: Any, where: str) -> None:
-    """Check that `content`, read from JSON, has all that `kind` has: a type, a dataclass, or a mapping of names to kinds.
+    """Check that `content`, read from JSON, has all that `kind` has. Other keys may be there too.
 
-    Other keys may be there too.
+    `kind` is a type, a dataclass, or a mapping of names to kinds.
 
     Raises:
         StochaError: something is missing, of another type, NaN or infinite. `where` names the file.

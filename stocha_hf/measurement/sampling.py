@@ -102,7 +102,7 @@ def _up_to_end(tokens: list[int], ends: list[int]) -> list[int]:
 
 @torch.no_grad()
 def log_likelihoods(model: Any, prompt: Sequence[int], samples: Sequence[Sequence[int]]) -> list[float]:
-    """Return the mean log-probability of each sample's tokens after the prompt, in nats a token, of the model as it is.
+    """Return the mean log-probability, in nats, of each sample's tokens after the prompt, of the model as it is.
 
     Shorter samples are padded on the right: what comes later changes nothing in a causal model, so that neither a mask
     nor shifted positions are needed.
@@ -172,8 +172,8 @@ def _check_prompt(ids: Sequence[int], prompt: str | Sequence[int], vocabulary: i
         raise StochaError(f"the prompt {prompt!r} has no tokens: expected some text")
     if max(ids) >= vocabulary:
         raise StochaError(
-            f"the prompt has the token {max(ids)}, but the model only {vocabulary} tokens: expected the tokenizer that "
-            "the model was trained with"
+            f"the prompt has the token {max(ids)}, but the model only {vocabulary} tokens: expected the tokenizer "
+            "that the model was trained with"
         )
 
 

@@ -1,4 +1,4 @@
-"""Dense against sparse decode of whole models, side by side (stocha-bench): a checkpoint, or a Llama of random weights.
+"""Dense against sparse decode of whole models, side by side: a checkpoint, or a Llama of random weights.
 
 benchmark("smollm2-sparse", prompt=64, new=64).speedup
 benchmark_random("1b", torch.bfloat16, share=0.9)
