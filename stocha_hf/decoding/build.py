@@ -7,8 +7,8 @@ runtimes would fight for the cores.
 
 Loading a library runs it, so nothing is loaded that another user could have put there: the folder and the library are
 ours and closed to others, or the kernels are compiled into a private temporary folder instead. A library ends with the
-SHA-256 of what stands before. A truncated or foreign file does not, and is compiled again. Processes that build at once
-each write a file of their own and rename it.
+SHA-256 of what stands before. A truncated or foreign file does not, and is compiled again. Processes that build at
+once each write a file of their own and rename it.
 
     kernels()  # a ctypes.CDLL, or None after one warning that names the cause
 """
