@@ -54,9 +54,7 @@ def test_aggregated_sparsity_counts_what_the_first_tokens_left_unused() -> None:
     hook.remove()
     told, active = found.aggregated_sparsity, torch.cat(hidden) != 0  # [windows, length, neurons]
     assert told.tokens == [1, 2, 4, 8, 16, 20]
-    for t, share, mean, independent in zip(
-        told.tokens, told.per_layer[1], told.mean, told.independent, strict=True
-    ):
+    for t, share, mean, independent in zip(told.tokens, told.per_layer[1], told.mean, told.independent, strict=True):
         unused = [sum(not active[w, :t, i].any() for i in range(48)) / 48 for w in range(6)]
         assert share == pytest.approx(sum(unused) / 6)
         assert mean == pytest.approx((told.per_layer[0][told.tokens.index(t)] + share) / 2)

@@ -6,10 +6,12 @@ local_path("~/models/smollm2")  # PosixPath("/home/me/models/smollm2")
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from stocha_hf.errors import StochaError
 
+_HUB_ID = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # as the Hub's client checks it
 LONGEST_PART, LONGEST_PATH = 255, 4095  # bytes, on common systems
 
 
@@ -30,3 +32,8 @@ def local_path(name: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise StochaError(f"{text} is in the home folder of {parts[0]}, an unknown user: expected a path") from None
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a Hub repo can have this id: a name, or org/name."""
+    return bool(_HUB_ID.fullmatch(name)) and not any(pair in name for pair in ("--", ".."))

@@ -16,17 +16,15 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
-from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.checkpoints.paths import is_hub_id, local_path
 from stocha_hf.errors import StochaError
 
 DTYPES = ("bfloat16", "float16", "float32")
 T = TypeVar("T")
-_HUB_ID = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # as the Hub's client checks it
 _NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 
 
@@ -120,11 +118,7 @@ positive_number = checked(float, lambda number: 0 < number < math.inf, "a number
 number_from_0 = checked(float, lambda number: 0 <= number < math.inf, "a number of 0 or more")
 share = checked(float, lambda share: 0 < share < 1, "a share between 0 and 1")
 share_below_1 = checked(float, lambda share: 0 <= share < 1, "a share from 0 to below 1")
-hub_id = checked(
-    str,
-    lambda text: bool(_HUB_ID.fullmatch(text)) and not any(pair in text for pair in ("--", "..")),
-    "a Hub id such as org/name",
-)
+hub_id = checked(str, is_hub_id, "a Hub id such as org/name")
 dtype_name = one_of(DTYPES)
 
 

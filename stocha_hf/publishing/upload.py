@@ -15,7 +15,7 @@ from stocha_hf.checkpoints.inspection import CARD, CONFIG
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
-from stocha_hf.publishing.tables import FOLDER as MEASUREMENTS
+from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
 from stocha_hf.spec import MODELING_FILE, StochaConfig
 
 if TYPE_CHECKING:
