@@ -2,8 +2,8 @@
 
 The text is model_card.md beside this file; tables.py tells what was measured. `write_card` is the one function that
 writes a card, whoever wants one: conversion, training and stocha-card. A card still has REPO_ID and REVISION, whose
-values only the publication knows; `published_card` fills them in for the upload and leaves the folder's own file, and a
-user's edits, alone. What comes from a config, a source or a file of measurements is escaped by markdown.py.
+values only the publication knows; `published_card` fills them in for the upload and leaves the folder as it is. What
+comes from a config, a source or a file of measurements is escaped by markdown.py.
 
     write_card("smollm2-relu", evaluation="eval.json", bench="bench.json")
 """
