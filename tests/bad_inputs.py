@@ -1,4 +1,4 @@
-"""Command lines that every command has to refuse, and after `->` what its sentence has to hold; see test_bad_inputs."""
+"""Command lines that the commands refuse, and after `->` what the sentence holds; test_bad_inputs.py runs them."""
 
 EVAL = """
 relu -> --data
@@ -31,7 +31,7 @@ relu --data nested.jsonl -> row 1 of nested.jsonl is nested too deep
 relu --data notobject.jsonl -> row 2 of notobject.jsonl is a JSON list
 relu --data number.jsonl -> 5 in the column text of row 3 of number.jsonl
 relu --data numbers.jsonl -> 1 in the column text of row 1 of numbers.jsonl
-relu --data null.jsonl -> null.jsonl has null in text of every row
+relu --data null.jsonl -> every row of null.jsonl has null in the column text
 relu --data columns.jsonl -> columns.jsonl has the columns body, id; 'text'
 relu --data chatword.jsonl -> 'hello' in the column messages of row 1 of chatword.jsonl; a list of messages
 relu --data chatwords.jsonl -> message 'hello' in the column messages of row 1; role and content
@@ -269,7 +269,7 @@ native out --threshold inf -> --threshold is inf
 native out --dtype int4 -> --dtype is int4
 native out --base-model '' -> --base-model is ''; org/name
 native out --base-model 'a b' -> --base-model is a b; org/name
-native out --base-model $'org/x\\n# Injected' -> --base-model is org/x; Injected; org/name
+native out --base-model 'org/x\\n# Injected' -> --base-model is org/x; Injected; org/name
 native out --base-model a/b/c -> --base-model is a/b/c
 native out --push-to-hub '' -> --push-to-hub is ''; org/name
 native out --push-to-hub ../x -> --push-to-hub is ../x
@@ -281,7 +281,7 @@ native out --refit text.txt --refit-tokens -5 -> --refit-tokens is -5
 native out --refit text.txt --target-sparsity 1 -> --target-sparsity is 1; between 0 and 1
 native out --refit text.txt --activation silu -> silu; relu
 native out --refit absent.txt -> absent.txt does not exist
-native out --target-sparsity 0.5 -> --refit
+native out --target-sparsity 0.5 -> without refit
 truncated out -> truncated or corrupt
 corrupt out -> corrupt
 pickle out -> only pickle weights

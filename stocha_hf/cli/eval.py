@@ -77,11 +77,13 @@ def evaluate(args: argparse.Namespace) -> None:
     from stocha_hf.data import text_windows
     from stocha_hf.measurement import evaluation
     from stocha_hf.measurement.provenance import circumstances, origin
-    from stocha_hf.models import load_model, tokenizer_folder
+    from stocha_hf.models import load_config, load_model, tokenizer_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
     names = [name for name in (args.model, args.baseline) if name]
+    for name in names:
+        load_config(name)  # a broken model is told before a long text is read
+    windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
     origins = [origin(name, model) for name, model in zip(names, models, strict=True)]

@@ -139,8 +139,9 @@ def _check(args: argparse.Namespace) -> None:
 def _tokens(name: str, texts: list[str], chat: bool) -> tuple[Any, list[list[int]]]:
     """The model's tokenizer, and each prompt as token ids."""
     from stocha_hf.data import load_tokenizer
-    from stocha_hf.models import tokenizer_folder
+    from stocha_hf.models import load_config, tokenizer_folder
 
+    load_config(name)
     tokenizer = load_tokenizer(tokenizer_folder(name))
     if not chat:
         return tokenizer, [tokenizer(text)["input_ids"] for text in texts]

@@ -35,7 +35,7 @@ BENCH = HOW | {
     **{"speedup": float, "read_gbps": float},
 }
 RUN = {"decoding": str, "log_likelihood": float, "distinct_2": float, "self_bleu": float | None}
-GENERATION = {"samples": int, "new": int, "dtype": str, "prompts": list[str], "runs": list} | HOW
+GENERATION = {"samples": int, "new": int, "dtype": str, "prompts": list[str], "runs": list[object]} | HOW
 
 
 @dataclass(frozen=True)
