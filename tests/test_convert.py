@@ -166,22 +166,6 @@ for verb in (convert, publish):
     assert run_python(code).stdout.splitlines() == ["True []"] * 2
 
 
-def test_the_torch_free_half_is_the_modeling_files_own(checkpoint):
-    from stocha_hf import modeling_stocha
-    from stocha_hf import spec as config
-
-    assert config.StochaConfig(p=0.5).to_dict() == modeling_stocha.StochaConfig(p=0.5).to_dict()
-    assert {name: row.native for name, row in config.ACTIVATIONS.items()} == {
-        name: row.native for name, row in modeling_stocha.ACTIVATIONS.items()
-    }
-    assert [row.auto_map for row in config.ARCHITECTURES.values()] == [
-        row.auto_map for row in modeling_stocha.ARCHITECTURES.values()
-    ]
-    for row in modeling_stocha.ARCHITECTURES.values():
-        for name in row.auto_map.values():
-            assert hasattr(modeling_stocha, name.removeprefix("modeling_stocha."))
-
-
 @pytest.fixture
 def large_source(tmp_path) -> Path:
     """Two shards of 64 MB, so that a kill has something to interrupt."""

@@ -12,7 +12,7 @@ from stocha_hf import StochaConfig, patch
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.diversity import distinct, self_bleu
 from stocha_hf.measurement.sampling import generate, log_likelihoods
-from stocha_hf.modeling_stocha import ACTIVATIONS, Activation, stocha_mlps
+from stocha_hf.modeling_stocha import FUNCTIONS, StochaMLP, stocha_mlps
 from stocha_hf.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,17 +95,18 @@ def test_the_prompt_is_read_with_noise_of_each_row_and_nothing_of_the_others():
 def test_samples_with_a_cache_are_those_of_one_forward_with_the_same_coins(call, monkeypatch):
     """The coins of the prompt and of every step are recorded, and all tokens read at once with them."""
     model = patched(end=None)
-    real, coins = ACTIVATIONS["stocha"].function, {mlp: [] for mlp in stocha_mlps(model)}
+    real, coins = FUNCTIONS["stocha"], {mlp: [] for mlp in stocha_mlps(model)}
+    monkeypatch.setattr(StochaMLP, "runtime", None)  # the definition runs, which is recorded here
 
-    def record(gate, up, ffn):
-        hidden = real(gate, up, ffn)
-        coins[ffn].append(hidden != 0)
-        return hidden
+    def record(gate, ffn):
+        act = real(gate, ffn)
+        coins[ffn].append(act != 0)
+        return act
 
-    def replay(gate, up, ffn):
-        return torch.where(torch.cat(coins[ffn], dim=1), torch.nn.functional.silu(gate) * up, 0)
+    def replay(gate, ffn):
+        return torch.where(torch.cat(coins[ffn], dim=1), torch.nn.functional.silu(gate), 0)
 
-    monkeypatch.setitem(ACTIVATIONS, "stocha", Activation(record, native=None, deterministic=False))
+    monkeypatch.setitem(FUNCTIONS, "stocha", record)
     prompts = torch.tensor([PROMPT] * 3)
     if call == "generate":
         samples = torch.tensor(generate(model, PROMPT, samples=3, new=10, p=0.5))
@@ -114,7 +115,7 @@ def test_samples_with_a_cache_are_those_of_one_forward_with_the_same_coins(call,
             samples = model.generate(prompts, max_new_tokens=10, do_sample=False)[:, len(PROMPT) :]
     assert len(coins[stocha_mlps(model)[0]]) == 10  # the prompt, and each token but the last
     assert samples.unique(dim=0).shape[0] > 1
-    monkeypatch.setitem(ACTIVATIONS, "stocha", Activation(replay, native=None, deterministic=False))
+    monkeypatch.setitem(FUNCTIONS, "stocha", replay)
     with torch.no_grad(), model.stocha_mode("stocha", p=0.5):
         logits = model(torch.cat([prompts, samples[:, :-1]], dim=1), use_cache=False).logits
     assert torch.equal(logits[:, len(PROMPT) - 1 :].argmax(-1), samples)

@@ -174,6 +174,7 @@ def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
         "stocha_linear": ([integer, *[pointer] * 4, *[size] * 3, integer], None),
         "stocha_qkv": ([integer, *[pointer] * 15, *[size] * 5, real, integer], None),
         "stocha_layer": ([integer, *[pointer] * 13, *[size] * 11, integer, *[real] * 4, integer], None),
+        "stocha_same": ([pointer, pointer, size, size, size], integer),
         "stocha_read": ([pointer, size, integer], size),
     }
     for name, (arguments, result) in types.items():

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from stocha_hf.decoding.state import DecodeState, key_of
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import stocha_mlps
 
 STEPS = 127  # of a scale, to each side
 
@@ -49,22 +49,29 @@ class CoarseGate:
         return cls(weights, scales, margin, key_of(gate))
 
 
-def key_of(gate: torch.Tensor) -> tuple[int, int]:
-    """Of a weight's memory and version, which in-place changes count up."""
-    return gate.data_ptr(), gate._version
-
-
 def predict_gates(model: Any, recall: float | None = None) -> int:
-    """Give each FFN of a patched model on a CPU a coarse gate for decoding; returns their number.
+    """Give each FFN of a patched model on a CPU a coarse gate for decoding.
 
-    A copy is no part of the state dict, and is ignored once its gate's weights change. `recall`, a share, is that of
-    active neurons at the threshold itself; of all active ones more are found. None: all.
+    A copy is not part of the state dict, and is ignored once its gate's weights change.
+
+    Args:
+        model: A patched model.
+        recall: The share of active neurons to find at the threshold itself; of all active ones more are found.
+            None finds all.
+
+    Returns:
+        The number of FFNs.
+
+    Raises:
+        StochaError: For a model without patched FFNs, or a recall that is not between 0.5 and 1.
     """
-    mlps = stocha_mlps(model)
+    mlps = [module for module in model.modules() if "decode_state" in module.__dict__]
     if not mlps:
         raise StochaError(f"the model is a {type(model).__name__}: expected a patched one, see stocha_hf.patch")
-    for mlp in mlps:
-        mlp.coarse = CoarseGate.of(mlp.gate_proj.weight, recall)  # type: ignore[arg-type]
+    gates = [CoarseGate.of(mlp.gate_proj.weight, recall) for mlp in mlps]
+    for mlp, gate in zip(mlps, gates, strict=True):
+        mlp.decode_state = mlp.decode_state or DecodeState()
+        mlp.decode_state.coarse = gate
     return len(mlps)
 
 

@@ -690,6 +690,18 @@ extern "C" void stocha_layer(int dtype, const void* query, const void* keys, con
                        {key_stride_0, key_stride_1}, {value_stride_0, value_stride_1}, scale, epsilon, threads});
 }
 
+// Whether sampled entries of a matrix [rows, columns] are those of its transposed copy, byte for byte.
+extern "C" int stocha_same(const void* matrix, const void* transposed, int64_t rows, int64_t columns, int64_t size) {
+  constexpr int64_t kSamples = 16;
+  const auto* a = static_cast<const char*>(matrix);
+  const auto* b = static_cast<const char*>(transposed);
+  for (int64_t i = 0; i < kSamples; ++i) {
+    const int64_t row = i * 7919 % rows, column = (2 * i + 1) * columns / (2 * kSamples);
+    if (std::memcmp(a + (row * columns + column) * size, b + (column * rows + row) * size, size) != 0) return 0;
+  }
+  return 1;
+}
+
 // Reads `bytes` and returns something that depends on all of them: what the machine's memory can give.
 extern "C" int64_t stocha_read(const void* data, int64_t bytes, int threads) {
   const auto* p = static_cast<const float*>(data);

@@ -1,7 +1,7 @@
-"""Giving back the memory of weights that were laid out anew.
+"""Giving back the memory of weights of which a copy in another layout is read.
 
-transformers maps safetensors files into memory, all tensors of a file as one mapping, so a tensor that is replaced
-keeps its pages. MADV_PAGEOUT takes clean pages out without losing anything: who reads them reads the file again.
+transformers maps safetensors files into memory. MADV_PAGEOUT takes clean pages of a mapping out without losing
+anything: who reads them reads the file again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch
 MADV_PAGEOUT = 21  # Linux 5.4; older ones answer EINVAL, which leaves the pages where they are
 
 
-def release(tensor: torch.Tensor) -> None:
-    """Take the pages of a tensor that will not be read again out of memory, if a file holds them."""
+def release(tensor: torch.Tensor) -> bool:
+    """Take a tensor's pages out of memory if a file holds them; return whether that was done."""
     if sys.platform != "linux" or not tensor.is_cpu:
-        return
+        return False
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if size > 0 and _is_of_file(start):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_PAGEOUT)
+    if size <= 0 or not _is_of_file(start):
+        return False
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_PAGEOUT) == 0
 
 
 def _is_of_file(address: int) -> bool:

@@ -10,21 +10,27 @@ Where the kernels cannot be built, the operators are PyTorch's dense operations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from stocha_hf import modeling_stocha
 from stocha_hf.decoding import triton_ffn
 from stocha_hf.decoding.build import kernels
-from stocha_hf.decoding.gate_prediction import CoarseGate, key_of
+from stocha_hf.decoding.gate_prediction import CoarseGate
+from stocha_hf.decoding.state import key_of
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 TOKENS = 8  # at most
 ACTIVATIONS = {"relu": 0, "fatrelu": 1, "relu2": 2, "drelu": 3, "shifted_relu": 4}  # as in kernels.cpp
+HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {  # (gate, up, threshold) -> hidden
+    "relu": lambda gate, up, threshold: F.relu(gate) * up,
+    "fatrelu": lambda gate, up, threshold: F.threshold(gate, threshold, 0.0) * up,
+    "relu2": lambda gate, up, threshold: F.relu(gate).square() * up,
+    "drelu": lambda gate, up, threshold: F.relu(gate) * F.relu(up),
+    "shifted_relu": lambda gate, up, threshold: F.relu(gate - threshold) * up,
+}
 
 
 def available(device: str = "cpu") -> bool:
@@ -90,8 +96,7 @@ def _ffn_on_gpu(x: torch.Tensor, *rest: Any) -> torch.Tensor:
 def _dense(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, activation: str, threshold: float
 ) -> torch.Tensor:
-    function, given = modeling_stocha.ACTIVATIONS[activation].function, SimpleNamespace(threshold=threshold)
-    return function(F.linear(x, gate), F.linear(x, up), given) @ down_t  # type: ignore[arg-type]
+    return HIDDEN[activation](F.linear(x, gate), F.linear(x, up), threshold) @ down_t
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from stocha_hf.decoding import ops
+from stocha_hf.decoding.ffn import gathered
 from stocha_hf.decoding.gate_prediction import CoarseGate, candidates
 from stocha_hf.measurement.speed import DENSE, READ, in_turn, ratio, read_memory, threshold_for
 from stocha_hf.modeling_stocha import StochaConfig, patch_mlps
@@ -102,7 +103,7 @@ def _ffn_record(
 
         return run
 
-    without_kernels = [_mlp(w[0], w[1], d, cut) for w, d, cut in zip(weights, down, cuts, strict=True)]
+    mlps = [_mlp(w[0], w[1], d, cut) for w, d, cut in zip(weights, down, cuts, strict=True)]
     exact, recalled = ([CoarseGate.of(gate, recall) for gate, _, _ in weights] for recall in (None, RECALL))
     seconds = in_turn(
         {
@@ -114,7 +115,7 @@ def _ffn_record(
             "exact": predicting(exact),
             "recalled": predicting(recalled),
             "own dense": over_copies(lambda g, u, t, d, cut: ops.ffn(x, g, u, t, "fatrelu", DENSE)),
-            "torch sparse": lambda: [mlp(x) for mlp in without_kernels],
+            "torch sparse": lambda: [_in_pytorch(mlp, x) for mlp in mlps],
         },
         rounds,
     )
@@ -144,8 +145,15 @@ def _ffn_record(
     }
 
 
+def _in_pytorch(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """What an MLP does where there is no compiler."""
+    if len(x) == 1:
+        return gathered(mlp, x)
+    return mlp.down_proj(mlp.hidden(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
 def _mlp(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, cut: float) -> Any:
-    """A StochaMLP of these matrices that decodes as it does without stocha_hf installed."""
+    """A StochaMLP of these matrices."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -157,5 +165,4 @@ def _mlp(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, cut: float) -
     for linear, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), (gate, up, down), strict=True):
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     patch_mlps([mlp], StochaConfig(activation="fatrelu", threshold=cut, base="silu", inference="fatrelu"))
-    mlp.kernels = None
     return mlp.eval()
