@@ -47,7 +47,7 @@ def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """The config of a Hub id or folder, as its native class; a folder is checked whole, before its weights are read."""
+    """The config of a Hub id or folder, as its native class. A folder is checked whole before its weights are read."""
     from transformers import AutoConfig
 
     _check_local(name)
