@@ -65,7 +65,7 @@ relu --data text.txt --colour red -> --colour red
 relu --data text.txt --length 16 --mode topk -> --mode topk cannot run; k is None
 relu --data text.txt --baseline '' -> --baseline; is empty
 relu --data text.txt --length 16 --baseline truncated -> truncated; download it again
-relu --data text.txt --length 16 --baseline vocabulary -> 64 and 16 tokens; same vocabulary
+relu --data text.txt --length 16 --baseline vocabulary -> the token 63; only 16 tokens
 truncated --data text.txt --length 16 -> truncated or corrupt
 corrupt --data text.txt --length 16 -> corrupt
 pickle --data text.txt --length 16 -> only pickle weights (pytorch_model.bin); safetensors
@@ -135,9 +135,9 @@ pickle --prompt w5 -> only pickle weights
 notokenizer --prompt w5 -> notokenizer has no tokenizer
 badtokenizer --prompt w5 -> tokenizer of badtokenizer cannot be read
 vocabulary --prompt w50 -> the token 50; only 16 tokens
-nan --prompt w5 -> logits are NaN or infinite
-nan --prompt w5 --temperature 1 -> logits are NaN or infinite
-nan --prompt w5 --decoding greedy --json -> logits are NaN or infinite
+nan --prompt 'w5 w5 w5 w5 w5 w5 w5 w5 w5' -> logits are NaN or infinite
+nan --prompt 'w5 w5 w5 w5 w5 w5 w5 w5 w5' --temperature 1 -> logits are NaN or infinite
+nan --prompt 'w5 w5 w5 w5 w5 w5 w5 w5 w5' --decoding greedy --json -> logits are NaN or infinite
 gpt2 --prompt w5 -> model_type 'gpt2'
 stocha5 --prompt w5 -> stocha
 """

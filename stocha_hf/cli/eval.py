@@ -81,9 +81,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name for name in (args.model, args.baseline) if name]
-    for name in names:
-        load_config(name)  # a broken model is told before a long text is read
+    configs = [load_config(name) for name in names]  # a broken model is told before a long text is read
     windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
+    for config in configs:
+        evaluation.check_vocabulary(config, windows)
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
     origins = [origin(name, model) for name, model in zip(names, models, strict=True)]

@@ -40,7 +40,7 @@ def evaluate(model: Any, windows: torch.Tensor) -> Evaluation:
     Raises:
         StochaError: the model has no patched layers, a token id is beyond its vocabulary, or its loss is not finite.
     """
-    _check_vocabulary(model, windows)
+    check_vocabulary(model.config, windows)
     activity = Activity(model)
     losses = []  # on the device: no part waits for it
     try:
@@ -77,7 +77,7 @@ def compare(model: Any, baseline: Any, windows: torch.Tensor) -> Comparison:
     sizes = [some.config.vocab_size for some in (model, baseline)]
     if sizes[0] != sizes[1]:
         raise StochaError(f"the models have {sizes[0]} and {sizes[1]} tokens: expected the same vocabulary")
-    _check_vocabulary(model, windows)
+    check_vocabulary(model.config, windows)
     divergences, agreements = [], []
     for batch in batches(model, windows, "Comparing"):
         both = (some(batch, use_cache=False).logits.flatten(0, 1).split(LOGIT_ROWS) for some in (model, baseline))
@@ -110,10 +110,11 @@ def _perplexity(loss: float) -> float:
     return perplexity
 
 
-def _check_vocabulary(model: Any, windows: torch.Tensor) -> None:
-    if (largest := int(windows.max())) >= model.config.vocab_size:
+def check_vocabulary(config: Any, windows: torch.Tensor) -> None:
+    """Raise StochaError where windows hold a token that a model of this config does not have."""
+    if (largest := int(windows.max())) >= config.vocab_size:
         raise StochaError(
-            f"the text has the token {largest}, but the model only {model.config.vocab_size} tokens: expected the "
+            f"the text has the token {largest}, but the model only {config.vocab_size} tokens: expected the "
             "tokenizer that the model was trained with"
         )
 

@@ -140,7 +140,7 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
     p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
     native = stocha.native_act
     note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
-    history = [stage for stage in stocha.history or [] if isinstance(stage, dict)]
+    history = stocha.history or []
     weights, limits = _what_was_done(history)
     values = {
         "weights": weights,
