@@ -248,7 +248,7 @@ LONG out -> 300 bytes
 ~nouser/x out -> ~nouser; unknown user
 native ~nouser/x -> ~nouser; unknown user
 absent out -> absent
-./absent out -> ./absent; does not exist
+./absent out -> absent does not exist
 absent.gguf out -> absent.gguf does not exist
 native relu -> relu exists; --overwrite
 native text.txt -> text.txt exists
@@ -269,7 +269,7 @@ native out --threshold inf -> --threshold is inf
 native out --dtype int4 -> --dtype is int4
 native out --base-model '' -> --base-model is ''; org/name
 native out --base-model 'a b' -> --base-model is a b; org/name
-native out --base-model 'org/x\\n# Injected' -> --base-model is org/x; Injected; org/name
+native out --base-model 'org/x # Injected' -> --base-model is org/x; Injected; org/name
 native out --base-model a/b/c -> --base-model is a/b/c
 native out --push-to-hub '' -> --push-to-hub is ''; org/name
 native out --push-to-hub ../x -> --push-to-hub is ../x
@@ -303,7 +303,6 @@ unknownkey out -> colour
 threethresholds out -> threshold; 3
 source5 out -> source
 history5 out -> history
-automap5 out -> auto_map
 relu relu --overwrite -> relu
 """
 
@@ -349,6 +348,59 @@ mangled user/x -> evaluation.json cannot be read
 relu user/x --colour -> --colour
 """
 
+TRAIN = """
+--use_cpu true --bf16 false -> model_name_or_path is missing
+--config -> --config
+--config '' -> the recipe
+--config absent.yaml -> absent.yaml is not a file
+--config LONG -> xxx
+--config ~nouser/x.yaml -> ~nouser
+--config nothing -> nothing is not a file
+--config broken.yaml -> broken.yaml is not YAML
+--config binary.yaml -> binary.yaml is not YAML
+--config list.yaml -> list.yaml is not a list of keys
+--config word.yaml -> word.yaml is not a list of keys
+--config empty.yaml -> empty.yaml is not a list of keys
+--config alias.yaml -> alias.yaml; alias
+--config unknown.yaml -> 'colour'
+--config nomodel.yaml -> model_name_or_path is missing
+--config nodata.yaml -> dataset is missing
+--config noschedule.yaml -> schedule is missing
+--config activation.yaml -> swiglu
+--config activations.yaml -> relu
+--config phases.yaml -> schedule
+--config good.yaml --colour red -> --colour
+--config good.yaml --max_length 0 -> max_length
+--config good.yaml --per_device_train_batch_size -1 -> per_device_train_batch_size; -1
+--config good.yaml --learning_rate fast -> learning_rate is 'fast'; a number
+--config good.yaml --max_steps many -> max_steps is 'many'; a whole number
+--config good.yaml --use_cpu maybe -> use_cpu is 'maybe'
+--config good.yaml --use_liger_kernel true -> use_liger_kernel
+--config good.yaml --target_sparsity 2 -> target_sparsity is 2
+--config good.yaml --distill_temperature 0 -> distill_temperature is 0
+--config good.yaml --distill_hidden 1 -> distill_hidden is 1
+--config good.yaml --threshold_shift true -> threshold_shift
+--config good.yaml --loss_type dft -> loss_type is 'dft'
+--config good.yaml --dataset_streaming true --max_steps -1 -> dataset_streaming
+--config good.yaml --dataset absent.txt -> absent.txt does not exist
+--config good.yaml --dataset '' -> is empty
+--config good.yaml --dataset LONG.txt -> 304 bytes
+--config good.yaml --dataset broken.jsonl -> row 3 of broken.jsonl
+--config good.yaml --dataset chatmixed.jsonl -> row 2 of chatmixed.jsonl
+--config good.yaml --dataset columns.jsonl -> columns.jsonl has the columns body, id
+--config good.yaml --eval_dataset absent.txt -> absent.txt does not exist
+--config good.yaml --model_name_or_path ./absent -> ./absent does not exist
+--config good.yaml --model_name_or_path truncated -> truncated or corrupt
+--config good.yaml --model_name_or_path pickle -> only pickle weights
+--config good.yaml --model_name_or_path gpt2 -> model_type 'gpt2'
+--config good.yaml --model_name_or_path stocha5 -> stocha
+--config good.yaml --model_name_or_path notokenizer -> notokenizer has no tokenizer
+--config good.yaml --teacher ./absent -> ./absent does not exist
+--config good.yaml --teacher vocabulary -> 16
+--config good.yaml --accelerate nosuch -> --accelerate is nosuch
+--config good.yaml --num_processes 2 -> --num_processes is 2; --accelerate
+"""
+
 TABLES = {
     "eval": EVAL,
     "generate": GENERATE,
@@ -357,4 +409,5 @@ TABLES = {
     "convert": CONVERT,
     "average": AVERAGE,
     "publish": PUBLISH,
+    "train": TRAIN,
 }

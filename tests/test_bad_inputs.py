@@ -267,22 +267,23 @@ def _write_measurements(folder: Path) -> None:
 
 
 MODEL, DATA = "model_name_or_path: stocha\n", "dataset: text.txt\n"
-SCHEDULE = "schedule: [{activation: relu}]\n"
-GOOD = MODEL + DATA + SCHEDULE + "output_dir: out\nmax_steps: 1\nuse_cpu: true\nbf16: false\nreport_to: none\n"
+SCHEDULE = "schedule: [{activation: relu, until: 1.0}]\n"
+CPU = "output_dir: out\nmax_steps: 1\nuse_cpu: true\nbf16: false\nreport_to: none\n"
+GOOD = MODEL + DATA + SCHEDULE + CPU
 RECIPES: dict[str, str | bytes] = {
     "good.yaml": GOOD,
     "broken.yaml": "a: [1, 2",
-    "binary.yaml": b"\xff\xfe\x00\x01",
+    "binary.yaml": b"\x80\x81",
     "list.yaml": "- a\n- b\n",
     "word.yaml": "hello",
     "empty.yaml": "",
     "unknown.yaml": GOOD + "colour: red\n",
-    "nomodel.yaml": DATA + SCHEDULE,
-    "nodata.yaml": MODEL + SCHEDULE,
+    "nomodel.yaml": DATA + SCHEDULE + CPU,
+    "nodata.yaml": MODEL + SCHEDULE + CPU,
     "noschedule.yaml": GOOD.replace(SCHEDULE, ""),
     "activation.yaml": GOOD.replace("relu", "swiglu"),
     "activations.yaml": GOOD.replace("activation: relu", "activation: [relu]"),
-    "phases.yaml": GOOD.replace("[{activation: relu}]", "relu"),
+    "phases.yaml": GOOD.replace("[{activation: relu, until: 1.0}]", "relu"),
     "alias.yaml": GOOD + "".join(
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'] * 9)}]\n" for i in range(9)
     ),
