@@ -71,7 +71,7 @@ def thresholded(model: Any, method: str, share: float, calibration: torch.Tensor
 
 def figures(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, Any]:
     with torch.autocast(model.device.type, torch.bfloat16):
-        return {name: evaluate(model, windows) for name, windows in texts.items()}
+        return {name: evaluate(model, windows).to_dict() for name, windows in texts.items()}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, SIZES
+from helpers import CONFIGS, SIZES
 from safetensors.torch import load_file, save_file
 
 from stocha_hf.checkpoints.architecture import DEFAULTS, Sizes, check_loaded, check_tensors, expected_tensors

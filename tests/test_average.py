@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, run_python
+from helpers import assert_refused, run_command, run_python
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, assert_refused, run_command, run_python
+from helpers import BIN, assert_refused, run_command, run_python
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -180,6 +180,7 @@ def large_source(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_no_output_or_a_whole_one(large_source, tmp_path):
     out = tmp_path / "out"
     command = [str(BIN / "stocha-convert"), str(large_source), str(out), "--overwrite"]

@@ -15,8 +15,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, run_command, tiny_model, tiny_tokenizer
-from gguf_writer import ARCHS, write_gguf
+from helpers import assert_refused, run_command, tiny_model, tiny_tokenizer
+from helpers.gguf_writer import ARCHS, write_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN, assert_refused, run_command, run_python
-from loopback_hub import LoopbackHub
+from helpers import BIN, assert_refused, run_command, run_python
+from helpers.loopback_hub import LoopbackHub
 
 from stocha_hf.conversion.convert import convert
 from stocha_hf.spec import MODELING_FILE
 
+pytestmark = pytest.mark.slow  # every test starts processes
 Done = subprocess.CompletedProcess[str]
 WRONG_TOKEN = "hf_of_somebody_else"
 STRAYS = ("optimizer.pt", "pytorch_model.bin", "notes.txt", "checkpoint-10/model.safetensors")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_model
-from gguf_writer import write_gguf
+from helpers import tiny_model
+from helpers.gguf_writer import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

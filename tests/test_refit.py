@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, assert_refused, run_command, tiny_model, tiny_tokenizer
+from helpers import CONFIGS, assert_refused, run_command, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, run_command
+from helpers import assert_refused, run_command
 from safetensors.torch import load_file, save_file
 
 

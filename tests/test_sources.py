@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_tokenizer
+from helpers import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from stocha_hf.checkpoints.companions import check_links, companion_files

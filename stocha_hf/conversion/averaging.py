@@ -2,7 +2,7 @@
 
 Runs that began at one model and differ in seed, text, length or the teacher's share keep their neurons in place, so
 that their mean is a model too, as sparse and as fast as each ("model soup", Wortsman et al., arXiv 2203.05482).
-Nothing is trained, and memory is that of one tensor of each. docs/training.md says what it gained.
+Nothing is trained, and memory is that of one tensor of each. docs/experiments/training.md says what it gained.
 
     stocha-average run-1 run-2 averaged
     stocha_hf.average(["run-1", "run-2"], "averaged", shares=[2, 1])

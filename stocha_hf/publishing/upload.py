@@ -22,7 +22,7 @@ from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
 from stocha_hf.checkpoints.modeling_file import is_ours
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
-from stocha_hf.publishing.tables import FOLDER as MEASUREMENTS
+from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
 from stocha_hf.spec import MODELING_FILE
 
 if TYPE_CHECKING:
