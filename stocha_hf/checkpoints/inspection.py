@@ -26,21 +26,6 @@ DTYPES = ("BF16", "F16", "F32")
 LONGEST = 2**26  # bytes of a JSON file; the index of a large model has one or two million
 
 
-def user_path(name: str | Path) -> Path:
-    """A path that the user gave, with ~ expanded. Raises StochaError for one that no file system has."""
-    try:
-        path = Path(name).expanduser()
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return path
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StochaError(
-            f"{str(name)[:200]!r} is not a path ({reason}): expected a file, a folder or a Hub id"
-        ) from error
-    return path
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder as a dict. Raises StochaError where there is none or it is no JSON object."""
     return read_json(folder / CONFIG, "a Hugging Face checkpoint folder, which has one")

@@ -21,7 +21,7 @@ from typing import Any
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import behaviour, weights_hash
 from stocha_hf.checkpoints.headers import tensor_headers
-from stocha_hf.checkpoints.inspection import user_path
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.convert import check_output, write_checkpoint
 from stocha_hf.conversion.source import Source, open_source
@@ -64,9 +64,9 @@ def average(
     Raises:
         StochaError: for sources that do not belong together, with nothing written.
     """
-    output, parts = user_path(output), _parts(sources, shares)
+    output, parts = local_path(output), _parts(sources, shares)
     check_output(output, overwrite)
-    check_apart(output, [path for path in map(user_path, sources) if path.exists()])
+    check_apart(output, [path for path in map(local_path, sources) if path.exists()])
     with ExitStack() as stack:
         found = [stack.enter_context(open_source(str(source), None, "bfloat16", output)) for source in sources]
         for source in found:

@@ -20,6 +20,7 @@ from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, check_links, comp
 from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
 from stocha_hf.checkpoints.modeling_file import is_ours
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
 from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
@@ -68,7 +69,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> Publishe
     """
     from huggingface_hub import CommitOperationDelete
 
-    folder = inspection.user_path(folder)
+    folder = local_path(folder)
     files = _publishable(folder)
     api = check_login(repo)
     with hub_errors("publishing to", repo):
