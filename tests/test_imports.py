@@ -22,8 +22,9 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"measurement"},
     {"models"},
     {"data", "hub"},
+    {"data_files"},
     {"checkpoints"},
-    {"modeling_stocha"},
+    {"modeling_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
     {"spec"},
     {"errors"},
