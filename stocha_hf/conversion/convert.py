@@ -112,9 +112,8 @@ def convert(
     if dtype not in DTYPES:
         raise StochaError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_output(output, overwrite)
-    check_apart(
-        output, [local_path(name) for name in (source, refit) if name is not None and local_path(name).exists()]
-    )
+    inputs = [local_path(name) for name in (source, refit) if name is not None]
+    check_apart(output, [path for path in inputs if path.exists()])
     with ExitStack() as stack:
         work = stack.enter_context(refit_folder(output)) if options is not None else None
         found = stack.enter_context(open_source(str(source), revision, dtype, output))

@@ -116,7 +116,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     train_data, eval_data = _load_both(data)
     model = load_model(name, revision=revision, **options)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     teacher = load_model(args.teacher, **options) if args.teacher else None
     if teacher is not None:
         check_teacher(model.config, teacher.config)
