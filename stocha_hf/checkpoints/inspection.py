@@ -103,12 +103,15 @@ def weight_files(names: Collection[str], load_index: Callable[[], dict[str, Any]
 
 
 def list_files(folder: Path) -> list[str]:
-    """All files of a folder and of its direct subfolders, as names relative to it."""
-    if not folder.is_dir():
-        raise StochaError(f"{folder} does not exist: expected a folder, a .gguf file or a Hub id such as org/name")
-    return sorted(
-        str(path.relative_to(folder)) for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()
-    )
+    """All files of a folder and of its direct subfolders, as names relative to it. Raises StochaError."""
+    try:
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise StochaError(f"{folder} {what}: expected a folder, a .gguf file or a Hub id such as org/name")
+        paths = [path for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()]
+    except OSError as error:
+        raise StochaError(f"cannot read {folder} ({error.strerror}): expected a folder that you may read") from error
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def check_weights(folder: Path, files: Collection[str], config: dict[str, Any]) -> None:

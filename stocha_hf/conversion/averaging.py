@@ -26,6 +26,7 @@ from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.convert import check_output, write_checkpoint
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
+from stocha_hf.spec import is_number
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _parts(sources: Sequence[str | Path], shares: Sequence[float] | None) -> lis
     if len(sources) < 2:
         raise StochaError(f"{len(sources)} checkpoint was given: expected at least two, and then the folder to write")
     shares = [1.0] * len(sources) if shares is None else list(shares)
-    numbers = all(type(share) in (int, float) and 0 < share < math.inf for share in shares)
+    numbers = all(is_number(share) and share > 0 for share in shares)
     total = sum(map(float, shares)) if numbers else math.nan
     parts = [share / total for share in shares] if 0 < total < math.inf else []
     if len(shares) != len(sources) or not all(parts) or not parts:
