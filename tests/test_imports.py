@@ -23,7 +23,7 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"models"},
     {"data", "hub"},
     {"checkpoints"},
-    {"modeling_stocha"},
+    {"modeling_stocha", "sparse"},  # sparse: the door for files that were published with stocha_hf 0.1
     {"decoding"},
     {"spec"},
     {"errors"},
