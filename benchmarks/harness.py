@@ -87,7 +87,7 @@ def harness(python: str, model: str, remote: bool, dtype: str, tasks: Path) -> d
 def ours(model: Any, remote: bool, windows: torch.Tensor) -> dict[str, Any]:
     """evaluate(), in the model's own activation or in the one that the native class knows."""
     with nullcontext() if remote else model.stocha_mode(model.config.hidden_act):
-        return evaluate(model, windows)
+        return evaluate(model, windows).to_dict()
 
 
 def main() -> None:

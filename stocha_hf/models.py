@@ -5,11 +5,15 @@ A converted checkpoint gets its stocha class; a native one is patched in memory,
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stocha_hf import modeling_stocha
+from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.metadata import public_name
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, StochaMLP, patch, stocha_mlps
@@ -29,6 +33,8 @@ def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
     converted = getattr(config, "stocha", None) is not None
     owner: Any = modeling_stocha if converted else transformers
     model_class = getattr(owner, f"Stocha{row.causal_lm}" if converted else row.causal_lm)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     with hub_errors("reading", name):
         model = model_class.from_pretrained(name, revision=revision, **kwargs)
     if not converted:
@@ -41,11 +47,24 @@ def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """The config of a Hub id or folder, as its native class."""
+    """The config of a Hub id or folder, as its native class. A folder is checked whole before its weights are read."""
     from transformers import AutoConfig
 
+    _check_local(name)
     with hub_errors("reading", name):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def _check_local(name: str) -> None:
+    """Raise StochaError for a path that is no whole checkpoint folder; a Hub id is checked when it is fetched."""
+    folder = local_path(name)
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise StochaError(f"{name} does not exist: expected a checkpoint folder or a Hub id such as org/name")
+    if folder.exists():
+        config = inspection.read_config(folder)
+        inspection.check_config(config, name)
+        index = partial(inspection.read_json, folder / inspection.INDEX, "an index of shards")
+        inspection.check_weights(folder, inspection.weight_files(inspection.list_files(folder), index, name), config)
 
 
 def tokenizer_folder(name: str, revision: str | None = None) -> Path:

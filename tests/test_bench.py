@@ -31,8 +31,8 @@ def test_forcing_zeros_on_a_model() -> None:
     patch(model, StochaConfig(activation="relu"))
     tokens = torch.randint(64, (1, 40))
     speed_models.force_sparsity(model, 0.9, tokens)
-    record = speed_models.decode_record("tiny", tiny_model(), model, tokens[:, :8], new=4, rounds=1)
-    assert record["model"] == "tiny" and record["sparsity"] > 0.6 and record["dense_ms"] > 0
+    record = speed_models.compare_decoding("tiny", tiny_model(), model, tokens[:, :8], new=4, rounds=1)
+    assert record.model == "tiny" and record.sparsity > 0.6 and record.dense_ms > 0
 
 
 @pytest.mark.slow

@@ -70,9 +70,9 @@ def test_truncation_sets_small_contributions_to_zero_and_no_others() -> None:
 def test_at_cett_0_the_model_is_the_dense_one(activation: str) -> None:
     model = patched(activation)
     dense, found = evaluate(model, WINDOWS), at_cett(model, WINDOWS, CettCurve(model, WINDOWS), 0.0)
-    assert found["perplexity"] == dense["perplexity"]
-    assert found["sparsity"] == dense["sparsity"]
-    assert found["thresholds"] == [0.0, 0.0]
+    assert found.perplexity == dense.perplexity
+    assert found.sparsity == dense.sparsity
+    assert found.thresholds == [0.0, 0.0]
 
 
 def test_sparsity_rises_with_cett_in_every_layer() -> None:
@@ -80,7 +80,7 @@ def test_sparsity_rises_with_cett_in_every_layer() -> None:
     curve = CettCurve(model, WINDOWS)
     found = [at_cett(model, WINDOWS, curve, cett) for cett in (0.0, 0.02, 0.1, 0.3, 0.6, 0.9)]
     for layer in range(2):
-        shares = [point["sparsity"]["per_layer"][layer] for point in found]
+        shares = [point.sparsity.per_layer[layer] for point in found]
         assert shares == sorted(set(shares)) and shares[0] == 0 and shares[-1] > 0.6
 
 
@@ -89,11 +89,11 @@ def test_ppl_sparsity_is_the_most_that_its_bound_allows(percent: int) -> None:
     model = patched("relu")
     windows = greedy_windows(model)
     dense, curve = evaluate(model, windows), CettCurve(model, windows)
-    found = ppl_sparsity(model, windows, curve, dense["perplexity"], percent)
-    bound = (1 + percent / 100) * dense["perplexity"]
-    assert dense["perplexity"] < found["perplexity"] <= bound
-    assert found["sparsity"]["mean"] > dense["sparsity"]["mean"]
-    assert at_cett(model, windows, curve, found["cett"] + 2**-10)["perplexity"] > bound
+    found = ppl_sparsity(model, windows, curve, dense.perplexity, percent)
+    bound = (1 + percent / 100) * dense.perplexity
+    assert dense.perplexity < found.perplexity <= bound
+    assert found.sparsity.mean > dense.sparsity.mean
+    assert at_cett(model, windows, curve, found.cett + 2**-10).perplexity > bound
 
 
 def greedy_windows(model: Any) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_a_layer_whose_hidden_vectors_are_zero_has_nothing_to_truncate() -> None
     model = patched("relu")
     model.model.layers[1].mlp.up_proj.weight.data.zero_()
     found = at_cett(model, WINDOWS, CettCurve(model, WINDOWS), 0.2)
-    assert found["sparsity"]["per_layer"][1] == 1.0 and found["thresholds"][1] == 0.0
+    assert found.sparsity.per_layer[1] == 1.0 and found.thresholds[1] == 0.0
 
 
 def test_a_native_model_is_refused() -> None:
@@ -139,7 +139,7 @@ def test_the_command_tells_the_curve_and_draws_it(checkpoint, tmp_path) -> None:
     [
         (["--cett", "0.1", "1.0"], ["--cett is 1.0", "below 1"]),
         (["--cett", "-0.1"], ["--cett is -0.1"]),
-        (["--ppl-increase", "0"], ["--ppl-increase is 0.0", "above 0"]),
+        (["--ppl-increase", "0"], ["--ppl-increase is 0", "above 0"]),
         (["--ppl-increase", "nan"], ["--ppl-increase is nan"]),
         (["--cett", "0.1", "--mode", "stocha"], ["--mode is stocha", "deterministic"]),
     ],

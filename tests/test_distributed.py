@@ -1,8 +1,9 @@
-"""Two gloo processes under `accelerate launch`, with the accelerate configs of recipes/: DDP and FSDP2."""
+"""Two gloo processes under `accelerate launch`, with the accelerate configs of the package: DDP and FSDP2."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from helpers import BIN
 from helpers.training import RELU, TOKENS, arguments, losses, run
 from transformers import AutoModelForCausalLM
+
+from stocha_hf.cli.train import CONFIGS
 
 pytestmark = pytest.mark.slow  # two processes a test
 
@@ -21,7 +24,7 @@ PROBE = ROOT / "tests" / "helpers" / "distributed_probe.py"
 def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
     """The notes of both ranks."""
     folder.mkdir()
-    config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
+    config = CONFIGS / f"{kind}.yaml"
     options = [
         "--config_file",
         str(config),
@@ -33,7 +36,9 @@ def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
         "0",
     ]
     command = [str(BIN / "accelerate"), "launch", *options, str(PROBE), str(folder), kind, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-20000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

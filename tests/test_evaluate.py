@@ -13,6 +13,7 @@ from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.data import text_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.evaluation import compare, evaluate
+from stocha_hf.measurement.records import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,15 +32,15 @@ def test_perplexity_and_zeros_are_those_of_their_definitions() -> None:
         hook.remove()
     zeros = torch.stack([(part == 0).double().mean() for part in hidden]).view(7, 2).mean(0)
     found = evaluate(model, windows)
-    assert found["perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-5)
-    assert found["tokens"] == 140
-    assert found["sparsity"]["per_layer"] == pytest.approx(zeros.tolist())
-    assert found["sparsity"]["mean"] == pytest.approx(zeros.mean().item())
-    assert found["activation"] == "relu"
+    assert found.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    assert found.tokens == 140
+    assert found.sparsity.per_layer == pytest.approx(zeros.tolist())
+    assert found.sparsity.mean == pytest.approx(zeros.mean().item())
+    assert found.activation == "relu"
     active = torch.cat(hidden[::2]) != 0  # the first layer's, [windows, length, neurons]
-    assert found["never_active"]["per_layer"][0] == pytest.approx((~active.any(0).any(0)).double().mean().item())
+    assert found.never_active.per_layer[0] == pytest.approx((~active.any(0).any(0)).double().mean().item())
     again = (active[:, 1:] & active[:, :-1]).sum() / active[:, 1:].sum()
-    assert found["reuse"]["per_layer"][0] == pytest.approx(again.item())
+    assert found.reuse.per_layer[0] == pytest.approx(again.item())
 
 
 def test_aggregated_sparsity_counts_what_the_first_tokens_left_unused() -> None:
@@ -51,15 +52,13 @@ def test_aggregated_sparsity_counts_what_the_first_tokens_left_unused() -> None:
     hook = down_proj.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
     found = evaluate(model, windows)
     hook.remove()
-    told, active = found["aggregated_sparsity"], torch.cat(hidden) != 0  # [windows, length, neurons]
-    assert told["tokens"] == [1, 2, 4, 8, 16, 20]
-    for t, share, mean, independent in zip(
-        told["tokens"], told["per_layer"][1], told["mean"], told["independent"], strict=True
-    ):
+    told, active = found.aggregated_sparsity, torch.cat(hidden) != 0  # [windows, length, neurons]
+    assert told.tokens == [1, 2, 4, 8, 16, 20]
+    for t, share, mean, independent in zip(told.tokens, told.per_layer[1], told.mean, told.independent, strict=True):
         unused = [sum(not active[w, :t, i].any() for i in range(48)) / 48 for w in range(6)]
         assert share == pytest.approx(sum(unused) / 6)
-        assert mean == pytest.approx((told["per_layer"][0][told["tokens"].index(t)] + share) / 2)
-        assert independent == pytest.approx(sum(s**t for s in found["sparsity"]["per_layer"]) / 2)
+        assert mean == pytest.approx((told.per_layer[0][told.tokens.index(t)] + share) / 2)
+        assert independent == pytest.approx(sum(s**t for s in found.sparsity.per_layer) / 2)
 
 
 def test_a_neuron_that_cannot_fire_is_never_active() -> None:
@@ -67,7 +66,7 @@ def test_a_neuron_that_cannot_fire_is_never_active() -> None:
     patch(model, StochaConfig(activation="relu"))
     model.model.layers[1].mlp.up_proj.weight.data[:12] = 0  # of 48
     found = evaluate(model, torch.randint(64, (4, 30)))
-    assert found["never_active"]["per_layer"][1] >= 0.25
+    assert found.never_active.per_layer[1] >= 0.25
 
 
 def test_predictions_are_compared_by_their_definitions() -> None:
@@ -80,9 +79,9 @@ def test_predictions_are_compared_by_their_definitions() -> None:
     chances = expected.softmax(-1)
     divergence = (chances * (chances.log() - found.log_softmax(-1))).sum(-1).mean()
     told = compare(model, baseline, windows)
-    assert told["kl"] == pytest.approx(divergence.item(), rel=1e-4) and told["kl"] > 0.01
-    assert told["top1_agreement"] == (found.argmax(-1) == expected.argmax(-1)).double().mean().item()
-    assert compare(model, model, windows) == {"kl": pytest.approx(0, abs=1e-6), "top1_agreement": 1.0}
+    assert told.kl == pytest.approx(divergence.item(), rel=1e-4) and told.kl > 0.01
+    assert told.top1_agreement == (found.argmax(-1) == expected.argmax(-1)).double().mean().item()
+    assert compare(model, model, windows) == Comparison(pytest.approx(0, abs=1e-6), 1.0)
 
 
 @pytest.mark.slow

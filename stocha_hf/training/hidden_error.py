@@ -48,9 +48,10 @@ class HiddenError:
         self.layer_error = layer_error
         self.on = False
         self.streams: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._hooks: list[Any] = []
         for model, stream in zip((student, teacher), self.streams, strict=True):
             for layer in decoder_layers(model):
-                layer.register_forward_hook(functools.partial(self._keep, stream))
+                self._hooks.append(layer.register_forward_hook(functools.partial(self._keep, stream)))
 
     def _keep(self, stream: list[torch.Tensor], layer: Any, args: Any, output: Any) -> None:
         if self.on:  # not so in backward, where checkpointing runs the layers once more
@@ -79,6 +80,10 @@ class HiddenError:
             )
         errors = [self.layer_error(ours, theirs, mask) for ours, theirs in zip(student, teacher, strict=True)]
         return torch.stack(errors).mean()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 def check_same_shape(student_config: Any, teacher_config: Any) -> None:

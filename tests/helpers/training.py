@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from stocha_hf.training.run import parse, train
+from stocha_hf.training.run import parse
+from stocha_hf.training.run import run as run_training
 
 STOCHA_FT = "[{activation: stocha, p: [0.5, 0.1], until: 0.5}, {activation: relu, until: 1.0}]"
 RELU = "[{activation: relu, until: 1.0}]"
@@ -41,7 +42,7 @@ def arguments(base: Path, text: Path, output: Path, **changes: Any) -> list[str]
 
 def run(base: Path, text: Path, output: Path, **changes: Any) -> list[dict[str, float]]:
     """Train in this process; returns the log history."""
-    train(*parse(arguments(base, text, output, **changes), None))
+    run_training(*parse(arguments(base, text, output, **changes), None))
     return json.loads((output / f"checkpoint-{changes.get('max_steps', 8)}" / "trainer_state.json").read_text())[
         "log_history"
     ]
