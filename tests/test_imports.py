@@ -22,6 +22,7 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"measurement"},
     {"models"},
     {"data", "hub"},
+    {"data_files"},
     {"checkpoints"},
     {"modeling_stocha", "sparse"},  # sparse: the door for files that were published with stocha_hf 0.1
     {"decoding"},
