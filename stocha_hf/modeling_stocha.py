@@ -632,6 +632,9 @@ def patch(model: nn.Module, config: StochaConfig) -> int:
 def unpatch(model: nn.Module) -> int:
     """Give a patched model its native classes and its base activation back, in place.
 
+    Args:
+        model: A patched model, or a wrapper with one inside.
+
     Returns:
         The number of MLPs.
 
