@@ -304,6 +304,29 @@ threethresholds out -> threshold; 3
 source5 out -> source
 history5 out -> history
 relu relu --overwrite -> relu
+native /sys/stocha/out -> cannot write /sys/stocha/out
+native out --liger -> --liger
+broken.gguf out -> broken.gguf
+mixtral out -> model_type 'mixtral'; dense gated
+typeless out -> model_type None
+awq out -> quantized (awq); original model
+bitsandbytes out -> quantized (bitsandbytes)
+fp8config out -> quantized (fp8)
+fp8 out -> F8_E4M3; BF16, F16, F32
+otheract out -> 'gelu_new'; expected 'silu'
+owncode out -> its own modeling code
+gateless out -> gate_proj
+width out -> [48, 32]; [64, 32]
+threelayers out -> layers.2.
+empty out -> truncated or corrupt
+fewbytes out -> truncated or corrupt
+noshard out -> model-00002; missing
+cutshard out -> model-00002; truncated or corrupt
+indexup out -> '../../x'; same folder
+indexroot out -> '/etc/passwd'
+indexfile out -> a.safetensors; missing
+indextensor out -> other
+noindex out -> no weight_map
 """
 
 AVERAGE = """

@@ -225,34 +225,6 @@ def test_the_command_shows_samples_of_a_chat(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--decoding", "beam"], ["beam", "stocha, temperature, greedy"]),
-        (["--decoding", "greedy", "--p", "0.5"], ["--p is given", "greedy"]),
-        (["--p", "0.5", "1.5"], ["--p is 1.5", "between 0 and 1"]),
-        (["--temperature", "0"], ["--temperature is 0.0", "above 0"]),
-        (["--temperature", "nan"], ["--temperature is nan"]),
-        (["--samples", "0"], ["--samples is 0", "at least 1"]),
-        (["--new", "0"], ["--new is 0"]),
-        (["--seed", "-1"], ["--seed is -1"]),
-        (["--dtype", "int4"], ["int4", "bfloat16"]),
-        (["--prompt", " "], ["empty", "--prompt TEXT"]),
-        (["--prompts", "{folder}/empty.txt"], ["empty.txt", "a prompt a line"]),
-        (["--prompts", "{folder}/none.txt"], ["none.txt", "cannot be read"]),
-        (["--plot", "curve.nonsense"], ["curve.nonsense", "plot.png"]),
-        (["--plot", "curve.png", "--samples", "1"], ["--samples is 1", "at least 2"]),
-        ([], ["model_type 'gpt2'", "llama"]),
-    ],
-)
-def test_refusals(options, words, checkpoint, tmp_path):
-    source = checkpoint()
-    (source / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "empty.txt").write_text("\n \n")
-    options = [option.format(folder=tmp_path) for option in options]
-    assert_refused(run_command("stocha-generate", source, "--prompt", "w5", *options), *words)
-
-
-@pytest.mark.parametrize(
     ("package", "options"), [("sacrebleu", []), ("matplotlib.backend_bases", ["--plot", "curve.png"])]
 )
 def test_a_missing_package_is_told_before_the_model_is_read(package, options, tmp_path):
