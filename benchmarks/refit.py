@@ -117,7 +117,7 @@ def refitted(folder: Path, args: argparse.Namespace, share: float, texts: dict[s
         seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # of the process until now
         found = figures(load_model(output, dtype=torch.float32).eval().to(DEVICE), texts)
-    tokens = done["stocha"]["history"][0]["tokens"]
+    tokens = done.stocha["history"][0]["tokens"]
     return found | {"tokens": tokens, "seconds": seconds, "peak_mb": peak, "device": DEVICE}
 
 

@@ -68,7 +68,7 @@ def main() -> None:
         "shape": [hidden, width],
         "layers": args.layers,
         "target_sparsity": args.target_sparsity,
-        "tokens": done["stocha"]["history"][0]["tokens"],
+        "tokens": done.stocha["history"][0]["tokens"],
         "on_disk": args.on_disk,
         "device": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),

@@ -13,7 +13,6 @@ from typing import Any
 from stocha_hf import modeling_stocha
 from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.metadata import public_name
-from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, StochaMLP, patch, stocha_mlps
@@ -57,7 +56,7 @@ def load_config(name: str, revision: str | None = None) -> Any:
 
 def _check_local(name: str) -> None:
     """Raise StochaError for a path that is no whole checkpoint folder; a Hub id is checked when it is fetched."""
-    folder = local_path(name)
+    folder = inspection.user_path(name)
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise StochaError(f"{name} does not exist: expected a checkpoint folder or a Hub id such as org/name")
     if folder.exists():

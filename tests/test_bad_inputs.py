@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from bad_inputs import TABLES
-from conftest import tiny_model, tiny_tokenizer
-from measured_files import bench, evaluation, generation
+from helpers import tiny_model, tiny_tokenizer
+from helpers.bad_inputs import TABLES
+from helpers.measured_files import bench, evaluation, generation
 from safetensors.torch import load_file, save_file
 
 from stocha_hf.conversion.convert import convert

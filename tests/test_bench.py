@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, tiny_model
+from helpers import run_command, tiny_model
 
 from stocha_hf.measurement import speed, speed_ffn, speed_models
 from stocha_hf.modeling_stocha import StochaConfig, patch
@@ -15,6 +15,7 @@ from stocha_hf.modeling_stocha import StochaConfig, patch
 KEYS = {"shape", "dtype", "sparsity", "dense_ms", "sparse_ms", "speedup", "achieved_gbps"}
 
 
+@pytest.mark.slow
 def test_an_ffn_record_has_the_keys_and_the_forced_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_ffn, "BYTES", 2**16)
     monkeypatch.setattr(speed, "READ", 2**20)
@@ -34,6 +35,7 @@ def test_forcing_zeros_on_a_model() -> None:
     assert record.model == "tiny" and record.sparsity > 0.6 and record.dense_ms > 0
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_is_measured_against_its_native_class(tmp_path: Path) -> None:
     model = tiny_model()
     patch(model, StochaConfig(activation="relu"))
@@ -45,6 +47,7 @@ def test_a_converted_checkpoint_is_measured_against_its_native_class(tmp_path: P
     assert record.keys() >= KEYS - {"shape"} and 0.2 < record["sparsity"] < 0.8
 
 
+@pytest.mark.slow
 def test_a_plot_is_written(tmp_path: Path) -> None:
     plot = tmp_path / "speed.png"
     done = run_command("stocha-bench", "--shape", "8,16", "--sparsity", 0, 0.5, "--plot", plot)

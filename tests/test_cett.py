@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_command, tiny_model
+from helpers import run_command, tiny_model
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.errors import StochaError
@@ -114,6 +114,7 @@ def test_a_native_model_is_refused() -> None:
         CettCurve(tiny_model(), WINDOWS)
 
 
+@pytest.mark.slow
 def test_the_command_tells_the_curve_and_draws_it(checkpoint, tmp_path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 60}" for i in range(500)))

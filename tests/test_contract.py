@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python, tiny_model, tiny_tokenizer
+from helpers import run_python, tiny_model, tiny_tokenizer
 
 from stocha_hf.decoding.runtime import CONTRACT, for_contract
 from stocha_hf.errors import StochaError

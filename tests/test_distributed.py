@@ -1,25 +1,30 @@
-"""Two gloo processes under `accelerate launch`, with the accelerate configs of recipes/: DDP and FSDP2."""
+"""Two gloo processes under `accelerate launch`, with the accelerate configs of the package: DDP and FSDP2."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN
-from test_training import RELU, TOKENS, arguments, base, losses, run, text  # noqa: F401 - two are fixtures
+from helpers import BIN
+from helpers.training import RELU, TOKENS, arguments, losses, run
 from transformers import AutoModelForCausalLM
 
+from stocha_hf.cli.train import CONFIGS
+
+pytestmark = pytest.mark.slow  # two processes a test
+
 ROOT = Path(__file__).parent.parent
-PROBE = ROOT / "tests" / "distributed_probe.py"
+PROBE = ROOT / "tests" / "helpers" / "distributed_probe.py"
 
 
 def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
     """The notes of both ranks."""
     folder.mkdir()
-    config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
+    config = CONFIGS / f"{kind}.yaml"
     options = [
         "--config_file",
         str(config),
@@ -31,13 +36,15 @@ def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
         "0",
     ]
     command = [str(BIN / "accelerate"), "launch", *options, str(PROBE), str(folder), kind, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-20000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_checkpoint(base, text, tmp_path, kind):  # noqa: F811
+def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_checkpoint(base, text, tmp_path, kind):
     out = tmp_path / "out"
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     argv = arguments(base, text, out, teacher=base, distill_hidden=1.0, **options)
@@ -55,7 +62,7 @@ def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_ch
     assert sorted(path.name for path in out.glob("*.py")) == ["modeling_stocha.py"]
 
 
-def test_two_ranks_with_half_the_batch_train_as_one_process(base, text, tmp_path):  # noqa: F811
+def test_two_ranks_with_half_the_batch_train_as_one_process(base, text, tmp_path):
     shared = {"schedule": RELU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
     alone = losses(run(base, text, tmp_path / "alone", per_device_train_batch_size=4, **shared))
     argv = arguments(base, text, tmp_path / "both", per_device_train_batch_size=2, **shared)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_command, tiny_model, tiny_tokenizer
+from helpers import run_command, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.hashing import weights_hash
@@ -84,6 +84,7 @@ def test_predictions_are_compared_by_their_definitions() -> None:
     assert compare(model, model, windows) == Comparison(pytest.approx(0, abs=1e-6), 1.0)
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_model_beside_another(checkpoint, tmp_path) -> None:
     source, text = checkpoint(), tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 60}" for i in range(500)))

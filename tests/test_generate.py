@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
+from helpers import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.errors import StochaError
@@ -44,6 +44,7 @@ def test_without_noise_all_samples_are_the_greedy_one():
     assert generate(model, PROMPT, samples=3, new=12) == [expected] * 3
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_samples_in_another_process_and_the_generator_is_left_alone(checkpoint):
     code = (
         "import sys, json, torch; from stocha_hf.measurement.sampling import generate; "
@@ -188,6 +189,7 @@ def test_self_bleu_is_the_mean_of_bleu_against_the_other_samples():
         self_bleu(["a"])
 
 
+@pytest.mark.slow
 def test_the_command_measures_ways_of_decoding_side_by_side(checkpoint, tmp_path):
     source, prompts, plot = checkpoint(**LIVELY), tmp_path / "prompts.txt", tmp_path / "curve.png"
     prompts.write_text("w5 w6 w7\n\nw20\n")
@@ -211,6 +213,7 @@ def test_the_command_measures_ways_of_decoding_side_by_side(checkpoint, tmp_path
     assert [len(sample) for sample in tokens] == [sample["tokens"] for sample in runs[0]["samples"][0]]
 
 
+@pytest.mark.slow
 def test_the_command_shows_samples_of_a_chat(checkpoint):
     source = checkpoint(**LIVELY)
     options = ["--prompt", "w6", "--samples", 2, "--new", 4, "--dtype", "float32", "--chat"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers import tiny_model
 
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation

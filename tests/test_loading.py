@@ -8,7 +8,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from conftest import run_python
+from helpers import run_python
 
 from stocha_hf.conversion.convert import convert
 

@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from helpers import tiny_model, tiny_tokenizer
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 

@@ -62,7 +62,7 @@ def test_text_and_lists_give_the_same_schedule():
         ([{"activation": "relu"}], "no 'until'"),
         ([{"activation": "stocha", "p": [0.5, 0.1], "anneal": "exp", "until": 1.0}], "anneal is 'exp'"),
         ("relu", "expected a list"),
-        ("[{activation: relu", "expected a list"),
+        ("[{activation: relu", "the schedule is not YAML, line 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(phases, words):

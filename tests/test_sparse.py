@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kernels import bound, dense, error, matrices
 
 from stocha_hf.decoding import build, ops
 from stocha_hf.decoding.gate_prediction import CoarseGate, candidates
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import ACTIVATIONS, hidden_vector
+from stocha_hf.modeling_stocha import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 96), (33, 77), (16, 8), (100, 300), (1, 1)]  # (H, M), also no multiples of the vector width
-
-
-def dense(x: Any, gate: Any, up: Any, down_t: Any, activation: str, threshold: float) -> torch.Tensor:
-    ffn: Any = SimpleNamespace(threshold=threshold, running=activation)
-    return hidden_vector(F.linear(x, gate), F.linear(x, up), ffn) @ down_t
-
-
-def matrices(size: int, width: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    torch.manual_seed(size + width + tokens)
-    weights = [torch.randn(width, size) * size**-0.5 for _ in range(3)]
-    return [tensor.to(dtype) for tensor in (torch.randn(tokens, size), *weights)]
-
-
-def bound(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """What PyTorch's own result leaves as an error, and a quarter of the type's precision, as sums differ in order."""
-    return 1.5 * error(found, exact) + torch.finfo(found.dtype).eps / 4 + 1e-6
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-9)).item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,6 +82,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_operators_have_fake_implementations_and_compile() -> None:
     x, gate, up, down_t = matrices(64, 96, 2)
@@ -116,6 +96,7 @@ def test_the_operators_have_fake_implementations_and_compile() -> None:
     assert torch.equal(compiled(x), expected)
 
 
+@pytest.mark.slow
 def test_without_special_instructions_the_kernels_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("-O1", *(flag for flag in build.FLAGS if not flag.startswith(("-march", "-O"))))  # -O3 takes its time
     portable = build.load(flags)

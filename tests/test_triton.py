@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_sparse import bound, dense, error, matrices
+from helpers import tiny_model
+from helpers.kernels import bound, dense, error, matrices
 
 from stocha_hf.decoding import ops, triton_ffn
 from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps
@@ -94,6 +94,7 @@ def test_the_same_input_gives_the_same_bits_and_skipped_rows_are_not_read() -> N
         assert torch.equal(kernel(tensors, "fatrelu", 1.0), found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED, reason="no Triton, or interpreted")
 @pytest.mark.parametrize("size", [576, 1024])  # the tiles of the first kernel divide the second
 @pytest.mark.parametrize("tokens", [1, 2, 8])

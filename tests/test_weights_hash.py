@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_python, tiny_model
+from helpers import run_python, tiny_model
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.hashing import weights_hash

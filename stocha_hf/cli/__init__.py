@@ -20,7 +20,8 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
-from stocha_hf.checkpoints.paths import is_hub_id, local_path
+from stocha_hf.checkpoints.inspection import user_path
+from stocha_hf.checkpoints.names import check_hub_id
 from stocha_hf.errors import StochaError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -118,14 +119,14 @@ positive_number = checked(float, lambda number: 0 < number < math.inf, "a number
 number_from_0 = checked(float, lambda number: 0 <= number < math.inf, "a number of 0 or more")
 share = checked(float, lambda share: 0 < share < 1, "a share between 0 and 1")
 share_below_1 = checked(float, lambda share: 0 <= share < 1, "a share from 0 to below 1")
-hub_id = checked(str, is_hub_id, "a Hub id such as org/name")
+hub_id = checked(str, lambda text: check_hub_id(text, "it") is None, "a Hub id such as org/name")
 dtype_name = one_of(DTYPES)
 
 
 def path_or_id(text: str) -> str:
     """The type of a local path or Hub id: any text that can be one."""
     try:
-        local_path(text)
+        user_path(text)
     except StochaError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

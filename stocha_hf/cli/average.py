@@ -36,7 +36,7 @@ def main() -> None:
 def average(args: argparse.Namespace) -> None:
     from stocha_hf.conversion.averaging import average as average_folders
 
-    done = average_folders(args.sources, args.output, shares=args.shares, overwrite=args.overwrite)
+    done = average_folders(args.sources, args.output, shares=args.shares, overwrite=args.overwrite).to_dict()
     shares = " ".join(f"{share:.3g}" for share in done["shares"])
     show(done, f"{done['output']}: mean of {len(args.sources)} checkpoints, shares {shares}", args.json)
 

@@ -98,12 +98,12 @@ def convert(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         hub.check_login(args.push_to_hub)
     options = {key: getattr(args, key) for key in OPTIONS}
-    done = convert_folder(args.source, args.output, **options, **changes)
+    done = convert_folder(args.source, args.output, **options, **changes).to_dict()
     text = f"{done['output']}: {done['layers']}/{done['layers']} MLPs, {done['stocha']['activation']} in training"
     text += f", {done['stocha']['inference']} in inference"
     if args.push_to_hub:
         try:
-            done["published"] = publish(args.output, args.push_to_hub, private=args.private)
+            done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()
         except StochaError as error:
             again = f"stocha-publish {args.output} {args.push_to_hub}{' --private' if args.private else ''}"
             raise StochaError(f"{error}; the conversion is complete, so that is: {again}") from None

@@ -31,7 +31,7 @@ def main() -> None:
 def publish(args: argparse.Namespace) -> None:
     from stocha_hf.publishing.upload import publish as publish_folder
 
-    done = publish_folder(args.folder, args.repo, private=args.private)
+    done = publish_folder(args.folder, args.repo, private=args.private).to_dict()
     show(done, f"{done['url']} at {done['tag']} ({done['commit']})", args.json)
 
 

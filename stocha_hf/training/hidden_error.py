@@ -1,8 +1,8 @@
 """The second term of distillation: the residual stream after every layer, the student's against the teacher's.
 
-KL sees what comes out of the last layer; here every layer is told what it should have made, as in
-FitNets (Romero et al., arXiv 1412.6550; docs/training.md says what it gained). Student and teacher are of the
-same shape, so nothing has to be projected. Errors are relative for each feature by itself, because a few features of
+KL sees what comes out of the last layer; here every layer is told what it should have made, as in FitNets (Romero et
+al., arXiv 1412.6550; docs/experiments/training.md says what it gained). Student and teacher are of the same shape, so
+nothing has to be projected. Errors are relative for each feature by itself, because a few features of
 a Llama's stream are hundreds of times larger than all others (Sun et al., arXiv 2402.17762) and would decide alone.
 
     error = HiddenError(model, teacher)
@@ -48,9 +48,10 @@ class HiddenError:
         self.layer_error = layer_error
         self.on = False
         self.streams: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._hooks: list[Any] = []
         for model, stream in zip((student, teacher), self.streams, strict=True):
             for layer in decoder_layers(model):
-                layer.register_forward_hook(functools.partial(self._keep, stream))
+                self._hooks.append(layer.register_forward_hook(functools.partial(self._keep, stream)))
 
     def _keep(self, stream: list[torch.Tensor], layer: Any, args: Any, output: Any) -> None:
         if self.on:  # not so in backward, where checkpointing runs the layers once more
@@ -79,6 +80,10 @@ class HiddenError:
             )
         errors = [self.layer_error(ours, theirs, mask) for ours, theirs in zip(student, teacher, strict=True)]
         return torch.stack(errors).mean()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 def check_same_shape(student_config: Any, teacher_config: Any) -> None:

@@ -30,9 +30,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stocha_hf.errors import StochaError
+from stocha_hf.training.compiled_layers import set_forward
 
 IGNORED = -100  # the label of a position without a loss
-CHUNK = 2**28  # logits at a time: 1 GiB in float32
+LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
 
 
 class Losses(NamedTuple):
@@ -71,8 +72,8 @@ def training_losses(
     if teacher is not None:
         with torch.no_grad():
             teacher_hidden = final_hidden_states(teacher, inputs)
-        teacher_head = _causal_lm(teacher).get_output_embeddings()
-    config = _causal_lm(model).config.get_text_config()
+        teacher_head = causal_lm(teacher).get_output_embeddings()
+    config = causal_lm(model).config.get_text_config()
     options = {
         "chunk": _chunk(config.vocab_size),
         "softcap": getattr(config, "final_logit_softcapping", None),
@@ -96,14 +97,14 @@ def final_hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Te
     return _call_open(model, inputs, lambda hidden, head: hidden)
 
 
-def open_head(model: nn.Module) -> None:
+def open_head(model: nn.Module) -> Callable[[], None]:
     """Let `model(**inputs, in_place_of_head=f)` return f(final hidden states, lm_head module) instead of logits.
 
     Without the keyword the forward is the old one. Call it before accelerate, DDP or FSDP wrap the model (peft may
-    have wrapped it already), so that their autocast and hooks surround f as well.
+    have wrapped it already), so that their autocast and hooks surround f as well. Returns the function that undoes it.
     """
-    inner = _causal_lm(model)
-    forward = inner.forward
+    inner = causal_lm(model)
+    before, forward = inner.__dict__.get("forward"), inner.forward
 
     @functools.wraps(type(inner).forward)  # generate() and Trainer read the signature
     def opened(self: Any, *args: Any, in_place_of_head: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
@@ -115,14 +116,20 @@ def open_head(model: nn.Module) -> None:
     inner.forward = types.MethodType(opened, inner)
     inner.head_is_open = True
 
+    def close() -> None:
+        set_forward(inner, before)
+        del inner.head_is_open
+
+    return close
+
 
 def _call_open(model: nn.Module, inputs: Mapping[str, Any], function: Callable[..., Any]) -> Any:
-    if not getattr(_causal_lm(model), "head_is_open", False):
+    if not getattr(causal_lm(model), "head_is_open", False):
         raise StochaError(f"the {type(model).__name__} runs its own lm_head: call open_head on it before wrapping it")
     return model(**{key: value for key, value in inputs.items() if key != "labels"}, in_place_of_head=function)
 
 
-def _causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: nn.Module) -> Any:
     """The transformers model with a head, inside whatever wraps it."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
@@ -208,14 +215,12 @@ def _call_once(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
     try:
         return module(*args)
     finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+        set_forward(module, before)
 
 
 def _chunk(vocabulary: int) -> int:
-    """The power of two of tokens that makes at most CHUNK logits: the usual batches split into equal chunks."""
-    return 1 << max((CHUNK // vocabulary).bit_length() - 1, 0)
+    """The largest power of two of tokens with at most LOGITS_AT_ONCE logits: usual batches split into equal chunks."""
+    return 1 << max((LOGITS_AT_ONCE // vocabulary).bit_length() - 1, 0)
 
 
 def _widened(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:

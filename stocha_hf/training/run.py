@@ -1,13 +1,14 @@
-"""The two training recipes: YAML and command line in, a checkpoint folder out.
+"""A training run: a recipe's keys in, a checkpoint folder out.
 
-recipes/continued_pretrain.py and recipes/relu_finetune.py call `main` under `accelerate launch`. Everything is checked
-before training starts. Started again with the same command, a run goes on from its last whole checkpoint.
+`train` is the package's function, `parse` and `run` its two halves; the command is stocha_hf/cli/train.py. Everything
+is checked before training starts. Started again with the same command, a run goes on from its last whole checkpoint.
+
+    train("recipes/smollm2-135m/relu_finetune.yaml", max_steps=100, output_dir="out")
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,29 +32,65 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
 
 
-def main(prog: str, schedule: list[dict[str, Any]] | None = None) -> None:
-    """Parse, check, train, save. `schedule` is what a recipe runs if its YAML gives none."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    try:
-        train(*parse(sys.argv[1:], schedule))
-    except StochaError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+@dataclass
+class TrainingResult:
+    """What a run leaves.
+
+    Attributes:
+        folder: the checkpoint, or the adapter, whose merged model is in `folder / "merged"`.
+        steps: optimizer steps done, with those before a resumed start.
+        loss: the last logged training loss, a mean over tokens; None where nothing was logged.
+        sparsity: the last measured share of zeros in the FFN's hidden vectors, a mean over layers; or None.
+        tokens: trained on since the start, of all ranks.
+        seconds: of this start, without loading.
+    """
+
+    folder: Path
+    steps: int
+    loss: float | None
+    sparsity: float | None
+    tokens: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return dataclasses.asdict(self) | {"folder": str(self.folder)}
 
 
-def parse(argv: list[str], schedule: list[dict[str, Any]] | None) -> tuple[Any, Any, Any, Any]:
-    """(DataArguments, StochaArguments, trl's ModelConfig, Schedule) of a command line. Raises StochaError."""
-    from trl import ModelConfig, TrlParser
+def train(config: dict[str, Any] | str | Path, **overrides: Any) -> TrainingResult:
+    """Train a model as a recipe says, and leave a checkpoint in its output_dir.
+
+    Args:
+        config: a recipe: the path of a YAML file, or its keys and values.
+        **overrides: keys that win over the recipe's, as in `schedule=[{"activation": "relu", "until": 1.0}]`.
+
+    Returns:
+        A TrainingResult.
+
+    Raises:
+        StochaError: for a recipe that cannot be run, before anything is written; when the loss is not finite or a
+            checkpoint cannot be written.
+    """
+    from stocha_hf.training.recipe import read_file
+
+    keys = read_file(str(config)) if isinstance(config, str | Path) else config
+    return run(*parse([], None, keys | overrides))
+
+
+def parse(
+    argv: list[str], schedule: list[dict[str, Any]] | None, config: dict[str, Any] | None = None
+) -> tuple[Any, Any, Any, Any]:
+    """(DataArguments, StochaArguments, trl's ModelConfig, Schedule) of a command line, or of a recipe's keys.
+
+    `schedule` is what runs if neither gives one. Raises StochaError.
+    """
+    from trl import ModelConfig
 
     from stocha_hf.training.arguments import StochaArguments
+    from stocha_hf.training.recipe import read_recipe
     from stocha_hf.training.schedule import Schedule
 
-    try:
-        kinds: Any = (DataArguments, StochaArguments, ModelConfig)
-        data, args, model = TrlParser(kinds).parse_args_and_config(args=argv)
-    except (ValueError, OSError) as error:
-        raise StochaError(str(error).splitlines()[0]) from None
+    data, args, model = read_recipe((DataArguments, StochaArguments, ModelConfig), argv, config)
     for key, value in (("model_name_or_path", model.model_name_or_path), ("dataset", data.dataset)):
         if value is None:
             raise StochaError(f"{key} is missing: expected it in the YAML file or as --{key}")
@@ -65,12 +102,12 @@ def parse(argv: list[str], schedule: list[dict[str, Any]] | None) -> tuple[Any, 
     return data, args, model, Schedule.parse(phases)
 
 
-def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
+def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     """Train and leave a checkpoint in args.output_dir; with LoRA the adapter, and the merged model in merged/."""
-    from transformers import AutoTokenizer
     from trl import get_peft_config
 
-    from stocha_hf.models import load_model
+    from stocha_hf.data import load_tokenizer
+    from stocha_hf.models import load_model, tokenizer_folder
     from stocha_hf.training.hidden_error import check_same_shape
     from stocha_hf.training.losses import check_teacher
     from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
@@ -79,7 +116,7 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     train_data, eval_data = _load_both(data)
     model = load_model(name, revision=revision, **options)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = load_tokenizer(tokenizer_folder(name, revision))
     teacher = load_model(args.teacher, **options) if args.teacher else None
     if teacher is not None:
         check_teacher(model.config, teacher.config)
@@ -90,19 +127,22 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
         _check_thresholds_stay(args, schedule)
         _check_adapter_base(model.config.stocha, schedule, name)
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_MODULES
-    _record_history(model.config, data, args, model_args, schedule)
-    trainer = StochaTrainer(
-        model=model,
-        args=args,
-        schedule=schedule,
-        teacher=teacher,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-    )
+    _record_history(model, data, args, model_args, schedule)
+    try:
+        trainer = StochaTrainer(
+            model=model,
+            args=args,
+            schedule=schedule,
+            teacher=teacher,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
+    except (ValueError, ImportError, RuntimeError) as error:  # keys that trl, transformers or peft refuse together
+        raise StochaError(str(error).partition("\n")[0]) from error
     checkpoint = last_checkpoint(args.output_dir)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if args.threshold_shift:
         trainer.shift_thresholds()
     trainer.save_model()
@@ -112,6 +152,14 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
         merge_adapter(args.output_dir, name, revision, tokenizer, trainer.model.config.stocha)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # without it gloo's threads may outlive Python, and abort a run that is done
+    return _result(Path(args.output_dir), trainer.state, trained.metrics["train_runtime"])
+
+
+def _result(folder: Path, state: Any, seconds: float) -> TrainingResult:
+    last = {key: value for entry in state.log_history for key, value in entry.items()}
+    return TrainingResult(
+        folder, state.global_step, last.get("loss"), last.get("sparsity"), last.get("num_tokens", 0), seconds
+    )
 
 
 def _load_both(data: DataArguments) -> tuple[Any, Any]:
@@ -130,7 +178,7 @@ def _load_both(data: DataArguments) -> tuple[Any, Any]:
 
 
 def _use_base(teacher: Any) -> None:
-    """The teacher is the source model: whatever its checkpoint infers with, it runs its own activation."""
+    """Let the teacher run its own activation, whatever its checkpoint infers with: it stands for the source model."""
     from stocha_hf.modeling_stocha import stocha_mlps
 
     for mlp in stocha_mlps(teacher):
@@ -138,7 +186,7 @@ def _use_base(teacher: Any) -> None:
 
 
 def _check_adapter_base(stocha: dict[str, Any], schedule: Any, name: str) -> None:
-    """An adapter's users load the base as it is, so its inference must be what the adapter ends with."""
+    """Refuse a base that infers with another activation than the adapter ends with: users load it as it is."""
     last = schedule.phases[-1].activation
     if stocha["inference"] != last:
         raise StochaError(
@@ -148,7 +196,7 @@ def _check_adapter_base(stocha: dict[str, Any], schedule: Any, name: str) -> Non
 
 
 def _check_thresholds_stay(args: Any, schedule: Any) -> None:
-    """An adapter has no place for thresholds."""
+    """Refuse thresholds that move: an adapter's folder has no place for them."""
     if args.threshold_shift or any(phase.sparsity is not None for phase in schedule.phases):
         raise StochaError(
             "use_peft is true with thresholds that training moves, which an adapter cannot hold: expected a schedule "
@@ -156,7 +204,10 @@ def _check_thresholds_stay(args: Any, schedule: Any) -> None:
         )
 
 
-def _record_history(config: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
+def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
+    """Add this run to the history in the model's config."""
+    from stocha_hf.training.entry import change_entry
+
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = {
         "dataset": public_name(data.dataset),
@@ -173,23 +224,21 @@ def _record_history(config: Any, data: Any, args: Any, model_args: Any, schedule
         "target_sparsity": args.target_sparsity,
     }
     stage = {key: value for key, value in stage.items() if value is not None}
-    config.stocha = config.stocha | {"history": [*(config.stocha.get("history") or []), stage]}
+    change_entry(model, history=[*(model.config.stocha.get("history") or []), stage])
 
 
 def merge_adapter(adapter: str, base: str, revision: str | None, tokenizer: Any, stocha: dict[str, Any]) -> None:
-    """Write the full model of an adapter and its base to adapter/merged: an ordinary checkpoint with that config
-    entry.
-    """
+    """Write the full model of an adapter and its base to adapter/merged: an ordinary checkpoint with that entry."""
     from peft import PeftModel
 
     from stocha_hf.checkpoints.metadata import source_metadata
     from stocha_hf.models import load_model
     from stocha_hf.publishing import card
+    from stocha_hf.training.entry import change_entry
 
     folder = Path(adapter) / "merged"
     merged = PeftModel.from_pretrained(load_model(base, revision=revision, dtype="auto"), adapter).merge_and_unload()
-    merged.config.stocha = stocha
+    change_entry(merged, **stocha)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    text = card.model_card(merged.config.to_dict(), source_metadata(Path(base)))
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    card.write_card(folder, metadata=source_metadata(Path(base)))

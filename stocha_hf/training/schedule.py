@@ -1,9 +1,8 @@
 """The activation schedule: which activation, with which p, at each step of training.
 
-A schedule is a list of phases over training progress (0 to 1). Its state is a function of the step alone, so a resumed
-run lands in the right phase and nothing needs to be stored; the optimizer and the learning-rate schedule know nothing
-of it and run on over a switch. In YAML, the schedules of Lomeli et al. (arXiv 2509.22358, sec. 3) and the annealed
-one:
+A schedule is a list of phases over training progress (0 to 1). What it asks for follows from the step alone, so a
+resumed run lands in the right phase and nothing needs to be stored. The optimizer and the learning-rate schedule run
+on over a switch. In YAML, the schedules of Lomeli et al. (arXiv 2509.22358, sec. 3) and the annealed one:
 
     schedule:                                                   # StochA+FT, alpha = 0.2
       - {activation: stocha, p: 0.3, until: 0.8}
@@ -28,10 +27,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import yaml
-
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import StochaConfig
+from stocha_hf.training.plain_yaml import plain_yaml
 
 # Share of the way from p's first to its last value, at share t of the phase.
 ANNEAL = {"linear": lambda t: t, "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2}
@@ -61,6 +59,9 @@ class Phase:
     anneal: str = "linear"
 
     def __post_init__(self) -> None:
+        for key in ("activation", "anneal"):
+            if not isinstance(getattr(self, key), str):
+                raise StochaError(f"{key} of a phase is {getattr(self, key)!r}: expected a name")
         for value in _ends("p", self.p):
             try:
                 StochaConfig(activation=self.activation, p=value)
@@ -104,7 +105,14 @@ def _ends(name: str, value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Phases that cover training from progress 0 to 1. Raises StochaError where they do not."""
+    """Which activation training runs, from progress 0 to 1.
+
+    Args:
+        phases: in order; each ends at its `until`, the last one at 1.
+
+    Raises:
+        StochaError: where the phases do not cover training, or one of them is wrong.
+    """
 
     phases: tuple[Phase, ...]
 
@@ -117,23 +125,27 @@ class Schedule:
 
     @classmethod
     def parse(cls, phases: str | list[dict[str, Any]]) -> Schedule:
-        """A schedule from a list of mappings, or from such a list as YAML or JSON text (for the command line)."""
-        try:
-            given = yaml.safe_load(phases) if isinstance(phases, str) else phases
-        except yaml.YAMLError:
-            given = None
+        """Make a schedule of a list of mappings, or of such a list as YAML or JSON text (for the command line).
+
+        Args:
+            phases: mappings with the keys activation and until, and if wanted p, sparsity and anneal.
+
+        Raises:
+            StochaError: for unknown or missing keys, and as the class does.
+        """
+        given = plain_yaml(phases, "the schedule") if isinstance(phases, str) else phases
         if not isinstance(given, list) or not all(isinstance(phase, dict) for phase in given):
             raise StochaError(f"schedule is {phases!r}: expected a list of {{activation, p, sparsity, anneal, until}}")
         known = set(Phase.__dataclass_fields__)
         for phase in given:
-            if unknown := sorted(set(phase) - known):
+            if unknown := sorted(map(str, set(phase) - known)):
                 raise StochaError(f"a phase has the key {unknown[0]!r}: expected {', '.join(sorted(known))}")
             if missing := sorted({"activation", "until"} - set(phase)):
                 raise StochaError(f"the phase {phase} has no {missing[0]!r}: expected activation and until in each")
         return cls(tuple(Phase(**phase) for phase in given))
 
     def at(self, progress: float) -> Moment:
-        """What training runs at a progress of 0 to 1; a phase ends just before its `until`."""
+        """Return what training runs at a progress of 0 to 1; a phase ends just before its `until`."""
         ends = [phase.until for phase in self.phases]
         index = next((i for i, end in enumerate(ends) if progress < end), len(ends) - 1)
         start = ends[index - 1] if index else 0.0

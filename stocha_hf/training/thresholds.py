@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, StochaMLP, stocha_mode
+from stocha_hf.modeling_stocha import StochaMLP, stocha_mode
 from stocha_hf.models import patched_layers
+from stocha_hf.training.entry import change_entry
 
 BINS = 2**17  # of a layer's histogram: non-negative float32 values by all but their lowest 14 bits, so 0.2% wide
 SHIFT = 14
@@ -43,7 +44,7 @@ def fatrelu_thresholds(model: nn.Module, batches: Sequence[Mapping[str, Any]], t
     thresholds = [0.0] * len(layers)
     try:
         for _ in range(len(layers) + 1):
-            set_thresholds(model, thresholds)
+            _set(layers, thresholds)
             shares = _shares_up_to(model, layers, batches)
             if abs(sum(_zeros(shares, thresholds)) / len(layers) - target) < 0.001:
                 break
@@ -51,7 +52,7 @@ def fatrelu_thresholds(model: nn.Module, batches: Sequence[Mapping[str, Any]], t
             if thresholds == before_pass:
                 break
     finally:
-        set_thresholds(model, before)
+        _set(layers, before)
     return thresholds
 
 
@@ -82,23 +83,10 @@ def apply_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     config.json then holds them under `stocha`, and hidden_act "relu" for the native class. Raises StochaError when
     their number is not that of the layers.
     """
-    set_thresholds(model, thresholds)
-    config: Any = next(module for module in model.modules() if hasattr(type(module), "stocha_mode")).config
-    fatrelu = {"activation": "fatrelu", "inference": "fatrelu"}
-    stocha = StochaConfig.from_dict(config.stocha | fatrelu | {"threshold": list(thresholds)})
-    for layer in patched_layers(model):
-        layer.activation = layer.inference = "fatrelu"
-    config.stocha = stocha.to_dict()
-    setattr(config, ARCHITECTURES[config.model_type].act_key, stocha.native_act)
+    change_entry(model, activation="fatrelu", inference="fatrelu", threshold=list(thresholds))
 
 
-def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
-    """Let the layers of `model` cut at these thresholds from here on. Raises StochaError where their number is not
-    that of the layers.
-    """
-    layers = patched_layers(model)
-    if len(thresholds) != len(layers):
-        raise StochaError(f"{len(thresholds)} thresholds were given: expected {len(layers)}, one per layer")
+def _set(layers: list[StochaMLP], thresholds: Sequence[float]) -> None:
     for layer, threshold in zip(layers, thresholds, strict=True):
         layer.threshold = threshold
 
