@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_command, tiny_model
+from helpers import call_command, tiny_model
 
 from stocha_hf.measurement import speed, speed_ffn, speed_models
 from stocha_hf.modeling_stocha import StochaConfig, patch
@@ -40,7 +40,7 @@ def test_a_converted_checkpoint_is_measured_against_its_native_class(tmp_path: P
     model = tiny_model()
     patch(model, StochaConfig(activation="relu"))
     model.save_pretrained(tmp_path / "relu")
-    done = run_command(
+    done = call_command(
         "stocha-bench", tmp_path / "relu", "--prompt", 4, "--new", 3, "--dtype", "float32", "--recall", 0.99, "--json"
     )
     record = json.loads(done.stdout)[0]
@@ -48,8 +48,9 @@ def test_a_converted_checkpoint_is_measured_against_its_native_class(tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_plot_is_written(tmp_path: Path) -> None:
+def test_a_plot_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_ffn, "BYTES", 2**14)
     plot = tmp_path / "speed.png"
-    done = run_command("stocha-bench", "--shape", "8,16", "--sparsity", 0, 0.5, "--plot", plot)
+    done = call_command("stocha-bench", "--shape", "8,16", "--sparsity", 0, 0.5, "--plot", plot)
     assert done.returncode == 0 and done.stdout.count("FFN 8x16") == 2, done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")

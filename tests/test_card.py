@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import assert_refused, run_command
+from helpers import assert_refused, call_command
 from helpers.measured_files import bench, evaluation, generation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +46,7 @@ def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> 
     more = ["--bench", saved(tmp_path / "b.json", bench(converted))]
     more += ["--generation", saved(tmp_path / "g.json", generation(converted))]
     old = (converted / "README.md").read_text()
-    done = run_command("stocha-card", converted, files[0], "--row", f"swapped={files[1]}", *more, "--json")
+    done = call_command("stocha-card", converted, files[0], "--row", f"swapped={files[1]}", *more, "--json")
     assert done.returncode == 0, done.stderr
     card = (converted / "README.md").read_text()
     assert "| before: org/source | silu | 12.50 | 81.2% | 25.0 tokens/s |" in card
@@ -65,7 +65,7 @@ def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> 
 def test_metadata_holds_the_results_and_keeps_the_licence(converted: Path, tmp_path: Path) -> None:
     path = saved(tmp_path / "eval.json", evaluation(converted))
     for _ in range(2):  # a card is also written over a measured one
-        assert run_command("stocha-card", converted, path).returncode == 0
+        assert call_command("stocha-card", converted, path).returncode == 0
     metadata = yaml.safe_load((converted / "README.md").read_text().split("---\n")[1])
     assert metadata["license"] == "apache-2.0" and metadata["stocha_weights"] == weights_hash(converted)
     (index,) = metadata["model-index"]
@@ -81,17 +81,17 @@ def test_a_measured_checkpoint_end_to_end(converted: Path, tmp_path: Path) -> No
     data.write_text(" ".join(f"w{4 + i * i % 60}" for i in range(200)))
     quick = ["--dtype", "float32", "--json"]
     outputs = [
-        run_command(
+        call_command(
             "stocha-eval", converted, "--data", data, "--length", 16, "--baseline", tmp_path / "source", *quick
         ),
-        run_command("stocha-bench", converted, "--prompt", 4, "--new", 3, *quick),
-        run_command("stocha-generate", converted, "--prompt", "w5 w6", "--samples", 2, "--new", 4, *quick),
+        call_command("stocha-bench", converted, "--prompt", 4, "--new", 3, *quick),
+        call_command("stocha-generate", converted, "--prompt", "w5 w6", "--samples", 2, "--new", 4, *quick),
     ]
     paths = [tmp_path / f"{name}.json" for name in ("eval", "bench", "generate")]
     for path, done in zip(paths, outputs, strict=True):
         assert done.returncode == 0, done.stderr
         path.write_text(done.stdout)
-    done = run_command("stocha-card", converted, paths[0], "--bench", paths[1], "--generation", paths[2])
+    done = call_command("stocha-card", converted, paths[0], "--bench", paths[1], "--generation", paths[2])
     assert done.returncode == 0, done.stderr
     assert f"{json.loads(outputs[0].stdout)['perplexity']:.2f}" in (converted / "README.md").read_text()
 
@@ -112,18 +112,18 @@ def test_the_card_says_what_was_done_to_the_weights(converted: Path) -> None:
 
 def test_figures_of_other_weights_are_refused(converted: Path, tmp_path: Path) -> None:
     path = saved(tmp_path / "eval.json", evaluation(converted))
-    assert run_command("stocha-card", converted, path).returncode == 0
+    assert call_command("stocha-card", converted, path).returncode == 0
     weights = load_file(converted / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, converted / "model.safetensors", {"format": "pt"})
     with pytest.raises(StochaError, match=r"README\.md was measured on weights"):
         check_card(converted)
     card = (converted / "README.md").read_text()
-    assert_refused(run_command("stocha-card", converted, path), "eval.json", "measured on weights", "stocha-card")
+    assert_refused(call_command("stocha-card", converted, path), "eval.json", "measured on weights", "stocha-card")
     assert (converted / "README.md").read_text() == card
-    assert_refused(run_command("stocha-publish", converted, "user/model"), "README.md", "measured on weights")
+    assert_refused(call_command("stocha-publish", converted, "user/model"), "README.md", "measured on weights")
     (converted / "README.md").unlink()  # the measurements alone are refused as well
-    assert_refused(run_command("stocha-publish", converted, "user/model"), "evaluation.json", "measured on weights")
+    assert_refused(call_command("stocha-publish", converted, "user/model"), "evaluation.json", "measured on weights")
     shutil.rmtree(converted / "measurements")
     check_card(converted)
 
@@ -137,7 +137,6 @@ def nasty_card(nasty: str, converted: Path, tmp_path: Path) -> str:
     config = json.loads(path.read_text())
     config["stocha"] |= {
         "history": [{"method": "refit", "tokens": 5, "data": nasty}],
-        "stocha_version": nasty,
     }
     before = evaluation(converted, model=nasty, activation=nasty)
     more = {"data": nasty, "dtype": nasty, "command": nasty, "hardware": nasty}
@@ -169,6 +168,16 @@ def test_what_others_wrote_stays_text_and_in_its_place(converted: Path, tmp_path
     assert parsed["plain"][3] - parsed[NASTY][3] == {"license", "license_name"}  # what is no plain line is left out
 
 
+@pytest.mark.parametrize(
+    "changes", [{"source": {"id": NASTY}}, {"source": {"id": "a/b", "revision": NASTY}}, {"stocha_version": NASTY}]
+)
+def test_names_that_no_model_has_are_refused(converted: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    config["stocha"] |= changes
+    with pytest.raises(StochaError, match="expected"):
+        model_card(config, {})
+
+
 @given(st.text(max_size=60))
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_values_of_any_text_are_shown_as_they_are(value: str) -> None:
@@ -185,7 +194,7 @@ def test_values_of_any_text_are_shown_as_they_are(value: str) -> None:
         ]
         assert (span.type, span.content) == ("code_inline", line)
     (block,) = parser.parse(fence(value, "yaml"))
-    assert block.type == "fence" and block.content.split() == value.split()
+    assert block.type == "fence" and block.content.split() == value.replace("\0", "\ufffd").split()
 
 
 def test_a_failure_while_writing_leaves_the_old_card_and_files(
