@@ -24,7 +24,7 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"data", "hub"},
     {"data_files"},
     {"checkpoints"},
-    {"modeling_stocha"},
+    {"modeling_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
     {"spec"},
     {"errors"},

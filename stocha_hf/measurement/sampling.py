@@ -149,6 +149,9 @@ def sample(
         seed: Of the first prompt; prompt i has `seed` + i.
         doing: What a progress bar says.
 
+    Returns:
+        The samples, their mean log-likelihood a token, distinct n-grams and self-BLEU.
+
     Raises:
         ValueError: `p` is no probability.
         StochaError: a prompt is empty, the logits are NaN or infinite, or sacrebleu is missing.
