@@ -21,6 +21,7 @@ from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
 from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch, stocha_mlps
+from stocha_hf.spec import ARCHITECTURES
 
 
 def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
@@ -41,7 +42,7 @@ def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
     import transformers
 
     config = load_config(name, revision)
-    row = inspection.check_config(config.to_dict(), name)
+    row = ARCHITECTURES[config.model_type]
     converted = getattr(config, "stocha", None) is not None
     owner: Any = modeling_stocha if converted else transformers
     model_class = getattr(owner, f"Stocha{row.causal_lm}" if converted else row.causal_lm)
@@ -62,24 +63,36 @@ def load_model(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """Return the config of a Hub id or folder, as its native class. A folder is checked whole, weights included."""
+    """Return the config of a Hub id or folder, as its native class. A folder is checked whole, weights included.
+
+    Raises StochaError for a model that is not there, or cannot be loaded here.
+    """
     from transformers import AutoConfig
 
-    _check_local(name)
+    folder = local_path(name)
+    if folder.exists():
+        _check_folder(folder, name)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise StochaError(f"{name} does not exist: expected a checkpoint folder or a Hub id such as org/name")
     with hub_errors("reading", name):
+        if not folder.exists():
+            _check_hub_config(name, revision)
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
-def _check_local(name: str) -> None:
-    """Raise StochaError for a path that is no whole checkpoint folder; a Hub id is checked when it is fetched."""
-    folder = local_path(name)
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise StochaError(f"{name} does not exist: expected a checkpoint folder or a Hub id such as org/name")
-    if folder.exists():
-        config = inspection.read_config(folder)
-        inspection.check_config(config, name)
-        index = partial(inspection.read_json, folder / inspection.INDEX, "an index of shards")
-        inspection.check_weights(folder, inspection.weight_files(inspection.list_files(folder), index, name), config)
+def _check_folder(folder: Path, name: str) -> None:
+    config = inspection.read_config(folder)
+    inspection.check_config(config, name)
+    index = partial(inspection.read_json, folder / inspection.INDEX, "an index of shards")
+    inspection.check_weights(folder, inspection.weight_files(inspection.list_files(folder), index, name), config)
+
+
+def _check_hub_config(name: str, revision: str | None) -> None:
+    """Read the config of a Hub id before transformers does, whose errors about it are no sentences."""
+    from huggingface_hub import hf_hub_download
+
+    path = Path(hf_hub_download(name, inspection.CONFIG, revision=revision))
+    inspection.check_config(inspection.read_json(path, "a JSON object"), name)
 
 
 def tokenizer_folder(name: str, revision: str | None = None) -> Path:

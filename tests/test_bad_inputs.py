@@ -78,7 +78,9 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny_model().save_pretrained(folder / "native")
-    tiny_tokenizer().save_pretrained(folder / "native")
+    tiny_model().save_pretrained(folder / "sharded", max_shard_size="20KB")
+    for name in ("native", "sharded"):
+        tiny_tokenizer().save_pretrained(folder / name)
     convert(folder / "native", folder / "relu", activation="relu")
     convert(folder / "native", folder / "stocha")
     for name, (base, spoil) in MODELS.items():
@@ -135,6 +137,31 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> tuple[str, C
     return "relu", spoil
 
 
+def index(change: Callable[[dict[str, str]], object]) -> tuple[str, Callable[[Path], None]]:
+    """The weight_map of a sharded model is changed."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        content = json.loads(path.read_text())
+        change(content["weight_map"])
+        path.write_text(json.dumps(content))
+
+    return "sharded", spoil
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return next(folder.glob(f"model-0000{number}*"))
+
+
+def _to_fp8(found: dict[str, torch.Tensor]) -> None:
+    found.update({name: tensor.to(torch.float8_e4m3fn) for name, tensor in found.items()})
+
+
+def _without_gates(found: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in found if "gate_proj" in name]:
+        found[name.replace("gate_proj", "fc1")] = found.pop(name)
+
+
 def _cut(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -176,6 +203,25 @@ MODELS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "typeless": config(model_type=None),
     "numbertype": config(model_type=5),
     "quantized": config(quantization_config={"quant_method": "gptq"}),
+    "awq": config(base="native", quantization_config={"quant_method": "awq"}),
+    "bitsandbytes": config(base="native", quantization_config={"quant_method": "bitsandbytes"}),
+    "fp8config": config(base="native", quantization_config={"quant_method": "fp8"}),
+    "fp8": tensors(_to_fp8),
+    "mixtral": config(base="native", model_type="mixtral"),
+    "otheract": config(base="native", hidden_act="gelu_new"),
+    "owncode": config(base="native", auto_map={"AutoModelForCausalLM": "m.X"}),
+    "gateless": tensors(_without_gates),
+    "width": config(intermediate_size=64),
+    "threelayers": config(num_hidden_layers=3),
+    "empty": file("model.safetensors", b""),
+    "fewbytes": file("model.safetensors", b"\x10\0\0\0\0"),
+    "noshard": ("sharded", lambda folder: _shard(folder, 2).unlink()),
+    "cutshard": ("sharded", lambda folder: _shard(folder, 2).write_bytes(_shard(folder, 2).read_bytes()[:-1])),
+    "indexup": index(lambda weights: weights.update({next(iter(weights)): "../../x"})),
+    "indexroot": index(lambda weights: weights.update({next(iter(weights)): "/etc/passwd"})),
+    "indexfile": index(lambda weights: weights.update({next(iter(weights)): "a.safetensors"})),
+    "indextensor": index(lambda weights: weights.update(other=weights[next(iter(weights))])),
+    "noindex": index(lambda weights: weights.clear()),
     "zerolayers": config(num_hidden_layers=0),
     "truelayers": config(num_hidden_layers=True),
     "wordlayers": config(num_hidden_layers="two"),
@@ -217,7 +263,7 @@ def _write_data(folder: Path) -> None:
         "broken.jsonl": '{"text": "w4"}\n{"text": "w5"}\n{"text": "w6', "latin.jsonl": b'{"text": "\xff"}\n',
         "nested.jsonl": f'{{"text": {NESTED}}}\n', "empty.jsonl": "", "empty.json": "[]", "broken.json": '[{"text"',
         "broken.csv": "text,b\nw4,1\nw5,2,3\n", "head.csv": "text\n", "broken.parquet": b"PAR1 and no more",
-        "empty.parquet": b"", "weights.bin": b"\0\0",
+        "empty.parquet": b"", "weights.bin": b"\0\0", "broken.gguf": b"GGUF" + bytes(100),
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)

@@ -6,16 +6,17 @@ import json
 
 import pytest
 import torch
-from helpers import assert_refused, run_command, tiny_model, tiny_tokenizer
+from helpers import call_command, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.data import text_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.evaluation import compare, evaluate
-from stocha_hf.measurement.records import Comparison
+from stocha_hf.measurement.records import Comparison, Evaluation, check_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+WINDOWS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def test_perplexity_and_zeros_are_those_of_their_definitions() -> None:
@@ -89,7 +90,7 @@ def test_the_command_measures_a_model_beside_another(checkpoint, tmp_path) -> No
     source, text = checkpoint(), tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 60}" for i in range(500)))
     options = ["--data", text, "--length", 32, "--dtype", "float32", "--plot", tmp_path / "zeros.png", "--json"]
-    done = run_command("stocha-eval", source, "--mode", "relu", "--baseline", source, *options)
+    done = call_command("stocha-eval", source, "--mode", "relu", "--baseline", source, *options)
     figures = json.loads(done.stdout)
     assert figures["tokens"] == 480 and len(figures["sparsity"]["per_layer"]) == 2, done.stderr
     assert figures["activation"] == "relu" and figures["sparsity"]["mean"] > 0.3
@@ -99,22 +100,8 @@ def test_the_command_measures_a_model_beside_another(checkpoint, tmp_path) -> No
     assert "--mode relu" in figures["command"] and figures["length"] == 32 and figures["dtype"] == "float32"
     assert figures["versions"]["torch"] == torch.__version__ and figures["hardware"]
     assert (tmp_path / "zeros.png").read_bytes().startswith(b"\x89PNG")
-    done = run_command("stocha-eval", source, "--mode", "topk", "--data", text, "--length", 32, "--dtype", "float32")
+    done = call_command("stocha-eval", source, "--mode", "topk", "--data", text, "--length", 32, "--dtype", "float32")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("stocha-eval: --mode topk cannot run")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--length", "1"], ["--length is 1", "at least 2"]),
-        (["--windows", "0"], ["--windows is 0"]),
-        (["--dtype", "int4"], ["int4", "bfloat16"]),
-        (["--mode", "gelu2"], ["gelu2", "relu"]),
-        (["--plot", "zeros.nonsense"], ["zeros.nonsense", "plot.png"]),
-    ],
-)
-def test_refusals(options: list[str], words: list[str], tmp_path) -> None:
-    assert_refused(run_command("stocha-eval", tmp_path, "--data", tmp_path, *options), *words)
 
 
 def test_text_windows_hold_the_text_in_order(tmp_path) -> None:
@@ -125,3 +112,41 @@ def test_text_windows_hold_the_text_in_order(tmp_path) -> None:
     assert text_windows(str(path), tmp_path, 2, most=2).tolist() == [[4, 5], [8, 9]]
     with pytest.raises(StochaError, match="9 tokens: expected at least one window of 10"):
         text_windows(str(path), tmp_path, 10)
+
+
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "loss is nan"), (1e30, "no finite perplexity")])
+def test_a_loss_without_perplexity_is_refused(value: float, words: str) -> None:
+    """NaN is no JSON, and exp of a loss above 709 no number."""
+    model = tiny_model()
+    patch(model, StochaConfig(activation="relu"))
+    model.lm_head.weight.data.mul_(value)
+    with pytest.raises(StochaError, match=words):
+        evaluate(model, WINDOWS)
+    if value != value:
+        with pytest.raises(StochaError, match="divergence of the predictions is nan"):
+            compare(model, model, WINDOWS)
+
+
+def test_models_of_other_vocabularies_are_not_compared() -> None:
+    model, other = tiny_model(), tiny_model(vocab_size=32)
+    for some in (model, other):
+        patch(some, StochaConfig(activation="relu"))
+    with pytest.raises(StochaError, match="64 and 32 tokens"):
+        compare(model, other, WINDOWS)
+    with pytest.raises(StochaError, match=r"the token 63, but the model only 32 tokens"):
+        evaluate(other, torch.full((1, 8), 63))
+
+
+def test_the_figures_have_the_keys_that_files_of_measurements_have() -> None:
+    model = tiny_model()
+    patch(model, StochaConfig(activation="relu"))
+    found = evaluate(model, WINDOWS).to_dict()
+    shares = {"mean", "per_layer"}
+    assert list(found) == [
+        "perplexity", "tokens", "activation", "sparsity", "never_active", "reuse", "aggregated_sparsity"
+    ]  # fmt: skip
+    assert all(found[key].keys() == shares for key in ("sparsity", "never_active", "reuse"))
+    assert found["aggregated_sparsity"].keys() == {"tokens", "mean", "independent", "per_layer"}
+    assert compare(model, model, WINDOWS).to_dict().keys() == {"kl", "top1_agreement"}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    check_record(found, Evaluation, "here")

@@ -20,7 +20,8 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
-from stocha_hf.checkpoints.paths import is_hub_id, local_path
+from stocha_hf.checkpoints.names import check_hub_id
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -96,10 +97,14 @@ def checked(parse: Callable[[str], T], accepts: Callable[[T], bool], expected: s
         except ValueError:
             accepted = False
         if not accepted:
-            raise argparse.ArgumentTypeError(f"is {text if text.strip() else repr(text)}: expected {expected}")
+            raise _refusal(text, expected)
         return value
 
     return convert
+
+
+def _refusal(text: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"is {text if text.strip() else repr(text)}: expected {expected}")
 
 
 def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -118,7 +123,6 @@ positive_number = checked(float, lambda number: 0 < number < math.inf, "a number
 number_from_0 = checked(float, lambda number: 0 <= number < math.inf, "a number of 0 or more")
 share = checked(float, lambda share: 0 < share < 1, "a share between 0 and 1")
 share_below_1 = checked(float, lambda share: 0 <= share < 1, "a share from 0 to below 1")
-hub_id = checked(str, is_hub_id, "a Hub id such as org/name")
 dtype_name = one_of(DTYPES)
 
 
@@ -128,4 +132,13 @@ def path_or_id(text: str) -> str:
         local_path(text)
     except StochaError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def hub_id(text: str) -> str:
+    """The type of a Hub repo's id."""
+    try:
+        check_hub_id(text, "it")
+    except StochaError:
+        raise _refusal(text, "a Hub id such as org/name") from None
     return text

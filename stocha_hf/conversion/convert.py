@@ -19,7 +19,7 @@ from typing import Any
 
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
 from stocha_hf.checkpoints.entry import checked_entry, with_entry
-from stocha_hf.checkpoints.inspection import CARD, CONFIG
+from stocha_hf.checkpoints.inspection import CONFIG
 from stocha_hf.checkpoints.names import check_hub_id
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.staging import check_apart, copy_file, staged_folder
@@ -186,7 +186,7 @@ def write_checkpoint(
             (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")
         copy_file(MODELING_FILE, folder / MODELING_FILE.name)
         (folder / CONFIG).write_text(dump(config), encoding="utf-8")
-        (folder / CARD).write_text(card.model_card(config, source.metadata), encoding="utf-8")
+        card.write_card(folder, config=config, metadata=source.metadata)
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 

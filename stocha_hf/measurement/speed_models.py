@@ -117,11 +117,12 @@ def compare_decoding(name: str, dense: Any, sparse: Any, tokens: torch.Tensor, n
     meter = SparsityMeter(sparse)
     with meter.record(), torch.no_grad():
         sparse(sparse.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False))
+    zeros = meter.read()["mean"]
     meter.close()
     return Benchmark(
         model=name,
         dtype=str(dense.dtype).removeprefix("torch."),
-        sparsity=meter.read()["mean"],
+        sparsity=zeros,
         batch=len(tokens),
         prompt=tokens.shape[1],
         new_tokens=new,

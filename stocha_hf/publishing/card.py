@@ -18,17 +18,16 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.inspection import CARD, read_config
-from stocha_hf.checkpoints.metadata import source_metadata
-from stocha_hf.checkpoints.paths import is_hub_id
+from stocha_hf.checkpoints.metadata import INHERITED, source_metadata
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing.markdown import code, fence, text
 from stocha_hf.publishing.measurements import HASH_KEY, Measurements, check_measurements
 from stocha_hf.publishing.tables import measured_metadata, measured_section
-from stocha_hf.spec import ARCHITECTURES, StochaConfig
+from stocha_hf.spec import ARCHITECTURES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 COPIED = "Converting leaves every weight, its name and its shape as they are."
 REFITTED = (
     "The feed-forward weights were refitted layer by layer on {tokens} of {data}, without training; every other "
@@ -125,10 +124,13 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
     """
     from huggingface_hub import ModelCardData
 
-    row, stocha = _checked(config)
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    if row is None:
+        raise StochaError(f"the config has model_type {config.get('model_type')!r}: expected a stocha checkpoint's")
+    stocha = read_entry(config, "the config")
     source = stocha.source or {}
     source_id, revision = str(source.get("id") or ""), source.get("revision")
-    on_hub = "/" in source_id and is_hub_id(source_id)
+    on_hub = "/" in source_id
     kept = {key: value for key in INHERITED if (value := _plain(inherited.get(key)))}
     metadata = ModelCardData(
         base_model=source_id if on_hub else None,
@@ -161,17 +163,6 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
         "version": text(stocha.stocha_version),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
-
-
-def _checked(config: dict[str, Any]) -> tuple[Any, StochaConfig]:
-    """The architecture's row and the resolved `stocha` entry of a config."""
-    row = ARCHITECTURES.get(str(config.get("model_type")))
-    if row is None or not isinstance(config.get("stocha"), dict):
-        raise StochaError("the config is no stocha checkpoint's: expected one that stocha-convert or training wrote")
-    try:
-        return row, StochaConfig.from_dict(config["stocha"]).resolve(row.act)
-    except (ValueError, TypeError) as error:
-        raise StochaError(f"the config's stocha entry is wrong: {error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -241,5 +241,4 @@ def merge_adapter(adapter: str, base: str, revision: str | None, tokenizer: Any,
     change_entry(merged, **stocha)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    text = card.model_card(merged.config.to_dict(), source_metadata(Path(base)))
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    card.write_card(folder, metadata=source_metadata(Path(base)))
