@@ -1,4 +1,4 @@
-"""What evaluate() costs over a bare forward loop that only sums the loss: the same model, windows and batches.
+"""Measure what evaluate() costs over a bare forward loop that only sums the loss: same model, windows and batches.
 
 Both take turns; the figure is the median over rounds of the bare loop's time over evaluate()'s, so 1 is no cost. Each
 run adds a line to the results file.

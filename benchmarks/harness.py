@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on stocha checkpoints, without any adapter: its figures beside those of evaluate().
+"""Run lm-evaluation-harness on stocha checkpoints, without any adapter, and put its figures beside evaluate()'s.
 
 The task is local: a YAML and a jsonl of documents cut from DATA, each of --length tokens and shorter than the
 model's context, so that the harness's rolling log-likelihood is one pass a document: each token given those before it,

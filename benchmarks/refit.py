@@ -1,4 +1,4 @@
-"""Perplexity against sparsity without training: the refit, beside thresholds on the original SiLU model.
+"""Measure perplexity against sparsity without training: the refit, beside thresholds on the original SiLU model.
 
 For each share of zeros in the FFN's hidden vectors:
 

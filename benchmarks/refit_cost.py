@@ -1,4 +1,4 @@
-"""Time and memory of a refit at a given shape, on random weights: what a conversion of a larger model will take.
+"""Measure time and memory of a refit at a given shape, on random weights: what a larger model will take.
 
 A Llama of the shape is written with random bfloat16 weights and the tokenizer of MODEL, and refitted with
 `convert(..., refit=DATA)` at the default number of tokens. The layers come one after the other, so that a few of them

@@ -1,4 +1,4 @@
-"""Which schedule converts best: a list of training runs through the recipe, each evaluated, one JSON line a run.
+"""Compare ways to convert: a list of training runs through the recipe, each evaluated, one JSON line a run.
 
 The list is YAML: `recipe` is the YAML file that all runs share; `shared` holds keys that override it; `starts` maps a
 name to options of stocha-convert (`refit: true` stands for the training text, `of` for the run that is converted, by

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from stocha_hf.checkpoints.inspection import user_path
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
@@ -30,7 +30,7 @@ def local_files(name: str) -> tuple[str, list[Path]] | None:
     Raises:
         StochaError: the file is absent or of no known kind, or a folder holds no such files or several kinds of them.
     """
-    path = user_path(name)
+    path = local_path(name)
     kinds = ", ".join(BUILDERS)
     if not path.exists():
         if path.suffix in BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import math
 import os
 import shutil
 import types
@@ -219,8 +218,8 @@ class StochaConfig:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is an ordinary finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value is an ordinary number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
 
 
 def _is_activation(value: object, steadily: bool = False) -> bool:

@@ -17,6 +17,7 @@ from stocha_hf import modeling_stocha
 from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.architecture import check_loaded
 from stocha_hf.checkpoints.names import public_name
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
 from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch, stocha_mlps
@@ -68,7 +69,7 @@ def load_config(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    folder = inspection.user_path(name)
+    folder = local_path(name)
     if folder.exists():
         _check_folder(folder, name)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:

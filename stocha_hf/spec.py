@@ -11,7 +11,6 @@ test compares the two. Inside the package modeling_stocha.py takes the classes f
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,8 +181,8 @@ class StochaConfig:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is an ordinary finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value is an ordinary number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
 
 
 def _is_activation(value: object, steadily: bool = False) -> bool:

@@ -73,10 +73,13 @@ def put(name: str, *shape: int) -> Edit:
 
 
 SPOILED: dict[str, tuple[Edit, str]] = {
-    "no q_proj": (pop("model.layers.1.self_attn.q_proj.weight"), "no tensor layers.1.self_attn.q_proj.weight"),
-    "no embedding": (pop("model.embed_tokens.weight"), "no tensor embed_tokens.weight"),
-    "no final norm": (pop("model.norm.weight"), "no tensor norm.weight"),
-    "no head": (pop("lm_head.weight"), "no tensor lm_head.weight"),
+    "no q_proj": (
+        pop("model.layers.1.self_attn.q_proj.weight"),
+        r"layers.1.self_attn.q_proj.weight of .* is missing",
+    ),
+    "no embedding": (pop("model.embed_tokens.weight"), r"tensor embed_tokens.weight of .* is missing"),
+    "no final norm": (pop("model.norm.weight"), r"tensor norm.weight of .* is missing"),
+    "no head": (pop("lm_head.weight"), r"tensor lm_head.weight of .* is missing"),
     "a wrong shape": (put("model.layers.0.self_attn.k_proj.weight", 8, 32), r"\[8, 32\]: expected \[16, 32\]"),
     "a layer too many": (
         put("model.layers.2.mlp.up_proj.weight", 48, 32),

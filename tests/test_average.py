@@ -117,7 +117,9 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(checkpo
     assert not out.exists() and not list(tmp_path.glob(".*partial*"))
 
 
-@pytest.mark.parametrize("shares", [[1e308, 1e308], [5e-324, 1e308], [True, 1], ["1", 1], [], [float("inf"), 1]])
+@pytest.mark.parametrize(
+    "shares", [[1e308, 1e308], [5e-324, 1e308], [True, 1], [10**400, 1], ["1", 1], [], [float("inf"), 1]]
+)
 def test_shares_without_a_finite_positive_sum_are_refused(runs, tmp_path, shares):
     with pytest.raises(StochaError, match="expected 2 positive numbers, one per checkpoint, with a finite sum"):
         average(runs[:2], tmp_path / "mean", shares=shares)
@@ -135,7 +137,7 @@ def test_weights_that_are_not_finite_are_refused(runs, tmp_path):
     assert not (tmp_path / "mean").exists() and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("threshold", ["x", [0.1], [0.1, 0.2, 0.3], [0.1, None], {"a": 1}])
+@pytest.mark.parametrize("threshold", ["x", 10**400, [0.1], [0.1, 0.2, 0.3], [0.1, None], {"a": 1}])
 def test_thresholds_that_no_model_has_are_refused(runs, tmp_path, threshold):
     config = json.loads((runs[1] / "config.json").read_text())
     config["stocha"]["threshold"] = threshold

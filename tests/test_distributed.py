@@ -11,14 +11,15 @@ import pytest
 import torch
 from helpers import BIN
 from helpers.training import RELU, TOKENS, arguments, losses, run
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from stocha_hf.cli.train import CONFIGS
+from stocha_hf.conversion.convert import convert
 
 pytestmark = pytest.mark.slow  # two processes a test
 
-ROOT = Path(__file__).parent.parent
-PROBE = ROOT / "tests" / "helpers" / "distributed_probe.py"
+PROBE = "helpers.distributed_probe"
 
 
 def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
@@ -35,17 +36,20 @@ def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
         "--main_process_port",
         "0",
     ]
-    command = [str(BIN / "accelerate"), "launch", *options, str(PROBE), str(folder), kind, *argv]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    command = [str(BIN / "accelerate"), "launch", *options, "-m", PROBE, str(folder), kind, *argv]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-20000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_checkpoint(base, text, tmp_path, kind):
-    out = tmp_path / "out"
+def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_checkpoint(
+    checkpoint, text, tmp_path, kind
+):
+    out, base = tmp_path / "out", tmp_path / "tied"
+    convert(checkpoint(tie_word_embeddings=True), base)
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     argv = arguments(base, text, out, teacher=base, distill_hidden=1.0, **options)
     first, second = launch(kind, tmp_path / "notes", argv)
@@ -57,6 +61,12 @@ def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_ch
     custom = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert type(custom).__name__ == "StochaLlamaForCausalLM"
     assert torch.equal(native(TOKENS).logits, custom(TOKENS).logits)
+    for folder in (out, out / "checkpoint-2"):
+        with (
+            safe_open(folder / "model.safetensors", "pt") as file,
+            safe_open(base / "model.safetensors", "pt") as before,
+        ):
+            assert sorted(file.keys()) == sorted(before.keys())  # the tied head once
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "relu"
     assert sorted(path.name for path in out.glob("*.py")) == ["modeling_stocha.py"]

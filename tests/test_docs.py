@@ -150,3 +150,12 @@ def test_versions_that_are_written_twice_agree() -> None:
     assert [repo["rev"] for repo in hooks["repos"]] == [f"v{pins['ruff']}"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == stocha_hf.__version__
+
+
+def test_every_command_is_installed_and_every_file_of_the_package_ships() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert sorted(re.findall(r'^stocha-\w+ = "stocha_hf\.cli\.(\w+):main"', project, flags=re.MULTILINE)) == VERBS
+    shipped = re.findall(r'"([\w/*.]+)"', re.findall(r"package-data = .*", project)[0])
+    for path in (ROOT / "stocha_hf").rglob("*.*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            assert any(path.relative_to(ROOT / "stocha_hf").match(pattern) for pattern in shipped), name(path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_command, tiny_model, tiny_tokenizer
+from helpers import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
 from helpers.gguf_writer import ARCHS, write_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,6 +151,8 @@ def test_scaled_rotary_embeddings_are_carried_over(tmp_path):
         "yarn": base | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         "linear": base | {"rope_type": "linear", "factor": 4.0},
     }
+    write_gguf(tmp_path / "ones.gguf", model, change=lambda t: t.update({"rope_freqs.weight": np.ones_like(factors)}))
+    assert check_gguf(tmp_path / "ones.gguf").config["rope_parameters"] == base | {"rope_type": "default"}
     gemma = tiny_model("gemma3_text", vocab_size=VOCAB, sliding_window=4)
     write_gguf(tmp_path / "gemma.gguf", gemma, more=scaled(gguf.RopeScalingType.LINEAR, 8.0, None))
     parameters = check_gguf(tmp_path / "gemma.gguf").config["rope_parameters"]
@@ -171,9 +174,9 @@ def spoil(tensors: dict[str, np.ndarray]) -> None:
 
 LONGROPE = scaled(gguf.RopeScalingType.LONGROPE)
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {  # case -> (options of write_gguf, what the sentence says)
-    "no up_proj": (drop("blk.1.ffn_up.weight"), r"no tensor layers.1.mlp.up_proj.weight"),
+    "no up_proj": (drop("blk.1.ffn_up.weight"), r"tensor layers.1.mlp.up_proj.weight of .* is missing"),
     "no embedding": (drop("token_embd.weight"), r"None for the rows of token_embd.weight"),
-    "no final norm": (drop("output_norm.weight"), r"no tensor norm.weight"),
+    "no final norm": (drop("output_norm.weight"), r"tensor norm.weight of .* is missing"),
     "another shape": (put("blk.0.attn_k.weight", 8, 32), r"k_proj.weight of .* shape \[8, 32\]: expected \[16, 32\]"),
     "a layer too many": (put("blk.2.attn_q.weight", 32, 32), r"tensor layers.2.self_attn.q_proj.weight, .* ignore"),
     "an unknown tensor": (put("blk.0.ffn_sub_norm.weight", 32), r"blk.0.ffn_sub_norm.weight, which a llama"),
@@ -184,6 +187,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {  # case -> (options of write
         r"rope.scaling.attn_factor, which",
     ),
     "partial rotary embeddings": ({"more": lambda w: w.add_rope_dimension_count(4)}, r"rope.dimension_count 4 and"),
+    "sliding windows": ({"more": lambda w: w.add_sliding_window(16)}, r"sliding-window attention, which a llama"),
     "a mixture of experts": ({"more": lambda w: w.add_expert_count(4)}, r"mixture of experts"),
     "NaN": ({"change": spoil}, r"up_proj.weight of .* not finite in bfloat16"),
 }
@@ -233,3 +237,32 @@ def test_counts_that_the_file_cannot_hold_are_refused_at_once(tmp_path):
         path.write_bytes(data.ljust(150, b"\0"))
         with pytest.raises(StochaError, match=f"{2**40} (entries|bytes) are announced"):
             read_gguf_header(path)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_gguf(tmp_path / "m.gguf", small_llama())
+    monkeypatch.setattr("stocha_hf.conversion.gguf._write_tensors", full)
+    with pytest.raises(StochaError, match=r"cannot write .*out \(No space left on device\): free space"):
+        convert(tmp_path / "m.gguf", tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+KILLED = """
+import os, signal, sys
+from stocha_hf.conversion import gguf
+from stocha_hf.conversion.convert import convert
+gguf._native = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+convert(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_what_a_killed_conversion_leaves_is_swept_by_the_next(tmp_path):
+    source, out = tmp_path / "m.gguf", tmp_path / "out"
+    write_gguf(source, small_llama())
+    assert run_python(KILLED, source, out).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".out.partial-*"))) == 1 and not out.exists()
+    convert(source, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "out"]

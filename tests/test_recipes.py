@@ -194,6 +194,8 @@ def test_a_run_prints_a_line_a_log_and_no_warning(base, text, tmp_path):
         "step 4/4",
         "step 4/4",
     ]
+    assert lines[0] == "step 0/4: stocha, p 0.5 to 0.1, until 0.5 of the run"
+    assert "\r" not in done.stderr  # no progress bar in pieces
     assert re.fullmatch(
         r"step 2/4: loss \d\.\d+, zeros \d\d\.\d%, p 0\.\d\d, learning rate \S+, [\d,]+ tokens/s", lines[1]
     )

@@ -383,15 +383,17 @@ def test_a_model_that_cannot_be_refitted_stays_as_it_was(text) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-REFUSALS = {  # case -> (arguments, words of the sentence)
-    "no tokens": (["--refit-tokens", "0"], ("is 0: expected a whole number of at least 1",)),
-    "no data": (["--refit", ""], ("the data to refit on is ''",)),
-    "few tokens": (["--refit-tokens", "100"], ("100 calibration tokens are too few", "at least 192")),
-    "short text": (["--refit-tokens", "9999999"], ("tokens in whole batches", "at least 192")),
-    "target": (["--target-sparsity", "1.5"], ("1.5", "between 0 and 1")),
-    "activation": (["--activation", "stocha"], ("activation stocha", "expected activation relu")),
-    "threshold": (["--threshold", "0.1"], ("threshold 0.1", "chooses the")),
-    "data": (["--refit", "nowhere.txt"], ("nowhere.txt", "does not exist")),
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {  # case -> (options, the sentence)
+    "no tokens": ({"refit_tokens": 0}, "is 0: expected a whole number of at least 1"),
+    "half a token": ({"refit_tokens": 0.5}, "is 0.5: expected a whole number"),
+    "no data": ({"refit": ""}, "the data to refit on is ''"),
+    "few tokens": ({"refit_tokens": 100}, "100 calibration tokens are too few .* at least 192"),
+    "short text": ({"refit_tokens": 9999999}, "tokens in whole batches .* at least 192"),
+    "target": ({"target_sparsity": 1.5}, "1.5: expected a share of zeros between 0 and 1"),
+    "a target of no number": ({"target_sparsity": True}, "True: expected a share of zeros between 0 and 1"),
+    "activation": ({"activation": "stocha"}, "activation stocha: expected activation relu"),
+    "threshold": ({"threshold": 0.1}, "threshold 0.1: .* chooses the thresholds"),
+    "data": ({"refit": "nowhere.txt"}, "nowhere.txt does not exist"),
 }
 
 
@@ -401,9 +403,14 @@ def test_refusals_leave_nothing_behind(checkpoint, tmp_path, case: str) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "w4 w5 w6"}\n')
     source, before = checkpoint(), sorted(tmp_path.rglob("*"))
-    done = run_command("stocha-convert", source, tmp_path / "out", "--refit", short, *options)
-    assert_refused(done, *words)
+    with pytest.raises(StochaError, match=words):
+        convert(source, tmp_path / "new" / "out", **{"refit": str(short), **options})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_refuses_a_refit_in_one_sentence(checkpoint, text, tmp_path) -> None:
+    options = ["--refit", text, "--target-sparsity", "1.5"]
+    assert_refused(run_command("stocha-convert", checkpoint(), tmp_path / "out", *options), "between 0 and 1")
 
 
 def test_a_refit_without_data_and_a_refit_of_a_refit_are_refused(checkpoint, text, tmp_path) -> None:

@@ -298,3 +298,14 @@ def test_code_named_in_a_strange_way_is_dropped(checkpoint, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w4").input_ids
     assert "modeling_stocha.py" in list_files(tmp_path / "out")
     assert os.stat(tmp_path / "out" / "modeling_stocha.py").st_nlink == 1
+
+
+def test_a_refit_runs_no_code_of_the_source(checkpoint, tmp_path):
+    source, trace, text = checkpoint(), tmp_path / "trace", tmp_path / "text.jsonl"
+    (source / "evil.py").write_text(CODE.format(str(trace)))
+    edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    text.write_text(f'{{"text": "{"w4 w5 w6 " * 100}"}}\n' * 20)
+    code = "import sys, stocha_hf; stocha_hf.convert(*sys.argv[1:3], refit=sys.argv[3], refit_tokens=512)"
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(text)]
+    done = subprocess.run(command, input="y\n" * 5, capture_output=True, text=True)
+    assert not trace.exists() and done.returncode == 0, done.stderr

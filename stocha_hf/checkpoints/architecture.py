@@ -143,7 +143,7 @@ def check_tensors(shapes: Mapping[str, list[int]], config: Mapping[str, Any], wh
     for name, shape in expected_tensors(sizes):
         if name not in found:
             raise StochaError(
-                f"{where} has no tensor {name}: expected all that its config.json asks for; download the model again"
+                f"tensor {name} of {where} is missing: expected all that its config.json asks for; download it again"
             )
         if (given := found.pop(name)) != shape:
             raise StochaError(f"{name} of {where} has the shape {given}: expected {shape}, as its config.json says")

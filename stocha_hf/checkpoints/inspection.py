@@ -26,23 +26,6 @@ DTYPES = ("BF16", "F16", "F32")
 LONGEST = 2**26  # bytes of a JSON file; the index of a large model has one or two million
 
 
-def user_path(name: str | Path) -> Path:
-    """A path that the user gave, with ~ expanded. Raises StochaError for one that no file system has."""
-    if not str(name).strip():
-        raise StochaError(f"the name {str(name)!r} is empty: expected a file, a folder or a Hub id")
-    try:
-        path = Path(name).expanduser()
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return path
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StochaError(
-            f"{str(name)[:200]!r} is not a path ({reason}): expected a file, a folder or a Hub id"
-        ) from error
-    return path
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder as a dict. Raises StochaError where there is none or it is no JSON object."""
     return read_json(folder / CONFIG, "a Hugging Face checkpoint folder, which has one")
@@ -120,12 +103,15 @@ def weight_files(names: Collection[str], load_index: Callable[[], dict[str, Any]
 
 
 def list_files(folder: Path) -> list[str]:
-    """All files of a folder and of its direct subfolders, as names relative to it."""
-    if not folder.is_dir():
-        raise StochaError(f"{folder} does not exist: expected a folder, a .gguf file or a Hub id such as org/name")
-    return sorted(
-        str(path.relative_to(folder)) for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()
-    )
+    """All files of a folder and of its direct subfolders, as names relative to it. Raises StochaError."""
+    try:
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise StochaError(f"{folder} {what}: expected a folder, a .gguf file or a Hub id such as org/name")
+        paths = [path for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()]
+    except OSError as error:
+        raise StochaError(f"cannot read {folder} ({error.strerror}): expected a folder that you may read") from error
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def check_weights(folder: Path, files: Collection[str], config: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stocha_hf.checkpoints.paths import is_hub_id
 from stocha_hf.errors import StochaError
 
-_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:[a-zA-Z0-9_][\w.-]*/)?[a-zA-Z0-9_][\w.-]{0,95}(?<![.-])", re.ASCII)
+LONGEST_ID = 96  # characters
 _REVISION = re.compile(r"[a-zA-Z0-9_][\w./-]{0,199}", re.ASCII)
 _LABEL = re.compile(r"\w[\w .+-]{0,199}")
 _LINK = re.compile(r"\w[\w .+:/?=&#%~-]{0,499}")
@@ -22,7 +23,7 @@ _LINK = re.compile(r"\w[\w .+:/?=&#%~-]{0,499}")
 
 def check_hub_id(value: Any, what: str) -> None:
     """Raise StochaError unless `value` is a Hub id, with or without a namespace."""
-    if not (isinstance(value, str) and _HUB_ID.fullmatch(value) and len(value) <= 96):
+    if not (isinstance(value, str) and is_hub_id(value) and len(value) <= LONGEST_ID):
         raise StochaError(f"{what} is {_shown(value)}, which is not a valid Hub id: expected one such as org/name")
 
 

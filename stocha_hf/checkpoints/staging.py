@@ -64,7 +64,7 @@ def scratch_folder(output: Path) -> Iterator[Path]:
 
 def _what_failed(error: OSError, output: Path, partial: Path) -> str:
     """A sentence on an OSError of a body that reads sources and writes into `partial`."""
-    reason, path = error.strerror or error, Path(os.fsdecode(error.filename or partial))
+    reason, path = error.strerror or error, Path(str(error.filename or partial))
     if path == output or path in output.parents or path.is_relative_to(partial):
         return f"cannot write {output} ({reason}): free space or choose another folder"
     return f"cannot read {path} ({reason}): expected a file that stays as it is meanwhile"
@@ -109,10 +109,10 @@ def _remove_orphans(output: Path) -> None:
         if not output.exists() and orphan.name.endswith("-old"):
             orphan.rename(output)  # killed between the two renames of a replacement
             continue
-        lock = try_lock(orphan)
-        if lock is not None:
-            shutil.rmtree(orphan, ignore_errors=True)
-            os.close(lock)
+        with suppress(FileNotFoundError):  # another run swept it
+            if (lock := try_lock(orphan)) is not None:
+                shutil.rmtree(orphan, ignore_errors=True)
+                os.close(lock)
 
 
 def try_lock(folder: Path) -> int | None:

@@ -20,8 +20,8 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
-from stocha_hf.checkpoints.inspection import user_path
 from stocha_hf.checkpoints.names import check_hub_id
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -129,7 +129,7 @@ dtype_name = one_of(DTYPES)
 def path_or_id(text: str) -> str:
     """The type of a local path or Hub id: any text that can be one."""
     try:
-        user_path(text)
+        local_path(text)
     except StochaError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

@@ -63,6 +63,10 @@ def train(recipe: list[str], schedule: list[dict[str, Any]] | None) -> None:
     from stocha_hf.training.run import parse
     from stocha_hf.training.run import run as run_training
 
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # in a file it is hundreds of pieces
     try:
         run_training(*parse(recipe, schedule))
     except StochaError:

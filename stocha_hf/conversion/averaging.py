@@ -21,11 +21,12 @@ from typing import Any
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import behaviour, weights_hash
 from stocha_hf.checkpoints.headers import tensor_headers
-from stocha_hf.checkpoints.inspection import user_path
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.convert import check_output, write_checkpoint
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
+from stocha_hf.spec import is_number
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def average(
     Raises:
         StochaError: for sources that do not belong together, with nothing written.
     """
-    output, parts = user_path(output), _parts(sources, shares)
+    output, parts = local_path(output), _parts(sources, shares)
     check_output(output, overwrite)
-    check_apart(output, [path for path in map(user_path, sources) if path.exists()])
+    check_apart(output, [path for path in map(local_path, sources) if path.exists()])
     with ExitStack() as stack:
         found = [stack.enter_context(open_source(str(source), None, "bfloat16", output)) for source in sources]
         for source in found:
@@ -83,11 +84,11 @@ def _parts(sources: Sequence[str | Path], shares: Sequence[float] | None) -> lis
     if len(sources) < 2:
         raise StochaError(f"{len(sources)} checkpoint was given: expected at least two, and then the folder to write")
     shares = [1.0] * len(sources) if shares is None else list(shares)
-    numbers = all(type(share) in (int, float) and 0 < share < math.inf for share in shares)
+    numbers = all(is_number(share) and share > 0 for share in shares)
     total = sum(map(float, shares)) if numbers else math.nan
     parts = [share / total for share in shares] if 0 < total < math.inf else []
     if len(shares) != len(sources) or not all(parts) or not parts:
-        given = " ".join(map(str, shares))
+        given = " ".join(f"{share:g}" if isinstance(share, float) else repr(share) for share in shares)
         raise StochaError(
             f"shares are {given}: expected {len(sources)} positive numbers, one per checkpoint, with a finite sum"
         )

@@ -19,8 +19,9 @@ from typing import Any
 
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
 from stocha_hf.checkpoints.entry import checked_entry, with_entry
-from stocha_hf.checkpoints.inspection import CONFIG, user_path
+from stocha_hf.checkpoints.inspection import CONFIG
 from stocha_hf.checkpoints.names import check_hub_id
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.staging import check_apart, copy_file, staged_folder
 from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
@@ -95,7 +96,7 @@ def convert(
     Raises:
         StochaError: for whatever cannot be converted, with nothing written.
     """
-    output = user_path(output)
+    output = local_path(output)
     fields = {"activation": activation, "p": p, "positive": positive, "inference": inference}
     changes = {key: value for key, value in (fields | {"threshold": threshold, "k": k}).items() if value is not None}
     options = None
@@ -111,7 +112,8 @@ def convert(
     if dtype not in DTYPES:
         raise StochaError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_output(output, overwrite)
-    check_apart(output, [user_path(name) for name in (source, refit) if name is not None and user_path(name).exists()])
+    inputs = [local_path(name) for name in (source, refit) if name is not None]
+    check_apart(output, [path for path in inputs if path.exists()])
     with ExitStack() as stack:
         work = stack.enter_context(refit_folder(output)) if options is not None else None
         found = stack.enter_context(open_source(str(source), revision, dtype, output))

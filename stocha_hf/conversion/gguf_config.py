@@ -84,8 +84,8 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if arch == "llama":
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
-    if arch not in LARGEST and "attention.sliding_window" in own:
-        raise StochaError(f"{where} has sliding-window attention, which {MODEL_TYPES[arch]} has not here: {INSTEAD}")
+    if arch not in LARGEST and not _reaches(own.get("attention.sliding_window", context), context):
+        raise StochaError(f"{where} has sliding-window attention, which a {arch} model has not: {INSTEAD}")
     config |= {
         f"{ours}_token_id": metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -139,7 +139,7 @@ def with_scaled_rope(
     elif kind != "none":
         raise StochaError(f"{where} has rotary embeddings of the scaling {kind!r}: {INSTEAD}")
     parameters = config["rope_parameters"]
-    if factors is not None:
+    if factors is not None and set(factors) != {1.0}:
         found = _llama3(parameters.get("rope_theta"), config["head_dim"], factors, context or LLAMA3_CONTEXT)
         if found is None or scaling:
             raise StochaError(
@@ -163,6 +163,10 @@ def _llama3(base: float | None, head_dim: int, factors: Sequence[float], context
         if not math.isclose(given, 1 / ((1 - smooth) / factor + smooth), rel_tol=1e-4):
             return None
     return {"rope_type": "llama3", "factor": factor, **LLAMA3, "original_max_position_embeddings": context}
+
+
+def _reaches(window: Any, context: int) -> bool:
+    return isinstance(window, int) and window >= context
 
 
 def _quotient(own: Mapping[str, Any]) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any
 from stocha_hf import hub
 from stocha_hf.checkpoints import companions, inspection, names
 from stocha_hf.checkpoints.metadata import source_metadata
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.staging import scratch_folder
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import Architecture
@@ -40,7 +41,7 @@ class Source:
 
 def local_source(source: str) -> Path | None:
     """The path of a source that is local, None for a Hub id. Raises StochaError for a path that cannot be one."""
-    path = inspection.user_path(source)
+    path = local_path(source)
     is_path = path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1 or _is_gguf(path)
     return path if is_path else None
 

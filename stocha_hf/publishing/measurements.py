@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.hashing import weights_hash
-from stocha_hf.checkpoints.inspection import user_path
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.figures import VALUES
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, check_record
@@ -175,7 +175,7 @@ def _generation(path: str | Path) -> dict[str, Any]:
 def _read(path: str | Path, kind: str, key: str) -> dict[str, Any]:
     """A JSON file's object, of a list its only one, that has `key`."""
     try:
-        content = json.loads(user_path(path).read_text(encoding="utf-8"))
+        content = json.loads(local_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, StochaError):
             raise

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, check_links, comp
 from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
 from stocha_hf.checkpoints.modeling_file import is_ours
+from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.errors import StochaError
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
 from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
@@ -68,7 +72,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> Publishe
     """
     from huggingface_hub import CommitOperationDelete
 
-    folder = inspection.user_path(folder)
+    folder = local_path(folder)
     files = _publishable(folder)
     api = check_login(repo)
     with hub_errors("publishing to", repo):
@@ -78,10 +82,23 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> Publishe
     stale = {sibling.rfilename for sibling in head.siblings or []} - {item.path_in_repo for item in additions}
     deletions = [CommitOperationDelete(name) for name in sorted(stale) if _WEIGHTS.fullmatch(name)]
     tag = _tag(additions)
-    with hub_errors("publishing to", repo):
+    with hub_errors("publishing to", repo), _reading(folder):
         commit = _commit_once(api, repo, [*additions, *deletions], str(head.sha), f"Publish {tag}")
         api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
     return Published(repo, f"{api.endpoint}/{repo}", commit, tag, [item.path_in_repo for item in additions])
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """One sentence where a file that was checked cannot be read any more; the Hub's errors pass through."""
+    try:
+        yield
+    except OSError as error:
+        if not error.filename:
+            raise
+        raise StochaError(
+            f"cannot read {error.filename} ({error.strerror}): expected {folder} to stay as it is meanwhile"
+        ) from error
 
 
 def _publishable(folder: Path) -> list[str]:

@@ -86,6 +86,14 @@ class Phase:
         first, last = value[0], value[-1]
         return first + (last - first) * ANNEAL[self.anneal](share)
 
+    def __str__(self) -> str:
+        """As a log says it: `stocha, p 0.5 to 0.0, until 0.5 of the run`."""
+        words = [self.activation]
+        for key, value in self.to_dict().items():
+            if key in ("p", "sparsity"):
+                words.append(f"{key} {' to '.join(map(str, _ends(key, value)))}")
+        return ", ".join([*words, "to the end" if self.until == 1 else f"until {self.until} of the run"])
+
     def to_dict(self) -> dict[str, Any]:
         """The keys that have an effect, as parse takes them."""
         given = {"activation": self.activation, "until": self.until, "sparsity": self.sparsity}

@@ -262,6 +262,13 @@ class StochaTrainer(SFTTrainer):
                 f"same command; the last whole checkpoint is {last_checkpoint(self.args.output_dir) or 'none yet'}"
             ) from None
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A tied head once: FSDP gathers it as a tensor of its own, which save_pretrained cannot tell from another."""
+        if state_dict is not None:
+            tied = causal_lm(self.model).all_tied_weights_keys
+            state_dict = {key: tensor for key, tensor in state_dict.items() if key not in tied}
+        super()._save(output_dir, state_dict=state_dict)
+
     def shift_thresholds(self) -> None:
         """End a run with FATReLU thresholds that meet target_sparsity on the first rows of the training data."""
         with self.accelerator.autocast():
