@@ -1,4 +1,4 @@
-"""The sparse FFN against cuBLAS on a GPU, in CUDA graphs on both sides, and a whole model; random weights.
+"""Time the sparse FFN against cuBLAS on a GPU, in CUDA graphs on both sides, and a whole model; random weights.
 
 The dense FFN is SiLU's: three products by cuBLAS, the activation and a multiplication; `products` are the products
 alone. An FFN's graph goes through so many copies of the weights that no cache holds them. Dense, sparse and reading

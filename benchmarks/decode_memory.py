@@ -1,4 +1,4 @@
-"""Memory of sparse decoding against dense: each loads the checkpoint and decodes in a process of its own.
+"""Compare the memory of sparse and dense decoding: each loads the checkpoint and decodes in a process of its own.
 
     python benchmarks/decode_memory.py FOLDER [--json out.jsonl]        # a converted ReLU checkpoint
     python benchmarks/decode_memory.py --random 1b                      # a Llama of random weights, written first

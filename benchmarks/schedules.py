@@ -1,4 +1,4 @@
-"""Which schedule converts best: a list of training runs through the recipe, each evaluated, one JSON line a run.
+"""Compare ways to convert: a list of training runs through the recipe, each evaluated, one JSON line a run.
 
 The list is YAML: `recipe` is the YAML file that all runs share; `shared` holds keys that override it; `starts` maps a
 name to options of stocha-convert (`refit: true` stands for the training text, `of` for the run that is converted, by
@@ -209,13 +209,13 @@ class Bench:
             one.eval().to(device)
         for text, windows in self.windows.items():
             measured = evaluate(model, windows)
-            zeros = measured["sparsity"]["per_layer"]
+            zeros = measured.sparsity.per_layer
             found[text] = {
-                "perplexity": measured["perplexity"],
-                "zeros": measured["sparsity"]["mean"],
+                "perplexity": measured.perplexity,
+                "zeros": measured.sparsity.mean,
                 "zeros_per_layer": [round(share, 4) for share in zeros],
-                "tokens": measured["tokens"],
-                **compare(model, original, windows[:: max(len(windows) // COMPARED, 1)]),
+                "tokens": measured.tokens,
+                **compare(model, original, windows[:: max(len(windows) // COMPARED, 1)]).to_dict(),
             }
         return found
 

@@ -1,4 +1,4 @@
-"""Tokens per second of the training recipe on this machine's GPU, or CPU with --small: one JSON line a case.
+"""Measure tokens per second of the training recipe on this machine's GPU, or CPU with --small: one JSON line a case.
 
 A case is an activation and a batch (rows of 1024 tokens a step). Each is a run of the recipe's own code on a
 SmolLM2-135M shape with random weights and tokens, compiled layers, bf16 autocast; the figure is the median of what

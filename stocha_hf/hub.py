@@ -17,7 +17,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from stocha_hf.checkpoints import inspection
+from stocha_hf.checkpoints import inspection, names
+from stocha_hf.checkpoints.companions import companion_files
 from stocha_hf.checkpoints.inspection import CARD, CONFIG
 from stocha_hf.errors import StochaError
 
@@ -36,9 +37,11 @@ _HINTS = {
 
 @contextmanager
 def hub_errors(doing: str, repo: str) -> Iterator[None]:
-    """Turn the Hub client's exceptions into a StochaError of one sentence, which holds no token.
+    """Turn what the Hub or HTTP raised into a StochaError of one sentence, which holds no token.
 
-    Exceptions of the HTTP library are shown by kind only, since their text may hold headers or signed addresses.
+    Wrap a request to the Hub in it, and nothing else. An error counts as the Hub's if it or what caused it is of the
+    Hub client's or the HTTP library's own types; any other passes through. Exceptions of the HTTP library are shown by
+    kind only, since their text may hold headers or signed addresses.
     """
     from huggingface_hub import errors
 
@@ -54,21 +57,33 @@ def hub_errors(doing: str, repo: str) -> Iterator[None]:
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it, or give a local folder"),
         (errors.LocalEntryNotFoundError, "the Hub cannot be reached; check the network and HF_ENDPOINT"),
         (errors.EntryNotFoundError, "a file is missing; expected a transformers checkpoint"),
-        (errors.HFValidationError, "it is no valid Hub id; expected one such as org/name"),
+        (errors.HFValidationError, "it is not a valid Hub id; expected one such as org/name"),
         (errors.HfHubHTTPError, "{answer}"),
         (http_error, "the Hub cannot be reached; check the network and HF_ENDPOINT, then run the command again"),
-        (RuntimeError, "the transfer broke off; run the command again, which does only what is missing"),
-        (OSError, "{text}; check the disk and the network, then run the command again"),
-        (ValueError, "{text}; correct README.md if it is named here, else check HF_ENDPOINT and HF_TOKEN"),
     ]
     try:
         yield
     except StochaError:
         raise
-    except tuple(kind for kind, _ in sentences) as error:
-        sentence = next(text for kind, text in sentences if isinstance(error, kind))
-        reason = sentence.format(answer=_answer(error), text=shorten(str(error), 400))
-        raise StochaError(f"{doing} {repo} failed: {reason}") from None
+    except Exception as error:
+        own = _own(error, tuple(kind for kind, _ in sentences))
+        if own is None:
+            raise
+        reason = next((text for kind, text in sentences if isinstance(own, kind)), "{kind}; run the command again")
+        reason = reason.format(answer=_answer(own), kind=type(own).__name__)
+        if isinstance(error, RuntimeError) and own is not error:  # how the client tells of an upload that failed
+            reason = "the transfer broke off; run the command again, which does only what is missing"
+        elif isinstance(error, ValueError) and own is not error:  # of a card that the Hub does not accept
+            reason = shorten(str(error), 400)
+        raise StochaError(f"{doing} {repo} failed: {reason}") from error
+
+
+def _own(error: BaseException, kinds: tuple[type[BaseException], ...]) -> BaseException | None:
+    """The error, or the first of its causes, that is of these kinds or another of the Hub client's own."""
+    seen: BaseException | None = error
+    while seen is not None and not (isinstance(seen, kinds) or type(seen).__module__ == "huggingface_hub.errors"):
+        seen = seen.__cause__
+    return seen
 
 
 def _answer(error: BaseException) -> str:
@@ -86,26 +101,45 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+    names.check_hub_id(repo, "the source")
+    if revision is not None:
+        names.check_revision(revision, "--revision")
     with hub_errors("reading", repo):
         info = HfApi().model_info(repo, revision=revision)
-        sha = str(info.sha)
-        names = [sibling.rfilename for sibling in info.siblings or []]
+    sha = str(info.sha)
+    present = [sibling.rfilename for sibling in info.siblings or []]
 
-        def read(name: str) -> dict[str, Any]:
-            return inspection.read_json(Path(hf_hub_download(repo, name, revision=sha)), "a JSON object")
+    def read(name: str) -> dict[str, Any]:
+        with hub_errors("reading", repo), _cache_errors():
+            path = Path(hf_hub_download(repo, name, revision=sha))
+        return inspection.read_json(path, "a JSON object")
 
-        if CONFIG not in names:
-            raise StochaError(
-                f"{repo} has no {CONFIG}: expected a transformers checkpoint, or the path of a .gguf file"
-            )
-        inspection.check_config(read(CONFIG), repo)
-        weights = inspection.weight_files(names, lambda: read(inspection.INDEX), repo)
-        wanted = [CONFIG, *({CARD} & set(names)), *weights, *inspection.companion_files(names)]
+    if CONFIG not in present:
+        raise StochaError(f"{repo} has no {CONFIG}: expected a transformers checkpoint, or the path of a .gguf file")
+    inspection.check_config(read(CONFIG), repo)
+    weights = inspection.weight_files(present, lambda: read(inspection.INDEX), repo)
+    wanted = [CONFIG, *({CARD} & set(present)), *weights, *companion_files(present)]
+    with hub_errors("reading", repo), _cache_errors():
         folder = Path(snapshot_download(repo, revision=sha, allow_patterns=wanted))
     # Where the list of files cannot be had, the client returns what the cache holds, whole or not.
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise StochaError(f"reading {repo} failed: {missing[0]} did not arrive; run the command again")
     return folder, sha
+
+
+@contextmanager
+def _cache_errors() -> Iterator[None]:
+    """One sentence where the Hub's cache cannot be written; what the Hub or HTTP raise passes through."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, errors.HfHubHTTPError | errors.EntryNotFoundError):
+            raise
+        raise StochaError(
+            f"cannot write the Hub's cache {constants.HF_HUB_CACHE} ({error.strerror}): free space or set HF_HOME"
+        ) from error
 
 
 def check_login(repo: str) -> HfApi:

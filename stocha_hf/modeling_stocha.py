@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import math
 import os
 import shutil
 import types
@@ -152,42 +151,34 @@ class StochaConfig:
 
     def __post_init__(self) -> None:
         names = f"one of {', '.join(ACTIVATIONS)}"
-        for key in ("activation", "base", "inference"):
-            value = getattr(self, key)
-            is_open = value is None and key != "activation"
-            _require(is_open or (isinstance(value, str) and value in ACTIVATIONS), key, value, names)
-        _require(
-            self.inference is None or ACTIVATIONS[self.inference].deterministic,
-            "inference",
-            self.inference,
-            "a deterministic activation (stocha_mode forces a random one at run time)",
-        )
-        _require(is_number(self.p) and 0 <= self.p <= 1, "p", self.p, "a probability between 0 and 1")
-        _require(
-            isinstance(self.positive, str) and self.positive in POSITIVE_SIDES,
-            "positive",
-            self.positive,
-            f"one of {', '.join(POSITIVE_SIDES)}",
+        steady = (
+            f"a deterministic activation, {', '.join(name for name, row in ACTIVATIONS.items() if row.deterministic)}"
         )
         thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold]
-        _require(
-            bool(thresholds) and all(is_number(value) and value >= 0 for value in thresholds),
-            "threshold",
-            self.threshold,
-            "a number of 0 or more, or a list of one per layer",
-        )
-        is_count = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
+        counts = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
         needs_k = "topk" in (self.activation, self.inference)
-        _require(
-            is_count or (self.k is None and not needs_k), "k", self.k, "a number of neurons, at least 1, for topk"
-        )
-        is_source = isinstance(self.source, dict) and all(
-            isinstance(key, str) and isinstance(value, str | None) for key, value in self.source.items()
-        )
-        _require(self.source is None or is_source, "source", self.source, "a mapping of names to text")
-        is_history = isinstance(self.history, list) and all(isinstance(stage, dict) for stage in self.history)
-        _require(self.history is None or is_history, "history", self.history, "a list of mappings, one per stage")
-        _require(isinstance(self.stocha_version, str), "stocha_version", self.stocha_version, "a version's text")
+        for key, fits, expected in (
+            ("activation", _is_activation(self.activation), names),
+            ("base", self.base is None or _is_activation(self.base), names),
+            ("inference", self.inference is None or _is_activation(self.inference, steadily=True), steady),
+            ("p", is_number(self.p) and 0 <= self.p <= 1, "a probability between 0 and 1"),
+            ("positive", self.positive in [*POSITIVE_SIDES], f"one of {', '.join(POSITIVE_SIDES)}"),
+            (
+                "threshold",
+                bool(thresholds) and all(is_number(value) and value >= 0 for value in thresholds),
+                "a number of 0 or more, or a list of one per layer",
+            ),
+            ("k", counts or (self.k is None and not needs_k), "a number of neurons, at least 1, for topk"),
+            ("source", self.source is None or _is_text(self.source), "a mapping of names to text"),
+            (
+                "history",
+                self.history is None
+                or (isinstance(self.history, list) and all(isinstance(stage, dict) for stage in self.history)),
+                "a list of mappings, one per stage",
+            ),
+            ("stocha_version", isinstance(self.stocha_version, str), "a version's text"),
+        ):
+            _require(fits, key, getattr(self, key), expected)
 
     def resolve(self, base: str) -> StochaConfig:
         """Return this config with nothing left open, for a model whose own activation is `base`."""
@@ -227,15 +218,22 @@ class StochaConfig:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is an ordinary finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value is an ordinary number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
+
+
+def _is_activation(value: object, steadily: bool = False) -> bool:
+    return isinstance(value, str) and value in ACTIVATIONS and (not steadily or ACTIVATIONS[value].deterministic)
+
+
+def _is_text(value: object) -> bool:
+    pairs = value.items() if isinstance(value, dict) else [(None, None)]
+    return all(isinstance(key, str) and isinstance(text, str | None) for key, text in pairs)
 
 
 def _require(ok: bool, key: str, given: object, expected: str) -> None:
     if not ok:
-        raise ValueError(
-            f"{key} is {str(given)[:200] if not isinstance(given, str) else repr(given)}: expected {expected}"
-        )
+        raise ValueError(f"{key} is {repr(given)[:200]}: expected {expected}")
 
 
 # --- to here ---
@@ -631,6 +629,9 @@ def patch(model: nn.Module, config: StochaConfig) -> int:
 
 def unpatch(model: nn.Module) -> int:
     """Give a patched model its native classes and its base activation back, in place.
+
+    Args:
+        model: A patched model, or a wrapper with one inside.
 
     Returns:
         The number of MLPs.

@@ -23,7 +23,7 @@ os.environ |= {
 }  # read when the libraries below are imported
 
 import torch
-from helpers import BIN, CONFIGS, assert_refused, run_command, run_python, tiny_model, tiny_tokenizer  # noqa: F401
+from helpers import tiny_model, tiny_tokenizer
 from helpers.loopback_hub import LoopbackHub
 
 from stocha_hf.conversion.convert import convert

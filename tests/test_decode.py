@@ -304,6 +304,7 @@ def test_among_processes_no_weight_is_copied(tmp_path: Path, calls: dict[str, in
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_a_compiled_step_keeps_the_kernels(calls: dict[str, int]) -> None:
@@ -370,6 +371,7 @@ print(out.tolist(), model.model.layers[0].mlp.decode_state is not None)
 """
 
 
+@pytest.mark.slow
 def test_a_published_folder_decodes_the_same_with_and_without_the_package(tmp_path: Path) -> None:
     model = relu_model()
     model.save_pretrained(tmp_path / "relu")

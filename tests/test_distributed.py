@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from stocha_hf.cli.train import CONFIGS
 from stocha_hf.conversion.convert import convert
 
+pytestmark = pytest.mark.slow  # two processes a test
+
 PROBE = "helpers.distributed_probe"
 
 

@@ -233,6 +233,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_gradients_are_synchronised_by_ddp_and_fsdp(request: pytest.FixtureRequest) -> None:
     """Two ranks with half a batch each: the averaged gradients are those of the whole batch."""
     done = run_python(WRAPPED, request.path.parent)

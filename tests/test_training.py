@@ -111,6 +111,7 @@ def test_a_teacher_computes_in_the_students_precision(base, text, tmp_path):
     assert log["kl"] == log["hidden_error"] == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_command_to_the_same_losses(base, text, tmp_path):
     """With StochA too: its noise comes from the generator whose state a checkpoint holds."""
     whole = losses(run(base, text, tmp_path / "whole", max_steps=8, logging_steps=1, save_steps=2))
@@ -148,6 +149,7 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
     assert last_checkpoint(tmp_path / "nothing") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["[{activation: stocha, p: 1.0, until: 1.0}]", RELU])
 def test_accumulated_batches_give_the_large_batchs_losses(base, text, tmp_path, schedule):
     shared = {"schedule": schedule, "max_steps": 4, "save_steps": 4, "logging_steps": 1}
@@ -156,6 +158,7 @@ def test_accumulated_batches_give_the_large_batchs_losses(base, text, tmp_path, 
     assert losses(small) == pytest.approx(large, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
 def test_options_of_the_trainer_work(base, text, tmp_path, option):
     out = tmp_path / "out"
@@ -164,6 +167,7 @@ def test_options_of_the_trainer_work(base, text, tmp_path, option):
     assert after.isfinite().all() and not torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_layers_compiled_by_the_trainer_train_as_eager_ones(base, text, tmp_path):
     """And nothing else is compiled: a graph for each activation, with and without its zeros counted."""
     phases = "[{activation: mean, until: 0.5}, {activation: relu, until: 1.0}]"
@@ -197,6 +201,7 @@ def test_the_residual_stream_is_narrow_under_autocast_only():
     assert seen == [torch.float32, torch.bfloat16] and model.model.embed_tokens.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_all_layers_share_one_compiled_graph_an_activation():
     model = tiny_model(num_hidden_layers=4).train()
     patch(model, StochaConfig(threshold=[0.0, 0.1, 0.2, 0.3]))
@@ -231,6 +236,7 @@ def test_distillation_layer_by_layer_brings_the_streams_closer(base, text, tmp_p
     assert "hidden_error" not in without[0] and without[0]["kl"] == pytest.approx(first["kl"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sparsity_target_is_met_and_its_thresholds_are_saved(base, text, tmp_path):
     out = tmp_path / "out"
     history = run(
@@ -278,6 +284,7 @@ def test_the_schedule_raises_thresholds_and_the_checkpoint_keeps_them(base, text
     assert losses(run(base, text, out, **options)) == losses(history)  # resumed with the thresholds of step 6
 
 
+@pytest.mark.slow
 def test_moving_thresholds_compiles_nothing_again(base, text, tmp_path):
     graphs = []
     for steps in (2, 6):
@@ -289,6 +296,7 @@ def test_moving_thresholds_compiles_nothing_again(base, text, tmp_path):
     assert graphs[0] == graphs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
 def test_lora_saves_an_adapter_and_a_merged_model_with_the_same_logits(base, text, tmp_path, variant):
     from peft import PeftModel
@@ -312,6 +320,7 @@ def test_lora_saves_an_adapter_and_a_merged_model_with_the_same_logits(base, tex
     assert merged.config.hidden_act == "relu" and merged.config.stocha["history"][0]["method"] == "lora"
 
 
+@pytest.mark.slow
 def test_streamed_data_trains(base, text, tmp_path):
     values = losses(run(base, text, tmp_path / "out", dataset_streaming=True, max_steps=4, save_steps=4))
     assert len(values) == 2 and all(map(math.isfinite, values))
@@ -325,6 +334,7 @@ def test_chat_data_trains(base, tmp_path):
     assert values[-1] < values[0]
 
 
+@pytest.mark.slow
 def test_tensorboard_receives_the_logs(base, text, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -94,6 +94,7 @@ def test_the_same_input_gives_the_same_bits_and_skipped_rows_are_not_read() -> N
         assert torch.equal(kernel(tensors, "fatrelu", 1.0), found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED, reason="no Triton, or interpreted")
 @pytest.mark.parametrize("size", [576, 1024])  # the tiles of the first kernel divide the second
 @pytest.mark.parametrize("tokens", [1, 2, 8])

@@ -1,7 +1,7 @@
 """trl's own trainers: given a model, they train and compare the stocha class; docs/guides/train.md says so.
 
-Given a path they build the class that config.json's `architectures` names, which is the native one, since tools without
-remote code go by it.
+Given a path they build the class that config.json's `architectures` names, which is the native one, since tools
+without remote code go by it.
 """
 
 from __future__ import annotations

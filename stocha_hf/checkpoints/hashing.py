@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stocha_hf.checkpoints.headers import Entry, tensor_headers
 from stocha_hf.checkpoints.inspection import INDEX, list_files, read_config, read_json, weight_files
 from stocha_hf.errors import StochaError
 
@@ -30,13 +31,10 @@ def weights_hash(folder: Path) -> str:
     without config.json or whole safetensors weights.
     """
     found = weight_files(list_files(folder), lambda: read_json(folder / INDEX, "an index of shards"), str(folder))
-    tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
-    for path in (folder / name for name in found if name.endswith(".safetensors")):
-        tensors |= {name: (path, *entry) for name, entry in _entries(path).items()}
     digest = hashlib.sha256(_line(behaviour(read_config(folder))))
-    for name, (path, dtype, shape, begin, end) in sorted(tensors.items()):
-        digest.update(_line([name, dtype, shape]))
-        _add_bytes(digest, path, begin, end)
+    for name, entry in sorted(tensor_headers(folder, found).items()):
+        digest.update(_line([name, entry.dtype, entry.shape]))
+        _add_bytes(digest, entry)
     return digest.hexdigest()
 
 
@@ -52,28 +50,13 @@ def _line(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True).encode() + b"\n"
 
 
-def _entries(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Of each tensor of a safetensors file: dtype, shape, and where in the file its bytes begin and end."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if length < path.stat().st_size else None
-            begins = {
-                name: (row["dtype"], row["shape"], *(8 + length + at for at in row["data_offsets"]))
-                for name, row in header.items()  # type: ignore[union-attr]
-                if name != "__metadata__"
-            }
-        except (ValueError, AttributeError, KeyError, TypeError):
-            raise StochaError(f"{path} is no safetensors file: expected a whole one; download it again") from None
-    return begins
-
-
-def _add_bytes(digest: Any, path: Path, begin: int, end: int) -> None:
-    with path.open("rb") as file:
+def _add_bytes(digest: Any, entry: Entry) -> None:
+    begin = entry.begin
+    with entry.file.open("rb") as file:
         file.seek(begin)
-        while begin < end:
-            part = file.read(min(CHUNK, end - begin))
+        while begin < entry.end:
+            part = file.read(min(CHUNK, entry.end - begin))
             if not part:
-                raise StochaError(f"{path} is truncated: expected a whole file; download it again")
+                raise StochaError(f"{entry.file} is truncated: expected a whole file; download it again")
             digest.update(part)
             begin += len(part)

@@ -9,32 +9,21 @@ weights (.bin, .pt) are never opened.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from stocha_hf.checkpoints.architecture import check_tensors
+from stocha_hf.checkpoints.entry import read_entry
+from stocha_hf.checkpoints.headers import tensor_headers
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import ARCHITECTURES, Architecture
 
 CONFIG, SINGLE, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
-# What comes along with the weights; anything else in a source folder is left where it is.
-COMPANIONS = (
-    "*token*",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "tekken.json",
-    "generation_config.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "LICEN[SC]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = ("BF16", "F16", "F32")
+LONGEST = 2**26  # bytes of a JSON file; the index of a large model has one or two million
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -43,12 +32,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, expected: str) -> dict[str, Any]:
+    """A JSON object that can be written again. Raises StochaError, which says what was `expected`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ValueError(f"more than {LONGEST} bytes")
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair can be read, not written
     except FileNotFoundError:
         raise StochaError(f"{path} does not exist: expected {expected}") from None
-    except (OSError, ValueError) as error:
-        raise StochaError(f"{path} cannot be read ({error}): expected {expected}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StochaError(f"{path} cannot be read ({error}): expected {expected}") from error
     if not isinstance(content, dict):
         raise StochaError(f"{path} holds a JSON {type(content).__name__}: expected {expected}")
     return content
@@ -67,9 +62,10 @@ def check_config(config: dict[str, Any], where: str) -> Architecture:
             f"{where} is quantized ({method}): expected bf16, fp16 or fp32 weights; convert the original model"
         )
     if "stocha" in config:
+        read_entry(config, where)
         return row
-    remote = {"AutoModel", "AutoModelForCausalLM"} & set(config.get("auto_map") or {})
-    if remote:
+    code = config.get("auto_map")
+    if isinstance(code, dict) and {"AutoModel", "AutoModelForCausalLM"} & code.keys():
         raise StochaError(
             f"{where} runs its own modeling code (auto_map): expected a model of the native {row.causal_lm}"
         )
@@ -106,87 +102,33 @@ def weight_files(names: Collection[str], load_index: Callable[[], dict[str, Any]
     return [INDEX, *shards]
 
 
-def companion_files(names: Collection[str]) -> list[str]:
-    """Tokenizer, generation config, chat template, licence: what travels with the weights."""
-    return sorted(name for name in names if is_companion(name) and not any(fnmatch(name, bad) for bad in PICKLES))
-
-
-def is_companion(name: str) -> bool:
-    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in COMPANIONS)
-
-
 def list_files(folder: Path) -> list[str]:
-    """All files of a folder and of its direct subfolders, as names relative to it."""
-    if not folder.is_dir():
-        raise StochaError(f"{folder} does not exist: expected a folder, a .gguf file or a Hub id such as org/name")
-    return sorted(
-        str(path.relative_to(folder)) for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()
-    )
+    """All files of a folder and of its direct subfolders, as names relative to it. Raises StochaError."""
+    try:
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise StochaError(f"{folder} {what}: expected a folder, a .gguf file or a Hub id such as org/name")
+        paths = [path for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()]
+    except OSError as error:
+        raise StochaError(f"cannot read {folder} ({error.strerror}): expected a folder that you may read") from error
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def check_weights(folder: Path, files: Collection[str], config: dict[str, Any]) -> None:
-    """Raise StochaError unless every shard is whole and together they hold one gated FFN per layer of the stated
-    shape.
+    """Raise StochaError unless every shard is whole and together they hold what config.json asks for.
+
+    Names, shapes and dtypes are compared; checkpoints/architecture.py says with what.
     """
-    shapes = tensor_headers(folder, files)
+    found = tensor_headers(folder, files)
     if INDEX in files:
         listed = set(read_json(folder / INDEX, "an index of shards")["weight_map"])
-        if missing := sorted(listed - set(shapes)):
+        if missing := sorted(listed - set(found)):
             raise StochaError(
                 f"{folder / INDEX} names tensor {missing[0]}, which no shard holds: download the shards again"
             )
-    foreign = sorted(f"{name} ({dtype})" for name, (_, dtype) in shapes.items() if dtype not in DTYPES)
+    foreign = sorted(f"{name} ({entry.dtype})" for name, entry in found.items() if entry.dtype not in DTYPES)
     if foreign:
         raise StochaError(
             f"{folder} holds {foreign[0]}: expected tensors of dtype {', '.join(DTYPES)}, not quantized ones"
         )
-    _check_ffns(folder, {name: shape for name, (shape, _) in shapes.items()}, config)
-
-
-def tensor_headers(folder: Path, files: Collection[str]) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype of each tensor of a folder's safetensors files. Raises StochaError for a broken file."""
-    return {
-        name: header
-        for file in files
-        if file.endswith(".safetensors")
-        for name, header in _read_header(folder / file).items()
-    }
-
-
-def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
-    """One file's; safetensors checks the header against the file's length when opening."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
-            return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise StochaError(
-            f"{path} is truncated or corrupt ({reason}): expected a whole file; download it again"
-        ) from None
-
-
-def _check_ffns(folder: Path, shapes: dict[str, list[int]], config: dict[str, Any]) -> None:
-    hidden, width, layers = (config.get(key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    expected: dict[str, list[Any]] = {
-        "gate_proj": [width, hidden],
-        "up_proj": [width, hidden],
-        "down_proj": [hidden, width],
-    }
-    ffn = re.compile(r"layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
-    found: dict[tuple[int, str], list[int]] = {}
-    for name, shape in shapes.items():
-        if match := ffn.search(name):
-            found[int(match[1]), match[2]] = shape
-    if not isinstance(layers, int):
-        raise StochaError(f"{folder / CONFIG} has num_hidden_layers {layers!r}: expected a number of layers")
-    for layer in range(layers):
-        for part, shape in expected.items():
-            given = found.get((layer, part), "missing")
-            if given != shape:
-                name = f"layers.{layer}.mlp.{part}.weight"
-                raise StochaError(
-                    f"{name} of {folder} is {given}: expected a gated FFN with a {part} of shape {shape}"
-                )
+    check_tensors({name: entry.shape for name, entry in found.items()}, config, str(folder))

@@ -7,12 +7,13 @@ output: each run holds a lock on its hidden folder, and a folder whose lock is f
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def staged_folder(output: Path, replace: bool = False) -> Iterator[Path]:
     With `replace`, an existing `output` gives way at the last moment. Raises StochaError where nothing can be written.
     """
     output = Path(os.path.abspath(output))
+    with scratch_folder(output) as partial:
+        yield partial
+        _take_place(partial, output, replace)
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside `output`, which is removed afterwards unless it was renamed.
+
+    Raises StochaError where it cannot be written; the next run on the same output removes what a killed one leaves.
+    """
+    output = Path(os.path.abspath(output))
     new_parents = [parent for parent in output.parents if not parent.exists()]
     partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     lock = None
@@ -36,13 +49,10 @@ def staged_folder(output: Path, replace: bool = False) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans(output)
         partial.mkdir()
-        lock = _try_lock(partial)
+        lock = try_lock(partial)
         yield partial
-        _take_place(partial, output, replace)
     except OSError as error:
-        raise StochaError(
-            f"cannot write {output} ({error.strerror or error}): free space or choose another folder"
-        ) from None
+        raise StochaError(_what_failed(error, output, partial)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
@@ -52,15 +62,44 @@ def staged_folder(output: Path, replace: bool = False) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def _what_failed(error: OSError, output: Path, partial: Path) -> str:
+    """A sentence on an OSError of a body that reads sources and writes into `partial`."""
+    reason, path = error.strerror or error, Path(str(error.filename or partial))
+    if path == output or path in output.parents or path.is_relative_to(partial):
+        return f"cannot write {output} ({reason}): free space or choose another folder"
+    return f"cannot read {path} ({reason}): expected a file that stays as it is meanwhile"
+
+
+def check_apart(output: Path, sources: Iterable[Path]) -> None:
+    """Raise StochaError where replacing `output` would delete a source: it is one, lies in one, or holds one.
+
+    Judged by real paths, so that no link hides it.
+    """
+    if not output.exists():
+        return
+    target = output.resolve()
+    for source in sources:
+        real = source.resolve()
+        if target == real or target.is_relative_to(real) or real.is_relative_to(target):
+            how = "is" if target == real else "lies in" if target.is_relative_to(real) else "holds"
+            raise StochaError(
+                f"{output} {how} the source {source}, which overwriting would delete: choose another output"
+            )
+
+
 def _take_place(partial: Path, output: Path, replace: bool) -> None:
     old = output.with_name(f"{partial.name}-old")
     if replace and output.exists():
         output.rename(old)
     try:
         partial.rename(output)
-    except OSError:
+    except OSError as error:
         with suppress(FileNotFoundError):
             old.rename(output)
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise StochaError(
+                f"another run wrote {output} meanwhile: choose another output or pass --overwrite"
+            ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -70,13 +109,13 @@ def _remove_orphans(output: Path) -> None:
         if not output.exists() and orphan.name.endswith("-old"):
             orphan.rename(output)  # killed between the two renames of a replacement
             continue
-        lock = _try_lock(orphan)
-        if lock is not None:
-            shutil.rmtree(orphan, ignore_errors=True)
-            os.close(lock)
+        with suppress(FileNotFoundError):  # another run swept it
+            if (lock := try_lock(orphan)) is not None:
+                shutil.rmtree(orphan, ignore_errors=True)
+                os.close(lock)
 
 
-def _try_lock(folder: Path) -> int | None:
+def try_lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock until it is closed or its process dies; None if it is held."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -17,32 +17,52 @@ import math
 from pathlib import Path
 from typing import Any
 
-from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
+from stocha_hf.cli import (
+    DTYPES,
+    Parser,
+    checked,
+    dtype_name,
+    one_of,
+    path_or_id,
+    probability,
+    run,
+    show,
+    whole_number,
+)
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.figures import VALUES, plot_generation
 
+temperature = checked(float, lambda t: 0 < t < math.inf, "a number above 0; for 0, give --decoding greedy")
 DEFAULTS = {"p": [0.9], "temperature": [1.0]}
 
 
 def parser() -> Parser:
     verb = Parser("stocha-generate", __doc__)
-    verb.add_argument("model", metavar="MODEL", help="Hub id or checkpoint folder")
+    verb.add_argument("model", type=path_or_id, metavar="MODEL", help="Hub id or checkpoint folder")
     verb.add_argument("--prompt", action="append", help="text to continue; may be given several times")
-    verb.add_argument("--prompts", metavar="FILE", help="text file with a prompt a line")
+    verb.add_argument("--prompts", type=path_or_id, metavar="FILE", help="text file with a prompt a line")
     verb.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
-    verb.add_argument("--samples", type=int, default=4, help="samples a prompt (default: 4)")
-    verb.add_argument("--new", type=int, default=64, help="tokens of a sample at most (default: 64)")
+    verb.add_argument("--samples", type=whole_number(1), default=4, help="samples a prompt (default: 4)")
+    verb.add_argument("--new", type=whole_number(1), default=64, help="tokens of a sample at most (default: 64)")
     verb.add_argument(
         "--decoding",
         nargs="+",
+        type=one_of(VALUES),
         help=f"{', '.join(VALUES)}, or several (default: those whose values are given, else stocha)",
     )
-    verb.add_argument("--p", nargs="+", type=float, help="StochA's probabilities, each a run (default: 0.9)")
-    verb.add_argument("--temperature", nargs="+", type=float, help="temperatures, each a run (default: 1)")
-    verb.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples (default: 0)")
-    verb.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
+    verb.add_argument("--p", nargs="+", type=probability, help="StochA's probabilities, each a run (default: 0.9)")
+    verb.add_argument("--temperature", nargs="+", type=temperature, help="temperatures, each a run (default: 1)")
+    verb.add_argument(
+        "--seed", type=whole_number(0, 2**63 - 1), default=0, help="the same seed gives the same samples (default: 0)"
+    )
+    verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print samples and figures as JSON")
-    verb.add_argument("--plot", metavar="FILE", help="draw diversity against log-likelihood, a line a way of decoding")
+    verb.add_argument(
+        "--plot",
+        type=path_or_id,
+        metavar="FILE",
+        help="draw diversity against log-likelihood, a line a way of decoding",
+    )
     return verb
 
 
@@ -56,7 +76,7 @@ def generate(args: argparse.Namespace) -> None:
     import torch
 
     from stocha_hf.measurement.provenance import circumstances, origin
-    from stocha_hf.measurement.sampling import measure
+    from stocha_hf.measurement.sampling import sample
     from stocha_hf.models import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,9 +87,9 @@ def generate(args: argparse.Namespace) -> None:
     figures |= {"prompts": texts, "runs": []}
     for decoding, noise in settings:
         found = {"decoding": decoding, **noise}
-        found |= measure(model, tokenizer, prompts, doing=_title(found), **options, **noise)
+        found |= sample(model, tokenizer, prompts, doing=_title(found), **options, **noise).to_dict()
         figures["runs"].append(found)
-    show(figures, _told(figures), args.json)
+    show(figures, _as_text(figures), args.json)
     if args.plot:
         plot_generation(figures, args.plot)
 
@@ -78,17 +98,8 @@ def _settings(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Each way of decoding with each of its values, as {option: value}; {} for greedy."""
     given = {name for name, key in VALUES.items() if key and getattr(args, key)}
     wanted = args.decoding or sorted(given) or ["stocha"]
-    for name in wanted:
-        if name not in VALUES:
-            raise StochaError(f"--decoding is {name}: expected one of {', '.join(VALUES)}")
     for name in given - set(wanted):
         raise StochaError(f"--{VALUES[name]} is given, but --decoding is {' '.join(wanted)}: expected {name} in it")
-    for p in args.p or []:
-        if not 0 <= p <= 1:
-            raise StochaError(f"--p is {p}: expected a probability between 0 and 1")
-    for temperature in args.temperature or []:
-        if not 0 < temperature < math.inf:
-            raise StochaError(f"--temperature is {temperature}: expected a number above 0; for 0, --decoding greedy")
     settings: list[tuple[str, dict[str, Any]]] = []
     for name in dict.fromkeys(wanted):
         key = VALUES[name]
@@ -112,12 +123,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("samples", "new"):
-        if getattr(args, name) < 1:
-            raise StochaError(f"--{name} is {getattr(args, name)}: expected at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise StochaError(f"--seed is {args.seed}: expected a number from 0 to 2**63 - 1")
-    check_dtype(args.dtype)
+    """What no option's type can see."""
     if args.plot:
         from stocha_hf.measurement.plots import check_plot
 
@@ -132,13 +138,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tokens(name: str, texts: list[str], chat: bool) -> tuple[Any, list[list[int]]]:
     """The model's tokenizer, and each prompt as token ids."""
-    from transformers import AutoTokenizer
+    from stocha_hf.data import load_tokenizer
+    from stocha_hf.models import load_config, tokenizer_folder
 
-    from stocha_hf.hub import hub_errors
-    from stocha_hf.models import tokenizer_folder
-
-    with hub_errors("reading the tokenizer of", name):
-        tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder(name))
+    load_config(name)
+    tokenizer = load_tokenizer(tokenizer_folder(name))
     if not chat:
         return tokenizer, [tokenizer(text)["input_ids"] for text in texts]
     if not tokenizer.chat_template:
@@ -156,7 +160,7 @@ def _title(row: dict[str, Any]) -> str:
     return f"{row['decoding']} {_value(row)}".strip()
 
 
-def _told(figures: dict[str, Any]) -> str:
+def _as_text(figures: dict[str, Any]) -> str:
     lines = []
     for row in figures["runs"]:
         for prompt, samples in zip(figures["prompts"], row["samples"], strict=True):
@@ -167,3 +171,7 @@ def _told(figures: dict[str, Any]) -> str:
         likelihood = f"log-likelihood {row['log_likelihood']:.3f} a token"
         lines.append(f"{_title(row)}: {likelihood}; distinct 1-, 2-, 3-grams {shares}{bleu}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,11 +21,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import stocha_hf
 from stocha_hf.cli import Parser, run
 from stocha_hf.errors import StochaError
 
-CONFIGS = Path(stocha_hf.__file__).parent / "training" / "accelerate"
+CONFIGS = Path(__file__).parent.parent / "training" / "accelerate"
 
 
 class _TrainParser(Parser):

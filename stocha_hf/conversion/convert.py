@@ -5,20 +5,25 @@ file system can) and only config.json, the modeling file and the card are writte
 independent of the model's size. Converting a converted checkpoint changes only what is asked for.
 
     stocha-convert org/model model-stocha --p 0.3
-    from stocha_hf.conversion.convert import convert; convert("org/model", "model-stocha", p=0.3)
+    stocha_hf.convert("org/model", "model-stocha", p=0.3).stocha["inference"]   # "silu"
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stocha_hf.checkpoints.inspection import CARD, CONFIG
-from stocha_hf.checkpoints.staging import copy_file, staged_folder
+from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
+from stocha_hf.checkpoints.entry import checked_entry, with_entry
+from stocha_hf.checkpoints.inspection import CONFIG
+from stocha_hf.checkpoints.names import check_hub_id
+from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.checkpoints.staging import check_apart, copy_file, staged_folder
+from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing import card
@@ -27,57 +32,107 @@ from stocha_hf.spec import MODELING_FILE, StochaConfig, __version__
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote.
+
+    `layers` is the number of converted feed-forward layers, `source` the id and revision of the original model,
+    `stocha` the new entry of config.json, `files` the names in the folder `output`.
+    """
+
+    layers: int
+    output: str
+    source: dict[str, str | None]
+    stocha: dict[str, Any]
+    files: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as the command's --json prints them."""
+        return asdict(self)
+
+
 def convert(
     source: str | Path,
     output: str | Path,
     *,
-    revision: str | None = None,
-    base_model: str | None = None,
-    dtype: str = "bfloat16",
-    overwrite: bool = False,
+    activation: str | None = None,
+    p: float | None = None,
+    positive: str | None = None,
+    inference: str | None = None,
+    threshold: float | list[float] | None = None,
+    k: int | None = None,
     refit: str | None = None,
     target_sparsity: float | None = None,
     refit_tokens: int | None = None,
     refit_on_disk: bool = False,
-    **changes: Any,
-) -> dict[str, Any]:
-    """Write the stocha checkpoint of `source` (Hub id, folder or .gguf file) to the folder `output`.
+    revision: str | None = None,
+    base_model: str | None = None,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+) -> Converted:
+    """Write the stocha checkpoint of a model, as a folder that loads natively, with remote code and with this package.
 
-    `changes` are fields of StochaConfig (activation, p, positive, inference, threshold, k). `base_model` is the Hub id
-    of a local source, `dtype` what the tensors of a .gguf file become. With `refit`, a data set's name, the FFNs are
-    refitted for ReLU on `refit_tokens` of its text, or for FATReLU with a share of `target_sparsity` zeros
-    (conversion/refit.py). Returns layers, output, source {id, revision}, stocha (the new config entry) and files.
-    Raises StochaError, with nothing written, for whatever cannot be converted.
+    Args:
+        source: Hub id, checkpoint folder or .gguf file (of a split one, any part); may be converted already.
+        output: the folder to write, whole or not at all.
+        activation: what runs in train() mode, a name in ACTIVATIONS (default: "stocha").
+        p: StochA's probability of the base activation where the gate is negative (default: 0.3).
+        positive: what runs where the gate is positive, one of POSITIVE_SIDES (default: "silu").
+        inference: what runs in eval() mode (default: `activation` if that is deterministic, else the base).
+        threshold: of fatrelu and shifted_relu, one number or one per layer (default: 0).
+        k: neurons per token that topk keeps.
+        refit: data to refit the FFNs on for ReLU, layer by layer, without training: a file, folder or Hub data set.
+        target_sparsity: share of zeros to refit for, between 0 and 1 (default: what plain ReLU makes).
+        refit_tokens: tokens to refit on (default: 98304, or 8 per neuron if that is more).
+        refit_on_disk: keep the refit's streams on disk instead of in memory.
+        revision: branch, tag or commit of a source on the Hub.
+        base_model: Hub id of the model that a local source is a copy of.
+        dtype: what a .gguf file's tensors become, one of DTYPES.
+        overwrite: replace `output` if it is a checkpoint folder.
+
+    Returns:
+        What was written.
+
+    Raises:
+        StochaError: for whatever cannot be converted, with nothing written.
     """
-    output = Path(output)
+    output = local_path(output)
+    fields = {"activation": activation, "p": p, "positive": positive, "inference": inference}
+    changes = {key: value for key, value in (fields | {"threshold": threshold, "k": k}).items() if value is not None}
+    options = None
     if refit is not None:
-        changes = _refit_activation(changes)
+        options, changes = Refit(refit, refit_tokens, target_sparsity, refit_on_disk), _refit_activation(changes)
     elif target_sparsity is not None or refit_tokens is not None or refit_on_disk:
         raise StochaError(
             "target_sparsity, refit_tokens or refit_on_disk was given without refit: expected the data to refit on"
         )
-    _stocha_config(changes)
-    check_output(output, overwrite)
-    if refit is not None:
-        from stocha_hf.conversion.refit import Refit, refit_checkpoint  # needs torch, which copying does not
-
-        options = Refit(refit, refit_tokens, target_sparsity, refit_on_disk)
+    _check_fields(changes)
+    if base_model is not None:
+        check_hub_id(base_model, "base_model")
     if dtype not in DTYPES:
         raise StochaError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
-    with open_source(str(source), revision, dtype) as found:
-        config = _converted_config(found, base_model, changes)
-        fitted = refit_checkpoint(found, config, options, _work_folder(output)) if refit is not None else None
-        if fitted is not None:
-            config = fitted.config
-        files = write_checkpoint(found, config, output, overwrite, fitted.apply_to if fitted is not None else None)
-        shutil.rmtree(_work_folder(output), ignore_errors=True)
-    return {
-        "layers": config["num_hidden_layers"],
-        "output": str(output),
-        "source": config["stocha"]["source"],
-        "stocha": config["stocha"],
-        "files": files,
-    }
+    check_output(output, overwrite)
+    inputs = [local_path(name) for name in (source, refit) if name is not None]
+    check_apart(output, [path for path in inputs if path.exists()])
+    with ExitStack() as stack:
+        work = stack.enter_context(refit_folder(output)) if options is not None else None
+        found = stack.enter_context(open_source(str(source), revision, dtype, output))
+        check_apart(output, (found.folder / name for name in found.files))
+        config, change = _converted_config(found, base_model, changes), None
+        if options is not None and work is not None:
+            from stocha_hf.conversion.refit import refit_checkpoint  # needs torch, which copying does not
+
+            fitted = refit_checkpoint(found, config, options, work)
+            config, change = fitted.config, fitted.apply_to
+        files = write_checkpoint(found, config, output, overwrite, change)
+    return Converted(config["num_hidden_layers"], str(output), config["stocha"]["source"], config["stocha"], files)
+
+
+def _check_fields(changes: dict[str, Any]) -> None:
+    try:
+        StochaConfig.from_dict(changes)
+    except ValueError as error:
+        raise StochaError(str(error)) from error
 
 
 def _refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
@@ -89,19 +144,6 @@ def _refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
             "thresholds; convert the result again for another training activation"
         )
     return changes
-
-
-def _work_folder(output: Path) -> Path:
-    """Where a refit keeps finished layers until the output stands: beside it, so that a killed run finds it."""
-    output = Path(os.path.abspath(output))
-    return output.with_name(f".{output.name}.refit")
-
-
-def _stocha_config(entry: dict[str, Any]) -> StochaConfig:
-    try:
-        return StochaConfig.from_dict(entry)
-    except ValueError as error:
-        raise StochaError(str(error)) from None
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -119,24 +161,14 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def _converted_config(source: Source, base_model: str | None, changes: dict[str, Any]) -> dict[str, Any]:
     """The source's config.json with hidden_act, auto_map and the stocha entry; every other key stays."""
-    row, before = source.architecture, dict(source.config.get("stocha") or {})
+    before = dict(source.config.get("stocha") or {})
     if "activation" in changes:
         before.pop("inference", None)  # follows the new activation unless it is asked for too
-    own_act = before.get("base") or row.act
     origin = before.get("source") or {"id": source.id, "revision": source.revision}
     if base_model is not None:
         origin = {**origin, "id": base_model}
     entry = {**before, **changes, "source": origin, "stocha_version": __version__}
-    try:
-        stocha = _stocha_config(entry).resolve(own_act)
-    except ValueError as error:
-        raise StochaError(str(error)) from None
-    if isinstance(stocha.threshold, list) and len(stocha.threshold) != source.config["num_hidden_layers"]:
-        raise StochaError(f"threshold has {len(stocha.threshold)} numbers: expected one, or one per layer")
-    # Gemma's configs on the Hub hold both keys, of which the native class reads one: neither may tell another story.
-    act_keys = {row.act_key, *({"hidden_act", "hidden_activation"} & source.config.keys())}
-    acts = dict.fromkeys(sorted(act_keys), stocha.native_act)
-    return source.config | acts | {"auto_map": row.auto_map, "stocha": stocha.to_dict()}
+    return with_entry(source.config, checked_entry(entry, source.config, source.id))
 
 
 def write_checkpoint(
@@ -150,9 +182,11 @@ def write_checkpoint(
         _copy_all(source, folder)
         if change is not None:
             change(folder)
+        if source.tokenizer is not None:
+            (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")
         copy_file(MODELING_FILE, folder / MODELING_FILE.name)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(card.model_card(config, source.metadata), encoding="utf-8")
+        (folder / CONFIG).write_text(dump(config), encoding="utf-8")
+        card.write_card(folder, config=config, metadata=source.metadata)
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 

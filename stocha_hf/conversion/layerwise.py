@@ -5,7 +5,7 @@ transformers' own modules compute everything, so whatever an architecture does w
 biases is right by construction: the model's forward runs once with layers that only note what they are called with,
 and the real layers are then called with that. A layer's attention half is the layer with an FFN that returns zeros.
 
-    layers = Layers(folder, config, "cpu")
+    layers = Layers(Tensors(folder), config, "cpu")
     hidden = layers.embed(token_ids)
     with layers.load(0) as layer:
         stream, ffn_input = layers.attention(layer, 0, hidden)
@@ -16,37 +16,39 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from stocha_hf.checkpoints.tensors import Tensors
+from stocha_hf.checkpoints.tensors import ModelTensors, Tensors
+from stocha_hf.errors import StochaError
 
 EMBEDDING = "embed_tokens.weight"
 
 
 class Layers:
-    """The decoder layers of the checkpoint in `folder`, in float32 on `device`, computing in bfloat16 autocast.
+    """The decoder layers of a checkpoint or model, in float32 on `device`, computing in bfloat16 autocast.
 
-    `config` is its config.json as a dict, with the activation that the FFNs shall run. All batches must have the shape
-    of the first one given to `embed`.
+    `tensors` are its weights and `config` its config.json as a dict, with the activation that the FFNs shall run. All
+    batches must have the shape of the first one given to `embed`.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], device: str) -> None:
+    def __init__(self, tensors: Tensors | ModelTensors, config: dict[str, Any], device: str) -> None:
         from transformers import AutoConfig, AutoModel
 
-        whole = AutoConfig.for_model(**config)
+        whole = AutoConfig.for_model(
+            **{key: value for key, value in config.items() if key not in ("auto_map", "stocha")}
+        )
         empty = copy.deepcopy(whole)
         empty.num_hidden_layers = 0
-        self.device, self.tensors = device, Tensors(folder)
+        self.device, self.tensors = device, tensors
         # rotary embeddings and other computed buffers must be real, the layers' weights must not
-        self.model: Any = AutoModel.from_config(empty, dtype=torch.float32)
+        self.model: Any = AutoModel.from_config(empty, dtype=torch.float32, trust_remote_code=False)
         with torch.device("meta"):
-            self.model.layers = AutoModel.from_config(whole, dtype=torch.float32).layers
+            self.model.layers = AutoModel.from_config(whole, dtype=torch.float32, trust_remote_code=False).layers
         self.model.config = whole
-        self.model.embed_tokens.weight.data = self.tensors.read(self.tensors.ending(EMBEDDING)).float()
+        self.model.embed_tokens.weight.data = self._read(self.tensors.ending(EMBEDDING))
         for module in self.model.children():
             if module is not self.model.layers:
                 module.to(device)
@@ -76,11 +78,24 @@ class Layers:
         self.arguments = self.arguments or arguments
         return given[0].float()
 
+    def _read(self, name: str) -> torch.Tensor:
+        """A tensor in float32. Raises StochaError for one with NaN or infinite values."""
+        value = self.tensors.read(name).to(self.device, torch.float32)
+        if not value.isfinite().all():
+            raise StochaError(f"{name} has values that are not finite: expected numbers; check the source's weights")
+        return value
+
+    def check_no_biases(self) -> None:
+        """Raise StochaError for FFNs with biases, which a refit does not fit."""
+        for name in self.tensors.layer(0):
+            if name.startswith("mlp.") and name.endswith(".bias"):
+                raise StochaError(f"the model has {name} in its FFNs: expected FFNs without biases")
+
     @contextmanager
     def load(self, index: int) -> Iterator[Any]:
         """Decoder layer `index` with its weights, which are gone afterwards."""
         layer = self.model.layers[index].to_empty(device=self.device)
-        state = {name: self.tensors.read(full).float() for name, full in self.tensors.layer(index).items()}
+        state = {name: self._read(full) for name, full in self.tensors.layer(index).items()}
         layer.load_state_dict(state, strict=True)
         try:
             yield layer.eval().requires_grad_(False)

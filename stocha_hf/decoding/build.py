@@ -2,8 +2,13 @@
 
 The shared library has a plain C interface and no torch in it, so it builds in seconds, works with any torch and needs
 no torch when stocha_hf is installed. It lies in ~/.cache/stocha_hf (or $XDG_CACHE_HOME/stocha_hf), named by a hash of
-source, flags, compiler and processor; two processes may build it at once. Its OpenMP symbols are left open and found
-in the runtime that torch loaded: two runtimes would fight for the cores.
+source, flags, compiler and processor. Its OpenMP symbols are left open and found in the runtime that torch loaded: two
+runtimes would fight for the cores.
+
+Loading a library runs it, so nothing is loaded that another user could have put there: the folder and the library are
+ours and closed to others, or the kernels are compiled into a private temporary folder instead. A library ends with the
+SHA-256 of what stands before. A truncated or foreign file does not, and is compiled again. Processes that build at
+once each write a file of their own and rename it.
 
     kernels()  # a ctypes.CDLL, or None after one warning that names the cause
 """
@@ -16,7 +21,9 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -29,10 +36,11 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-fopenmp")
 TIMEOUT = 300  # seconds
 _LOCK = threading.Lock()
+_LOG = logging.getLogger(__name__)
 
 
 def kernels() -> ctypes.CDLL | None:
-    """The loaded kernels; None where they cannot be built, which is warned of once."""
+    """Return the loaded kernels, or None where they cannot be built, which is warned of once."""
     with _LOCK:
         return _kernels()
 
@@ -40,10 +48,10 @@ def kernels() -> ctypes.CDLL | None:
 @functools.cache
 def _kernels() -> ctypes.CDLL | None:
     try:
-        return with_types(ctypes.CDLL(str(compiled())))
+        return load()
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        cause = next((line for line in said.splitlines() if "error" in line), said.strip())
+        output = getattr(error, "stderr", None) or str(error)
+        cause = next((line for line in output.splitlines() if "error" in line), output.strip())
         warnings.warn(
             f"stocha_hf's sparse kernels cannot be built, so decoding falls back to PyTorch's operations: {cause}",
             RuntimeWarning,
@@ -52,21 +60,90 @@ def _kernels() -> ctypes.CDLL | None:
         return None
 
 
-def compiled(flags: tuple[str, ...] = FLAGS) -> Path:
-    """The shared library, built if the cache lacks it. Raises OSError or SubprocessError."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler found: expected g++, or one named by CXX")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stocha_hf"
+def load(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+    """Load the library that these flags make, compiled first if the cache lacks it.
+
+    Raises:
+        OSError: there is no compiler, or no place for the library.
+        SubprocessError: compiling failed.
+    """
+    compiler = _compiler()
+    try:
+        return _with_types(ctypes.CDLL(str(_cached(compiler, flags))))
+    except PermissionError as error:
+        _LOG.warning("%s; stocha_hf's sparse kernels are compiled for this process alone (10 seconds)", error)
+    with tempfile.TemporaryDirectory(prefix="stocha_hf-") as folder:  # mode 0700; a loaded library outlives its file
+        return _with_types(ctypes.CDLL(str(_build(compiler, flags, Path(folder), "kernels.so"))))
+
+
+def _compiler() -> list[str]:
+    """The compiler's command: what CXX names, which may have options, or the system's."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if not named:
+        named = next(([name] for name in ("g++", "c++") if shutil.which(name)), [])
+    found = shutil.which(named[0]) if named else None
+    if found is None:
+        raise FileNotFoundError(
+            f"CXX names {named[0]}, which is not there" if named else "no C++ compiler found: expected g++"
+        )
+    return [found, *named[1:]]
+
+
+def _cached(compiler: list[str], flags: tuple[str, ...]) -> Path:
+    """The library in the user's cache, built if it is not there or not whole.
+
+    Raises PermissionError where the cache cannot be written or is not ours alone.
+    """
+    folder = _private_folder()
     library = folder / f"kernels-{_key(compiler, flags)}.so"
+    if library.exists() and not _is_whole(library):
+        _LOG.warning("%s is truncated, or not what stocha_hf built: it is compiled again", library)
+        library.unlink()
     if not library.exists():
-        logging.getLogger(__name__).warning("Building stocha_hf's sparse kernels, once for this machine (10 seconds)")
-        folder.mkdir(parents=True, exist_ok=True)
+        _LOG.warning("Building stocha_hf's sparse kernels, once for this machine (10 seconds)")
         with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as work:
-            parts = [str(Path(work) / name) for name in ("kernels.o", "kernels.so")]
-            _run(compiler, *flags, "-c", str(SOURCE), "-o", parts[0])
-            _run(compiler, "-shared", parts[0], "-o", parts[1])  # without -fopenmp, which would name a runtime
-            os.replace(parts[1], library)  # whoever comes second replaces it by the same
+            os.replace(_build(compiler, flags, Path(work), library.name), library)  # who comes second replaces it
+    return library
+
+
+def _private_folder() -> Path:
+    """The cache folder, made if it is not there. Raises PermissionError unless only we can write there."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = home.expanduser() / "stocha_hf"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_ours(folder)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise PermissionError(str(error)) from None
+    return folder
+
+
+def _check_ours(path: Path) -> None:
+    """Raise PermissionError where another user owns a path or may write to it. Links are not followed."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) or status.st_uid != os.geteuid():
+        raise PermissionError(f"{path} is a link or belongs to another user")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} can be written by other users; close it with chmod go-w")
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a file is a library that `_build` finished. Raises PermissionError where it may be another user's."""
+    _check_ours(library)
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _build(compiler: list[str], flags: tuple[str, ...], folder: Path, name: str) -> Path:
+    """Compile the library into a folder, and end it with its hash, which a loader does not read."""
+    parts, library = folder / "kernels.o", folder / name
+    _run(*compiler, *flags, "-c", str(SOURCE), "-o", str(parts))
+    _run(*compiler, "-shared", str(parts), "-o", str(library))  # without -fopenmp, which would name a runtime
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+    library.chmod(0o700)
     return library
 
 
@@ -74,10 +151,10 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
 
 
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=TIMEOUT).stdout
-    told = [SOURCE.read_bytes(), repr(flags).encode(), version, _processor().encode()]
-    return hashlib.sha256(b"\0".join(told)).hexdigest()[:16]
+def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=TIMEOUT).stdout
+    parts = [b"2", SOURCE.read_bytes(), repr(flags).encode(), version, _processor().encode()]  # 2: with a hash
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _processor() -> str:
@@ -89,7 +166,7 @@ def _processor() -> str:
     return platform.machine() + "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
 
 
-def with_types(library: ctypes.CDLL) -> ctypes.CDLL:
+def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the argument types of its functions declared."""
     integer, pointer, size, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     types = {

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Tiles found on an H100 (docs/decode.md)
+# Tiles found on an H100 (docs/experiments/decoding.md)
 HIDDEN = {"ROWS": 2, "BLOCK": 1024, "num_warps": 1, "num_stages": 1}
 DOWN = {"ROWS": 128, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
 PROGRAMS = 512  # of the second kernel: it splits the neurons until there are this many

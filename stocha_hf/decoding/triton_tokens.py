@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stocha_hf.decoding.triton_one_token import hidden_value
 
-# Tiles found on an H100 (docs/decode.md)
+# Tiles found on an H100 (docs/experiments/decoding.md)
 FFN = {"ROWS": 64, "BLOCK": 256, "num_warps": 4}
 SUM = {"PARTS": 256, "BLOCK": 32, "num_warps": 4, "num_stages": 1}
 LANES = 16  # tokens in a tile: what tensor cores take

@@ -12,7 +12,7 @@ come from the dense model's hidden vectors, and sparsity and perplexity are then
 set to zero, so that later layers see what earlier ones lost; exact zeros count as truncated.
 
     curve = CettCurve(model, windows)  # one pass, whatever is asked for afterwards
-    at_cett(model, windows, curve, 0.2)  # {"cett": 0.2, "perplexity": 12.9, "sparsity": {...}, "thresholds": [...]}
+    at_cett(model, windows, curve, 0.2)  # Truncation(cett=0.2, perplexity=12.9, sparsity=..., thresholds=[...])
     ppl_sparsity(model, windows, curve, dense=12.4, percent=1)
 
 Where the published code searches eps anew for every CETT, CettCurve measures the CETT of POINTS thresholds a layer
@@ -31,13 +31,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from stocha_hf.measurement.evaluation import batches, evaluate
+from stocha_hf.measurement.records import Truncation
 from stocha_hf.models import patched_layers
 
 WINDOWS = 8  # that thresholds are taken from: evenly spaced ones of those measured
 POINTS = 48  # thresholds of a layer's curve
 HALVING = 5  # each point leaves 2^(-1/HALVING) of the neurons that the point before left; the last one none
-SAMPLE = 2**18  # contribution sizes whose quantiles the points are
-TOKENS = 1024  # at a time, in float32
+SAMPLED_SIZES = 2**18  # sizes of contributions, whose quantiles the points are
+FLOAT32_TOKENS = 1024  # tokens whose hidden vectors are float32 at a time
 STEPS = 10  # of the bisection: the CETT is found to 2^-STEPS
 
 
@@ -81,7 +82,7 @@ class _LayerCurve:
     def add(self, hidden: torch.Tensor) -> None:
         """Count the tokens of hidden [..., M]."""
         weight = self._weight.float()
-        for part in hidden.flatten(0, -2).split(TOKENS):
+        for part in hidden.flatten(0, -2).split(FLOAT32_TOKENS):
             part = part.float()
             sizes = part.abs() * self._norms
             self._points = self._points or _spread(sizes)
@@ -97,7 +98,7 @@ class _LayerCurve:
 
 def _spread(sizes: torch.Tensor) -> list[float]:
     """POINTS thresholds from 0 to beyond the largest size, closer together in share where more is truncated."""
-    chosen = torch.randint(sizes.numel(), (SAMPLE,), generator=torch.Generator().manual_seed(0))
+    chosen = torch.randint(sizes.numel(), (SAMPLED_SIZES,), generator=torch.Generator().manual_seed(0))
     sample = sizes.flatten()[chosen.to(sizes.device)]
     ordered = sample[sample > 0].sort().values.cpu()
     if len(ordered) == 0:
@@ -126,25 +127,45 @@ def _cut(args: tuple[torch.Tensor, ...], limit: torch.Tensor) -> tuple[torch.Ten
     return args[0].masked_fill(args[0].abs() < limit, 0), *args[1:]
 
 
-def at_cett(model: Any, windows: torch.Tensor, curve: CettCurve, cett: float) -> dict[str, Any]:
-    """`perplexity` and `sparsity` as evaluate() tells them, truncated at `cett` (0 to 1); `thresholds` by layer."""
+def at_cett(model: Any, windows: torch.Tensor, curve: CettCurve, cett: float) -> Truncation:
+    """Measure a model truncated at one CETT.
+
+    Args:
+        model: The patched model that `curve` was measured on.
+        windows: Token ids, int64 [windows, length].
+        curve: Its thresholds.
+        cett: From 0, which truncates nothing, to 1.
+
+    Raises:
+        StochaError: as `evaluate` does.
+    """
     thresholds = curve.thresholds(cett)
     with truncated(model, thresholds):
         found = evaluate(model, windows)
-    return {"cett": cett} | {key: found[key] for key in ("perplexity", "sparsity")} | {"thresholds": thresholds}
+    return Truncation(cett, found.perplexity, found.sparsity, thresholds)
 
 
-def ppl_sparsity(model: Any, windows: torch.Tensor, curve: CettCurve, dense: float, percent: float) -> dict[str, Any]:
-    """at_cett() of the largest CETT whose perplexity is at most `percent` % above `dense`, the untruncated one.
+def ppl_sparsity(model: Any, windows: torch.Tensor, curve: CettCurve, dense: float, percent: float) -> Truncation:
+    """Find the largest CETT whose perplexity is at most `percent` % above `dense`, and measure the model there.
 
-    Found by bisection, to 2^-STEPS; where perplexity does not rise with CETT throughout, it is one such crossing.
+    Found by bisection, to 2^-STEPS. Where perplexity does not rise with CETT throughout, it is one such crossing.
+
+    Args:
+        model: The patched model that `curve` was measured on.
+        windows: Token ids, int64 [windows, length].
+        curve: Its thresholds.
+        dense: Its perplexity on the windows when nothing is truncated.
+        percent: Above 0.
+
+    Raises:
+        StochaError: as `evaluate` does.
     """
     low, high, best = 0.0, 1.0, None
     for _ in tqdm(range(STEPS), desc=f"Looking for PPL-{percent:g}%", unit="step", disable=None, leave=False):
         middle = (low + high) / 2
         found = at_cett(model, windows, curve, middle)
-        if found["perplexity"] <= dense * (1 + percent / 100):
+        if found.perplexity <= dense * (1 + percent / 100):
             low, best = middle, found
         else:
             high = middle
-    return {"percent": percent} | (best or at_cett(model, windows, curve, 0.0))
+    return best or at_cett(model, windows, curve, 0.0)

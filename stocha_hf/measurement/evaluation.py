@@ -1,8 +1,8 @@
 """What a model is worth and how sparse it is, in one pass over fixed windows of tokens; and beside a second model.
 
     windows = text_windows("val.parquet", Path(folder), length=1024)
-    evaluate(load_model(folder).eval(), windows)  # {"perplexity": 12.4, "tokens": 437248, "sparsity": {...}, ...}
-    compare(model, baseline, windows)             # {"kl": 0.03, "top1_agreement": 0.94}
+    evaluate(load_model(folder).eval(), windows)  # Evaluation(perplexity=12.4, tokens=437248, sparsity=..., ...)
+    compare(model, baseline, windows)             # Comparison(kl=0.03, top1_agreement=0.94)
 
 Zeros are counted where down_proj is given the hidden vectors, so they are those of the path that the model runs.
 """
@@ -17,54 +17,106 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from stocha_hf.errors import StochaError
+from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
 from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.models import patched_layers
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
-CHUNK = 512  # tokens whose logits are float32 at a time
+LOGIT_ROWS = 512  # tokens whose logits are float32 at a time
 
 
 @torch.no_grad()
-def evaluate(model: Any, windows: torch.Tensor) -> dict[str, Any]:
-    """Figures of a patched model, in the mode and dtype that it is in, on token ids [windows, length].
+def evaluate(model: Any, windows: torch.Tensor) -> Evaluation:
+    """Measure a model's perplexity and activity, in the mode and dtype that it is in.
 
-    `perplexity` is exp of the mean loss of all tokens but each window's first, which has nothing before it; `tokens`
-    counts the windows' tokens; the rest is Activity.read(). Raises StochaError for a model without patched layers.
+    Args:
+        model: A CausalLM of `load_model`, or one that `patch` was called on.
+        windows: Token ids, int64 [windows, length]; each window is read on its own. `text_windows` makes them.
+
+    Returns:
+        Its figures. The perplexity is of all tokens but each window's first, which has nothing before it.
+
+    Raises:
+        StochaError: the model has no patched layers, a token id is beyond its vocabulary, or its loss is not finite.
     """
+    check_vocabulary(model.config, windows)
     activity = Activity(model)
-    losses = []  # on the device: no chunk waits for it
+    losses = []  # on the device: no part waits for it
     try:
         for batch in batches(model, windows, "Evaluating"):
             logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            for part, after in zip(logits.split(CHUNK), batch[:, 1:].flatten().split(CHUNK), strict=True):
+            for part, after in zip(logits.split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS), strict=True):
                 losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
     finally:
         activity.close()
     predicted = windows.numel() - len(windows)
-    return {
-        "perplexity": math.exp(math.fsum(torch.stack(losses).tolist()) / predicted),
-        "tokens": windows.numel(),
-        "activation": stocha_mlps(model)[0].running,
+    return Evaluation(
+        perplexity=_perplexity(_sum(losses) / predicted),
+        tokens=windows.numel(),
+        activation=stocha_mlps(model)[0].running,
         **activity.read(),
-    }
+    )
 
 
 @torch.no_grad()
-def compare(model: Any, baseline: Any, windows: torch.Tensor) -> dict[str, float]:
-    """How far a model's predictions are from a baseline's, over all tokens of token ids [windows, length].
+def compare(model: Any, baseline: Any, windows: torch.Tensor) -> Comparison:
+    """Measure how far a model's predictions are from a baseline's.
 
-    `kl` is the mean Kullback-Leibler divergence from the baseline to the model, in nats a token; `top1_agreement` the
-    share of tokens whose most likely successor is the same.
+    Args:
+        model: A CausalLM.
+        baseline: Another one of the same vocabulary, on the same device.
+        windows: Token ids, int64 [windows, length], over all of which the means are taken.
+
+    Returns:
+        The divergence and the agreement of their predictions.
+
+    Raises:
+        StochaError: the vocabularies differ, a token id is beyond them, or a prediction is NaN.
     """
+    sizes = [some.config.vocab_size for some in (model, baseline)]
+    if sizes[0] != sizes[1]:
+        raise StochaError(f"the models have {sizes[0]} and {sizes[1]} tokens: expected the same vocabulary")
+    check_vocabulary(model.config, windows)
     divergences, agreements = [], []
     for batch in batches(model, windows, "Comparing"):
-        both = (some(batch, use_cache=False).logits.flatten(0, 1).split(CHUNK) for some in (model, baseline))
+        both = (some(batch, use_cache=False).logits.flatten(0, 1).split(LOGIT_ROWS) for some in (model, baseline))
         for found, expected in zip(*both, strict=True):
             agreements.append((found.argmax(-1) == expected.argmax(-1)).sum())
             logs, aims = (logits.float().log_softmax(-1) for logits in (found, expected))
             divergences.append(F.kl_div(logs, aims, reduction="sum", log_target=True))
-    sums = (math.fsum(torch.stack(parts).tolist()) for parts in (divergences, agreements))
-    return dict(zip(("kl", "top1_agreement"), (total / windows.numel() for total in sums), strict=True))
+    kl = _sum(divergences) / windows.numel()
+    if not math.isfinite(kl):
+        raise StochaError(
+            f"the divergence of the predictions is {kl}: expected finite ones; check both models' weights"
+        )
+    return Comparison(kl, _sum(agreements) / windows.numel())
+
+
+def _sum(parts: list[torch.Tensor]) -> float:
+    return math.fsum(torch.stack(parts).tolist())
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:
+        perplexity = math.inf
+    if not math.isfinite(perplexity):
+        raise StochaError(
+            f"the model's mean loss is {loss:g} nats a token, which has no finite perplexity: expected whole weights, "
+            "in a dtype that their numbers fit; try --dtype float32, or convert or train it again"
+        )
+    return perplexity
+
+
+def check_vocabulary(config: Any, windows: torch.Tensor) -> None:
+    """Raise StochaError where windows hold a token that a model of this config does not have."""
+    if (largest := int(windows.max())) >= config.vocab_size:
+        raise StochaError(
+            f"the text has the token {largest}, but the model only {config.vocab_size} tokens: expected the "
+            "tokenizer that the model was trained with"
+        )
 
 
 def batches(model: Any, windows: torch.Tensor, doing: str) -> Iterator[torch.Tensor]:
@@ -90,27 +142,17 @@ class Activity:
         ]
 
     def read(self) -> dict[str, Any]:
-        """Shares, each {"mean": over layers, "per_layer": [...]}: `sparsity` of entries that are zero, `never_active`
-        of neurons that never fired, `reuse` of firing neurons that fired at the token before as well.
-
-        `aggregated_sparsity` (ReLU Strikes Back, arXiv 2310.04564) is the share of neurons that none of a window's
-        first t tokens fired, for each t of its `tokens`; `independent`, the mean over layers of sparsity^t, is what it
-        would be if every token chose its neurons anew.
-        """
+        """Return the fields of an Evaluation that tell of neurons."""
         rows = [counts.shares() for counts in self._counts]
-        told: dict[str, Any] = {}
-        for name in rows[0]:
-            values = [row[name] for row in rows]
-            told[name] = {"mean": _mean(values), "per_layer": values}
+        shares = {name: Shares(_mean(values), values) for name in rows[0] if (values := [row[name] for row in rows])}
         unused, ends = [counts.aggregated() for counts in self._counts], self._counts[0].ends
-        return told | {
-            "aggregated_sparsity": {
-                "tokens": ends,
-                "mean": [_mean(values) for values in zip(*unused, strict=True)],
-                "independent": [_mean([share**end for share in told["sparsity"]["per_layer"]]) for end in ends],
-                "per_layer": unused,
-            }
-        }
+        aggregated = AggregatedSparsity(
+            tokens=ends,
+            mean=[_mean(values) for values in zip(*unused, strict=True)],
+            independent=[_mean([share**end for share in shares["sparsity"].per_layer]) for end in ends],
+            per_layer=unused,
+        )
+        return {**shares, "aggregated_sparsity": aggregated}
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -6,6 +6,7 @@ alone is random, as an alternative to sampling tokens at a temperature.
     samples = generate(model, prompt, samples=8, new=40, p=0.9)            # noise of the activation
     samples = generate(model, prompt, samples=8, new=40, temperature=0.7)  # noise of the choice of tokens
     log_likelihoods(model, prompt, samples)                                # of the model without noise
+    sample(model, tokenizer, ["Once upon"], samples=8, new=40, p=0.9)      # all that, and how diverse they are
 
 The rows of a batch are one prompt's samples: no row is padded, and as a row is read from the prompt on with noise of
 its own, its cache is what it computed itself.
@@ -21,9 +22,11 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from stocha_hf.errors import StochaError
 from stocha_hf.measurement.diversity import distinct, self_bleu
+from stocha_hf.measurement.records import SampledText, Samples
 
-ROWS = 8  # samples whose logits are in memory at a time
+LOGIT_ROWS = 8  # samples whose logits are in memory at a time
 IGNORED = -100  # cross_entropy's default
 
 
@@ -37,12 +40,24 @@ def generate(
     temperature: float | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """`samples` continuations of the token ids `prompt`: at most `new` tokens each, the last may be an end-of-text.
+    """Continue a prompt several times.
 
-    With `p` the activation is StochA, forced for this call, also while the prompt is read. With `temperature` tokens
-    are drawn from softmax(logits / temperature), whatever the model's generation config says; without it the most
-    likely one is taken. With neither all samples are equal. `seed` decides all noise: the same bits on the same device
-    and threads, and the generators are left as they were. Raises ValueError as stocha_mode does.
+    Args:
+        model: A patched CausalLM.
+        prompt: Token ids, at least one.
+        samples: How many continuations.
+        new: Tokens of each at most; the last may be an end of text.
+        p: Force StochA with this probability for this call, also while the prompt is read.
+        temperature: Draw tokens from softmax(logits / temperature), whatever the model's generation config says.
+            Without it the most likely token is taken; without both, all samples are equal.
+        seed: Decides all noise: the same bits on the same device and threads. The generators are left as they were.
+
+    Returns:
+        The token ids of each sample, without the prompt's.
+
+    Raises:
+        ValueError: `p` is no probability, as `stocha_mode` says.
+        StochaError: the model's logits are NaN or infinite.
     """
     prompts = torch.tensor([list(prompt)] * samples, device=model.device)
     choice: dict[str, Any] = {"do_sample": False}
@@ -56,10 +71,21 @@ def generate(
             use_cache=True,  # trainers leave it off in configs; without it each step would draw the past's noise anew
             repetition_penalty=1.0,
             pad_token_id=0,  # cut off below
+            logits_processor=[_check_logits],
             **choice,
         )
     ends = model.generation_config.eos_token_id
     return [_up_to_end(row, ends if isinstance(ends, list) else [ends]) for row in rows[:, len(prompt) :].tolist()]
+
+
+def _check_logits(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A logits processor: refuse what no token can be chosen from, which is a crash on a GPU."""
+    if logits.isnan().any() or logits.isposinf().any():
+        raise StochaError(
+            "the model's logits are NaN or infinite: expected whole weights, in a dtype that their numbers fit; try "
+            "--dtype float32, or convert or train it again"
+        )
+    return logits
 
 
 @contextmanager
@@ -76,15 +102,20 @@ def _up_to_end(tokens: list[int], ends: list[int]) -> list[int]:
 
 @torch.no_grad()
 def log_likelihoods(model: Any, prompt: Sequence[int], samples: Sequence[Sequence[int]]) -> list[float]:
-    """The mean log-probability of each sample's tokens after the prompt, in nats a token, of the model as it is.
+    """Return the mean log-probability, in nats, of each sample's tokens after the prompt, of the model as it is.
 
-    Samples have at least one token each. Shorter ones are padded on the right: what comes later changes nothing in a
-    causal model, so that neither a mask nor shifted positions are needed.
+    Shorter samples are padded on the right: what comes later changes nothing in a causal model, so that neither a mask
+    nor shifted positions are needed.
+
+    Args:
+        model: A CausalLM.
+        prompt: Token ids, at least one.
+        samples: Token ids of each sample, at least one each.
     """
     longest = max(map(len, samples))
     padded = [[*sample, *[IGNORED] * (longest - len(sample))] for sample in samples]
     found: list[float] = []
-    for after in torch.tensor(padded, device=model.device).split(ROWS):
+    for after in torch.tensor(padded, device=model.device).split(LOGIT_ROWS):
         before = torch.tensor([list(prompt)] * len(after), device=model.device)
         rows = torch.cat([before, after.clamp(min=0)], dim=1)
         logits = model(rows, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1].float()
@@ -93,35 +124,60 @@ def log_likelihoods(model: Any, prompt: Sequence[int], samples: Sequence[Sequenc
     return found
 
 
-def measure(
+def sample(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str | Sequence[int]],
     *,
+    samples: int,
+    new: int,
+    p: float | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     doing: str = "Generating",
-    **options: Any,
-) -> dict[str, Any]:
-    """Samples of each prompt and their figures; `options` are those of `generate`. Prompt i has the seed `seed` + i.
+) -> Samples:
+    """Continue each prompt several times, and measure how likely and how diverse the samples are.
 
-    `log_likelihood` is the mean over all samples, `distinct_1` to `distinct_3` and `self_bleu` (None for one sample a
-    prompt) are means over prompts; `samples` has a list of {"text", "tokens", "log_likelihood"} for each prompt.
+    Args:
+        model: A patched CausalLM.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or token ids of each.
+        samples: Continuations of each prompt.
+        new: Tokens of each at most.
+        p: Force StochA with this probability, as in `generate`.
+        temperature: Draw tokens at this temperature, as in `generate`.
+        seed: Of the first prompt; prompt i has `seed` + i.
+        doing: What a progress bar says.
+
+    Returns:
+        The samples, their mean log-likelihood a token, distinct n-grams and self-BLEU.
+
+    Raises:
+        ValueError: `p` is no probability.
+        StochaError: a prompt is empty, the logits are NaN or infinite, or sacrebleu is missing.
     """
-    rows, told = [], []
+    rows, found = [], []
     for i, prompt in enumerate(tqdm(prompts, desc=doing, unit="prompt", disable=None, leave=False)):
-        samples = generate(model, prompt, seed=seed + i, **options)
-        likelihoods = log_likelihoods(model, prompt, samples)
-        texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
-        row = {"log_likelihood": _mean(likelihoods)} | {f"distinct_{n}": distinct(samples, n) for n in (1, 2, 3)}
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        _check_prompt(ids, prompt, model.config.vocab_size)
+        some = generate(model, ids, samples=samples, new=new, p=p, temperature=temperature, seed=seed + i)
+        likelihoods = log_likelihoods(model, ids, some)
+        texts = tokenizer.batch_decode(some, skip_special_tokens=True)
+        row = {"log_likelihood": _mean(likelihoods)} | {f"distinct_{n}": distinct(some, n) for n in (1, 2, 3)}
         rows.append(row | ({"self_bleu": self_bleu(texts)} if len(texts) > 1 else {}))
-        told.append(
-            [
-                {"text": text, "tokens": len(sample), "log_likelihood": likelihood}
-                for text, sample, likelihood in zip(texts, samples, likelihoods, strict=True)
-            ]
+        found.append([SampledText(*one) for one in zip(texts, map(len, some), likelihoods, strict=True)])
+    figures: dict[str, Any] = {name: _mean([row[name] for row in rows]) for name in rows[0]}
+    return Samples(**({"self_bleu": None} | figures), samples=found)
+
+
+def _check_prompt(ids: Sequence[int], prompt: str | Sequence[int], vocabulary: int) -> None:
+    if not ids:
+        raise StochaError(f"the prompt {prompt!r} has no tokens: expected some text")
+    if max(ids) >= vocabulary:
+        raise StochaError(
+            f"the prompt has the token {max(ids)}, but the model only {vocabulary} tokens: expected the tokenizer "
+            "that the model was trained with"
         )
-    figures = {name: _mean([row[name] for row in rows]) for name in rows[0]}
-    return {"self_bleu": None, **figures, "samples": told}
 
 
 def _mean(values: Sequence[float]) -> float:

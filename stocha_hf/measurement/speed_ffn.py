@@ -164,5 +164,6 @@ def _mlp(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, cut: float) -
         )
     for linear, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), (gate, up, down), strict=True):
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    patch_mlps([mlp], StochaConfig(activation="fatrelu", threshold=cut, base="silu", inference="fatrelu"))
+    patch_mlps([mlp], StochaConfig(activation="fatrelu", base="silu", inference="fatrelu"))
+    mlp.threshold = cut  # which a config cannot say: below 0 where few zeros are forced
     return mlp.eval()

@@ -1,7 +1,7 @@
-"""Dense against sparse decode of whole models, side by side (bench.py): a checkpoint, or a Llama of random weights.
+"""Dense against sparse decode of whole models, side by side: a checkpoint, or a Llama of random weights.
 
-checkpoint_record("smollm2-sparse", torch.bfloat16, prompt=64, new=64)
-random_decode_record("1b", torch.bfloat16, share=0.9, prompt=64, new=64)
+benchmark("smollm2-sparse", prompt=64, new=64).speedup
+benchmark_random("1b", torch.bfloat16, share=0.9)
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.provenance import origin
+from stocha_hf.measurement.records import Benchmark
 from stocha_hf.measurement.speed import READ, measured_in_turn, ratio, read_memory, threshold_for, timed
 from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, patch, stocha_mlps
 
@@ -100,12 +103,10 @@ def decoding_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> d
     return measured_in_turn({"read": partial(timed, read_memory()), **measures}, rounds)
 
 
-def decode_record(
-    name: str, dense: Any, sparse: Any, tokens: torch.Tensor, new: int, rounds: int = 5
-) -> dict[str, Any]:
-    """A native model and its stocha counterpart, decoding in turn from token ids [batch, length].
+def compare_decoding(name: str, dense: Any, sparse: Any, tokens: torch.Tensor, new: int, rounds: int = 5) -> Benchmark:
+    """Time a native model and its stocha counterpart, decoding `new` tokens in turn after token ids [batch, length].
 
-    The zeros are those of the tokens generated, `dense_ms` and `sparse_ms` a step's, `tokens_per_second` the batch's.
+    The zeros are those of the tokens generated.
     """
     from stocha_hf.measurement.sparsity import SparsityMeter
 
@@ -116,57 +117,97 @@ def decode_record(
     meter = SparsityMeter(sparse)
     with meter.record(), torch.no_grad():
         sparse(sparse.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False))
+    zeros = meter.read()["mean"]
     meter.close()
-    return {
-        "model": name,
-        "dtype": str(dense.dtype).removeprefix("torch."),
-        "sparsity": meter.read()["mean"],
-        "batch": len(tokens),
-        "prompt": tokens.shape[1],
-        "new_tokens": new,
-        "dense_ms": 1e3 * statistics.median(seconds["dense"]),
-        "sparse_ms": 1e3 * statistics.median(seconds["sparse"]),
-        "speedup": ratio(seconds, "dense", "sparse"),
-        "tokens_per_second": len(tokens) / statistics.median(seconds["sparse"]),
-        "achieved_gbps": None,
-        "read_gbps": READ / statistics.median(seconds["read"]) / 1e9,
-        "threads": torch.get_num_threads(),
-    }
+    return Benchmark(
+        model=name,
+        dtype=str(dense.dtype).removeprefix("torch."),
+        sparsity=zeros,
+        batch=len(tokens),
+        prompt=tokens.shape[1],
+        new_tokens=new,
+        dense_ms=1e3 * statistics.median(seconds["dense"]),
+        sparse_ms=1e3 * statistics.median(seconds["sparse"]),
+        speedup=ratio(seconds, "dense", "sparse"),
+        tokens_per_second=len(tokens) / statistics.median(seconds["sparse"]),
+        achieved_gbps=None,
+        read_gbps=READ / statistics.median(seconds["read"]) / 1e9,
+        threads=torch.get_num_threads(),
+    )
 
 
-def random_decode_record(
-    shape: str, dtype: torch.dtype, share: float, prompt: int, new: int, recall: float | None = None, batch: int = 1
-) -> dict[str, Any]:
-    """decode_record of a random Llama under ReLU, the sparse one's FATReLU thresholds forced to a share of zeros."""
+def benchmark_random(
+    shape: str,
+    dtype: torch.dtype,
+    share: float,
+    *,
+    prompt: int = 64,
+    new: int = 64,
+    recall: float | None = None,
+    batch: int = 1,
+) -> Benchmark:
+    """Time a Llama of random weights, under ReLU against FATReLU thresholds that force a `share` of zeros.
+
+    Args:
+        shape: A row of SHAPES.
+        dtype: Of the weights.
+        share: Of zeros, from 0 to below 1.
+        prompt: Tokens before decoding.
+        new: Tokens to decode.
+        recall: Skip gate rows as well, as in `benchmark`.
+        batch: Sequences decoded at once.
+    """
     tokens = torch.randint(VOCABULARY, (batch, prompt))
     dense, sparse = (random_llama(shape, dtype) for _ in range(2))
     patch(sparse, StochaConfig(activation="relu"))
     force_sparsity(sparse, share, tokens)
-    predict(sparse, recall)
-    return decode_record(f"random Llama {shape}", dense, sparse, tokens, new) | {"forced_sparsity": share}
+    _use_coarse_gates(sparse, recall)
+    return replace(compare_decoding(f"random Llama {shape}", dense, sparse, tokens, new), forced_sparsity=share)
 
 
-def predict(model: Any, recall: float | None) -> None:
+def _use_coarse_gates(model: Any, recall: float | None) -> None:
     """Give the model coarse gates of this recall, 1 for exact ones; None for none."""
     if recall is not None:
         predict_gates(model, None if recall == 1 else recall)
 
 
-def checkpoint_record(
-    folder: str, dtype: torch.dtype, prompt: int, new: int, recall: float | None = None, batch: int = 1
-) -> dict[str, Any]:
-    """decode_record of a converted checkpoint and its native class. Raises StochaError for another one."""
+def benchmark(
+    model: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    prompt: int = 64,
+    new: int = 64,
+    recall: float | None = None,
+    batch: int = 1,
+) -> Benchmark:
+    """Time a converted checkpoint's decoding on this CPU against its native class, in turn.
+
+    Args:
+        model: Checkpoint folder or Hub id, converted for an activation that skips neurons.
+        dtype: "bfloat16", "float16" or "float32".
+        prompt: Tokens before decoding; they are drawn at random.
+        new: Tokens to decode.
+        recall: Skip gate rows as well, by a coarse gate of this recall, above 0.5; 1 gives exact results.
+        batch: Sequences decoded at once.
+
+    Returns:
+        Milliseconds a step of both, and their ratio.
+
+    Raises:
+        StochaError: there is no such model, or its activation skips no neuron.
+    """
     from stocha_hf.models import load_config, load_model
 
-    inference = (getattr(load_config(folder), "stocha", None) or {}).get("inference")
+    name, precision = str(model), getattr(torch, dtype)
+    inference = (getattr(load_config(name), "stocha", None) or {}).get("inference")
     if inference is None or ACTIVATIONS[inference].cut is None:
         raise StochaError(
-            f"{folder} decodes with {inference or 'its native activation'}, which skips no neuron: expected a model "
+            f"{name} decodes with {inference or 'its native activation'}, which skips no neuron: expected a model "
             "converted with --activation relu, fatrelu, relu2, drelu or shifted_relu"
         )
-    sparse = load_model(folder, dtype=dtype).eval()
-    predict(sparse, recall)
+    sparse = load_model(name, dtype=precision).eval()
+    _use_coarse_gates(sparse, recall)
     native: Any = next(base for base in type(sparse).__mro__ if f"Stocha{base.__name__}" == type(sparse).__name__)
-    dense = native.from_pretrained(folder, dtype=dtype).eval()
+    dense = native.from_pretrained(name, dtype=precision).eval()
     tokens = torch.randint(sparse.config.vocab_size, (batch, prompt))
-    return decode_record(folder, dense, sparse, tokens, new) | origin(folder, sparse)
+    return replace(compare_decoding(name, dense, sparse, tokens, new), **origin(name, sparse))

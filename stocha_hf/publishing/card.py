@@ -1,28 +1,37 @@
 """The model card: README.md with Hub metadata, written at conversion, with measurements, and completed at publication.
 
-The text is model_card.md beside this file; measured.py tells what was measured. A card still has REPO_ID and REVISION
-where only the publication knows the values; `published_card` fills them in for the upload and leaves the folder's own
-file, and a user's edits, alone.
+The text is model_card.md beside this file; tables.py tells what was measured. `write_card` is the one function that
+writes a card, whoever wants one: conversion, training and stocha-card. A card still has REPO_ID and REVISION, whose
+values only the publication knows; `published_card` fills them in for the upload and leaves the folder as it is. What
+comes from a config, a source or a file of measurements is escaped by markdown.py.
+
+    write_card("smollm2-relu", evaluation="eval.json", bench="bench.json")
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.inspection import CARD, read_config
-from stocha_hf.checkpoints.metadata import source_metadata
+from stocha_hf.checkpoints.metadata import INHERITED, source_metadata
 from stocha_hf.errors import StochaError
-from stocha_hf.publishing.tables import HASH_KEY, Measured, check_measurements
-from stocha_hf.spec import ARCHITECTURES, StochaConfig
+from stocha_hf.publishing.markdown import code, fence, text
+from stocha_hf.publishing.measurements import HASH_KEY, Measurements, check_measurements
+from stocha_hf.publishing.tables import measured_metadata, measured_section
+from stocha_hf.spec import ARCHITECTURES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 COPIED = "Converting leaves every weight, its name and its shape as they are."
 REFITTED = (
-    "The feed-forward weights were refitted layer by layer on {tokens:,} tokens of {data}, without training; every "
-    "other weight, all names and all shapes are the source's."
+    "The feed-forward weights were refitted layer by layer on {tokens} of {data}, without training; every other "
+    "weight, all names and all shapes are the source's."
 )
 TRAINED = (
     "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
@@ -35,58 +44,143 @@ REFITTED_LIMITS = (
     "A refit comes near the source's quality on text like that it was fitted on, less so on other text; continued "
     "pretraining goes on from it."
 )
-LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 TRAINED_LIMITS = (
     "Training moves the model towards the text it was trained on; on other text it may be worse than the source."
 )
+LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 
 
-def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Measured | None = None) -> str:
-    """The card of a checkpoint, given its config.json, the metadata of its source and what was measured of it."""
+def write_card(
+    folder: str | Path,
+    *,
+    evaluation: str | Path | None = None,
+    rows: Mapping[str, str | Path] | None = None,
+    bench: str | Path | None = None,
+    generation: str | Path | None = None,
+    config: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint folder's README.md, with tables and pictures of what was measured if files are given.
+
+    The files and their pictures are copied to the folder's measurements/. Everything is read, checked and drawn before
+    the first file is written. A card that is there already is kept as README.md.orig when measurements are given.
+
+    Args:
+        folder: A stocha checkpoint's folder.
+        evaluation: What `stocha-eval FOLDER --json` printed; the other files need it.
+        rows: Other evaluations for the same table, by label.
+        bench: What `stocha-bench FOLDER --json` printed.
+        generation: What `stocha-generate FOLDER --json` printed.
+        config: The checkpoint's config.json (default: the folder's; an adapter's folder has none).
+        metadata: Hub metadata of the source's card (default: of the folder's own card, which has it from the source).
+
+    Returns:
+        The card's path.
+
+    Raises:
+        StochaError: the folder is no stocha checkpoint, or a file is malformed, of other weights, or not comparable.
+    """
+    folder = Path(folder)
+    config = stocha_config(folder) if config is None else config
+    if evaluation is None and (rows or bench or generation):
+        raise StochaError("a card was given measurements but no evaluation: expected what stocha-eval --json printed")
+    measured = None if evaluation is None else Measurements.read(folder, evaluation, rows, bench, generation)
+    card = model_card(config, source_metadata(folder) if metadata is None else metadata, measured)
+    path = folder / CARD
+    if measured is None:
+        _replace(path, card)
+    else:
+        with measured.staged() as install:
+            install()
+            if path.exists():
+                shutil.copyfile(path, folder / f"{CARD}.orig")
+            _replace(path, card)
+    return path
+
+
+def _replace(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=".card-", delete=False
+        ) as file:
+            file.write(content)
+        os.chmod(file.name, 0o666 & ~_umask())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise StochaError(f"{path} cannot be written ({error.strerror}): free space, or make it writable") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Measurements | None = None) -> str:
+    """Return the card of a checkpoint, given its config.json, its source's metadata and what was measured of it.
+
+    Raises StochaError for a config that is no stocha checkpoint's.
+    """
     from huggingface_hub import ModelCardData
 
-    row = ARCHITECTURES[config["model_type"]]
-    stocha = StochaConfig.from_dict(config["stocha"]).resolve(row.act)
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    if row is None:
+        raise StochaError(f"the config has model_type {config.get('model_type')!r}: expected a stocha checkpoint's")
+    stocha = read_entry(config, "the config")
     source = stocha.source or {}
-    source_id, revision = source.get("id") or "", source.get("revision")
+    source_id, revision = str(source.get("id") or ""), source.get("revision")
     on_hub = "/" in source_id
-    kept = {key: inherited[key] for key in INHERITED if inherited.get(key)}
+    kept = {key: value for key in INHERITED if (value := _plain(inherited.get(key)))}
     metadata = ModelCardData(
         base_model=source_id if on_hub else None,
         library_name="transformers",
         tags=["stocha", "activation-sparsity", config["model_type"]],
         **{"pipeline_tag": "text-generation", **kept},
-        **(measured.metadata() if measured else {}),
+        **(measured_metadata(measured) if measured else {}),
     )
-    name = f"`{source_id}`" if source_id else "an unnamed model"
     p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
     native = stocha.native_act
     note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
-    weights, limits = _what_was_done(stocha.history or [])
+    history = stocha.history or []
+    weights, limits = _what_was_done(history)
     values = {
         "weights": weights,
-        "measured": measured.section() + "\n\n" if measured else "",
-        "recipe": _recipe(stocha.history or []),
+        "measured": measured_section(measured) + "\n\n" if measured else "",
+        "recipe": _recipe(history),
         "limits": limits,
         "metadata": metadata.to_yaml(),
-        "source": f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else name,
-        "revision": f"revision `{revision}`" if revision else "revision unknown: it was a local folder or file",
+        "source": f"[{source_id}](https://huggingface.co/{source_id})"
+        if on_hub
+        else code(source_id) or "an unnamed model",
+        "revision": f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file",
         "architecture": row.causal_lm,
         "activation": stocha.activation + p,
         "inference": stocha.inference,
         "native": native,
         "native_note": note,
-        "license": kept.get("license_name") or kept.get("license") or "not stated by the source",
-        "version": stocha.stocha_version,
+        "license": text(kept.get("license_name") or kept.get("license") or "not stated by the source"),
+        "version": text(stocha.stocha_version),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+
+
+def _plain(value: Any) -> Any:
+    """A source's metadata as far as a card takes it over: a line of text, or a list of a few such lines."""
+    if isinstance(value, list):
+        return [item for item in value if _plain(item) and isinstance(item, str)][:100]
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 500 else None
 
 
 def _what_was_done(history: list[dict[str, Any]]) -> tuple[str, str]:
     """What a card says of the weights, and of their limits."""
     if any(stage.get("method") != "refit" for stage in history):
         return TRAINED, TRAINED_LIMITS
-    return (REFITTED.format(**history[-1]), REFITTED_LIMITS) if history else (COPIED, SWAPPED_LIMITS)
+    if not history:
+        return COPIED, SWAPPED_LIMITS
+    tokens = history[-1].get("tokens")
+    said = f"{tokens:,} tokens" if isinstance(tokens, int) else "tokens"
+    return REFITTED.format(tokens=said, data=text(history[-1].get("data", "a text"))), REFITTED_LIMITS
 
 
 def _recipe(history: list[dict[str, Any]]) -> str:
@@ -95,7 +189,7 @@ def _recipe(history: list[dict[str, Any]]) -> str:
 
     if not history:
         return ""
-    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(_shortened(history), sort_keys=False)}```\n\n"
+    return f"## Recipe\n\n{fence(yaml.safe_dump(_shortened(history), sort_keys=False), 'yaml')}\n\n"
 
 
 def _shortened(value: Any) -> Any:
@@ -106,21 +200,11 @@ def _shortened(value: Any) -> Any:
 
 
 def stocha_config(folder: Path) -> dict[str, Any]:
-    """config.json of a stocha checkpoint folder. Raises StochaError for another folder."""
+    """Return config.json of a stocha checkpoint folder. Raises StochaError for another folder."""
     config = read_config(folder)
     if not isinstance(config.get("stocha"), dict):
         raise StochaError(f"{folder} is no stocha checkpoint: expected a folder that stocha-convert or training wrote")
     return config
-
-
-def write_card(folder: Path, config: dict[str, Any], measured: Measured) -> Path:
-    """Write a folder's card with its measurements; one that is there is kept beside it."""
-    path = folder / CARD
-    card = model_card(config, source_metadata(folder), measured)
-    if path.exists():
-        path.replace(folder / f"{CARD}.orig")
-    path.write_text(card, encoding="utf-8")
-    return path
 
 
 def check_card(folder: Path) -> None:
@@ -130,7 +214,13 @@ def check_card(folder: Path) -> None:
 
 
 def published_card(folder: Path, repo: str, tag: str) -> str:
-    """The folder's card, or a new one where there is none, with the repo and the revision that its snippets name."""
+    """Return the folder's card, or a new one where there is none, with the repo and revision that its snippets name.
+
+    Raises StochaError for a card that is no text.
+    """
     path = folder / CARD
-    card = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_config(folder), {})
+    try:
+        card = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_config(folder), {})
+    except (OSError, UnicodeDecodeError) as error:
+        raise StochaError(f"{path} cannot be read ({error}): expected text in UTF-8") from None
     return card.replace("REPO_ID", repo).replace("REVISION", tag)

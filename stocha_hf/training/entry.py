@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from stocha_hf.checkpoints.entry import set_entry
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
 from stocha_hf.models import patched_layers
+from stocha_hf.spec import StochaConfig
 
 
 def change_entry(model: nn.Module, **changes: Any) -> None:
@@ -38,5 +39,4 @@ def change_entry(model: nn.Module, **changes: Any) -> None:
         raise StochaError(f"{len(thresholds)} thresholds were given: expected {len(layers)}, one per layer")
     for layer, threshold in zip(layers, thresholds, strict=True):
         layer.activation, layer.inference, layer.threshold = stocha.activation, str(stocha.inference), threshold
-    config.stocha = stocha.to_dict()
-    setattr(config, ARCHITECTURES[config.model_type].act_key, stocha.native_act)
+    set_entry(config, stocha)

@@ -1,8 +1,8 @@
 """The second term of distillation: the residual stream after every layer, the student's against the teacher's.
 
-KL sees what comes out of the last layer; here every layer is told what it should have made, as in
-FitNets (Romero et al., arXiv 1412.6550; docs/training.md says what it gained). Student and teacher are of the
-same shape, so nothing has to be projected. Errors are relative for each feature by itself, because a few features of
+KL sees what comes out of the last layer; here every layer is told what it should have made, as in FitNets (Romero et
+al., arXiv 1412.6550; docs/experiments/training.md says what it gained). Student and teacher are of the same shape, so
+nothing has to be projected. Errors are relative for each feature by itself, because a few features of
 a Llama's stream are hundreds of times larger than all others (Sun et al., arXiv 2402.17762) and would decide alone.
 
     error = HiddenError(model, teacher)

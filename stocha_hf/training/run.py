@@ -104,10 +104,10 @@ def parse(
 
 def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     """Train and leave a checkpoint in args.output_dir; with LoRA the adapter, and the merged model in merged/."""
-    from transformers import AutoTokenizer
     from trl import get_peft_config
 
-    from stocha_hf.models import load_model
+    from stocha_hf.data import load_tokenizer
+    from stocha_hf.models import load_model, tokenizer_folder
     from stocha_hf.training.hidden_error import check_same_shape
     from stocha_hf.training.losses import check_teacher
     from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
@@ -116,7 +116,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     train_data, eval_data = _load_both(data)
     model = load_model(name, revision=revision, **options)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = load_tokenizer(tokenizer_folder(name, revision))
     teacher = load_model(args.teacher, **options) if args.teacher else None
     if teacher is not None:
         check_teacher(model.config, teacher.config)
@@ -241,5 +241,4 @@ def merge_adapter(adapter: str, base: str, revision: str | None, tokenizer: Any,
     change_entry(merged, **stocha)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    text = card.model_card(merged.config.to_dict(), source_metadata(Path(base)))
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    card.write_card(folder, metadata=source_metadata(Path(base)))

@@ -319,8 +319,7 @@ class StochaTrainer(SFTTrainer):
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             source = Path(str(self.model.config._name_or_path))
-            text = card.model_card(self.model.config.to_dict(), source_metadata(source))
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            card.write_card(folder, config=self.model.config.to_dict(), metadata=source_metadata(source))
 
 
 def _read_sparsity_state(checkpoint: str) -> dict[str, Any]:
