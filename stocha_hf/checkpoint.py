@@ -35,6 +35,13 @@ COMPANIONS = (
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = ("BF16", "F16", "F32")
+RANDOM_START = "random weights"  # `start` of the first stage of a history that began without a source
+
+
+def began_random(stocha: dict[str, Any]) -> bool:
+    """Whether the weights of a config's `stocha` entry were trained from random ones, so that it has no source."""
+    history = stocha.get("history") or [{}]
+    return history[0].get("start") == RANDOM_START
 
 
 def read_config(folder: Path) -> dict[str, Any]:

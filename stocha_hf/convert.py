@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf import report
-from stocha_hf.checkpoint import CARD, CONFIG
+from stocha_hf.checkpoint import CARD, CONFIG, began_random
 from stocha_hf.config import MODELING_FILE, StochaConfig, __version__
 from stocha_hf.errors import StochaError
 from stocha_hf.source import Source, open_source
@@ -123,9 +123,11 @@ def _converted_config(source: Source, base_model: str | None, changes: dict[str,
     if "activation" in changes:
         before.pop("inference", None)  # follows the new activation unless it is asked for too
     own_act = before.get("base") or row.act
-    origin = before.get("source") or {"id": source.id, "revision": source.revision}
+    origin = before.get("source")
+    if origin is None and not began_random(before):
+        origin = {"id": source.id, "revision": source.revision}
     if base_model is not None:
-        origin = {**origin, "id": base_model}
+        origin = {"revision": None, **(origin or {}), "id": base_model}
     entry = {**before, **changes, "source": origin, "stocha_version": __version__}
     try:
         stocha = _stocha_config(entry).resolve(own_act)

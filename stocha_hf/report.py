@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from stocha_hf.checkpoint import CARD, read_config
+from stocha_hf.checkpoint import CARD, began_random, read_config
 from stocha_hf.config import ARCHITECTURES, StochaConfig
 from stocha_hf.errors import StochaError
 from stocha_hf.measured import HASH_KEY, Measured, check_measurements
@@ -27,6 +27,7 @@ REFITTED = (
 TRAINED = (
     "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
 )
+FROM_SCRATCH = "No weight comes from another model: the recipe below began with random ones."
 SWAPPED_LIMITS = (
     "The conversion itself trains nothing: a checkpoint whose activation was only swapped needs continued pretraining "
     "or a ReLU fine-tune before its outputs under the new activation are useful."
@@ -39,6 +40,7 @@ LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 TRAINED_LIMITS = (
     "Training moves the model towards the text it was trained on; on other text it may be worse than the source."
 )
+SCRATCH_LIMITS = "The model has seen the text of the recipe below and nothing else."
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
@@ -75,34 +77,59 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
         **(measured.metadata() if measured else {}),
     )
     name = f"`{source_id}`" if source_id else "an unnamed model"
+    linked = f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else name
+    commit = f"revision `{revision}`" if revision else "revision unknown: it was a local folder or file"
+    made = {
+        "title": f"Stochastic-activation checkpoint of {linked}",
+        "made": f"Made from {linked} ({commit}) with stocha_hf {stocha.stocha_version}.",
+        "changes": f"What changes is the activation of the feed-forward layers of {row.causal_lm}:",
+    }
+    if began_random(config["stocha"]):
+        made = {
+            "title": f"{row.causal_lm} trained from scratch with stochastic activations or ReLU",
+            "made": f"Trained from random weights with stocha_hf {stocha.stocha_version}.",
+            "changes": "The activation of its feed-forward layers:",
+        }
     p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
     native = stocha.native_act
     note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
     weights, limits = _what_was_done(stocha.history or [])
+    licence = kept.get("license_name") or kept.get("license")
     values = {
         "weights": weights,
         "measured": measured.section() + "\n\n" if measured else "",
         "recipe": _recipe(stocha.history or []),
         "limits": limits,
         "metadata": metadata.to_yaml(),
-        "source": f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else name,
-        "revision": f"revision `{revision}`" if revision else "revision unknown: it was a local folder or file",
+        **made,
         "architecture": row.causal_lm,
         "activation": stocha.activation + p,
         "inference": stocha.inference,
         "native": native,
         "native_note": note,
-        "license": kept.get("license_name") or kept.get("license") or "not stated by the source",
-        "version": stocha.stocha_version,
+        "license": _licence(licence, began_random(config["stocha"])),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
 
 def _what_was_done(history: list[dict[str, Any]]) -> tuple[str, str]:
     """What a card says of the weights, and of their limits."""
+    if began_random({"history": history}):
+        return FROM_SCRATCH, SCRATCH_LIMITS
+    weights, limits = _what_changed(history)
+    return weights, f"{limits} What limits the source model limits this one too."
+
+
+def _what_changed(history: list[dict[str, Any]]) -> tuple[str, str]:
     if any(stage.get("method") != "refit" for stage in history):
         return TRAINED, TRAINED_LIMITS
     return (REFITTED.format(**history[-1]), REFITTED_LIMITS) if history else (COPIED, SWAPPED_LIMITS)
+
+
+def _licence(stated: str | None, from_scratch: bool) -> str:
+    if from_scratch:
+        return f"Licence: {stated or 'not stated'}"
+    return f"Licence of the source: {stated or 'not stated by the source'}"
 
 
 def _recipe(history: list[dict[str, Any]]) -> str:

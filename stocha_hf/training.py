@@ -220,8 +220,9 @@ class StochaTrainer(SFTTrainer):
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            source = Path(str(self.model.config._name_or_path))
-            card = report.model_card(self.model.config.to_dict(), report.source_metadata(source))
+            source = self.model.config._name_or_path  # nothing where training began with random weights
+            inherited = report.source_metadata(Path(source)) if source else {}
+            card = report.model_card(self.model.config.to_dict(), inherited)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
 

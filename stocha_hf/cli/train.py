@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stocha_hf.checkpoint import RANDOM_START
 from stocha_hf.errors import StochaError
 from stocha_hf.provenance import public_name
 
@@ -46,6 +47,7 @@ def parse(argv: list[str], schedule: list[dict[str, Any]] | None) -> tuple[Any, 
     """(DataArguments, StochaArguments, trl's ModelConfig, Schedule) of a command line. Raises StochaError."""
     from trl import ModelConfig, TrlParser
 
+    from stocha_hf.fresh import check_start
     from stocha_hf.schedule import Schedule
     from stocha_hf.training_arguments import StochaArguments
 
@@ -54,9 +56,9 @@ def parse(argv: list[str], schedule: list[dict[str, Any]] | None) -> tuple[Any, 
         data, args, model = TrlParser(kinds).parse_args_and_config(args=argv)
     except (ValueError, OSError) as error:
         raise StochaError(str(error).splitlines()[0]) from None
-    for key, value in (("model_name_or_path", model.model_name_or_path), ("dataset", data.dataset)):
-        if value is None:
-            raise StochaError(f"{key} is missing: expected it in the YAML file or as --{key}")
+    check_start(model.model_name_or_path, args.model_config, args.tokenizer_name_or_path, model.use_peft)
+    if data.dataset is None:
+        raise StochaError("dataset is missing: expected it in the YAML file or as --dataset")
     phases = args.schedule or schedule
     if phases is None:
         raise StochaError("schedule is missing: expected a list of phases {activation, p, anneal, until}")
@@ -70,6 +72,7 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     from transformers import AutoTokenizer
     from trl import get_peft_config
 
+    from stocha_hf.fresh import fresh_model
     from stocha_hf.hidden_states import check_same_shape
     from stocha_hf.loading import load_model
     from stocha_hf.loss import check_teacher
@@ -78,8 +81,11 @@ def train(data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     name, revision = model_args.model_name_or_path, model_args.model_revision
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     train_data, eval_data = _load_both(data)
-    model = load_model(name, revision=revision, **options)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or name, revision=revision)
+    if args.model_config is not None:
+        model = fresh_model(args.model_config, tokenizer, seed=args.seed, **options)
+    else:
+        model = load_model(name, revision=revision, **options)
     teacher = load_model(args.teacher, **options) if args.teacher else None
     if teacher is not None:
         check_teacher(model.config, teacher.config)
@@ -159,6 +165,7 @@ def _check_thresholds_stay(args: Any, schedule: Any) -> None:
 def _record_history(config: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = {
+        "start": None if args.model_config is None else RANDOM_START,
         "dataset": public_name(data.dataset),
         "steps": args.max_steps if args.max_steps > 0 else None,
         "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
