@@ -1,8 +1,9 @@
 """Text and a tokenizer for models that begin with random weights: documents and source code, parts of both held out.
 
-A model of 30M parameters cannot spare half of them for a vocabulary of 50,000 words, so the tokenizer is made here: byte
-level BPE on a fifth of the training text. Held out are the documents of a file of their own and whole packages of code.
-Each goes, document by document in turn, into two files: `tune` is for choosing (learning rates), `test` for reporting.
+A model of 30M parameters cannot spare half of them for a vocabulary of 50,000 words, so the tokenizer is made here:
+byte level BPE on a fifth of the training text. Held out are the documents of a file of their own and whole packages of
+code. Each goes, document by document in turn, into two files: `tune` is for choosing (learning rates), `test` for
+reporting.
 
     python benchmarks/pretrain_text.py text --docs docs-train.parquet --held-out-docs docs-val.parquet \
         --code lib/python3.11/site-packages lib/jvm/lib/src.zip --held-out-code networkx mypy java.net.http jdk.jshell

@@ -1,10 +1,10 @@
 """What a checkpoint in the middle of training says of its gates: used by schedules.py for runs with `probe: true`.
 
-Under the activation that it is trained with at that point: the loss; and of the loss's gradient with respect to the gate
-pre-activations, |dL/dg| summed over tokens, neurons and layers, the share at gates below 0, where ReLU's is none. Under
-ReLU: the loss, zeros, and dead neurons. A neuron is dead if ReLU leaves it at zero for every token looked at; ReLU gives
-it no gradient, so that only a change of its input could bring it back. `to_dead` is the share of the gradient that dead
-neurons get under the activation that is trained.
+Under the activation that it is trained with at that point: the loss; and of the loss's gradient with respect to the
+gate pre-activations, |dL/dg| summed over tokens, neurons and layers, the share at gates below 0, where ReLU's is none.
+Under ReLU: the loss, zeros, and dead neurons. A neuron is dead if ReLU leaves it at zero for every token looked at;
+ReLU gives it no gradient, so that only a change of its input could bring it back. `gradient_to_dead_neurons` is the
+share that these get under the activation that is trained.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def gradient_shares(
         model(batch, labels=batch, use_cache=False).loss.backward()
         for gate, mask in zip(kept, dead, strict=True):
             size, below = gate.grad.abs().float(), gate < 0  # type: ignore[union-attr]
-            parts = torch.stack([torch.tensor(float(gate.numel()), device=device), below.sum(), size.sum(), size[below].sum()])
+            parts = torch.stack(
+                [torch.tensor(float(gate.numel()), device=device), below.sum(), size.sum(), size[below].sum()]
+            )
             sums += parts.double().cpu()
             to_dead += size[..., mask].sum().item()
         model.zero_grad(set_to_none=True)

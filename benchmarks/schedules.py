@@ -7,10 +7,10 @@ keys of the recipe; its `teacher` may be a start or an earlier run. `data` in ei
 --data, without its ending, in place of the first. A run with a `name` and `average`, a list of earlier runs, trains
 nothing: it is their mean (stocha-average).
 
-A run without `start` begins with random weights: the recipe has `model_config`, and --model is a folder with a tokenizer.
-`branch: RUN` with `at: 0.8` goes on from RUN's checkpoint at that share of training, so that schedules that differ later
-need not be trained from the beginning again; RUN has to save one there (`save_steps: 0.1`). `modes` are activations in
-which the result is evaluated too. `probe: true` looks at every checkpoint of a run: benchmarks/probe.py.
+A run without `start` begins with random weights: the recipe has `model_config`, and --model is a folder with a
+tokenizer. `branch: RUN` with `at: 0.8` goes on from RUN's checkpoint at that share of training, so that schedules that
+differ later need not be trained from the beginning again; RUN has to save one there (`save_steps: 0.1`). `modes` are
+activations in which the result is evaluated too. `probe: true` looks at every checkpoint of a run: benchmarks/probe.py.
 
     python benchmarks/schedules.py benchmarks/schedules.yaml --model SmolLM2-135M-Instruct --data train.parquet \
         --eval val.parquet --work runs --results results.jsonl [--only 'silu*' 'refit90*'] [--gpus 4 --jobs 8]
@@ -238,7 +238,9 @@ class Bench:
         for key, best in (("tokens_per_second", statistics.median), ("peak_memory_gb", max)):
             values = [log[key] for log in logs if key in log][1:]  # the first one compiles
             found[key] = best(values) if values else None
-        found["curve"] = [[log["step"], round(log["loss"], 4), round(log["sparsity"], 4)] for log in logs if "loss" in log]
+        found["curve"] = [
+            [log["step"], round(log["loss"], 4), round(log["sparsity"], 4)] for log in logs if "loss" in log
+        ]
         trained = folder / "merged" if (folder / "merged").exists() else folder
         model = self.load(trained, device)
         original = self.load(self.args.model, device) if "start" in run or "average" in run else None

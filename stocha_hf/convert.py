@@ -74,7 +74,7 @@ def convert(
     return {
         "layers": config["num_hidden_layers"],
         "output": str(output),
-        "source": config["stocha"]["source"],
+        "source": config["stocha"].get("source"),
         "stocha": config["stocha"],
         "files": files,
     }

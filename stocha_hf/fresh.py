@@ -53,7 +53,9 @@ def fresh_model(given: str | dict[str, Any], tokenizer: Any, *, seed: int, **opt
     config = transformers.AutoConfig.for_model(**entries)
     # transformers keeps any key; what its class does not know is misspelt
     if unknown := sorted(set(entries) - set(type(config)().to_dict())):
-        raise StochaError(f"model_config has the key {unknown[0]!r}: expected keys of a {config.model_type} config.json")
+        raise StochaError(
+            f"model_config has the key {unknown[0]!r}: expected keys of a {config.model_type} config.json"
+        )
     for key, value in _of_tokenizer(tokenizer).items():
         if entries.get(key, value) != value:
             raise StochaError(
