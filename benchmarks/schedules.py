@@ -10,7 +10,7 @@ nothing: it is their mean (stocha-average).
 A run without `start` begins with random weights: the recipe has `model_config`, and --model is a folder with a
 tokenizer. `branch: RUN` with `at: 0.8` goes on from RUN's checkpoint at that share of training, so that schedules that
 differ later need not be trained from the beginning again; RUN has to save one there (`save_steps: 0.1`). `modes` are
-activations in which the result is evaluated too. `probe: true` looks at every checkpoint of a run: benchmarks/probe.py.
+activations in which the result is evaluated too. `probe: true` looks at every checkpoint: benchmarks/probe.py.
 
     python benchmarks/schedules.py benchmarks/schedules.yaml --model SmolLM2-135M-Instruct --data train.parquet \
         --eval val.parquet --work runs --results results.jsonl [--only 'silu*' 'refit90*'] [--gpus 4 --jobs 8]
