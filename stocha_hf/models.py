@@ -16,6 +16,8 @@ from typing import Any
 from stocha_hf import modeling_stocha
 from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.architecture import check_loaded
+from stocha_hf.checkpoints.companions import CHAT_TEMPLATES, COMPANIONS
+from stocha_hf.checkpoints.inspection import CONFIG
 from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
@@ -102,9 +104,8 @@ def tokenizer_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors("reading", name):
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=["*token*", "*.json", "*.model", "*.txt"])
-        )
+        wanted = [CONFIG, *COMPANIONS, CHAT_TEMPLATES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def patched_layers(model: Any) -> list[StochaMLP]:

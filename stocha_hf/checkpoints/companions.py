@@ -29,6 +29,7 @@ COMPANIONS = {
         for end in ("", ".txt", ".md")
     ),
 }
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 _TEMPLATE = re.compile(r"additional_chat_templates/[\w-]+\.jinja")  # transformers names these after their use
 _CACHED = re.compile(r"(models--[^/]+/)?blobs/.+")
 _SNAPSHOT = re.compile(r"models--[^/]+/snapshots/[^/]+$")

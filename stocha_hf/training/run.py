@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stocha_hf.checkpoints.entry import RANDOM_START
+from stocha_hf.checkpoints.entry import RANDOM_START, with_stage
 from stocha_hf.checkpoints.metadata import public_name
 from stocha_hf.errors import StochaError
+from stocha_hf.spec import StochaConfig
 
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -230,8 +231,7 @@ def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule:
         "distill_hidden": args.distill_hidden or None,
         "target_sparsity": args.target_sparsity,
     }
-    stage = {key: value for key, value in stage.items() if value is not None}
-    change_entry(model, history=[*(model.config.stocha.get("history") or []), stage])
+    change_entry(model, history=with_stage(StochaConfig.from_dict(model.config.stocha), stage).history)
 
 
 def merge_adapter(adapter: str, base: str, revision: str | None, tokenizer: Any, stocha: dict[str, Any]) -> None:
