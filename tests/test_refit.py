@@ -134,7 +134,7 @@ def test_conversion_with_refit_comes_nearer_to_the_source(
 ) -> None:
     source = checkpoint(model_type, max_shard_size="20KB")
     # a folder of model_type qwen2 is given Qwen2's tokenizer, which knows none of the words
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder: tiny_tokenizer())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder, **kwargs: tiny_tokenizer())
     convert(source, tmp_path / "swapped", activation="relu")
     done = convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
     assert done.stocha["activation"] == done.stocha["inference"] == "relu"
@@ -252,9 +252,9 @@ def test_a_full_disk_is_told_in_one_sentence_and_keeps_finished_layers(
 def test_a_hub_data_set_is_streamed_for_calibration(checkpoint, text, monkeypatch) -> None:
     opened = []
 
-    def open_local(name: str, config: Any, split: str, streaming: bool) -> Any:
+    def open_local(name: str, config: Any, split: str, streaming: bool, found: Any) -> Any:
         opened.append((name, streaming))
-        return open_data(str(text), config, split, streaming)
+        return open_data(str(text), config, split, streaming, ("json", [text]))
 
     open_data = data._open
     monkeypatch.setattr(data, "_open", open_local)

@@ -147,18 +147,28 @@ def test_links_within_the_folder_and_into_the_hubs_cache_are_followed(checkpoint
 CODE = "import pathlib; pathlib.Path({!r}).write_text('ran')\nclass Evil:\n    pass\n"
 
 
+ANSWERED = """
+import sys, stocha_hf
+from transformers import AutoTokenizer
+source, converted, text, out = sys.argv[1:]
+print(AutoTokenizer.from_pretrained(converted)("w4 w5").input_ids)
+stocha_hf.convert(source, out, refit=text, refit_tokens=512)
+"""
+
+
 def test_a_sources_code_is_not_copied_named_or_run(checkpoint, tmp_path):
-    source, out, trace = checkpoint(), tmp_path / "out", tmp_path / "trace"
+    """Whoever answers yes when transformers asks has not run it either."""
+    source, out, trace, text = checkpoint(), tmp_path / "out", tmp_path / "trace", tmp_path / "text.jsonl"
     (source / "evil.py").write_text(CODE.format(str(trace)))
     edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
     edit_json(source / "config.json", auto_map={"AutoConfig": "evil.Evil"})
     files = convert(source, out).files
     assert "evil.py" not in files and "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
     assert "evil" not in (out / "config.json").read_text()
-    code = "import sys; from transformers import AutoTokenizer as A\n"
-    code += "print(A.from_pretrained(sys.argv[1])('w4 w5').input_ids)"
-    done = subprocess.run([sys.executable, "-c", code, str(out)], input="y\n" * 5, capture_output=True, text=True)
-    assert done.stdout.strip() == str(tiny_tokenizer()("w4 w5").input_ids), done.stderr
+    text.write_text(f'{{"text": "{"w4 w5 w6 " * 100}"}}\n' * 20)
+    command = [sys.executable, "-c", ANSWERED, *map(str, (source, out, text, tmp_path / "refitted"))]
+    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == str(tiny_tokenizer()("w4 w5").input_ids), done.stderr
     assert not trace.exists()
 
 
@@ -298,14 +308,3 @@ def test_code_named_in_a_strange_way_is_dropped(checkpoint, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w4").input_ids
     assert "modeling_stocha.py" in list_files(tmp_path / "out")
     assert os.stat(tmp_path / "out" / "modeling_stocha.py").st_nlink == 1
-
-
-def test_a_refit_runs_no_code_of_the_source(checkpoint, tmp_path):
-    source, trace, text = checkpoint(), tmp_path / "trace", tmp_path / "text.jsonl"
-    (source / "evil.py").write_text(CODE.format(str(trace)))
-    edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
-    text.write_text(f'{{"text": "{"w4 w5 w6 " * 100}"}}\n' * 20)
-    code = "import sys, stocha_hf; stocha_hf.convert(*sys.argv[1:3], refit=sys.argv[3], refit_tokens=512)"
-    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(text)]
-    done = subprocess.run(command, input="y\n" * 5, capture_output=True, text=True)
-    assert not trace.exists() and done.returncode == 0, done.stderr
