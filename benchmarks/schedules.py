@@ -7,10 +7,16 @@ keys of the recipe; its `teacher` may be a start or an earlier run. `data` in ei
 --data, without its ending, in place of the first. A run with a `name` and `average`, a list of earlier runs, trains
 nothing: it is their mean (stocha-average).
 
+A run without `start` begins with random weights: the recipe has `model_config`, and --model is a folder with a
+tokenizer. `branch: RUN` with `at: 0.8` goes on from RUN's checkpoint at that share of training, so that schedules that
+differ later need not be trained from the beginning again; RUN has to save one there (`save_steps: 0.1`). `modes` are
+activations in which the result is evaluated too. `probe: true` looks at every checkpoint: benchmarks/probe.py.
+
     python benchmarks/schedules.py benchmarks/schedules.yaml --model SmolLM2-135M-Instruct --data train.parquet \
         --eval val.parquet --work runs --results results.jsonl [--only 'silu*' 'refit90*'] [--gpus 4 --jobs 8]
 
-Each line has perplexity, zeros and the divergence (KL) from the starts' common model on every evaluation text.
+Each line has perplexity, zeros and dead neurons on every evaluation text, the divergence (KL) from the starts' common
+model where there is one, and the losses as they were logged.
 
 Every run is the recipe in a process of its own, so one that fails is a line with `error` and the others go on. Started
 again, it skips what `results` holds. Tokens per second mean something with one job a GPU only.
@@ -22,7 +28,9 @@ import argparse
 import fnmatch
 import json
 import os
+import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +45,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from probe import probe
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -47,6 +56,7 @@ from stocha_hf.models import load_model
 ROOT = Path(__file__).parent.parent
 LENGTH = 1024
 COMPARED = 64  # evenly spaced windows of each text for the divergence
+OF_THE_RUN = {"name", "start", "tokens", "data", "branch", "at", "modes", "probe"}  # keys that are none of the recipe
 
 
 class Bench:
@@ -56,6 +66,7 @@ class Bench:
         self.args, self.listed = args, yaml.safe_load(args.runs.read_text())
         self.lock, self.tokenising = threading.Lock(), threading.Lock()
         self.turn, self.unfinished = threading.Condition(), set[str]()
+        self.branched = {(run["branch"], run["at"]) for run in self.listed["runs"] if "branch" in run}
         self.free = [job % args.gpus if args.gpus else None for job in range(args.jobs)]
         self.windows = {Path(name).stem: text_windows(name, args.model, LENGTH) for name in args.eval}
 
@@ -65,7 +76,7 @@ class Bench:
             run for run in self.listed["runs"] if any(fnmatch.fnmatch(run["name"], glob) for glob in self.args.only)
         ]
         used = {run.get(key) for run in runs for key in ("start", "teacher")}
-        starts = [{"name": name, **options} for name, options in self.listed["starts"].items() if name in used]
+        starts = [{"name": name, **options} for name, options in self.listed.get("starts", {}).items() if name in used]
         jobs = self.ordered(starts, [run for run in runs if run["name"] not in finished])
         self.unfinished = {job["name"] for job in jobs}
         with ThreadPoolExecutor(self.args.jobs) as pool:
@@ -86,7 +97,7 @@ class Bench:
 
     @staticmethod
     def needs(job: dict[str, Any]) -> set[Any]:
-        return {job.get(key) for key in ("start", "teacher", "of")} | set(job.get("average", []))
+        return {job.get(key) for key in ("start", "teacher", "of", "branch")} | set(job.get("average", []))
 
     def ordered(self, starts: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Conversions just before the first run that begins from them; GPUs are given in this order."""
@@ -97,7 +108,7 @@ class Bench:
         return jobs
 
     def on_a_gpu(self, gpu: int | None, job: dict[str, Any]) -> None:
-        is_run = "start" in job or "average" in job
+        is_run = "tokens" in job or "average" in job
         try:
             (self.run if is_run else self.convert)(gpu, job["name"], job)
         except subprocess.CalledProcessError as error:
@@ -137,18 +148,24 @@ class Bench:
         start = time.monotonic()
         self.process(gpu, name, command)
         row |= {"device": "cpu" if gpu is None else torch.cuda.get_device_name(gpu)}
-        row |= {"jobs_per_gpu": self.args.jobs / max(self.args.gpus, 1), **self.figures(gpu, name)}
-        self.add(row | {"seconds": round(time.monotonic() - start, 1), "command": shlex.join(command)})
+        trained = round(time.monotonic() - start, 1)
+        row |= {"jobs_per_gpu": self.args.jobs / max(self.args.gpus, 1), **self.figures(gpu, name, run)}
+        seconds = {"training_seconds": trained, "seconds": round(time.monotonic() - start, 1)}
+        self.add(row | seconds | {"command": shlex.join(command)})
+        self.drop_checkpoints(name)
 
     def averaging(self, name: str, run: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return dict(run), [*self.verb("average"), *(str(self.folder(one)) for one in [*run["average"], name])]
 
     def training(self, name: str, run: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """What a row says of the run, and the command that trains it."""
-        keys = self.listed["shared"] | {k: v for k, v in run.items() if k not in ("name", "start", "tokens", "data")}
+        keys = self.listed["shared"] | {k: v for k, v in run.items() if k not in OF_THE_RUN}
         batch = LENGTH * keys["per_device_train_batch_size"] * keys.get("gradient_accumulation_steps", 1)
+        if "start" in run:
+            keys["model_name_or_path"] = self.folder(run["start"])
+        else:
+            keys["tokenizer_name_or_path"] = self.args.model
         keys |= {
-            "model_name_or_path": self.folder(run["start"]),
             "dataset": self.rows(self.data(run)),
             "packing": False,
             "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -156,12 +173,31 @@ class Bench:
             "max_length": LENGTH,
             "max_steps": round(run["tokens"] / batch),
         }
+        if "branch" in run:
+            self.copy_checkpoint(run, keys["max_steps"])
         if teacher := keys.get("teacher"):
             keys["teacher"] = self.folder(teacher)
         command = [sys.executable, str(ROOT / "recipes/continued_pretrain.py"), "--config", self.listed["recipe"]]
         for key, value in keys.items():
             command += [f"--{key}", json.dumps(value) if isinstance(value, list | dict | bool) else str(value)]
         return run | {"learning_rate": keys["learning_rate"], "seed": keys["seed"], "batch_tokens": batch}, command
+
+    def copy_checkpoint(self, run: dict[str, Any], steps: int) -> None:
+        """Where the trainer finds it, and goes on as if it had been stopped there."""
+        checkpoint = f"checkpoint-{round(run['at'] * steps)}"
+        shutil.copytree(self.folder(run["branch"]) / checkpoint, self.folder(run["name"]) / checkpoint)
+
+    def drop_checkpoints(self, name: str) -> None:
+        """All that no other run of the list branches from; each is three times as large as the model."""
+        checkpoints = self.checkpoints(name)
+        for step, folder in checkpoints.items():
+            if (name, round(step / max(checkpoints), 4)) not in self.branched:
+                shutil.rmtree(folder)
+
+    def checkpoints(self, name: str) -> dict[int, Path]:
+        """Those that a run saved on its way, by their step."""
+        found = {re.fullmatch(r"checkpoint-(\d+)", path.name): path for path in self.folder(name).iterdir()}
+        return {int(match[1]): path for match, path in sorted(found.items(), key=lambda i: str(i[1])) if match}
 
     def rows(self, text: Path) -> Path:
         """A file's text as rows of LENGTH token ids, documents running on over row ends: made once for all runs."""
@@ -193,7 +229,7 @@ class Bench:
             last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
             raise subprocess.CalledProcessError(code, command, stderr=last)
 
-    def figures(self, gpu: int | None, name: str) -> dict[str, Any]:
+    def figures(self, gpu: int | None, name: str, run: dict[str, Any]) -> dict[str, Any]:
         device = "cpu" if gpu is None else f"cuda:{gpu}"
         folder = self.folder(name)
         state = folder / "trainer_state.json"
@@ -202,22 +238,31 @@ class Bench:
         for key, best in (("tokens_per_second", statistics.median), ("peak_memory_gb", max)):
             values = [log[key] for log in logs if key in log][1:]  # the first one compiles
             found[key] = best(values) if values else None
+        found["curve"] = [
+            [log["step"], round(log["loss"], 4), round(log["sparsity"], 4)] for log in logs if "loss" in log
+        ]
         trained = folder / "merged" if (folder / "merged").exists() else folder
-        with self.lock:  # from_pretrained changes PyTorch's default device for all threads meanwhile
-            model, original = (load_model(str(one), dtype=torch.bfloat16) for one in (trained, self.args.model))
-        for one in (model, original):
-            one.eval().to(device)
+        model = self.load(trained, device)
+        original = self.load(self.args.model, device) if "start" in run or "average" in run else None
+        found["parameters"] = model.num_parameters()
         for text, windows in self.windows.items():
-            measured = evaluate(model, windows)
-            zeros = measured.sparsity.per_layer
-            found[text] = {
-                "perplexity": measured.perplexity,
-                "zeros": measured.sparsity.mean,
-                "zeros_per_layer": [round(share, 4) for share in zeros],
-                "tokens": measured.tokens,
-                **compare(model, original, windows[:: max(len(windows) // COMPARED, 1)]).to_dict(),
-            }
+            found[text] = measured(model, windows)
+            if original is not None:
+                found[text] |= compare(model, original, windows[:: max(len(windows) // COMPARED, 1)]).to_dict()
+            for mode in run.get("modes", []):
+                with model.stocha_mode(mode):
+                    found[text][mode] = measured(model, windows)
+        if run.get("probe"):
+            found["probes"] = [
+                {"step": step, **probe(self.load(path, device), self.windows)}
+                for step, path in sorted(self.checkpoints(name).items())
+            ]
         return found
+
+    def load(self, folder: Path, device: str) -> Any:
+        with self.lock:  # from_pretrained changes PyTorch's default device for all threads meanwhile
+            model = load_model(str(folder), dtype=torch.bfloat16)
+        return model.eval().to(device)
 
     def add(self, row: dict[str, Any]) -> None:
         with self.lock, self.args.results.open("a") as file:
@@ -228,10 +273,25 @@ class Bench:
         print(f"{row['name']:32} {told or row.get('error')}{speed}  {row.get('seconds', '')} s", flush=True)
 
 
+def measured(model: Any, windows: torch.Tensor) -> dict[str, Any]:
+    """What a results line has of evaluate()."""
+    figures = evaluate(model, windows)
+    return {
+        "perplexity": figures.perplexity,
+        "zeros": figures.sparsity.mean,
+        "zeros_per_layer": [round(share, 4) for share in figures.sparsity.per_layer],
+        "dead": figures.never_active.mean,
+        "dead_per_layer": [round(share, 4) for share in figures.never_active.per_layer],
+        "tokens": figures.tokens,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="YAML: recipe, shared, starts, runs")
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder that all starts are made from")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="checkpoint folder that all starts are made from, or a tokenizer"
+    )
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="training text, the first file by default")
     parser.add_argument("--eval", nargs="+", required=True, help="texts to evaluate on")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")

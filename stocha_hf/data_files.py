@@ -66,7 +66,7 @@ def _is_too_deep(line: bytes) -> bool:
     except RecursionError:
         return True
     except ValueError:
-        pass  # a part of a document, or no JSON: told when it is read
+        pass  # a part of a document, or no JSON: reading it says so
     return False
 
 

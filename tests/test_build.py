@@ -18,7 +18,6 @@ import pytest
 
 from stocha_hf.decoding import build
 
-NAMES = ("ffn", "linear", "qkv", "layer", "read")
 FLAGS = ("-fPIC",)
 
 
@@ -26,7 +25,7 @@ FLAGS = ("-fPIC",)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache's folder; the kernels' source is a stub whose stocha_read(...) returns 7."""
     source = tmp_path / "stub.cpp"
-    functions = "\n".join(f"long stocha_{name}() {{ return 7; }}" for name in NAMES)
+    functions = "\n".join(f"long {name}() {{ return 7; }}" for name in build.FUNCTIONS)
     source.write_text(f'extern "C" {{\n{functions}\n}}\n')
     monkeypatch.setattr(build, "SOURCE", source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

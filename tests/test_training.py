@@ -206,11 +206,11 @@ def test_the_residual_stream_is_narrow_under_autocast_only():
 
 @pytest.mark.slow
 def test_all_layers_share_one_compiled_graph_an_activation():
-    model = tiny_model(num_hidden_layers=5).train()
-    patch(model, StochaConfig(threshold=[0.0, 0.1, 0.2, 0.3, 0.4]))
+    model = tiny_model(num_hidden_layers=4).train()
+    patch(model, StochaConfig(threshold=[0.0, 0.1, 0.2, 0.3]))
     torch._dynamo.reset()
     counters.clear()
-    compile_layers(model, fullgraph=True, backend="aot_eager")
+    compile_layers(model, fullgraph=True)  # by inductor: others keep no float as an input
     graphs = []
     for activation in ("stocha", "fatrelu", "stocha"):
         set_activation(model, activation)
@@ -251,8 +251,8 @@ def test_a_sparsity_target_is_met_and_its_thresholds_are_saved(base, text, tmp_p
         schedule=RELU,
         target_sparsity=0.9,
         threshold_shift=True,
-        max_steps=40,
-        save_steps=40,
+        max_steps=60,
+        save_steps=60,
         learning_rate=3e-3,
         logging_steps=1,
     )
@@ -296,7 +296,7 @@ def test_moving_thresholds_compiles_nothing_again(base, text, tmp_path):
     for steps in (2, 6):
         torch._dynamo.reset()
         counters.clear()
-        options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "save_steps": steps}
+        options = {"torch_compile": True, "save_steps": steps}
         run(base, text, tmp_path / str(steps), schedule=RISING, max_steps=steps, logging_steps=100, **options)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1]

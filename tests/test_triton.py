@@ -1,12 +1,20 @@
 """The Triton kernels against PyTorch in float64, and models that decode with them.
 
 They need a GPU with Triton. On a CPU with Triton installed, TRITON_INTERPRET=1 runs those of the kernels alone.
+
+A kernel is compiled anew for each dtype, activation, tile (2 and 3 tokens, or more), and for sizes that 16 or a block
+of columns divides: seconds each, in float32, whose products are unrolled multiply-adds, up to half a minute. So each
+activation meets one shape, each shape one activation, and several processes compile CASES before the first test.
 """
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +35,16 @@ needs_triton = pytest.mark.skipif(
 )
 # The interpreter cuts float32 off to bfloat16 where the GPU rounds
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
-SHAPES = [(64, 96), (33, 77), (16, 8), (1, 1), *([] if INTERPRETED else [(576, 1536), (2056, 3000)])]  # (H, M)
+ONE = (64, 96)  # (H, M)
+SHAPES = [(16, 8), (1, 1), *([] if INTERPRETED else [(576, 1536), (1024, 700), (2056, 3000)])]
+Case = tuple[str, tuple[int, int], int]  # activation, shape, tokens
+CASES: dict[str, list[Case]] = {
+    **{activation: [(activation, ONE, tokens) for tokens in (1, 2, 3)] for activation in ops.ACTIVATIONS},
+    "all numbers of tokens": [("relu", (33, 77), tokens) for tokens in range(1, 9)],
+    "shapes": [("fatrelu", shape, tokens) for shape in SHAPES for tokens in (1, 2)],
+    "many tokens": [("relu", shape, 8) for shape in (ONE, *SHAPES[2:])],
+}
+COMPILERS = 8  # processes
 
 
 def given(size: int, width: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -40,22 +57,39 @@ def kernel(tensors: list[torch.Tensor], activation: str, threshold: float) -> to
     return out
 
 
+def run_cases(cases: Iterable[Case], dtype: torch.dtype) -> None:
+    """Compile what they need, in a process of its own."""
+    for activation, shape, tokens in cases:
+        kernel(given(*shape, tokens, dtype), activation, 0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    if not CUDA or triton_ffn.triton is None:
+        return
+    every = [case for cases in CASES.values() for case in cases]
+    by_kernel = {(activation, shape, min(tokens, 2) + (tokens > 3)) for activation, shape, tokens in every}
+    cases = [(activation, shape, {1: 1, 2: 2, 3: 8}[kind]) for activation, shape, kind in sorted(by_kernel)]
+    jobs = sorted(itertools.product(cases, DTYPES), key=lambda job: job[1] != torch.float32)  # the longest first
+    with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(run_cases, [[case] for case, _ in jobs], [dtype for _, dtype in jobs]))
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
-def test_the_kernels_are_as_exact_as_pytorch(activation: str, dtype: torch.dtype) -> None:
-    threshold = {"fatrelu": 3.5, "shifted_relu": 0.3}.get(activation, 0.0)
-    for size, width in SHAPES:
-        for tokens in range(1, 9):
-            tensors = given(size, width, tokens, dtype)
-            if activation == "fatrelu":  # it jumps at the threshold: whole numbers, which no rounding moves across it
-                tensors[:2] = tensors[0].sign(), tensors[1].sign()
-            exact = dense(*(tensor.double() for tensor in tensors), activation, threshold)
-            found = kernel(tensors, activation, threshold)
-            assert found.dtype == dtype and found.shape == tensors[0].shape
-            allowed = bound(dense(*tensors, activation, threshold), exact)
-            # float32 sums of one accumulator, where cuBLAS has several
-            assert error(found, exact) <= allowed + size**0.5 * 2**-26, (size, width, tokens)
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_are_as_exact_as_pytorch(name: str, dtype: torch.dtype) -> None:
+    for activation, (size, width), tokens in CASES[name]:
+        threshold = {"fatrelu": 3.5, "shifted_relu": 0.3}.get(activation, 0.0)
+        tensors = given(size, width, tokens, dtype)
+        if activation == "fatrelu":  # it jumps at the threshold: whole numbers, which no rounding moves across it
+            tensors[:2] = tensors[0].sign(), tensors[1].sign()
+        exact = dense(*(tensor.double() for tensor in tensors), activation, threshold)
+        found = kernel(tensors, activation, threshold)
+        assert found.dtype == dtype and found.shape == tensors[0].shape
+        allowed = bound(dense(*tensors, activation, threshold), exact)
+        # float32 sums of one accumulator, where cuBLAS has several
+        assert error(found, exact) <= allowed + size**0.5 * 2**-26, (size, width, tokens)
 
 
 @needs_triton
@@ -76,7 +110,7 @@ def test_no_active_neuron_gives_zeros_and_all_active_ones_the_product(dtype: tor
 def test_numbers_that_are_not_finite_come_out_as_they_do_of_pytorch(value: float) -> None:
     for activation in ops.ACTIVATIONS:
         for tokens in (1, 2):
-            tensors = given(33, 77, tokens)
+            tensors = given(*ONE, tokens)
             tensors[0][0, 5] = value
             found, expected = kernel(tensors, activation, 0.0), dense(*tensors, activation, 0.0)
             assert torch.equal(found.isfinite(), expected.isfinite())
@@ -95,7 +129,9 @@ def test_the_same_input_gives_the_same_bits_and_skipped_rows_are_not_read() -> N
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED, reason="no Triton, or interpreted")
+@pytest.mark.skipif(
+    triton_ffn.triton is None or INTERPRETED or CUDA, reason="no Triton, interpreted, or a GPU is there"
+)
 @pytest.mark.parametrize("size", [576, 1024])  # the tiles of the first kernel divide the second
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

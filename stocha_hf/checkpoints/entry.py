@@ -19,6 +19,7 @@ from stocha_hf.spec import ARCHITECTURES, StochaConfig
 
 SIZES = ("num_hidden_layers", "intermediate_size")
 MOST_LAYERS = 10_000
+RANDOM_START = "random weights"  # `start` of the first stage of a history that began without a source
 ACT_KEYS = ("hidden_act", "hidden_activation")  # Gemma's configs on the Hub hold both, and its class reads one
 
 
@@ -63,6 +64,11 @@ def set_entry(config: Any, stocha: StochaConfig) -> None:
     """Give a transformers config this entry, in place. `stocha` is resolved."""
     for key, value in entry_keys(config.model_type, vars(config), stocha).items():
         setattr(config, key, value)
+
+
+def began_random(history: list[dict[str, Any]] | None) -> bool:
+    """Whether a history began with random weights, so that the checkpoint has no source."""
+    return history is not None and bool(history) and history[0].get("start") == RANDOM_START
 
 
 def with_stage(stocha: StochaConfig, stage: Mapping[str, Any]) -> StochaConfig:

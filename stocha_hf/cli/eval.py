@@ -5,11 +5,11 @@ example:
   stocha-eval smollm2-sparse --data text.parquet --baseline HuggingFaceTB/SmolLM2-135M --plot zeros.png
   stocha-eval smollm2-sparse --data text.parquet --cett 0.1 0.2 0.4 --ppl-increase 1 --json > figures.json
 
-MODEL is a Hub id or folder, converted or native. The text is cut into windows of --length tokens, one after the other;
-each is read on its own. With --baseline, the same of a second model, and how far the first one's predictions are from
-its. --cett C leaves out, in every layer, the neurons of smallest output whose sum is a share C of the layer's output
-(CETT; ReLU^2 Wins), and tells zeros and perplexity of what is left; --ppl-increase P finds the most zeros, by the same
-C for all layers, whose perplexity is at most P percent higher (PPL-P% sparsity; Sparsing Law): a dozen passes.
+MODEL is a Hub id or folder, converted or native. The text is cut into consecutive windows of --length tokens, and each
+is read on its own. --baseline measures a second model too, and how far MODEL's predictions are from its predictions.
+--cett C drops the neurons of smallest output in every layer, as many as add up to a share C of the layer's output
+(CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the most zeros, with one C for all layers, that
+raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it takes a dozen passes over the text.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name for name in (args.model, args.baseline) if name]
-    configs = [load_config(name) for name in names]  # a broken model is told before a long text is read
+    configs = [load_config(name) for name in names]  # refuse a broken model before a long text is read
     windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
     for config in configs:
         evaluation.check_vocabulary(config, windows)

@@ -7,7 +7,8 @@ example:
 MODEL is a Hub id or folder, converted or native. "stocha" takes the most likely token at every step while the
 activation is StochA: a negative gate value gives the model's SiLU with probability p, else 0. "temperature" draws
 tokens from the model without noise. log-likelihood: mean of the samples' tokens under the model without noise;
-distinct-n: different n-grams by all; self-BLEU: of each sample against the others of its prompt, 100 if all are equal.
+distinct-n: different n-grams over all n-grams; self-BLEU: each sample's against the others of its prompt, 100 if all
+are equal.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
-from stocha_hf.checkpoints.entry import checked_entry, with_entry
+from stocha_hf.checkpoints.entry import began_random, checked_entry, with_entry
 from stocha_hf.checkpoints.inspection import CONFIG
 from stocha_hf.checkpoints.names import check_hub_id
 from stocha_hf.checkpoints.paths import local_path
@@ -125,7 +125,7 @@ def convert(
             fitted = refit_checkpoint(found, config, options, work)
             config, change = fitted.config, fitted.apply_to
         files = write_checkpoint(found, config, output, overwrite, change)
-    return Converted(config["num_hidden_layers"], str(output), config["stocha"]["source"], config["stocha"], files)
+    return Converted(config["num_hidden_layers"], str(output), config["stocha"].get("source"), config["stocha"], files)
 
 
 def _check_fields(changes: dict[str, Any]) -> None:
@@ -164,9 +164,11 @@ def _converted_config(source: Source, base_model: str | None, changes: dict[str,
     before = dict(source.config.get("stocha") or {})
     if "activation" in changes:
         before.pop("inference", None)  # follows the new activation unless it is asked for too
-    origin = before.get("source") or {"id": source.id, "revision": source.revision}
+    origin = before.get("source")
+    if origin is None and not began_random(before.get("history")):
+        origin = {"id": source.id, "revision": source.revision}
     if base_model is not None:
-        origin = {**origin, "id": base_model}
+        origin = {"revision": None, **(origin or {}), "id": base_model}
     entry = {**before, **changes, "source": origin, "stocha_version": __version__}
     return with_entry(source.config, checked_entry(entry, source.config, source.id))
 

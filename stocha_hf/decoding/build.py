@@ -29,12 +29,22 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch  # noqa: F401 - loads the OpenMP runtime with global symbols
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-fopenmp")
 TIMEOUT = 300  # seconds
+_INT, _POINTER, _SIZE, _REAL = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+FUNCTIONS: dict[str, tuple[list[Any], Any]] = {  # of kernels.cpp: argument types, type of the result
+    "stocha_ffn": ([_INT, *[_POINTER] * 7, *[_SIZE] * 3, _INT, _REAL, _REAL, _INT], _SIZE),
+    "stocha_linear": ([_INT, *[_POINTER] * 4, *[_SIZE] * 3, _INT], None),
+    "stocha_qkv": ([_INT, *[_POINTER] * 15, *[_SIZE] * 5, _REAL, _INT], None),
+    "stocha_layer": ([_INT, *[_POINTER] * 13, *[_SIZE] * 11, _INT, *[_REAL] * 4, _INT], None),
+    "stocha_same": ([_POINTER, _POINTER, _SIZE, _SIZE, _SIZE], _INT),
+    "stocha_read": ([_POINTER, _SIZE, _INT], _SIZE),
+}
 _LOCK = threading.Lock()
 _LOG = logging.getLogger(__name__)
 
@@ -168,16 +178,7 @@ def _processor() -> str:
 
 def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the argument types of its functions declared."""
-    integer, pointer, size, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    types = {
-        "stocha_ffn": ([integer, *[pointer] * 7, *[size] * 3, integer, real, real, integer], size),
-        "stocha_linear": ([integer, *[pointer] * 4, *[size] * 3, integer], None),
-        "stocha_qkv": ([integer, *[pointer] * 15, *[size] * 5, real, integer], None),
-        "stocha_layer": ([integer, *[pointer] * 13, *[size] * 11, integer, *[real] * 4, integer], None),
-        "stocha_same": ([pointer, pointer, size, size, size], integer),
-        "stocha_read": ([pointer, size, integer], size),
-    }
-    for name, (arguments, result) in types.items():
+    for name, (arguments, result) in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
     return library

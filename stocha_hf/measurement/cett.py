@@ -45,7 +45,7 @@ STEPS = 10  # of the bisection: the CETT is found to 2^-STEPS
 class CettCurve:
     """CETT against threshold for each layer of a patched model, on token ids [windows, length].
 
-    A layer's bias, if it has one, is no neuron's contribution and left out. Raises StochaError for a model without
+    A layer's bias is left out: it is not a neuron's contribution. Raises StochaError for a model without
     patched layers.
     """
 

@@ -1,7 +1,7 @@
 """Plots: lines from points, one picture or several side by side, written to a file.
 
-Matplotlib is an optional dependency (`pip install 'stocha_hf[plot]'`), imported when a plot is asked for. What a
-measurement looks like is told in figures.py.
+Matplotlib is an optional dependency (`pip install 'stocha_hf[plot]'`), imported when a plot is asked for. figures.py
+says what a measurement looks like.
 
     plot_lines(Path("out.png"), {"docs": {"refit": [(80, 16.4), (90, 21.0)]}}, x="zeros, %", y="perplexity")
     plot(Path("out.png"), [Picture("docs", {"refit": [(80, 16.4)]}, "zeros, %", "perplexity"), ...])

@@ -1,4 +1,4 @@
-"""What every file of measurements says beside its figures, so that they can be told from others and got again.
+"""Where figures come from: which model, command, versions and hardware, so that they can be measured again.
 
 origin("smollm2-sparse", model) | circumstances()
 """

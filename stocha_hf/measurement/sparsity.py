@@ -2,8 +2,7 @@
 
 The hidden vector is the input of down_proj, [..., M]. The meter hangs on a forward pre-hook of that module,
 which works inside peft, DDP and FSDP alike, since stocha_mlps finds the layers in any wrapper.
-training/sparsity_target.py steers the share
-of zeros by L1, training/thresholds.py by thresholds.
+training/sparsity_target.py steers the share of zeros by L1, training/thresholds.py by thresholds.
 
     meter = SparsityMeter(model)
     with meter.record():

@@ -2,7 +2,7 @@
 
 Timings on shared machines drift by more than the differences that matter. So everything compared is run in turn,
 round after round, a ratio is taken within each round, and medians are reported, also of the memory's read bandwidth,
-which bounds every kernel here. bench_ffn.py measures one FFN, bench_models.py whole models.
+which bounds every kernel here. speed_ffn.py measures one FFN, speed_models.py whole models.
 
     seconds = in_turn({"dense": dense, "sparse": sparse}, rounds=15)
     ratio(seconds, "dense", "sparse")

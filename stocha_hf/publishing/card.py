@@ -18,7 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from stocha_hf.checkpoints.entry import read_entry
+from stocha_hf.checkpoints.entry import began_random, read_entry
 from stocha_hf.checkpoints.inspection import CARD, read_config
 from stocha_hf.checkpoints.metadata import INHERITED, source_metadata
 from stocha_hf.errors import StochaError
@@ -36,6 +36,8 @@ REFITTED = (
 TRAINED = (
     "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
 )
+FROM_SCRATCH = "No weight comes from another model: the recipe below began with random ones."
+SCRATCH_LIMITS = "The model has seen the text of the recipe below and nothing else."
 SWAPPED_LIMITS = (
     "The conversion itself trains nothing: a checkpoint whose activation was only swapped needs continued pretraining "
     "or a ReLU fine-tune before its outputs under the new activation are useful."
@@ -144,23 +146,35 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
     note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
     history = stocha.history or []
     weights, limits = _what_was_done(history)
+    linked = f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else code(source_id) or "an unnamed model"
+    commit = f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file"
+    licence = text(kept.get("license_name") or kept.get("license") or "not stated")
+    version = text(stocha.stocha_version)
+    made = {
+        "title": f"Stochastic-activation checkpoint of {linked}",
+        "made": f"Made from {linked} ({commit}) with stocha_hf {version}.",
+        "changes": f"What changes is the activation of the feed-forward layers of {row.causal_lm}:",
+        "license": f"Licence of the source: {licence}",
+    }
+    if began_random(history):
+        made = {
+            "title": f"{row.causal_lm} trained from scratch with stochastic activations or ReLU",
+            "made": f"Trained from random weights with stocha_hf {version}.",
+            "changes": "The activation of its feed-forward layers:",
+            "license": f"Licence: {licence}",
+        }
     values = {
         "weights": weights,
         "measured": measured_section(measured) + "\n\n" if measured else "",
         "recipe": _recipe(history),
         "limits": limits,
         "metadata": metadata.to_yaml(),
-        "source": f"[{source_id}](https://huggingface.co/{source_id})"
-        if on_hub
-        else code(source_id) or "an unnamed model",
-        "revision": f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file",
+        **made,
         "architecture": row.causal_lm,
         "activation": stocha.activation + p,
         "inference": stocha.inference,
         "native": native,
         "native_note": note,
-        "license": text(kept.get("license_name") or kept.get("license") or "not stated by the source"),
-        "version": text(stocha.stocha_version),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
@@ -174,6 +188,13 @@ def _plain(value: Any) -> Any:
 
 def _what_was_done(history: list[dict[str, Any]]) -> tuple[str, str]:
     """What a card says of the weights, and of their limits."""
+    if began_random(history):
+        return FROM_SCRATCH, SCRATCH_LIMITS
+    weights, limits = _what_changed(history)
+    return weights, f"{limits} What limits the source model limits this one too."
+
+
+def _what_changed(history: list[dict[str, Any]]) -> tuple[str, str]:
     if any(stage.get("method") != "refit" for stage in history):
         return TRAINED, TRAINED_LIMITS
     if not history:

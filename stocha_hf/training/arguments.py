@@ -1,4 +1,4 @@
-"""The keys that training has beside trl's: schedule, distillation, a sparsity target.
+"""The keys that training has beside trl's: schedule, random weights, distillation, a sparsity target.
 
 They stand in a recipe's YAML, or on its command line as --KEY VALUE, together with those of trl's SFTConfig.
 """
@@ -40,6 +40,10 @@ class StochaArguments(SFTConfig):
         default=None,
         metadata={"help": "Phases {activation, p, sparsity, anneal, until}; see training/schedule.py."},
     )
+    model_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "A config.json's keys, to begin with random weights; see stocha_hf/fresh.py."}
+    )
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer of model_config's model."})
     teacher: str | None = field(
         default=None, metadata={"help": "Model to distil from: Hub id or folder, run with its own activation."}
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stocha_hf.checkpoints.entry import RANDOM_START
 from stocha_hf.checkpoints.metadata import public_name
 from stocha_hf.errors import StochaError
 
@@ -87,13 +88,14 @@ def parse(
     from trl import ModelConfig
 
     from stocha_hf.training.arguments import StochaArguments
+    from stocha_hf.training.fresh import check_start
     from stocha_hf.training.recipe import read_recipe
     from stocha_hf.training.schedule import Schedule
 
     data, args, model = read_recipe((DataArguments, StochaArguments, ModelConfig), argv, config)
-    for key, value in (("model_name_or_path", model.model_name_or_path), ("dataset", data.dataset)):
-        if value is None:
-            raise StochaError(f"{key} is missing: expected it in the YAML file or as --{key}")
+    check_start(model.model_name_or_path, args.model_config, args.tokenizer_name_or_path, model.use_peft)
+    if data.dataset is None:
+        raise StochaError("dataset is missing: expected it in the YAML file or as --dataset")
     phases = args.schedule or schedule
     if phases is None:
         raise StochaError("schedule is missing: expected a list of phases {activation, p, anneal, until}")
@@ -108,6 +110,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
 
     from stocha_hf.data import load_tokenizer
     from stocha_hf.models import load_model, tokenizer_folder
+    from stocha_hf.training.fresh import fresh_model
     from stocha_hf.training.hidden_error import check_same_shape
     from stocha_hf.training.losses import check_teacher
     from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
@@ -115,8 +118,11 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     name, revision = model_args.model_name_or_path, model_args.model_revision
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     train_data, eval_data = _load_both(data)
-    model = load_model(name, revision=revision, **options)
-    tokenizer = load_tokenizer(tokenizer_folder(name, revision))
+    tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_name_or_path or name, revision))
+    if args.model_config is not None:
+        model = fresh_model(args.model_config, tokenizer, seed=args.seed, **options)
+    else:
+        model = load_model(name, revision=revision, **options)
     teacher = load_model(args.teacher, **options) if args.teacher else None
     if teacher is not None:
         check_teacher(model.config, teacher.config)
@@ -210,6 +216,7 @@ def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule:
 
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = {
+        "start": None if args.model_config is None else RANDOM_START,
         "dataset": public_name(data.dataset),
         "steps": args.max_steps if args.max_steps > 0 else None,
         "epochs": args.num_train_epochs if args.max_steps <= 0 else None,

@@ -318,8 +318,9 @@ class StochaTrainer(SFTTrainer):
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            source = Path(str(self.model.config._name_or_path))
-            card.write_card(folder, config=self.model.config.to_dict(), metadata=source_metadata(source))
+            source = self.model.config._name_or_path  # nothing where training began with random weights
+            inherited = source_metadata(Path(source)) if source else {}
+            card.write_card(folder, config=self.model.config.to_dict(), metadata=inherited)
 
 
 def _read_sparsity_state(checkpoint: str) -> dict[str, Any]:

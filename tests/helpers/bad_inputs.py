@@ -4,15 +4,15 @@ EVAL = """
 relu -> --data
 relu --data '' -> --data; is empty
 '' --data text.txt -> MODEL; is empty
-LONG --data text.txt -> File name too long
-~nouser/x --data text.txt -> ~nouser; home directory
+LONG --data text.txt -> bytes: expected at most 255
+~nouser/x --data text.txt -> home folder of ~nouser, an unknown user
 absent --data text.txt -> absent
 ./absent --data text.txt -> ./absent; does not exist
 text.txt --data text.txt -> text.txt; expected
 relu --data absent.txt -> absent.txt does not exist
 relu --data ./absent -> ./absent does not exist
-relu --data LONG.jsonl -> File name too long
-relu --data ~nouser/x.txt -> ~nouser; home directory
+relu --data LONG.jsonl -> bytes: expected at most 255
+relu --data ~nouser/x.txt -> home folder of ~nouser, an unknown user
 relu --data some/data-set -> some/data-set; Hub
 relu --data nothing -> nothing holds no text
 relu --data images -> images holds no text; .parquet
@@ -107,8 +107,8 @@ relu -> no prompt; --prompt TEXT
 relu --prompt '' -> empty; --prompt TEXT
 relu --prompt ' ' -> empty
 '' --prompt w5 -> MODEL; is empty
-LONG --prompt w5 -> File name too long
-~nouser/x --prompt w5 -> ~nouser; home directory
+LONG --prompt w5 -> bytes: expected at most 255
+~nouser/x --prompt w5 -> home folder of ~nouser, an unknown user
 absent --prompt w5 -> absent
 relu --prompts absent.txt -> --prompts absent.txt cannot be read
 relu --prompts nothing -> --prompts nothing cannot be read
@@ -187,7 +187,7 @@ nestedconfig eval.json -> nestedconfig/config.json cannot be read
 unknownactivation eval.json -> activation is 'swiglu'
 truncated eval.json -> truncated
 relu absent.json -> absent.json cannot be read
-relu LONG -> File name too long
+relu LONG -> bytes: expected at most 255
 relu nothing -> nothing cannot be read
 relu nested.json -> nested.json cannot be read; stocha-eval --json
 relu latin.json -> latin.json cannot be read
@@ -243,10 +243,10 @@ CONVERT = """
 native -> OUTPUT
 '' out -> SOURCE; is empty
 native '' -> OUTPUT; is empty
-native LONG -> File name too long
-LONG out -> File name too long
-~nouser/x out -> ~nouser; home directory
-native ~nouser/x -> ~nouser; home directory
+native LONG -> bytes: expected at most 255
+LONG out -> bytes: expected at most 255
+~nouser/x out -> home folder of ~nouser, an unknown user
+native ~nouser/x -> home folder of ~nouser, an unknown user
 absent out -> absent
 ./absent out -> absent does not exist
 absent.gguf out -> absent.gguf does not exist
@@ -347,7 +347,7 @@ relu truncated out -> truncated or corrupt
 relu threethresholds out -> threshold; 3
 relu wordthreshold out -> threshold is 'low'
 relu missing out -> q_proj.weight
-relu relu LONG -> File name too long
+relu relu LONG -> bytes: expected at most 255
 relu relu text.txt/out -> cannot write
 """
 
@@ -359,7 +359,7 @@ relu a/b/c -> REPO is a/b/c; org/name
 relu 'user/x y' -> REPO is user/x y
 absent user/x -> absent
 native user/x -> no stocha checkpoint
-LONG user/x -> File name too long
+LONG user/x -> bytes: expected at most 255
 truncated user/x -> truncated or corrupt
 pickle user/x -> only pickle weights
 badconfig user/x -> config.json cannot be read
@@ -407,7 +407,7 @@ TRAIN = """
 --config good.yaml --dataset_streaming true --max_steps -1 -> dataset_streaming
 --config good.yaml --dataset absent.txt -> absent.txt does not exist
 --config good.yaml --dataset '' -> is empty
---config good.yaml --dataset LONG.txt -> File name too long
+--config good.yaml --dataset LONG.txt -> bytes: expected at most 255
 --config good.yaml --dataset broken.jsonl -> row 3 of broken.jsonl
 --config good.yaml --dataset chatmixed.jsonl -> row 2 of chatmixed.jsonl
 --config good.yaml --dataset columns.jsonl -> columns.jsonl has the columns body, id

@@ -1,0 +1,27 @@
+"""The page on pretraining: its tables are those of the results file, and each run is what its line says it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import pretrain_report  # noqa: E402
+
+
+def test_the_tables_are_those_of_the_results():
+    page = pretrain_report.PAGE.read_text()
+    assert pretrain_report.filled(page, pretrain_report.rows()) == page
+
+
+def test_every_line_is_a_listed_run_with_its_options():
+    listed = {run["name"]: run for run in yaml.safe_load((ROOT / "benchmarks/pretrain.yaml").read_text())["runs"]}
+    for line in pretrain_report.RESULTS.read_text().splitlines():
+        row = json.loads(line)
+        run = listed[row["name"]]
+        assert {key: row.get(key) for key in run} == run
