@@ -163,6 +163,7 @@ average(sys.argv[2:4], sys.argv[4], overwrite=True)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_no_output_or_the_old_one_and_the_next_run_sweeps(runs, tmp_path):
     out = tmp_path / "mean"
     assert run_python(KILLED, 3, *runs[:2], out).returncode == -signal.SIGKILL

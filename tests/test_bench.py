@@ -26,6 +26,7 @@ def test_an_ffn_record_has_the_keys_and_the_forced_share(monkeypatch: pytest.Mon
     assert records[1]["active"] == pytest.approx(0.1, abs=0.01) and 0.1 < records[3]["active"] < 0.3
 
 
+@pytest.mark.slow
 def test_forcing_zeros_on_a_model() -> None:
     model = tiny_model()
     patch(model, StochaConfig(activation="relu"))

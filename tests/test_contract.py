@@ -31,6 +31,7 @@ torch.save({"logits": torch.cat(steps, 1), "told": told, "file": file}, sys.argv
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("released", sorted(path.name for path in RELEASED.glob("*.py")))
 def test_a_released_file_decodes_with_this_package_and_warns_at_most_once(released: str, tmp_path: Path) -> None:
     model = tiny_model()
@@ -68,6 +69,7 @@ def test_a_contract_that_this_package_does_not_know_is_said_once_and_computed_in
         assert torch.equal(model.eval()(tokens).logits, native(tokens).logits)
 
 
+@pytest.mark.slow
 def test_a_failing_import_inside_the_runtime_is_reported() -> None:
     code = (
         "import sys; sys.modules['stocha_hf.decoding.ops'] = None\n"

@@ -46,6 +46,8 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
             file, _, anchor = target.partition("#")
             linked = (page.parent / file).resolve() if file else page
             assert linked.exists(), f"{name(page)} links to {target}"
+            in_site = ROOT / "docs" not in page.parents or ROOT / "docs" in linked.parents
+            assert in_site, f"{name(page)} links to {target}, which the site of docs/ does not have: name it as `code`"
             assert not anchor or anchor in anchors(linked), f"{name(page)} links to {target}: no such heading"
 
 

@@ -259,6 +259,7 @@ convert(sys.argv[1], sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_conversion_leaves_is_swept_by_the_next(tmp_path):
     source, out = tmp_path / "m.gguf", tmp_path / "out"
     write_gguf(source, small_llama())

@@ -199,6 +199,7 @@ def test_half_precision_equals_the_native_class(dtype):
     assert model.train()(TOKENS).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiled_forward_equals_eager_and_still_draws_noise_in_training():
     model = tiny_model(num_hidden_layers=1)
     patch(model, StochaConfig(p=0.5))
@@ -266,6 +267,7 @@ def test_set_activation_reaches_into_wrappers_that_train():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_another_p_does_not_recompile_and_reaches_the_compiled_model():
     model, graphs = patched().train(), CompileCounter()

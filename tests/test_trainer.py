@@ -18,7 +18,7 @@ from stocha_hf.training.arguments import StochaArguments
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.trainer import StochaTrainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
 ROWS = Dataset.from_list([{"input_ids": [1, *range(4, 12)]}] * 16)
 PHASES = Schedule.parse("[{activation: stocha, p: 0.5, until: 0.5}, {activation: relu, until: 1.0}]")

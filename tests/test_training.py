@@ -83,6 +83,7 @@ def test_a_run_follows_its_schedule_logs_it_and_leaves_a_publishable_relu_checkp
     assert early["stocha"]["activation"] == "stocha" and early["hidden_act"] == "silu"
 
 
+@pytest.mark.slow
 def test_a_second_stage_adds_to_the_history_and_a_native_model_is_patched(base, checkpoint, text, tmp_path):
     run(base, text, tmp_path / "first", max_steps=2, save_steps=2)
     run(tmp_path / "first", text, tmp_path / "second", max_steps=2, save_steps=2, schedule=RELU)
@@ -93,6 +94,7 @@ def test_a_second_stage_adds_to_the_history_and_a_native_model_is_patched(base, 
     assert stocha["base"] == "silu" and stocha["source"]["id"] == "native"
 
 
+@pytest.mark.slow
 def test_what_is_recorded_of_a_distillation_is_whole_and_tells_no_local_path(base, text, tmp_path):
     out = tmp_path / "out"
     options = {"teacher": base, "distill_weight": 0.7, "distill_hidden": 0.5, "max_steps": 2, "save_steps": 2}
@@ -181,6 +183,7 @@ def test_layers_compiled_by_the_trainer_train_as_eager_ones(base, text, tmp_path
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_act == "relu"
 
 
+@pytest.mark.slow
 def test_rows_of_token_ids_train_without_preparation(base, tmp_path):
     rows = torch.randint(4, 64, (40, 16), generator=torch.Generator().manual_seed(0)).tolist()
     Dataset.from_dict({"input_ids": rows}).to_parquet(tmp_path / "rows.parquet")
@@ -216,6 +219,7 @@ def test_all_layers_share_one_compiled_graph_an_activation():
     assert graphs == [1, 3, 3]  # a threshold of 0, and any other
 
 
+@pytest.mark.slow
 def test_distillation_from_the_model_itself_costs_nothing_under_its_own_activation(base, text, tmp_path):
     options = {"teacher": base, "distill_weight": 1.0, "max_steps": 2, "save_steps": 2, "logging_steps": 1}
     silu = run(base, text, tmp_path / "silu", schedule="[{activation: silu, until: 1.0}]", **options)
@@ -225,6 +229,7 @@ def test_distillation_from_the_model_itself_costs_nothing_under_its_own_activati
     assert relu[0]["lm_loss"] > 1
 
 
+@pytest.mark.slow
 def test_distillation_layer_by_layer_brings_the_streams_closer(base, text, tmp_path):
     options = {"teacher": base, "distill_weight": 1.0, "schedule": RELU, "max_steps": 20, "save_steps": 20}
     options |= {"logging_steps": 1, "learning_rate": 3e-3}
@@ -269,6 +274,7 @@ def test_a_sparsity_target_is_met_and_its_thresholds_are_saved(base, text, tmp_p
 RISING = "[{activation: fatrelu, sparsity: [0.6, 0.9], until: 0.5}, {activation: fatrelu, sparsity: 0.9, until: 1}]"
 
 
+@pytest.mark.slow
 def test_the_schedule_raises_thresholds_and_the_checkpoint_keeps_them(base, text, tmp_path):
     out = tmp_path / "out"
     options = {"schedule": RISING, "max_steps": 12, "save_steps": 3, "logging_steps": 1, "learning_rate": 3e-3}
@@ -331,6 +337,7 @@ def test_streamed_data_trains(base, text, tmp_path):
     assert len(values) == 2 and all(map(math.isfinite, values))
 
 
+@pytest.mark.slow
 def test_chat_data_trains(base, tmp_path):
     path = tmp_path / "chat.jsonl"
     row = {"messages": [{"role": "user", "content": "w9 w17"}, {"role": "assistant", "content": "w20 w21"}]}
@@ -407,6 +414,7 @@ class Poison(TrainerCallback):
             model.lm_head.weight.data.fill_(math.inf)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_checkpoint_stays(base, text, tmp_path, monkeypatch):
     init = StochaTrainer.__init__
     monkeypatch.setattr(
@@ -419,6 +427,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_checkpoint_sta
     assert AutoModelForCausalLM.from_pretrained(out / "checkpoint-4")(TOKENS).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_leaves_the_checkpoint_before(base, text, tmp_path, monkeypatch):
     """A limit on the size of files stands in for the disk."""
     save, limits = StochaTrainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)

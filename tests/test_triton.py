@@ -197,6 +197,7 @@ def test_a_cuda_graph_replays_on_new_inputs_and_thresholds_stay() -> None:
             assert torch.equal(out, kernel(tensors, "fatrelu", 1.0))
 
 
+@pytest.mark.slow
 @needs_gpu
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_operator_compiles() -> None:

@@ -19,7 +19,7 @@ import stocha_hf
 from stocha_hf.conversion.convert import convert
 from stocha_hf.modeling_stocha import stocha_mlps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60, 12, 13]])
 OPTIONS: dict[str, Any] = {"max_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
 
