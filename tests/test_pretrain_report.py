@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import pretrain_report  # noqa: E402
+import pretrain_report
 
 
 def test_the_tables_are_those_of_the_results():
