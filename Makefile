@@ -1,8 +1,14 @@
-# Everything starts from python3, pip and gcc; the only state is .venv. `make demo` and `make test` are the two entries.
+# Everything starts from python3, pip and gcc; the only state is .venv (and .venv-lowest).
+#
+#   make demo         a real model converted, loaded, trained and measured
+#   make test         ruff, mypy and all tests;  make test-fast  without the slow ones
+#   make test-lowest  the fast tests with the lowest version of every dependency that pyproject.toml allows
+#   make docs         the pages of docs/ as a site in site/
+#   make style        let ruff mend what it can
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test style clean
+.PHONY: demo test test-fast test-lowest lint docs style clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,15 +23,34 @@ BIN := .venv/bin
 demo: .venv/demo-model
 	$(BIN)/python recipes/demo.py
 
-test: .venv/installed
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# In an environment of its own. Nothing of constraints.txt is used: this is what a user's pip may choose.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[dev,gguf]'
+	.venv-lowest/bin/python -m pytest -m "not slow"
+
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 style: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

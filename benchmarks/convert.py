@@ -1,4 +1,4 @@
-"""Conversion against `cp -r`: wall time in alternation, and peak memory, on a synthetic 4 GB Llama of eight shards.
+"""Time a conversion against `cp -r`, in alternation, and take its peak memory: a synthetic 4 GB Llama of eight shards.
 
 Both write the same bytes to the same disk, and on a shared machine the disk's speed varies from run to run, so the two
 alternate and the figure is the median of the pairs' ratios. Before each run the dirty pages are written back (sync),
@@ -25,7 +25,7 @@ LAYER = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": 
 SHARDS = 8
 CONVERT = """
 import re, sys
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 convert(sys.argv[1], sys.argv[2])
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """

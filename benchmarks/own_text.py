@@ -1,8 +1,8 @@
-"""Text that a Llama writes by itself, as a JSONL file with a column `text`: data for a refit or a distillation.
+"""Let a Llama write text by itself, as a JSONL file with a column `text`: data for a refit or a distillation.
 
 What a model says at temperature 1 is a mixture like that of its own training text, which is often not public. So it
-can stand in for general text where there is none (Liu et al., LLM-QAT, arXiv 2305.17888); docs/refit.md and
-docs/training.md say how far that goes.
+can stand in for general text where there is none (Liu et al., LLM-QAT, arXiv 2305.17888); docs/experiments/refit.md
+and docs/experiments/training.md say how far that goes.
 
     python benchmarks/own_text.py SmolLM2-135M-Instruct own.jsonl --tokens 10000000 --length 512 --batch 1024
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import trange
 from transformers import AutoTokenizer
 
-from stocha_hf.loading import load_model
+from stocha_hf.models import load_model
 
 BUCKETS = 4  # a step attends to a quarter, a half, ... of the cache, so that short texts do not read all of it
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stocha_hf.evaluate import evaluate
+from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.modeling_stocha import stocha_mlps
 
 WINDOWS = 16  # of each text, evenly spaced, for the losses and the dead neurons
@@ -34,10 +34,10 @@ def probe(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, Any]:
         negative, to_dead = gradient_shares(model, windows[:: WINDOWS // GRADIENT_WINDOWS], dead)
     return {
         "activation": activation,
-        "loss": math.log(own["perplexity"]),
-        "relu_loss": math.log(relu["perplexity"]),
-        "relu_zeros": relu["sparsity"]["mean"],
-        "dead": relu["never_active"]["mean"],
+        "loss": math.log(own.perplexity),
+        "relu_loss": math.log(relu.perplexity),
+        "relu_zeros": relu.sparsity.mean,
+        "dead": relu.never_active.mean,
         "negative_gates": negative["gates"],
         "gradient_at_negative_gates": negative["gradient"],
         "gradient_to_dead_neurons": to_dead,

@@ -1,4 +1,4 @@
-"""Perplexity against sparsity without training: the refit, beside thresholds on the original SiLU model.
+"""Measure perplexity against sparsity without training: the refit, beside thresholds on the original SiLU model.
 
 For each share of zeros in the FFN's hidden vectors:
 
@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 from stocha_hf.data import calibration_windows, text_windows
-from stocha_hf.evaluate import evaluate
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.evaluation import evaluate
+from stocha_hf.measurement.plots import plot_lines
 from stocha_hf.modeling_stocha import stocha_mlps
-from stocha_hf.plots import plot_lines
+from stocha_hf.models import load_model
 
 LENGTH = 1024
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +71,7 @@ def thresholded(model: Any, method: str, share: float, calibration: torch.Tensor
 
 def figures(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, Any]:
     with torch.autocast(model.device.type, torch.bfloat16):
-        return {name: evaluate(model, windows) for name, windows in texts.items()}
+        return {name: evaluate(model, windows).to_dict() for name, windows in texts.items()}
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def refitted(folder: Path, args: argparse.Namespace, share: float, texts: dict[s
         seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # of the process until now
         found = figures(load_model(output, dtype=torch.float32).eval().to(DEVICE), texts)
-    tokens = done["stocha"]["history"][0]["tokens"]
+    tokens = done.stocha["history"][0]["tokens"]
     return found | {"tokens": tokens, "seconds": seconds, "peak_mb": peak, "device": DEVICE}
 
 

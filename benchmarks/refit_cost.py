@@ -1,4 +1,4 @@
-"""Time and memory of a refit at a given shape, on random weights: what a conversion of a larger model will take.
+"""Measure time and memory of a refit at a given shape, on random weights: what a larger model will take.
 
 A Llama of the shape is written with random bfloat16 weights and the tokenizer of MODEL, and refitted with
 `convert(..., refit=DATA)` at the default number of tokens. The layers come one after the other, so that a few of them
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 
 
 def write_random(tokenizer_of: str, folder: Path, hidden: int, width: int, layers: int) -> None:
@@ -68,7 +68,7 @@ def main() -> None:
         "shape": [hidden, width],
         "layers": args.layers,
         "target_sparsity": args.target_sparsity,
-        "tokens": done["stocha"]["history"][0]["tokens"],
+        "tokens": done.stocha["history"][0]["tokens"],
         "on_disk": args.on_disk,
         "device": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),

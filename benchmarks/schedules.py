@@ -1,4 +1,4 @@
-"""Which schedule converts best: a list of training runs through the recipe, each evaluated, one JSON line a run.
+"""Compare ways to convert: a list of training runs through the recipe, each evaluated, one JSON line a run.
 
 The list is YAML: `recipe` is the YAML file that all runs share; `shared` holds keys that override it; `starts` maps a
 name to options of stocha-convert (`refit: true` stands for the training text, `of` for the run that is converted, by
@@ -50,8 +50,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from stocha_hf.data import load_data, text_windows
-from stocha_hf.evaluate import compare, evaluate
-from stocha_hf.loading import load_model
+from stocha_hf.measurement.evaluation import compare, evaluate
+from stocha_hf.models import load_model
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 1024
@@ -248,7 +248,7 @@ class Bench:
         for text, windows in self.windows.items():
             found[text] = measured(model, windows)
             if original is not None:
-                found[text] |= compare(model, original, windows[:: max(len(windows) // COMPARED, 1)])
+                found[text] |= compare(model, original, windows[:: max(len(windows) // COMPARED, 1)]).to_dict()
             for mode in run.get("modes", []):
                 with model.stocha_mode(mode):
                     found[text][mode] = measured(model, windows)
@@ -275,14 +275,14 @@ class Bench:
 
 def measured(model: Any, windows: torch.Tensor) -> dict[str, Any]:
     """What a results line has of evaluate()."""
-    told = evaluate(model, windows)
+    figures = evaluate(model, windows)
     return {
-        "perplexity": told["perplexity"],
-        "zeros": told["sparsity"]["mean"],
-        "zeros_per_layer": [round(share, 4) for share in told["sparsity"]["per_layer"]],
-        "dead": told["never_active"]["mean"],
-        "dead_per_layer": [round(share, 4) for share in told["never_active"]["per_layer"]],
-        "tokens": told["tokens"],
+        "perplexity": figures.perplexity,
+        "zeros": figures.sparsity.mean,
+        "zeros_per_layer": [round(share, 4) for share in figures.sparsity.per_layer],
+        "dead": figures.never_active.mean,
+        "dead_per_layer": [round(share, 4) for share in figures.never_active.per_layer],
+        "tokens": figures.tokens,
     }
 
 

@@ -1,4 +1,4 @@
-"""Tokens per second of the training recipe on this machine's GPU, or CPU with --small: one JSON line a case.
+"""Measure tokens per second of the training recipe on this machine's GPU, or CPU with --small: one JSON line a case.
 
 A case is an activation and a batch (rows of 1024 tokens a step). Each is a run of the recipe's own code on a
 SmolLM2-135M shape with random weights and tokens, compiled layers, bf16 autocast; the figure is the median of what
@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models
 from train_step import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stocha_hf.cli.train import parse, train
+from stocha_hf.training.run import train
 
 LENGTH = 1024
 TOKENS = 3_300_000  # a case trains on so many, or on 100 steps
@@ -60,8 +60,8 @@ def measure(case: str, model: Path, rows: Path, length: int, small: bool, distil
     output = model.parent / case.replace(":", "-")
     options = {
         "model_name_or_path": model, "dtype": "float32", "dataset": rows, "output_dir": output, "packing": False,
-        "dataset_kwargs": '{"skip_prepare_dataset": true}', "max_length": length, "max_steps": steps,
-        "schedule": json.dumps(turns), "per_device_train_batch_size": batch,
+        "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": length, "max_steps": steps,
+        "schedule": turns, "per_device_train_batch_size": batch,
         "learning_rate": 1e-4, "bf16": True, "torch_compile": not small, "gradient_checkpointing": False,
         "logging_steps": steps // logs, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "dataloader_drop_last": True, "use_cpu": small,
@@ -70,7 +70,7 @@ def measure(case: str, model: Path, rows: Path, length: int, small: bool, distil
         options |= {"teacher": model, "distill_weight": 0.7, "distill_hidden": 1.0}
     start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
-        train(*parse([word for key, value in options.items() for word in (f"--{key}", str(value))], None))
+        train(options)
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     speeds = [log["tokens_per_second"] for log in history if "tokens_per_second" in log]
     each = [speeds[i :: len(activations)][2:] for i in range(len(activations))]

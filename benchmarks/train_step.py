@@ -1,4 +1,4 @@
-"""What StochA costs in training: a step of the native class (SiLU) against one of the patched class (StochA).
+"""Measure what StochA costs in training: a step of the native class (SiLU) against the patched class (StochA).
 
 A step is forward, next-token loss, backward and AdamW, on random weights and tokens. The two models take turns, so
 that whatever else the machine does falls on both; the figure is the median of the pairs' ratios, and `spread` half the

@@ -1,9 +1,7 @@
-"""Continued pretraining of a converted (or native) model under an activation schedule.
+"""Continued pretraining of a converted (or native) model under an activation schedule: stocha-train, as a script.
 
     accelerate launch recipes/continued_pretrain.py --config recipes/smollm2-135m/continued_pretrain.yaml \
         [--dataset my.parquet --learning_rate 5e-4 ...]
-
-Every key of the YAML file can be overridden on the command line. Started again with the same command, it resumes.
 """
 
 from stocha_hf.cli.train import main

@@ -52,8 +52,8 @@ def main() -> None:
         show(folder, {name: in_fresh_process(folder, name) for name in LOADS})
     print("\nThe swapped checkpoint talks nonsense: swapping the activation trains nothing. So:")
     write_text()
-    accelerate("continued_pretrain", "--model_name_or_path", stocha, "--output_dir", OUTPUT / "stage1")
-    accelerate("relu_finetune", "--model_name_or_path", OUTPUT / "stage1", "--output_dir", OUTPUT / "stage2")
+    for recipe in ("continued_pretrain", "relu_finetune"):
+        command("stocha-train", "--config", Path(__file__).parent / "demo" / f"{recipe}.yaml")
     trained = OUTPUT / "stage2"
     measure(stocha, relu, trained)
     show_card(trained)
@@ -69,13 +69,6 @@ def command(*words: object, to: Path | None = None) -> None:
     with open(to, "w") if to else nullcontext() as output:
         subprocess.run([executable, *map(str, words[1:])], check=True, stdout=output)
     print(f"({seconds(start)})", flush=True)
-
-
-def accelerate(recipe: str, *words: object) -> None:
-    config = Path(__file__).parent / "demo" / f"{recipe}.yaml"
-    script = Path(__file__).with_name(f"{recipe}.py")
-    cpu = Path(__file__).parent / "accelerate" / "cpu.yaml"
-    command("accelerate", "launch", "--config_file", cpu, script, "--config", config, *words)
 
 
 def write_text() -> None:

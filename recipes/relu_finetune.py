@@ -1,4 +1,4 @@
-"""ReLU fine-tune of a model trained with stochastic activations: full, or LoRA with --use_peft.
+"""ReLU fine-tune of a model trained with stochastic activations, full or LoRA: stocha-train with ReLU as its schedule.
 
     accelerate launch recipes/relu_finetune.py --config recipes/smollm2-135m/relu_finetune.yaml [--use_peft ...]
 

@@ -4,23 +4,78 @@ Names are imported when first used, so `import stocha_hf` and every command's --
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "StochaConfig": "modeling_stocha",
+if TYPE_CHECKING:
+    from stocha_hf.conversion.averaging import average
+    from stocha_hf.conversion.convert import convert
+    from stocha_hf.conversion.refit_model import refit
+    from stocha_hf.errors import StochaError
+    from stocha_hf.measurement.evaluation import compare, evaluate
+    from stocha_hf.measurement.sampling import sample
+    from stocha_hf.measurement.speed_models import benchmark
+    from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mode, unpatch
+    from stocha_hf.models import load_model
+    from stocha_hf.publishing.card import write_card
+    from stocha_hf.publishing.upload import publish
+    from stocha_hf.spec import __version__
+    from stocha_hf.training.arguments import StochaArguments
+    from stocha_hf.training.run import train
+    from stocha_hf.training.schedule import Schedule
+    from stocha_hf.training.trainer import StochaTrainer
+
+_HOMES = {
+    "average": "conversion.averaging",
+    "benchmark": "measurement.speed_models",
+    "compare": "measurement.evaluation",
+    "convert": "conversion.convert",
+    "evaluate": "measurement.evaluation",
+    "load_model": "models",
     "patch": "modeling_stocha",
-    "unpatch": "modeling_stocha",
+    "publish": "publishing.upload",
+    "refit": "conversion.refit_model",
+    "sample": "measurement.sampling",
+    "set_activation": "modeling_stocha",
     "stocha_mode": "modeling_stocha",
+    "train": "training.run",
+    "unpatch": "modeling_stocha",
+    "write_card": "publishing.card",
+    "Schedule": "training.schedule",
+    "StochaArguments": "training.arguments",
+    "StochaConfig": "spec",
     "StochaError": "errors",
-    "__version__": "config",
+    "StochaTrainer": "training.trainer",
+    "__version__": "spec",
 }
-__all__ = sorted(_HOME)  # pyright: ignore
+__all__ = [
+    "Schedule",
+    "StochaArguments",
+    "StochaConfig",
+    "StochaError",
+    "StochaTrainer",
+    "__version__",
+    "average",
+    "benchmark",
+    "compare",
+    "convert",
+    "evaluate",
+    "load_model",
+    "patch",
+    "publish",
+    "refit",
+    "sample",
+    "set_activation",
+    "stocha_mode",
+    "train",
+    "unpatch",
+    "write_card",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOMES:
         raise AttributeError(f"module 'stocha_hf' has no attribute {name!r}")
-    return getattr(import_module(f"stocha_hf.{_HOME[name]}"), name)
+    return getattr(import_module(f"stocha_hf.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,14 +1,14 @@
 # Copyright 2026 the stocha_hf authors. Licensed under the Apache License, Version 2.0.
 """Stochastic activations for gated feed-forward layers: the one file that ships with every stocha checkpoint.
 
-Llama-class models compute y = W_down(act(W_gate x) * (W_up x)). This file replaces `act` by one row of the table
-ACTIVATIONS: StochA (Lomeli et al., arXiv 2509.22358), its deterministic expectation, ReLU, and the sparse activations
-of neighbouring papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode
-`config.stocha["inference"]`.
+Llama-class models compute y = W_down(act(W_gate x) * (W_up x)). This file replaces `act` by one of FUNCTIONS: StochA
+(Lomeli et al., arXiv 2509.22358), its deterministic expectation, ReLU, and the sparse activations of neighbouring
+papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`.
 
 Why this way: patching changes the *class* of existing modules and nothing else, so parameters, state-dict keys, hooks
 and devices stay as they are, and any stocha checkpoint is a valid checkpoint of its native class. The file imports
-torch and transformers only, because the Hub copies it into other people's Python with `trust_remote_code=True`.
+torch and transformers only, because the Hub copies it into other people's Python with `trust_remote_code=True`. It
+holds the definitions; where stocha_hf is installed, that package's runtime makes them fast.
 
     model = AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=True)
     with model.stocha_mode("stocha", p=0.5):        # force an activation; restored on exit
@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import importlib
+import importlib.util
 import os
 import shutil
+import types
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +38,7 @@ from transformers import (
     Gemma2Model,
     Gemma3ForCausalLM,
     Gemma3TextModel,
+    GenerationMixin,
     LlamaForCausalLM,
     LlamaModel,
     MistralForCausalLM,
@@ -45,12 +49,14 @@ from transformers import (
     Qwen3Model,
 )
 from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-__version__ = "0.1.0"
+# What passes between this file, of which every published repo keeps a copy, and an installed stocha_hf.
+CONTRACT = 1
 
+# --- stocha_hf/spec.py, from here ---
 
-# Architectures: one row per model_type.
+__version__ = "0.2.0"
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,12 @@ class Architecture:
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """The `auto_map` of config.json, which makes the Auto classes find this file."""
+        """The `auto_map` of config.json, which makes the Auto classes find modeling_stocha.py."""
         names = {"AutoModelForCausalLM": self.causal_lm, "AutoModel": self.model}
         return {auto: f"modeling_stocha.Stocha{name}" for auto, name in names.items()}
 
 
-ARCHITECTURES = {
+ARCHITECTURES = {  # by model_type
     "llama": Architecture("LlamaForCausalLM", "LlamaModel", "LlamaMLP", "hidden_act", "silu"),
     "mistral": Architecture("MistralForCausalLM", "MistralModel", "MistralMLP", "hidden_act", "silu"),
     "qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Model", "Qwen2MLP", "hidden_act", "silu"),
@@ -82,153 +88,54 @@ ARCHITECTURES = {
 }
 
 
-# Activations: functions (gate, up, ffn) -> hidden, all of shape [..., intermediate_size] and of gate's dtype. `ffn` is
-# the StochaMLP they run in: it holds act_fn (the base activation), p, positive, threshold and k.
-
-
-def stocha(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """StochA (Lomeli et al., arXiv 2509.22358, sec. 3): base activation with probability p, else ReLU, per element.
-
-    The coin of token i and neuron j is a hash of r_i ^ c_j, where the keys r (one per token) and c (one per neuron)
-    are 32 random bits each, drawn anew in every call from the default generator of gate's device: it is the one that
-    activation checkpointing restores. Any three coins of a call are then exactly independent (simple tabulation:
-    Patrascu and Thorup, arXiv 1011.5200, sec. 1), the multiplications break the pattern that four can have, and a
-    coin costs a few integer operations instead of a generator's draw, which would be the larger part of the FFN's
-    element-wise work.
-
-    A compiler gets the definition below, which it fuses, and hashes again in backward; in eager mode a fused autograd
-    Function takes its place. Gradients are those of the chosen function, ReLU's being 0 at 0.
-    """
-    width = gate.shape[-1]
-    keys = torch.randint(-(2**31), 2**31, (gate.numel() // width + width,), dtype=torch.int32, device=gate.device)
-    if not torch.compiler.is_compiling() and ffn.base in BASES:
-        # p = 1 with S+ is SiLU to the bit, which PyTorch's own kernel is sure to give
-        function = TritonStocha if gate.is_cuda and triton is not None and ffn.p < 1 else EagerStocha
-        return function.apply(gate, up, keys, ffn.p, ffn.base, ffn.positive)
-    bits = _hash(keys[:-width].view(*gate.shape[:-1], 1), keys[-width:])
-    uniform = ((bits >> 8) + 2**23) * 2.0**-24  # in [0, 1), from the upper 24 bits: exact in float32
-    drawn = uniform - ffn.p < 0  # not uniform < p: a compiler keeps what shrinks its inputs fourfold, here the mask
-    base = ffn.act_fn(gate)
-    return _with_positive_side(gate, base, torch.where(drawn, base, F.relu(gate)), ffn.positive) * up
-
-
-def _hash(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Of the keys rows[..., 1] and columns, int32: the hash of every element, uniform over the even int32 numbers.
-
-    The arithmetic shift clears the sign bit; the second multiplier is doubled and moves the 31 bits that are left up.
-    """
-    bits = (rows ^ columns).mul_(0x2C1B3C6D)
-    bits ^= bits >> 15
-    return bits.mul_(2 * 0x297A2D39)
-
-
-def mean(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """The exact expectation of StochA over its draws, as dropout's inference rule is of dropout."""
-    base = ffn.act_fn(gate)
-    return _with_positive_side(gate, base, ffn.p * base + (1 - ffn.p) * F.relu(gate), ffn.positive) * up
-
-
-def _with_positive_side(gate: torch.Tensor, base: torch.Tensor, mixed: torch.Tensor, positive: str) -> torch.Tensor:
-    """`mixed` where gate < 0; elsewhere the base activation ("silu", S+), ReLU ("relu", R+) or `mixed` ("drawn")."""
-    return torch.where(gate < 0, mixed, {"silu": base, "relu": F.relu(gate), "drawn": mixed}[positive])
-
-
-def silu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """SwiGLU (Shazeer, arXiv 2002.05202): what Llama and Mistral were trained with."""
-    return F.silu(gate) * up
-
-
-def gelu_pytorch_tanh(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """GeGLU (Shazeer, arXiv 2002.05202) with the tanh approximation: what Gemma was trained with."""
-    return F.gelu(gate, approximate="tanh") * up
-
-
-def relu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """ReGLU (Shazeer, arXiv 2002.05202)."""
-    return F.relu(gate) * up
-
-
-def relu2(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """Squared ReLU (ReLU^2 Wins, arXiv 2402.03804)."""
-    return F.relu(gate).square() * up
-
-
-def drelu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """ReLU on the gate and on the up projection (TurboSparse, arXiv 2406.05955)."""
-    return F.relu(gate) * F.relu(up)
-
-
-def fatrelu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """gate where gate > threshold, else 0 (ProSparse, arXiv 2402.13516)."""
-    return F.threshold(gate, ffn.threshold, 0.0) * up
-
-
-def shifted_relu(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """relu(gate - threshold) (ReLU Strikes Back, arXiv 2310.04564)."""
-    return F.relu(gate - ffn.threshold) * up
-
-
-def topk(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """The k largest of relu(gate) of each token, the rest 0 (Lazy Neuron, arXiv 2210.06313)."""
-    largest = F.relu(gate).topk(ffn.k, dim=-1)
-    return torch.zeros_like(gate).scatter(-1, largest.indices, largest.values) * up
-
-
 @dataclass(frozen=True)
 class Activation:
-    """A row of the table: the function, and the name in transformers' ACT2FN of what the native class runs in its
-    place (None: the base activation). `cut` gives the gate value up to which a hidden entry is surely 0 (None: no such
-    value), so that decoding can skip the neuron.
+    """What is known of an activation without computing it.
+
+    `native` is the name in transformers' ACT2FN of what the native class runs in its place (None: the base
+    activation). `cut` says up to which gate value a hidden entry is surely 0, so that decoding can skip the neuron:
+    "zero", "threshold" (that of the layer), or None where there is no such value.
     """
 
-    function: Callable[[torch.Tensor, torch.Tensor, StochaMLP], torch.Tensor]
     native: str | None
     deterministic: bool = True
-    cut: Callable[[StochaMLP], float] | None = None
-
-
-def _zero(ffn: StochaMLP) -> float:
-    return 0.0
-
-
-def _threshold_of(ffn: StochaMLP) -> float:
-    return ffn.threshold
+    cut: str | None = None
 
 
 ACTIVATIONS = {
-    "stocha": Activation(stocha, native=None, deterministic=False),
-    "mean": Activation(mean, native=None),
-    "silu": Activation(silu, native="silu"),
-    "gelu_pytorch_tanh": Activation(gelu_pytorch_tanh, native="gelu_pytorch_tanh"),
-    "relu": Activation(relu, native="relu", cut=_zero),
-    "relu2": Activation(relu2, native="relu2", cut=_zero),
-    "drelu": Activation(drelu, native="relu", cut=_zero),
-    "fatrelu": Activation(fatrelu, native="relu", cut=_threshold_of),
-    "shifted_relu": Activation(shifted_relu, native="relu", cut=_threshold_of),
-    "topk": Activation(topk, native="relu"),
+    "stocha": Activation(native=None, deterministic=False),
+    "mean": Activation(native=None),
+    "silu": Activation(native="silu"),
+    "gelu_pytorch_tanh": Activation(native="gelu_pytorch_tanh"),
+    "relu": Activation(native="relu", cut="zero"),
+    "relu2": Activation(native="relu2", cut="zero"),
+    "drelu": Activation(native="relu", cut="zero"),
+    "fatrelu": Activation(native="relu", cut="threshold"),
+    "shifted_relu": Activation(native="relu", cut="threshold"),
+    "topk": Activation(native="relu"),
 }
+BASES = ("silu", "gelu_pytorch_tanh")  # what models are pretrained with
 POSITIVE_SIDES = ("silu", "relu", "drawn")
-
-
-def _require(ok: bool, key: str, given: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{key} is {given!r}: expected {expected}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
 class StochaConfig:
     """The `stocha` entry of config.json.
 
-    `activation` runs in train() mode, `inference` in eval() mode; `base` is the source model's own activation; None
-    for either means "take it from the model". `positive` is what runs where gate >= 0: "silu" (the base activation,
-    S+), "relu" (R+) or "drawn". `threshold` (fatrelu, shifted_relu) is one number or one per layer; `k` (topk) counts
-    neurons. `history` says what training did, stage by stage.
+    Args:
+        activation: What runs in train() mode, a key of ACTIVATIONS.
+        base: The source model's own activation; None takes it from the model.
+        p: Probability of the base activation for a negative gate, 0 to 1 (stocha, mean).
+        positive: What runs where gate >= 0: "silu" (the base activation, S+), "relu" (R+) or "drawn".
+        inference: What runs in eval() mode; None means `activation`, or the base activation if that is random.
+        threshold: For fatrelu and shifted_relu, 0 or more: one number, or one per layer.
+        k: For topk, the number of neurons that stay.
+        source: {"id", "revision"} of the model that was converted.
+        history: What refits and training did to the weights, stage by stage.
+        stocha_version: The version of stocha_hf that wrote the entry.
 
-    Raises ValueError, naming the key, what was given and what was expected.
+    Raises:
+        ValueError: For any other value; the message names the key, what was given and what was expected.
     """
 
     activation: str = "stocha"
@@ -244,30 +151,51 @@ class StochaConfig:
 
     def __post_init__(self) -> None:
         names = f"one of {', '.join(ACTIVATIONS)}"
-        _require(self.activation in ACTIVATIONS, "activation", self.activation, names)
-        _require(self.base is None or self.base in ACTIVATIONS, "base", self.base, names)
-        _require(self.inference is None or self.inference in ACTIVATIONS, "inference", self.inference, names)
-        _require(
-            self.inference is None or ACTIVATIONS[self.inference].deterministic,
-            "inference",
-            self.inference,
-            "a deterministic activation (stocha_mode forces a stochastic one at run time)",
+        steady = (
+            f"a deterministic activation, {', '.join(name for name, row in ACTIVATIONS.items() if row.deterministic)}"
         )
-        _require(_is_number(self.p) and 0 <= self.p <= 1, "p", self.p, "a probability between 0 and 1")
-        _require(self.positive in POSITIVE_SIDES, "positive", self.positive, f"one of {', '.join(POSITIVE_SIDES)}")
         thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold]
-        _require(all(map(_is_number, thresholds)), "threshold", self.threshold, "a number, or a list of one per layer")
-        uses_topk = "topk" in (self.activation, self.inference)
-        is_count = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
-        _require(
-            is_count or (self.k is None and not uses_topk), "k", self.k, "a number of neurons, at least 1, for topk"
-        )
+        counts = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
+        needs_k = "topk" in (self.activation, self.inference)
+        for key, fits, expected in (
+            ("activation", _is_activation(self.activation), names),
+            ("base", self.base is None or _is_activation(self.base), names),
+            ("inference", self.inference is None or _is_activation(self.inference, steadily=True), steady),
+            ("p", is_number(self.p) and 0 <= self.p <= 1, "a probability between 0 and 1"),
+            ("positive", self.positive in [*POSITIVE_SIDES], f"one of {', '.join(POSITIVE_SIDES)}"),
+            (
+                "threshold",
+                bool(thresholds) and all(is_number(value) and value >= 0 for value in thresholds),
+                "a number of 0 or more, or a list of one per layer",
+            ),
+            ("k", counts or (self.k is None and not needs_k), "a number of neurons, at least 1, for topk"),
+            ("source", self.source is None or _is_text(self.source), "a mapping of names to text"),
+            (
+                "history",
+                self.history is None
+                or (isinstance(self.history, list) and all(isinstance(stage, dict) for stage in self.history)),
+                "a list of mappings, one per stage",
+            ),
+            ("stocha_version", isinstance(self.stocha_version, str), "a version's text"),
+        ):
+            _require(fits, key, getattr(self, key), expected)
 
     def resolve(self, base: str) -> StochaConfig:
-        """This config with nothing left open, for a model whose own activation is `base`."""
+        """Return this config with nothing left open, for a model whose own activation is `base`."""
         _require(self.base in (None, base), "base", self.base, f"{base!r}, the model's own activation")
         own = self.activation if ACTIVATIONS[self.activation].deterministic else base
         return dataclasses.replace(self, base=base, inference=self.inference or own)
+
+    def thresholds(self, layers: int, width: int | None = None) -> list[float]:
+        """Return one threshold per layer, for a model of `layers` FFNs of `width` neurons.
+
+        Raises ValueError where the config cannot be that model's: another number of thresholds, or k above the width.
+        """
+        values = self.threshold if isinstance(self.threshold, list) else [self.threshold] * layers
+        _require(len(values) == layers, "threshold", self.threshold, f"one number, or {layers}: one per layer")
+        too_wide = self.k is not None and width is not None and self.k > width
+        _require(not too_wide, "k", self.k, f"at most {width}, the number of neurons of a layer")
+        return values
 
     @property
     def native_act(self) -> str:
@@ -276,265 +204,204 @@ class StochaConfig:
         return str(native)
 
     @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> StochaConfig:
+    def from_dict(cls, entry: Any) -> StochaConfig:
+        """Return the config of an entry as JSON holds it. Raises ValueError for whatever is not one."""
+        _require(isinstance(entry, dict), "the config's stocha entry", entry, "a mapping")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(entry) - known)
+        unknown = sorted(str(key) for key in entry if key not in known)
         _require(not unknown, "the config's stocha entry", unknown, f"no other keys than {', '.join(sorted(known))}")
         return cls(**entry)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON holds it, without keys that are left open."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
-# StochA in eager mode. For backward, native SiLU keeps gate, silu(gate) and up; these two keep gate, up and less.
+def is_number(value: object) -> bool:
+    """Return whether a value is an ordinary number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
 
 
-def _threshold(p: float) -> int:
-    """_hash < threshold with probability p, to 31 bits; never at p = 0 and always at p = 1."""
-    return min(int(p * 2**32) - 2**31, 2**31 - 1)
+def _is_activation(value: object, steadily: bool = False) -> bool:
+    return isinstance(value, str) and value in ACTIVATIONS and (not steadily or ACTIVATIONS[value].deterministic)
 
 
-class EagerStocha(torch.autograd.Function):
-    """StochA in PyTorch's operations; keeps gate, up and one byte per element.
+def _is_text(value: object) -> bool:
+    pairs = value.items() if isinstance(value, dict) else [(None, None)]
+    return all(isinstance(key, str) and isinstance(text, str | None) for key, text in pairs)
 
-    Which elements take the base activation is an integer mask (all ones or zero) of gate's width, and selecting is
-    bitwise: on a CPU, `where` and `masked_fill` take longer than SiLU and its backward together.
+
+def _require(ok: bool, key: str, given: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{key} is {repr(given)[:200]}: expected {expected}")
+
+
+# --- to here ---
+
+if __name__ == "stocha_hf.modeling_stocha":  # inside the package there is one StochaConfig
+    _spec = importlib.import_module("stocha_hf.spec")  # no import statement: transformers would ask for the package
+    ACTIVATIONS, ARCHITECTURES, StochaConfig = _spec.ACTIVATIONS, _spec.ARCHITECTURES, _spec.StochaConfig  # type: ignore[misc]
+    Activation, Architecture = _spec.Activation, _spec.Architecture  # type: ignore[misc]
+
+
+# Activations: functions (gate, ffn) -> act(gate), of gate's shape [..., intermediate_size] and dtype. `ffn` is the
+# StochaMLP they run in: it holds base, p, positive, threshold and k. The hidden vector is act(gate) * up.
+
+
+def stocha(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """StochA (Lomeli et al., arXiv 2509.22358, sec. 3): base activation with probability p, else ReLU, per element.
+
+    A compiler fuses this and hashes again in backward. In eager mode stocha_hf's runtime, where it is installed,
+    takes its place with the same coins. Gradients are those of the chosen function, ReLU's being 0 at 0.
     """
-
-    TILE = 2**18  # elements at a time on a CPU: the hash stays in the cache
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, keys: torch.Tensor, p: float, base: str, positive: str
-    ) -> torch.Tensor:
-        width, integer = gate.shape[-1], getattr(torch, f"int{8 * gate.element_size()}")
-        hidden = torch.empty(gate.shape, dtype=torch.result_type(gate, up), device=gate.device)
-        chosen = torch.empty(gate.shape, dtype=torch.int8, device=gate.device)
-        rows = EagerStocha.TILE // width + 1 if gate.device.type == "cpu" else len(keys)
-        tensors = [tensor.reshape(-1, width) for tensor in (gate, up, hidden, chosen)]
-        for x, u, out, kept, row_keys in zip(*(t.split(rows) for t in (*tensors, keys[:-width, None])), strict=True):
-            mask = _hash(row_keys, keys[-width:]).lt_(_threshold(p)).neg_().to(integer)
-            negative = x.sign().view(integer) >> 8 * x.element_size() - 1  # NaN counts as positive: it passes through
-            if positive == "silu":
-                mask |= negative.bitwise_not_()
-            elif positive == "relu":
-                mask &= negative
-            kept.copy_(mask)
-            torch.mul(_stocha(x, mask, base, positive), u, out=out)
-        ctx.save_for_backward(gate, up, chosen)
-        ctx.rule = base, positive
-        return hidden
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up, chosen = ctx.saved_tensors
-        base, positive = ctx.rule
-        mask = chosen.to(getattr(torch, f"int{8 * gate.element_size()}"))
-        grad_up = _stocha(gate, mask, base, positive) * grad
-        inner = (grad * up).to(gate.dtype)
-        relu = None if positive == "silu" else torch.ops.aten.threshold_backward(inner, gate, 0)
-        return _select(mask, BASES[base][1](inner, gate), relu), grad_up, None, None, None, None
+    keys = coin_keys(gate)
+    width = gate.shape[-1]
+    bits = coin_hash(keys[:-width].view(*gate.shape[:-1], 1), keys[-width:])
+    uniform = ((bits >> 8) + 2**23) * 2.0**-24  # in [0, 1), from the upper 24 bits: exact in float32
+    drawn = uniform - ffn.p < 0  # not uniform < p: a compiler keeps what shrinks its inputs fourfold, here the mask
+    base = BASE_FUNCTIONS[ffn.base](gate)
+    return _with_positive_side(gate, base, torch.where(drawn, base, F.relu(gate)), ffn.positive)
 
 
-BASES: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {  # (function, its backward)
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu_pytorch_tanh": (
-        functools.partial(F.gelu, approximate="tanh"),
-        functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    ),
+def coin_keys(gate: torch.Tensor) -> torch.Tensor:
+    """Draw the keys of a call's coins: 32 random bits for each token and each neuron, int32 [tokens + neurons].
+
+    The coin of token i and neuron j is a hash of r_i ^ c_j. The keys come from the default generator of gate's device,
+    the one that activation checkpointing restores. Any three coins of a call are exactly independent (simple
+    tabulation: Patrascu and Thorup, arXiv 1011.5200, sec. 1); the multiplications break the pattern that four can
+    have. A coin costs a few integer operations, where a generator's draw would be most of the FFN's element-wise work.
+    """
+    width = gate.shape[-1]
+    return torch.randint(-(2**31), 2**31, (gate.numel() // width + width,), dtype=torch.int32, device=gate.device)
+
+
+def coin_hash(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Hash the keys rows [..., 1] and columns [neurons], int32, to numbers that are uniform over the even int32 ones.
+
+    The arithmetic shift clears the sign bit; the second multiplier is doubled and moves the 31 bits that are left up.
+    """
+    bits = (rows ^ columns).mul_(0x2C1B3C6D)
+    bits ^= bits >> 15
+    return bits.mul_(2 * 0x297A2D39)
+
+
+def mean(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """The exact expectation of StochA over its draws, as dropout's inference rule is of dropout."""
+    base = BASE_FUNCTIONS[ffn.base](gate)
+    return _with_positive_side(gate, base, ffn.p * base + (1 - ffn.p) * F.relu(gate), ffn.positive)
+
+
+def _with_positive_side(gate: torch.Tensor, base: torch.Tensor, mixed: torch.Tensor, positive: str) -> torch.Tensor:
+    """`mixed` where gate < 0; elsewhere the base activation ("silu", S+), ReLU ("relu", R+) or `mixed` ("drawn")."""
+    return torch.where(gate < 0, mixed, {"silu": base, "relu": F.relu(gate), "drawn": mixed}[positive])
+
+
+def silu(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """SwiGLU's (Shazeer, arXiv 2002.05202): what Llama and Mistral were trained with."""
+    return F.silu(gate)
+
+
+def gelu_pytorch_tanh(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """GeGLU's (Shazeer, arXiv 2002.05202) with the tanh approximation: what Gemma was trained with."""
+    return F.gelu(gate, approximate="tanh")
+
+
+def relu(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """ReGLU's (Shazeer, arXiv 2002.05202); drelu's on the gate."""
+    return F.relu(gate)
+
+
+def relu2(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """Squared ReLU (ReLU^2 Wins, arXiv 2402.03804)."""
+    return F.relu(gate).square()
+
+
+def fatrelu(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """gate where gate > threshold, else 0 (ProSparse, arXiv 2402.13516)."""
+    return F.threshold(gate, ffn.threshold, 0.0)
+
+
+def shifted_relu(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """relu(gate - threshold) (ReLU Strikes Back, arXiv 2310.04564)."""
+    return F.relu(gate - ffn.threshold)
+
+
+def topk(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
+    """The k largest of relu(gate) of each token, the rest 0 (Lazy Neuron, arXiv 2210.06313)."""
+    largest = F.relu(gate).topk(ffn.k, dim=-1)
+    return torch.zeros_like(gate).scatter(-1, largest.indices, largest.values)
+
+
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "stocha": stocha,
+    "mean": mean,
+    "silu": silu,
+    "gelu_pytorch_tanh": gelu_pytorch_tanh,
+    "relu": relu,
+    "relu2": relu2,
+    "drelu": relu,
+    "fatrelu": fatrelu,
+    "shifted_relu": shifted_relu,
+    "topk": topk,
+}
+ON_UP = {"drelu": F.relu}  # what acts on the up projection too (TurboSparse, arXiv 2406.05955)
+BASE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    name: functools.partial(FUNCTIONS[name], ffn=None) for name in BASES
 }
 
 
-def _stocha(x: torch.Tensor, mask: torch.Tensor, base: str, positive: str) -> torch.Tensor:
-    """The base activation where the mask is set, else ReLU: 0 with S+, whose mask is set for all positive x."""
-    return _select(mask, BASES[base][0](x), None if positive == "silu" else F.relu(x))
+def hidden_vector(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP, act: Any = None) -> torch.Tensor:
+    """Return act(gate) * up, both [..., intermediate_size], under the activation that `ffn` runs now.
 
-
-def _select(mask: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
-    """`chosen`, changed in place, where the mask's bits are set, `other` (None: 0) where they are not."""
-    bits = chosen.view(mask.dtype)
-    if other is None:
-        bits &= mask
-    else:
-        bits ^= other.view(mask.dtype)
-        bits &= mask
-        bits ^= other.view(mask.dtype)
-    return chosen
-
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.language.extra import libdevice
-except ImportError:
-    triton = None
-
-if triton is not None:
-
-    @triton.jit
-    def _base(x, grad, BASE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The base activation of x and its gradient, rounded as in PyTorch's kernels."""
-        if BASE == "silu":
-            divisor = 1 + libdevice.exp(-x)
-            if x.dtype == tl.float64:
-                value, sigmoid = x / divisor, 1 / divisor
-            else:
-                value, sigmoid = tl.div_rn(x, divisor), tl.div_rn(1.0, divisor)
-            return value, grad * sigmoid * (1 + x * (1 - sigmoid))
-        else:
-            tanh = libdevice.tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x)))  # sqrt(2 / pi)
-            slope = 0.5 * x * (1 - tanh * tanh) * (0.7978845608028654 * (1 + 3 * 0.044715 * (x * x)))
-            return 0.5 * x * (1 + tanh), grad * (0.5 * (1 + tanh) + slope)
-
-    @triton.jit(do_not_specialize=["threshold"])
-    def _stocha_kernel(  # type: ignore[no-untyped-def]
-        gate_ptr, up_ptr, keys_ptr, out_ptr, grad_ptr, grad_up_ptr, width, threshold,
-        BASE: tl.constexpr, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """A block of one token: hidden into out or, given hidden's gradient, those of gate and up."""
-        row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside, offset = column < width, row.to(tl.int64) * width + column
-        gate, up = tl.load(gate_ptr + offset, inside), tl.load(up_ptr + offset, inside)
-        x = gate if gate.dtype == tl.float64 else gate.to(tl.float32)
-        bits = (tl.load(keys_ptr + row) ^ tl.load(keys_ptr + tl.num_programs(0) + column, inside)) * 0x2C1B3C6D
-        chosen = (bits ^ (bits >> 15)) * (2 * 0x297A2D39) < threshold
-        if POSITIVE == "silu":
-            chosen = chosen | ~(x < 0)
-        if POSITIVE == "relu":
-            chosen = chosen & (x < 0)
-        if grad_ptr is None:
-            value, _ = _base(x, x, BASE)
-        else:
-            grad = tl.load(grad_ptr + offset, inside).to(x.dtype)
-            inner = (grad * up.to(x.dtype)).to(gate.dtype).to(x.dtype)
-            value, grad_base = _base(x, inner, BASE)
-            tl.store(out_ptr + offset, tl.where(chosen, grad_base, tl.where(x > 0, inner, 0.0)), inside)
-        value = tl.where(chosen, value, tl.where(x < 0, 0.0, x)).to(gate.dtype).to(x.dtype)
-        if grad_ptr is None:
-            tl.store(out_ptr + offset, value * up.to(x.dtype), inside)
-        else:
-            tl.store(grad_up_ptr + offset, grad * value, inside)
-
-
-class TritonStocha(torch.autograd.Function):
-    """StochA in one Triton kernel a pass; keeps gate, up and the keys, from which backward hashes the coins again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, keys: torch.Tensor, p: float, base: str, positive: str
-    ) -> torch.Tensor:
-        ctx.save_for_backward(gate, up, keys)
-        ctx.rule = _threshold(p), base, positive
-        hidden = torch.empty_like(gate, dtype=torch.result_type(gate, up), memory_format=torch.contiguous_format)
-        TritonStocha.launch(gate, up, keys, hidden, None, None, *ctx.rule)
-        return hidden
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up, keys = ctx.saved_tensors
-        grad_gate, grad_up = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
-        TritonStocha.launch(gate, up, keys, grad_gate, grad.contiguous(), grad_up, *ctx.rule)
-        return grad_gate, grad_up, None, None, None, None
-
-    @staticmethod
-    def launch(gate: torch.Tensor, up: torch.Tensor, keys: torch.Tensor, *rest: Any) -> None:
-        width, block = gate.shape[-1], 512
-        grid = len(keys) - width, triton.cdiv(width, block)
-        with torch.cuda.device(gate.get_device()):  # Triton launches on the current one
-            _stocha_kernel[grid](gate.contiguous(), up.contiguous(), keys, *rest[:3], width, *rest[3:], block)
-
-
-# Sparse decode: a step of few tokens computes the gate, then reads only the active neurons' weights.
-
-FEW = 8  # tokens of a step that is sparse, at most: as many as the kernels take
-DEVICES = ("cpu", "cuda")  # that have kernels
-GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each time, which costs more than they save
-
-
-def decodes(x: torch.Tensor) -> bool:
-    """Whether x [..., size] is a decode step's: a few tokens of plain inference."""
-    return is_few(x) and infers(x)
-
-
-def is_few(x: torch.Tensor) -> bool:
-    """Whether x [..., size] has as few tokens as are worth a sparse step."""
-    return x.device.type in DEVICES and 0 < x.numel() <= FEW * x.shape[-1]
-
-
-def infers(x: torch.Tensor) -> bool:
-    """Whether x is a plain tensor of a type that the kernels know, with nothing recorded for a backward."""
-    return (
-        type(x) is torch.Tensor  # neither fake nor distributed
-        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.jit.is_tracing()
-    )
-
-
-def is_plain(linear: nn.Module, x: torch.Tensor, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a module is a `kind` of x's type and device and nothing else: no adapter, quantization, offloading or
-    hook, for which it must be called.
+    `act` computes act(gate) in the place of the function itself.
     """
-    weight = linear._parameters.get("weight")
-    return (
-        type(linear) is kind
-        and type(weight) is nn.Parameter
-        and weight.device == x.device
-        and weight.dtype == x.dtype
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and "forward" not in linear.__dict__
-    )
+    name = ffn.running
+    act = functools.partial(FUNCTIONS[name], ffn=ffn) if act is None else act
+    return act(gate) * (ON_UP[name](up) if name in ON_UP else up)
 
 
-def by_neuron(down: nn.Linear) -> torch.Tensor | None:
-    """The weight of down_proj as a contiguous [M, H]: a row a neuron.
+class RunningActivation(nn.Module):
+    """act_fn of a StochaMLP: the activation that it runs now, as a module, so that hooks see it and can change it."""
 
-    The first call lays the parameter out anew, in place: its shape, its state-dict key and the bytes it takes stay,
-    its strides become (1, H), until StochaMLP.train() undoes it. None where that was not done before and cannot be:
-    while compiling or recording a CUDA graph, and among processes, whose sharding may own the memory.
-    """
-    transposed = down.weight.t()
-    if not transposed.is_contiguous():
-        if (
-            torch.compiler.is_compiling()
-            or (transposed.is_cuda and torch.cuda.is_current_stream_capturing())
-            or (torch.distributed.is_available() and torch.distributed.is_initialized())
-        ):
-            return None
-        with torch.inference_mode(False):
-            old, down.weight.data = down.weight.data, transposed.detach().contiguous().t()
-        if runtime := _runtime():
-            runtime.release(old)
-        transposed = down.weight.t()
-    return transposed
+    def __init__(self, ffn: StochaMLP) -> None:
+        super().__init__()
+        self.ffn = (ffn,)  # in a tuple: the MLP is this module's parent and no child of it
+
+    def forward(self, gate: torch.Tensor) -> torch.Tensor:
+        return FUNCTIONS[self.ffn[0].running](gate, self.ffn[0])
 
 
 def _runtime() -> Any:
-    """stocha_hf.sparse.runtime if that package is installed, else None."""
-    try:
-        from stocha_hf.sparse import runtime
-    except ImportError:
+    """stocha_hf's runtime for this file's contract, or None: in silence where stocha_hf is not installed, else with
+    one warning that says why.
+    """
+    if importlib.util.find_spec("stocha_hf") is None:
         return None
-    return runtime
+    try:
+        from stocha_hf.decoding.runtime import for_contract
 
-
-# The patched feed-forward layer and the models.
+        return for_contract(CONTRACT)
+    except Exception as error:  # whatever another version raises
+        warnings.warn(
+            f"stocha_hf is installed but cannot speed up {__name__}, which computes in PyTorch instead: {error!r}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 class StochaMLP(nn.Module):
-    """A native gated MLP whose class was changed: same gate_proj, up_proj, down_proj; `act_fn` is the base activation.
+    """A native gated MLP whose class was changed: same gate_proj, up_proj, down_proj; `act_fn` is what it runs.
 
     Modes are attributes of each layer, so two models in one process never share them. `forced` overrules `activation`
-    and `inference`; the other attributes are those of StochaConfig.
+    and `inference`; the other attributes are those of StochaConfig. `decode_state` is the runtime's.
     """
 
+    contract = CONTRACT
+    runtime: Any = None  # stocha_hf's, of the class, so that models can be copied and pickled; set when one is patched
     state = (
         *("activation", "inference", "forced", "base", "p_tensor", "positive", "threshold", "k"),
-        *("native_class", "kernels", "coarse"),
+        *("native_class", "decode_state"),
     )
 
     gate_proj: nn.Module
@@ -550,57 +417,37 @@ class StochaMLP(nn.Module):
     threshold: float
     k: int
     native_class: type[nn.Module]
-    kernels: Any  # stocha_hf.sparse.runtime.KERNELS, or None
-    coarse: Any  # stocha_hf.sparse.coarse.CoarseGate, or None
+    decode_state: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of shape [..., hidden_size], any float dtype; returns the same shape and dtype."""
-        name = self.running
-        if not self.training and infers(x) and self.skips(x):
-            if is_few(x):
-                return self.decode(x, name)
-            if x.is_cuda and self.has_kernels(x):
-                by_neuron(self.down_proj)  # type: ignore[arg-type] # here, since a compiled step cannot
-        return self.down_proj(ACTIVATIONS[name].function(self.gate_proj(x), self.up_proj(x), self))
+        """Compute W_down(act(W_gate x) * (W_up x)).
 
-    def decode(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """forward for a decode step: all of the gate, then only the active neurons' rows of up and columns of down.
+        Args:
+            x: [..., hidden_size], any float dtype.
 
-        By stocha_hf's kernels where they are; else in PyTorch's operations, which on a CPU gather faster than they
-        read all rows for one token and if less than a third is active.
+        Returns:
+            A tensor of x's shape and dtype.
         """
-        linears: list[Any] = [self._modules[key] for key in ("gate_proj", "up_proj", "down_proj")]
-        gate, up, down = linears
-        function, cut = ACTIVATIONS[name].function, ACTIVATIONS[name].cut(self)  # type: ignore[misc]
-        if self.has_kernels(x):
-            if (down_t := by_neuron(down)) is not None:
-                return self.kernels.ffn(x, gate.weight, up.weight, down_t, name, cut, self.coarse)
-        elif x.is_cpu and x.numel() == x.shape[-1] and not torch.compiler.is_compiling():
-            gates = gate(x)
-            active = (~(gates <= cut)).flatten().nonzero().squeeze(1)  # NaN is active
-            few = len(active) <= min(gates.shape[-1] // 3, GATHERED // (x.numel() * x.element_size()))
-            if few and (down_t := by_neuron(down)) is not None:
-                up_rows = up.weight.index_select(0, active)
-                hidden = function(gates.index_select(-1, active), F.linear(x, up_rows), self)
-                return hidden @ down_t.index_select(0, active)
-            return down(function(gates, up(x), self))
-        return down(function(gate(x), up(x), self))
+        if self.runtime is not None and not self.training:
+            found = self.runtime.ffn(self, x)  # None where this is no step that can skip neurons
+            if found is not None:
+                return found
+        return self.down_proj(self.hidden(self.gate_proj(x), self.up_proj(x)))
+
+    def hidden(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return the hidden vector, act(gate) * up, of gate and up [..., intermediate_size]."""
+        if is_called(self.act_fn):
+            return hidden_vector(gate, up, self, self.act_fn)
+        if self.running == "stocha" and self.runtime is not None and not torch.compiler.is_compiling():
+            found = self.runtime.stocha(gate, up, self.p, self.base, self.positive)
+            if found is not None:
+                return found
+        return hidden_vector(gate, up, self)
 
     @property
     def running(self) -> str:
         """The name of the activation that a forward now runs."""
         return self.forced or (self.activation if self.training else self.inference)
-
-    def has_kernels(self, x: torch.Tensor) -> bool:
-        """Whether stocha_hf's kernels are there for x's device; a compiler always finds them, as an operator."""
-        return self.kernels is not None and (torch.compiler.is_compiling() or self.kernels.available(x.device.type))
-
-    def skips(self, x: torch.Tensor) -> bool:
-        """Whether inactive neurons can be skipped: the activation makes zeros, and the matrices are plain."""
-        linears: list[Any] = [self._modules[key] for key in ("gate_proj", "up_proj", "down_proj")]
-        return ACTIVATIONS[self.running].cut is not None and all(
-            is_plain(linear, x) and linear._parameters["bias"] is None for linear in linears
-        )
 
     @property
     def p(self) -> Any:
@@ -613,17 +460,28 @@ class StochaMLP(nn.Module):
     def p(self, value: Any) -> None:
         # A new tensor: a backward that is still to come may need the old one. The device is named because models are
         # built on the meta device; no buffer, so that state dicts, casts and broadcasts leave it alone.
-        self.p_tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
+        with torch.inference_mode(False):
+            self.p_tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     def train(self, mode: bool = True) -> StochaMLP:
         # Liger rebinds `forward` of the instance, which would bypass the activation in silence; every trainer calls
         # train().
         _refuse_liger(self.__dict__.get("forward"))
-        down: Any = self.down_proj
-        if mode and type(down) is nn.Linear and not down.weight.is_contiguous():
-            with torch.inference_mode(False):  # undoes by_neuron, since optimizers want their states' layout
-                down.weight.data = down.weight.data.contiguous()
+        if mode:  # its copies of weights would be old after a step of training
+            self.decode_state = None
         return super().train(mode)
+
+
+def is_called(module: nn.Module) -> bool:
+    """Return whether something hangs on a module's call, so that it must be made: a hook, or another forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def _refuse_liger(thing: object) -> None:
@@ -639,7 +497,7 @@ def _is_native(module: nn.Module, *names: str) -> bool:
 
 
 def _native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Module]:
-    """The model's gated MLPs in layer order, after checking that there is one per layer."""
+    """The model's gated MLPs in layer order, after checking that there is one per layer and that patching will do."""
     for module in model.modules():
         _refuse_liger(type(module))
         _refuse_liger(module.__dict__.get("forward"))
@@ -650,19 +508,31 @@ def _native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Mo
         len(mlps),
         f"{config.num_hidden_layers} {row.mlp}",
     )
+    for mlp in mlps:
+        replaced = "forward" in mlp.__dict__ and "_old_forward" not in mlp.__dict__  # not by accelerate's hooks
+        _require(not replaced, "an MLP's forward", mlp.__dict__.get("forward"), "the native one, which can be patched")
     return mlps
 
 
 def patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:
-    thresholds = config.threshold if isinstance(config.threshold, list) else [config.threshold] * len(mlps)
-    _require(len(thresholds) == len(mlps), "threshold", config.threshold, f"one number, or {len(mlps)}: one per layer")
-    kernels = runtime.KERNELS if (runtime := _runtime()) else None
+    """Turn native MLPs, in layer order, into StochaMLPs under a resolved config."""
+    width = getattr(getattr(mlps[0], "gate_proj", None), "out_features", None) if mlps else None
+    thresholds = config.thresholds(len(mlps), width)
+    StochaMLP.runtime = StochaMLP.runtime or _runtime()
     for mlp, threshold in zip(mlps, thresholds, strict=True):
         state = {key: getattr(config, key, None) for key in StochaMLP.state}
-        mlp.__dict__.update(state | {"native_class": type(mlp), "threshold": threshold, "kernels": kernels})
-        mlp.act_fn = ACT2FN[config.base]
-        mlp.__class__ = StochaMLP
+        mlp.__dict__.update(state | {"native_class": type(mlp), "threshold": threshold})
+        mlp.act_fn = RunningActivation(mlp)  # type: ignore[arg-type]
+        mlp.act_fn.train(mlp.training)
+        _become(mlp, StochaMLP)
         mlp.p = config.p  # type: ignore[assignment]
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change a module's class, also under accelerate's hooks, which keep the bound forward that they wrap."""
+    module.__class__ = kind
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
 
 
 def stocha_mlps(model: nn.Module) -> list[StochaMLP]:
@@ -682,11 +552,18 @@ def _checked_mlps(model: nn.Module, activation: str, p: float | None) -> list[St
 
 
 def set_activation(model: nn.Module, activation: str, p: float | None = None) -> None:
-    """What a model runs in train() mode from now on, for a schedule: the lasting counterpart of stocha_mode.
+    """Set what a model runs in train() mode from now on, for a schedule: the lasting counterpart of stocha_mode.
 
-    Also for a model inside wrappers (DDP, FSDP, peft, torch.compile). May be called at every step: a p that changes
-    does not recompile a compiled model, another activation does once. Everything is checked before anything changes;
-    raises ValueError as stocha_mode does.
+    Works inside wrappers too (DDP, FSDP, peft, torch.compile). It may be called at every step: a p that changes does
+    not recompile a compiled model, another activation does once. Everything is checked before anything changes.
+
+    Args:
+        model: A patched model.
+        activation: A key of ACTIVATIONS.
+        p: Probability of the base activation, 0 to 1; None keeps it.
+
+    Raises:
+        ValueError: For an unknown activation, a p outside [0, 1] or a model without patched MLPs.
     """
     for mlp in _checked_mlps(model, activation, p):
         if mlp.activation != activation:
@@ -697,9 +574,15 @@ def set_activation(model: nn.Module, activation: str, p: float | None = None) ->
 
 @contextmanager
 def stocha_mode(model: nn.Module, name: str, p: float | None = None) -> Iterator[nn.Module]:
-    """Force one activation of the table in train() and eval() alike, optionally with another p; restored on exit.
+    """Force one activation in train() and eval() alike, optionally with another p; restored on exit.
 
-    Raises ValueError for an unknown name, a p outside [0, 1] or a model without patched MLPs.
+    Args:
+        model: A patched model.
+        name: A key of ACTIVATIONS.
+        p: Probability of the base activation, 0 to 1; None keeps it.
+
+    Raises:
+        ValueError: For an unknown name, a p outside [0, 1] or a model without patched MLPs.
     """
     mlps = _checked_mlps(model, name, p)
     before = [(mlp.forced, mlp.p) for mlp in mlps]
@@ -715,8 +598,18 @@ def stocha_mode(model: nn.Module, name: str, p: float | None = None) -> Iterator
 def patch(model: nn.Module, config: StochaConfig) -> int:
     """Turn a native model (or the one inside a wrapper such as peft's) into its stocha class, in place.
 
-    Returns the number of patched MLPs. Everything is checked before anything changes; raises ValueError for a model of
-    no known architecture, one that is patched already, one with Liger applied, or a base that is not the model's own.
+    Everything is checked before anything changes.
+
+    Args:
+        model: A transformers model of a type in ARCHITECTURES.
+        config: What it is to run.
+
+    Returns:
+        The number of patched MLPs.
+
+    Raises:
+        ValueError: For a model of no known architecture, one that is patched already, one with Liger applied or an
+            MLP whose forward was replaced, or a base that is not the model's own.
     """
     _require(not stocha_mlps(model), "the model", "already patched", "a native model: call stocha_hf.unpatch first")
     by_name = {name: row for row in ARCHITECTURES.values() for name in (row.causal_lm, row.model)}
@@ -728,26 +621,35 @@ def patch(model: nn.Module, config: StochaConfig) -> int:
     converted = getattr(hf_config, "stocha", None)
     config = config.resolve(converted["base"] if converted else getattr(hf_config, row.act_key))
     patch_mlps(_native_mlps(native, row, hf_config), config)
-    native.__class__ = globals()[f"Stocha{type(native).__name__}"]
-    if runtime := _runtime():
-        runtime.install(native)
+    _become(native, globals()[f"Stocha{type(native).__name__}"])
     hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map
     setattr(hf_config, row.act_key, config.native_act)
     return len(stocha_mlps(native))
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give a patched model its native classes and its base activation back, in place; returns the number of MLPs."""
+    """Give a patched model its native classes and its base activation back, in place.
+
+    Args:
+        model: A patched model, or a wrapper with one inside.
+
+    Returns:
+        The number of MLPs.
+
+    Raises:
+        ValueError: For a model without patched MLPs.
+    """
     mlps = stocha_mlps(model)
     _require(bool(mlps), "the model", type(model).__name__, "a patched model")
-    for module in model.modules():
-        if native_class := getattr(module, "native_class", None):  # MLPs, and what stocha_hf's kernels replaced
-            module.__class__ = native_class
     for mlp in mlps:
+        mlp.act_fn = ACT2FN[mlp.base]
+        mlp.act_fn.train(mlp.training)
+        _become(mlp, mlp.native_class)
         for key in StochaMLP.state:
             del mlp.__dict__[key]
     patched = next(module for module in model.modules() if hasattr(type(module), "stocha_mode"))
-    patched.__class__ = next(cls for cls in type(patched).__mro__ if f"Stocha{cls.__name__}" == type(patched).__name__)
+    native = next(cls for cls in type(patched).__mro__ if f"Stocha{cls.__name__}" == type(patched).__name__)
+    _become(patched, native)
     hf_config: Any = patched.config
     setattr(hf_config, ARCHITECTURES[hf_config.model_type].act_key, hf_config.stocha["base"])
     del hf_config.stocha, hf_config.auto_map
@@ -758,6 +660,7 @@ class StochaModel:
     """Mixin before a native class: patches the MLPs after construction and saves a checkpoint that loads by itself."""
 
     config: Any
+    training: bool
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -766,11 +669,22 @@ class StochaModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         entry = getattr(config, "stocha", None)
         _require(entry is not None, "the config's stocha entry", None, "one: run stocha-convert on the model first")
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         row = ARCHITECTURES[config.model_type]
-        patch_mlps(_native_mlps(self, row, config), StochaConfig.from_dict(entry))  # type: ignore[arg-type]
-        if runtime := _runtime():
-            runtime.install(self)
+        stocha_config = StochaConfig.from_dict(entry).resolve(row.act)
+        stocha_config.thresholds(config.num_hidden_layers, config.intermediate_size)  # before any weight is made
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        patch_mlps(_native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runtime = StochaMLP.runtime
+        plain = runtime is None or self.training or torch.compiler.is_compiling()
+        with nullcontext() if plain else runtime.step(self, args, kwargs):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def get_memory_footprint(self, *args: Any, **kwargs: Any) -> int:
+        """The bytes of parameters and buffers, and of what decode steps hold beside them."""
+        held = 0 if StochaMLP.runtime is None else StochaMLP.runtime.held_bytes(self)
+        return super().get_memory_footprint(*args, **kwargs) + held  # type: ignore[misc]
 
     def stocha_mode(self, name: str, p: float | None = None) -> Any:
         """`with model.stocha_mode("relu"): ...`; see the function of the same name."""
@@ -780,6 +694,9 @@ class StochaModel:
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """As the native one; the folder gets this file, and its config names it and the native architecture."""
+        mlps = stocha_mlps(self)  # type: ignore[arg-type]
+        if isinstance(self.config.stocha["threshold"], list):  # of the layers that there are: some may be cut out
+            self.config.stocha = self.config.stocha | {"threshold": [mlp.threshold for mlp in mlps]}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         # The native method wrote our class name, which tools without remote code do not know.
         self.config.architectures = [name.removeprefix("Stocha") for name in self.config.architectures]
@@ -792,7 +709,7 @@ class StochaModel:
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)  # type: ignore
 
 
-class StochaLlamaForCausalLM(StochaModel, LlamaForCausalLM):
+class StochaLlamaForCausalLM(StochaModel, LlamaForCausalLM, GenerationMixin):
     """LlamaForCausalLM with stocha MLPs."""
 
 
@@ -800,7 +717,7 @@ class StochaLlamaModel(StochaModel, LlamaModel):
     """LlamaModel with stocha MLPs."""
 
 
-class StochaMistralForCausalLM(StochaModel, MistralForCausalLM):
+class StochaMistralForCausalLM(StochaModel, MistralForCausalLM, GenerationMixin):
     """MistralForCausalLM with stocha MLPs."""
 
 
@@ -808,7 +725,7 @@ class StochaMistralModel(StochaModel, MistralModel):
     """MistralModel with stocha MLPs."""
 
 
-class StochaQwen2ForCausalLM(StochaModel, Qwen2ForCausalLM):
+class StochaQwen2ForCausalLM(StochaModel, Qwen2ForCausalLM, GenerationMixin):
     """Qwen2ForCausalLM with stocha MLPs."""
 
 
@@ -816,7 +733,7 @@ class StochaQwen2Model(StochaModel, Qwen2Model):
     """Qwen2Model with stocha MLPs."""
 
 
-class StochaQwen3ForCausalLM(StochaModel, Qwen3ForCausalLM):
+class StochaQwen3ForCausalLM(StochaModel, Qwen3ForCausalLM, GenerationMixin):
     """Qwen3ForCausalLM with stocha MLPs."""
 
 
@@ -824,7 +741,7 @@ class StochaQwen3Model(StochaModel, Qwen3Model):
     """Qwen3Model with stocha MLPs."""
 
 
-class StochaGemma2ForCausalLM(StochaModel, Gemma2ForCausalLM):
+class StochaGemma2ForCausalLM(StochaModel, Gemma2ForCausalLM, GenerationMixin):
     """Gemma2ForCausalLM with stocha MLPs."""
 
 
@@ -832,7 +749,7 @@ class StochaGemma2Model(StochaModel, Gemma2Model):
     """Gemma2Model with stocha MLPs."""
 
 
-class StochaGemma3ForCausalLM(StochaModel, Gemma3ForCausalLM):
+class StochaGemma3ForCausalLM(StochaModel, Gemma3ForCausalLM, GenerationMixin):
     """Gemma3ForCausalLM with stocha MLPs."""
 
 
@@ -840,8 +757,8 @@ class StochaGemma3TextModel(StochaModel, Gemma3TextModel):
     """Gemma3TextModel with stocha MLPs."""
 
 
-# transformers' own list of causal models by class name: without these, pipeline() prints a page of "not supported" and
-# Trainer's label smoothing does not shift the labels.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(
-    {f"stocha_{model_type}": f"Stocha{row.causal_lm}" for model_type, row in ARCHITECTURES.items()}
-)
+# transformers' own lists of models by class name: without these, pipeline() prints a page of "not supported",
+# Trainer's label smoothing does not shift the labels, and a base model counts as one with a loss.
+for model_type, row in ARCHITECTURES.items():
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"stocha_{model_type}"] = f"Stocha{row.causal_lm}"
+    MODEL_MAPPING_NAMES[f"stocha_{model_type}"] = f"Stocha{row.model}"

@@ -11,10 +11,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from helpers import tiny_model
 from torch import nn
 
-from stocha_hf.modeling_stocha import ACTIVATIONS, POSITIVE_SIDES, StochaConfig, patch, stocha_mlps
+from stocha_hf.modeling_stocha import (
+    ACTIVATIONS,
+    FUNCTIONS,
+    POSITIVE_SIDES,
+    StochaConfig,
+    hidden_vector,
+    patch,
+    stocha_mlps,
+)
 
 SIZE = (64, 2048)
 
@@ -24,12 +32,14 @@ class Ffn(nn.Module):
 
     def __init__(self, p: float = 0.3, positive: str = "silu", threshold: float = 0.0, k: int = 1) -> None:
         super().__init__()
-        self.act_fn, self.base = F.silu, "silu"
+        self.base = "silu"
         self.p, self.positive, self.threshold, self.k = p, positive, threshold, k
 
 
 def run(name: str, gate: torch.Tensor, up: torch.Tensor | None = None, **state: object) -> torch.Tensor:
-    return ACTIVATIONS[name].function(gate, torch.ones_like(gate) if up is None else up, Ffn(**state))  # type: ignore
+    ffn = Ffn(**state)  # type: ignore
+    ffn.running = name
+    return hidden_vector(gate, torch.ones_like(gate) if up is None else up, ffn)  # type: ignore
 
 
 @pytest.fixture
@@ -163,7 +173,7 @@ def test_definitions_of_the_other_rows(gate):
     kept = run("topk", gate, k=100) != 0
     assert torch.all(kept.sum(-1) == 100)
     assert torch.all(torch.where(kept, gate, math.inf).amin(-1) >= torch.where(kept, -math.inf, gate).amax(-1))
-    assert set(expected) | {"topk", "stocha", "mean"} == set(ACTIVATIONS)
+    assert set(expected) | {"topk", "stocha", "mean"} == set(ACTIVATIONS) == set(FUNCTIONS)
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,17 @@ belong together are refused with nothing written.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, run_command
+from helpers import assert_refused, run_command, run_python
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stocha_hf.average import average
-from stocha_hf.convert import convert
+from stocha_hf.conversion.averaging import average
+from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
@@ -116,11 +117,68 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(checkpo
     assert not out.exists() and not list(tmp_path.glob(".*partial*"))
 
 
+@pytest.mark.parametrize(
+    "shares", [[1e308, 1e308], [5e-324, 1e308], [True, 1], [10**400, 1], ["1", 1], [], [float("inf"), 1]]
+)
+def test_shares_without_a_finite_positive_sum_are_refused(runs, tmp_path, shares):
+    with pytest.raises(StochaError, match="expected 2 positive numbers, one per checkpoint, with a finite sum"):
+        average(runs[:2], tmp_path / "mean", shares=shares)
+    assert not (tmp_path / "mean").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(runs, tmp_path):
+    path = max(runs[1].glob("*.safetensors"))
+    weights = load_file(path)
+    name = min(weights)
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(StochaError, match=f"the mean of {name} is not finite"):
+        average(runs[:2], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("threshold", ["x", 10**400, [0.1], [0.1, 0.2, 0.3], [0.1, None], {"a": 1}])
+def test_thresholds_that_no_model_has_are_refused(runs, tmp_path, threshold):
+    config = json.loads((runs[1] / "config.json").read_text())
+    config["stocha"]["threshold"] = threshold
+    (runs[1] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StochaError, match="threshold"):
+        average(runs[:2], tmp_path / "mean")
+
+
+KILLED = """
+import os, signal, sys
+from stocha_hf.checkpoints import tensors
+from stocha_hf.conversion.averaging import average
+overwrite, left = tensors.Tensors.overwrite, [int(sys.argv[1])]
+
+def until_killed(*args):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    overwrite(*args)
+
+tensors.Tensors.overwrite = until_killed
+average(sys.argv[2:4], sys.argv[4], overwrite=True)
+"""
+
+
+def test_a_kill_leaves_no_output_or_the_old_one_and_the_next_run_sweeps(runs, tmp_path):
+    out = tmp_path / "mean"
+    assert run_python(KILLED, 3, *runs[:2], out).returncode == -signal.SIGKILL
+    assert not out.exists() and len(list(tmp_path.glob(".mean.partial-*"))) == 1
+    average(runs[:2], out)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert not list(tmp_path.glob(".*"))
+    assert run_python(KILLED, 5, *runs[1:], out).returncode == -signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
 def test_a_failure_midway_leaves_nothing(runs, tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stocha_hf.tensors.Tensors.overwrite", full)
+    monkeypatch.setattr("stocha_hf.checkpoints.tensors.Tensors.overwrite", full)
     with pytest.raises(StochaError, match="No space left"):
         average(runs[:2], tmp_path / "mean")
     assert not (tmp_path / "mean").exists() and not list(tmp_path.glob(".*partial*"))

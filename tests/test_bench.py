@@ -1,4 +1,4 @@
-"""stocha-bench: its records' keys and what it refuses; the speeds themselves are no matter of a test."""
+"""stocha-bench: its records' keys; the speeds themselves are no matter of a test."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, tiny_model
+from helpers import call_command, tiny_model
 
-from stocha_hf import bench, bench_ffn, bench_models
+from stocha_hf.measurement import speed, speed_ffn, speed_models
 from stocha_hf.modeling_stocha import StochaConfig, patch
 
 KEYS = {"shape", "dtype", "sparsity", "dense_ms", "sparse_ms", "speedup", "achieved_gbps"}
 
 
+@pytest.mark.slow
 def test_an_ffn_record_has_the_keys_and_the_forced_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ffn, "BYTES", 2**16)
-    monkeypatch.setattr(bench, "READ", 2**20)
-    records = list(bench_ffn.ffn_records((32, 200), torch.float32, tokens=[1, 3], sparsities=[0.0, 0.9], rounds=2))
+    monkeypatch.setattr(speed_ffn, "BYTES", 2**16)
+    monkeypatch.setattr(speed, "READ", 2**20)
+    records = list(speed_ffn.ffn_records((32, 200), torch.float32, tokens=[1, 3], sparsities=[0.0, 0.9], rounds=2))
     assert [(record["tokens"], record["sparsity"]) for record in records] == [(1, 0.0), (1, 0.9), (3, 0.0), (3, 0.9)]
     assert all(record.keys() >= KEYS for record in records)
     assert [records[0]["active"], records[2]["active"]] == [1.0, 1.0]
@@ -29,51 +30,27 @@ def test_forcing_zeros_on_a_model() -> None:
     model = tiny_model()
     patch(model, StochaConfig(activation="relu"))
     tokens = torch.randint(64, (1, 40))
-    bench_models.force_sparsity(model, 0.9, tokens)
-    record = bench_models.decode_record("tiny", tiny_model(), model, tokens[:, :8], new=4, rounds=1)
-    assert record["model"] == "tiny" and record["sparsity"] > 0.6 and record["dense_ms"] > 0
+    speed_models.force_sparsity(model, 0.9, tokens)
+    record = speed_models.compare_decoding("tiny", tiny_model(), model, tokens[:, :8], new=4, rounds=1)
+    assert record.model == "tiny" and record.sparsity > 0.6 and record.dense_ms > 0
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_is_measured_against_its_native_class(tmp_path: Path) -> None:
     model = tiny_model()
     patch(model, StochaConfig(activation="relu"))
     model.save_pretrained(tmp_path / "relu")
-    done = run_command(
+    done = call_command(
         "stocha-bench", tmp_path / "relu", "--prompt", 4, "--new", 3, "--dtype", "float32", "--recall", 0.99, "--json"
     )
     record = json.loads(done.stdout)[0]
     assert record.keys() >= KEYS - {"shape"} and 0.2 < record["sparsity"] < 0.8
 
 
-def test_a_plot_is_written(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_plot_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_ffn, "BYTES", 2**14)
     plot = tmp_path / "speed.png"
-    done = run_command("stocha-bench", "--shape", "8,16", "--sparsity", 0, 0.5, "--plot", plot)
+    done = call_command("stocha-bench", "--shape", "8,16", "--sparsity", 0, 0.5, "--plot", plot)
     assert done.returncode == 0 and done.stdout.count("FFN 8x16") == 2, done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], ["nothing to measure", "--shape"]),
-        (["--shape", "2048"], ["2048", "hidden_size"]),
-        (["--shape", "8,16", "--sparsity", "1.5"], ["1.5", "below 1"]),
-        (["--shape", "8,16", "--tokens", "9"], ["9", "1 to 8"]),
-        (["--random", "1b", "--recall", "0.2"], ["0.2", "above 0.5"]),
-        (["--shape", "8,16", "--dtype", "int8"], ["int8", "bfloat16"]),
-        (["--random", "7b"], ["7b", "1b or 3b"]),
-        (["--shape", "8,16", "--sparsity", "0", "--plot", "x.nonsense"], ["x.nonsense", "plot.png"]),
-    ],
-)
-def test_refusals(arguments: list[str], words: list[str]) -> None:
-    done = run_command("stocha-bench", *arguments)
-    assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
-
-
-def test_a_model_that_skips_nothing_is_refused(tmp_path: Path) -> None:
-    model = tiny_model()
-    patch(model, StochaConfig())
-    model.save_pretrained(tmp_path / "silu")
-    assert_refused(
-        run_command("stocha-bench", tmp_path / "silu", "--dtype", "float32"), "silu", "expected a model converted with"
-    )

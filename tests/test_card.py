@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,43 +11,20 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import assert_refused, run_command
+from helpers import assert_refused, call_command
+from helpers.measured_files import bench, evaluation, generation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
-from stocha_hf.convert import convert
+from stocha_hf.checkpoints.hashing import weights_hash
+from stocha_hf.checkpoints.metadata import source_metadata
+from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
-from stocha_hf.provenance import circumstances
-from stocha_hf.report import check_card, model_card, source_metadata
-from stocha_hf.weights_hash import weights_hash
-
-
-def evaluation(folder: Path, **changes: Any) -> dict[str, Any]:
-    """What stocha-eval prints, with figures that stand nowhere else."""
-    shares = {"mean": 0.8125, "per_layer": [0.75, 0.875]}
-    found = {
-        "model": str(folder), "weights": weights_hash(folder), "revision": None, "data": "texts/val.txt", "length": 32,
-        "dtype": "float32", "perplexity": 17.375, "tokens": 4096, "activation": "relu", "sparsity": shares,
-        "never_active": shares | {"mean": 0.0625}, "reuse": shares | {"mean": 0.4375},
-        "aggregated_sparsity": {"tokens": [1, 2], "mean": [0.8, 0.7], "independent": [0.8, 0.6], "per_layer": []},
-    }  # fmt: skip
-    return found | circumstances() | changes
-
-
-def bench(folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    record = {
-        "model": str(folder), "weights": weights_hash(folder), "dtype": "bfloat16", "batch": 1, "prompt": 64,
-        "new_tokens": 64, "dense_ms": 40.0, "sparse_ms": 12.5, "speedup": 3.25, "read_gbps": 33.0,
-    }  # fmt: skip
-    return [record | circumstances() | changes]
-
-
-def generation(folder: Path) -> dict[str, Any]:
-    runs = [
-        {"decoding": "stocha", "p": 0.5, "log_likelihood": -1.375, "distinct_2": 0.625, "self_bleu": 31.5},
-        {"decoding": "greedy", "log_likelihood": -0.875, "distinct_2": 0.125, "self_bleu": 100.0},
-    ]
-    told = {"weights": weights_hash(folder), "samples": 4, "new": 8, "dtype": "float32", "prompts": ["a", "b"]}
-    return told | circumstances() | {"runs": runs}
+from stocha_hf.measurement import figures
+from stocha_hf.publishing.card import check_card, model_card, write_card
+from stocha_hf.publishing.markdown import code, fence, text
 
 
 @pytest.fixture
@@ -68,7 +46,7 @@ def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> 
     more = ["--bench", saved(tmp_path / "b.json", bench(converted))]
     more += ["--generation", saved(tmp_path / "g.json", generation(converted))]
     old = (converted / "README.md").read_text()
-    done = run_command("stocha-card", converted, files[0], "--row", f"swapped={files[1]}", *more, "--json")
+    done = call_command("stocha-card", converted, files[0], "--row", f"swapped={files[1]}", *more, "--json")
     assert done.returncode == 0, done.stderr
     card = (converted / "README.md").read_text()
     assert "| before: org/source | silu | 12.50 | 81.2% | 25.0 tokens/s |" in card
@@ -87,7 +65,7 @@ def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> 
 def test_metadata_holds_the_results_and_keeps_the_licence(converted: Path, tmp_path: Path) -> None:
     path = saved(tmp_path / "eval.json", evaluation(converted))
     for _ in range(2):  # a card is also written over a measured one
-        assert run_command("stocha-card", converted, path).returncode == 0
+        assert call_command("stocha-card", converted, path).returncode == 0
     metadata = yaml.safe_load((converted / "README.md").read_text().split("---\n")[1])
     assert metadata["license"] == "apache-2.0" and metadata["stocha_weights"] == weights_hash(converted)
     (index,) = metadata["model-index"]
@@ -96,23 +74,24 @@ def test_metadata_holds_the_results_and_keeps_the_licence(converted: Path, tmp_p
     assert source_metadata(converted)["license"] == "apache-2.0"
 
 
+@pytest.mark.slow
 def test_a_measured_checkpoint_end_to_end(converted: Path, tmp_path: Path) -> None:
     """The verbs' own output is what stocha-card reads."""
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{4 + i * i % 60}" for i in range(200)))
+    data = tmp_path / "text.txt"
+    data.write_text(" ".join(f"w{4 + i * i % 60}" for i in range(200)))
     quick = ["--dtype", "float32", "--json"]
     outputs = [
-        run_command(
-            "stocha-eval", converted, "--data", text, "--length", 16, "--baseline", tmp_path / "source", *quick
+        call_command(
+            "stocha-eval", converted, "--data", data, "--length", 16, "--baseline", tmp_path / "source", *quick
         ),
-        run_command("stocha-bench", converted, "--prompt", 4, "--new", 3, *quick),
-        run_command("stocha-generate", converted, "--prompt", "w5 w6", "--samples", 2, "--new", 4, *quick),
+        call_command("stocha-bench", converted, "--prompt", 4, "--new", 3, *quick),
+        call_command("stocha-generate", converted, "--prompt", "w5 w6", "--samples", 2, "--new", 4, *quick),
     ]
     paths = [tmp_path / f"{name}.json" for name in ("eval", "bench", "generate")]
     for path, done in zip(paths, outputs, strict=True):
         assert done.returncode == 0, done.stderr
         path.write_text(done.stdout)
-    done = run_command("stocha-card", converted, paths[0], "--bench", paths[1], "--generation", paths[2])
+    done = call_command("stocha-card", converted, paths[0], "--bench", paths[1], "--generation", paths[2])
     assert done.returncode == 0, done.stderr
     assert f"{json.loads(outputs[0].stdout)['perplexity']:.2f}" in (converted / "README.md").read_text()
 
@@ -133,44 +112,105 @@ def test_the_card_says_what_was_done_to_the_weights(converted: Path) -> None:
 
 def test_figures_of_other_weights_are_refused(converted: Path, tmp_path: Path) -> None:
     path = saved(tmp_path / "eval.json", evaluation(converted))
-    assert run_command("stocha-card", converted, path).returncode == 0
+    assert call_command("stocha-card", converted, path).returncode == 0
     weights = load_file(converted / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, converted / "model.safetensors", {"format": "pt"})
     with pytest.raises(StochaError, match=r"README\.md was measured on weights"):
         check_card(converted)
     card = (converted / "README.md").read_text()
-    assert_refused(run_command("stocha-card", converted, path), "eval.json", "measured on weights", "stocha-card")
+    assert_refused(call_command("stocha-card", converted, path), "eval.json", "measured on weights", "stocha-card")
     assert (converted / "README.md").read_text() == card
-    assert_refused(run_command("stocha-publish", converted, "user/model"), "README.md", "measured on weights")
+    assert_refused(call_command("stocha-publish", converted, "user/model"), "README.md", "measured on weights")
     (converted / "README.md").unlink()  # the measurements alone are refused as well
-    assert_refused(run_command("stocha-publish", converted, "user/model"), "evaluation.json", "measured on weights")
+    assert_refused(call_command("stocha-publish", converted, "user/model"), "evaluation.json", "measured on weights")
     shutil.rmtree(converted / "measurements")
     check_card(converted)
 
 
+NASTY = "x\n\n<img src=x onerror=alert(1)>\n# Injected\n| a | b |\n```\n````\n[a](http://b) `c` *d* <!-- e"
+
+
+def nasty_card(nasty: str, converted: Path, tmp_path: Path) -> str:
+    """A card in which everything that others write is `nasty`."""
+    path = converted / "config.json"
+    config = json.loads(path.read_text())
+    config["stocha"] |= {
+        "history": [{"method": "refit", "tokens": 5, "data": nasty}],
+    }
+    before = evaluation(converted, model=nasty, activation=nasty)
+    more = {"data": nasty, "dtype": nasty, "command": nasty, "hardware": nasty}
+    own = evaluation(converted, baseline=before, kl=0.2, top1_agreement=0.5, **more)
+    generated = generation(converted) | {"command": nasty, "dtype": nasty}
+    files = {
+        "evaluation": saved(tmp_path / "e.json", own),
+        "bench": saved(tmp_path / "b.json", bench(converted, command=nasty, hardware=nasty, dtype=nasty)),
+        "generation": saved(tmp_path / "g.json", generated),
+    }
+    inherited = {"license": nasty, "license_name": nasty, "language": ["en", nasty], "pipeline_tag": nasty}
+    rows = {nasty: files["evaluation"]}
+    return write_card(converted, config=config, metadata=inherited, rows=rows, **files).read_text()
+
+
+def test_what_others_wrote_stays_text_and_in_its_place(converted: Path, tmp_path: Path) -> None:
+    parsed = {}
+    for name in ("plain", NASTY):
+        card = nasty_card(name, converted, tmp_path)
+        _, metadata, body = card.split("---\n", 2)
+        tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
+        kinds = [(token.type, token.tag) for token in tokens]
+        inner = {child.type for token in tokens for child in token.children or []}
+        headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
+        parsed[name] = (kinds, inner, headings, yaml.safe_load(metadata).keys())
+        assert "html_inline" not in inner and "html_block" not in dict(kinds)
+    assert parsed["plain"][:2] == parsed[NASTY][:2] and len(parsed["plain"][0]) > 100
+    assert parsed["plain"][2] == parsed[NASTY][2] and len(parsed["plain"][2]) == 7
+    assert parsed["plain"][3] - parsed[NASTY][3] == {"license", "license_name"}  # what is no plain line is left out
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("eval.json", {"loss": 1}, ["eval.json has no perplexity", "stocha-eval --json"]),
-        ("eval.json", "no JSON", ["eval.json has no perplexity"]),
-        ("bench.json", [{"shape": [8, 8]}], ["bench.json has no dense_ms", "stocha-bench FOLDER --json"]),
-        ("row.json", {"length": 64}, ["the row 'swapped' has length 64", "32", "same options"]),
-    ],
+    "changes", [{"source": {"id": NASTY}}, {"source": {"id": "a/b", "revision": NASTY}}, {"stocha_version": NASTY}]
 )
-def test_other_files_are_refused(converted: Path, tmp_path: Path, name: str, content: Any, words: list[str]) -> None:
-    own = evaluation(converted)
-    files = {"eval.json": own, "bench.json": bench(converted), "row.json": own}
-    files[name] = own | content if name == "row.json" else content
-    paths = [saved(tmp_path / key, value) for key, value in files.items()]
-    done = run_command("stocha-card", converted, paths[0], "--bench", paths[1], "--row", f"swapped={paths[2]}")
-    assert_refused(done, *words)
-    assert not (converted / "measurements").exists() and not (converted / "README.md.orig").exists()
+def test_names_that_no_model_has_are_refused(converted: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    config["stocha"] |= changes
+    with pytest.raises(StochaError, match="expected"):
+        model_card(config, {})
 
 
-def test_no_stocha_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    source = checkpoint()
-    path = saved(tmp_path / "eval.json", evaluation(source))
-    assert_refused(run_command("stocha-card", source, path), "no stocha checkpoint")
-    assert_refused(run_command("stocha-card", source, path, "--row", "unlabelled.json"), "LABEL=EVAL")
-    assert_refused(run_command("stocha-card", tmp_path / "none", path), "config.json", "does not exist")
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_values_of_any_text_are_shown_as_they_are(value: str) -> None:
+    line = " ".join("".join(char if char.isprintable() else " " for char in value).split())
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    paragraph = parser.parse(f"So {text(value)} it is")
+    assert [token.type for token in paragraph] == ["paragraph_open", "inline", "paragraph_close"]
+    children = paragraph[1].children or []
+    assert {child.type for child in children} <= {"text", "text_special"}
+    assert "".join(child.content for child in children) == f"So {line} it is"
+    if line:
+        (span,) = [
+            child for child in parser.parse(f"So {code(value)} it is")[1].children or [] if child.type != "text"
+        ]
+        assert (span.type, span.content) == ("code_inline", line)
+    (block,) = parser.parse(fence(value, "yaml"))
+    assert block.type == "fence" and block.content.split() == value.replace("\0", "\ufffd").split()
+
+
+def test_a_failure_while_writing_leaves_the_old_card_and_files(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = saved(tmp_path / "eval.json", evaluation(converted))
+    before = {path: path.read_bytes() for path in converted.rglob("*") if path.is_file()}
+    monkeypatch.setattr(figures, "plot", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StochaError, match=r"measurements cannot be written \(No space left on device\)"):
+        write_card(converted, evaluation=own)
+    assert {path: path.read_bytes() for path in converted.rglob("*") if path.is_file()} == before
+
+
+def test_a_card_without_measurements_is_written_over_the_old_one(converted: Path) -> None:
+    (converted / "README.md").write_text("---\nlicense: mit\n---\nmy own words")
+    card = write_card(converted).read_text()
+    assert "license: mit" in card and "my own words" not in card and not (converted / "README.md.orig").exists()
+    with pytest.raises(StochaError, match="no evaluation"):
+        write_card(converted, bench="bench.json")

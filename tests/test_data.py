@@ -6,10 +6,12 @@ import json
 
 import pytest
 from datasets import Dataset
+from huggingface_hub.errors import HfHubHTTPError
 
-from stocha_hf.data import load_data
+from stocha_hf.data import _plain_text, load_data
 from stocha_hf.errors import StochaError
 
+HTTPError = HfHubHTTPError.__bases__[0]  # the root of whichever HTTP library the client uses
 TEXTS = ["first text", "second text"]
 
 
@@ -59,9 +61,9 @@ def test_what_is_no_training_data_is_refused_in_one_sentence(tmp_path, streaming
     (tmp_path / "weights.bin").write_bytes(b"")
     cases = {
         "columns.parquet": "columns body, id: expected the text column 'text'",
-        "numbers.parquet": "expected the text column",
+        "numbers.parquet": "there is 1 in the column text of row 1 of .*numbers.parquet: expected text",
         "empty.jsonl": "empty",
-        "broken.parquet": "cannot be read",
+        "broken.parquet": "truncated or no parquet file",
         "weights.bin": "holds no text",
     }
     for name, words in cases.items():
@@ -74,4 +76,61 @@ def test_without_the_package_datasets_it_says_what_to_install(tmp_path, monkeypa
     monkeypatch.setattr("stocha_hf.data.find_spec", lambda name: None)
     (tmp_path / "data.txt").write_text("text")
     with pytest.raises(StochaError, match=r"pip install 'stocha_hf\[train\]'"):
+        load_data(str(tmp_path / "data.txt"))
+
+
+def test_null_is_no_text_and_lists_of_parts_are_theirs(tmp_path, caplog):
+    call = [{"role": "user", "content": "weather?"}, {"role": "assistant", "content": None}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]}
+    ]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (call, parts, None)))
+    assert [_plain_text(row).strip() for row in load_data(str(chat))] == ["weather?", "ab"]
+    assert "chat.jsonl: 1 of 3 rows have no text and are left out" in caplog.text
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": null, "completion": "c"}\n')
+    assert list(load_data(str(pairs), streaming=True)) == [{"completion": "b", "prompt": "a"}]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"body": null}\n{"body": "x"}\n')
+    for streaming in (False, True):
+        assert list(load_data(str(texts), text_column="body", streaming=streaming)) == [{"text": "x"}]
+
+
+def test_a_stream_names_the_row_when_it_gets_there(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    good = {"messages": [{"role": "user", "content": "hi"}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, good, {"messages": "hi"})))
+    rows = iter(load_data(str(path), streaming=True))
+    assert [next(rows), next(rows)] == [good, good]
+    with pytest.raises(StochaError, match=r"'hi' in the column messages of row 3 of .*chat\.jsonl"):
+        next(rows)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
+def test_trouble_with_the_cache_is_not_blamed_on_the_data_or_the_network(tmp_path, monkeypatch, error):
+    (tmp_path / "data.txt").write_text("text")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(StochaError, match=rf"cache of datasets cannot be written \({error.strerror}\)"):
+        load_data(str(tmp_path / "data.txt"))
+
+
+def test_a_hub_data_set_shows_no_address_that_may_be_signed(monkeypatch):
+    def fail(*args, **kwargs):
+        raise HTTPError("GET https://cdn.example/x?Signature=secret")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(StochaError, match=r"org/data cannot be read from the Hub \(HTTPError\)") as refusal:
+        load_data("org/data")
+    assert "secret" not in str(refusal.value)
+
+
+def test_out_of_memory_is_not_a_broken_file(tmp_path, monkeypatch):
+    (tmp_path / "data.txt").write_text("text")
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
         load_data(str(tmp_path / "data.txt"))

@@ -1,25 +1,31 @@
-"""Two gloo processes under `accelerate launch`, with the accelerate configs of recipes/: DDP and FSDP2."""
+"""Two gloo processes under `accelerate launch`, with the accelerate configs of the package: DDP and FSDP2."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN
-from test_training import RELU, TOKENS, arguments, base, losses, run, text  # noqa: F401 - two are fixtures
+from helpers import BIN
+from helpers.training import RELU, TOKENS, arguments, losses, run
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parent.parent
-PROBE = ROOT / "tests" / "distributed_probe.py"
+from stocha_hf.cli.train import CONFIGS
+from stocha_hf.conversion.convert import convert
+
+pytestmark = pytest.mark.slow  # two processes a test
+
+PROBE = "helpers.distributed_probe"
 
 
 def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
     """The notes of both ranks."""
     folder.mkdir()
-    config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
+    config = CONFIGS / f"{kind}.yaml"
     options = [
         "--config_file",
         str(config),
@@ -30,15 +36,20 @@ def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
         "--main_process_port",
         "0",
     ]
-    command = [str(BIN / "accelerate"), "launch", *options, str(PROBE), str(folder), kind, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [str(BIN / "accelerate"), "launch", *options, "-m", PROBE, str(folder), kind, *argv]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-20000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_checkpoint(base, text, tmp_path, kind):  # noqa: F811
-    out = tmp_path / "out"
+def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_checkpoint(
+    checkpoint, text, tmp_path, kind
+):
+    out, base = tmp_path / "out", tmp_path / "tied"
+    convert(checkpoint(tie_word_embeddings=True), base)
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     argv = arguments(base, text, out, teacher=base, distill_hidden=1.0, **options)
     first, second = launch(kind, tmp_path / "notes", argv)
@@ -50,12 +61,18 @@ def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_ch
     custom = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert type(custom).__name__ == "StochaLlamaForCausalLM"
     assert torch.equal(native(TOKENS).logits, custom(TOKENS).logits)
+    for folder in (out, out / "checkpoint-2"):
+        with (
+            safe_open(folder / "model.safetensors", "pt") as file,
+            safe_open(base / "model.safetensors", "pt") as before,
+        ):
+            assert sorted(file.keys()) == sorted(before.keys())  # the tied head once
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "relu"
     assert sorted(path.name for path in out.glob("*.py")) == ["modeling_stocha.py"]
 
 
-def test_two_ranks_with_half_the_batch_train_as_one_process(base, text, tmp_path):  # noqa: F811
+def test_two_ranks_with_half_the_batch_train_as_one_process(base, text, tmp_path):
     shared = {"schedule": RELU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
     alone = losses(run(base, text, tmp_path / "alone", per_device_train_batch_size=4, **shared))
     argv = arguments(base, text, tmp_path / "both", per_device_train_batch_size=2, **shared)

@@ -6,15 +6,17 @@ import json
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, tiny_model, tiny_tokenizer
+from helpers import call_command, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
+from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.data import text_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.evaluate import compare, evaluate
-from stocha_hf.weights_hash import weights_hash
+from stocha_hf.measurement.evaluation import compare, evaluate
+from stocha_hf.measurement.records import Comparison, Evaluation, check_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+WINDOWS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def test_perplexity_and_zeros_are_those_of_their_definitions() -> None:
@@ -31,15 +33,15 @@ def test_perplexity_and_zeros_are_those_of_their_definitions() -> None:
         hook.remove()
     zeros = torch.stack([(part == 0).double().mean() for part in hidden]).view(7, 2).mean(0)
     found = evaluate(model, windows)
-    assert found["perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-5)
-    assert found["tokens"] == 140
-    assert found["sparsity"]["per_layer"] == pytest.approx(zeros.tolist())
-    assert found["sparsity"]["mean"] == pytest.approx(zeros.mean().item())
-    assert found["activation"] == "relu"
+    assert found.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    assert found.tokens == 140
+    assert found.sparsity.per_layer == pytest.approx(zeros.tolist())
+    assert found.sparsity.mean == pytest.approx(zeros.mean().item())
+    assert found.activation == "relu"
     active = torch.cat(hidden[::2]) != 0  # the first layer's, [windows, length, neurons]
-    assert found["never_active"]["per_layer"][0] == pytest.approx((~active.any(0).any(0)).double().mean().item())
+    assert found.never_active.per_layer[0] == pytest.approx((~active.any(0).any(0)).double().mean().item())
     again = (active[:, 1:] & active[:, :-1]).sum() / active[:, 1:].sum()
-    assert found["reuse"]["per_layer"][0] == pytest.approx(again.item())
+    assert found.reuse.per_layer[0] == pytest.approx(again.item())
 
 
 def test_aggregated_sparsity_counts_what_the_first_tokens_left_unused() -> None:
@@ -51,15 +53,13 @@ def test_aggregated_sparsity_counts_what_the_first_tokens_left_unused() -> None:
     hook = down_proj.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
     found = evaluate(model, windows)
     hook.remove()
-    told, active = found["aggregated_sparsity"], torch.cat(hidden) != 0  # [windows, length, neurons]
-    assert told["tokens"] == [1, 2, 4, 8, 16, 20]
-    for t, share, mean, independent in zip(
-        told["tokens"], told["per_layer"][1], told["mean"], told["independent"], strict=True
-    ):
+    told, active = found.aggregated_sparsity, torch.cat(hidden) != 0  # [windows, length, neurons]
+    assert told.tokens == [1, 2, 4, 8, 16, 20]
+    for t, share, mean, independent in zip(told.tokens, told.per_layer[1], told.mean, told.independent, strict=True):
         unused = [sum(not active[w, :t, i].any() for i in range(48)) / 48 for w in range(6)]
         assert share == pytest.approx(sum(unused) / 6)
-        assert mean == pytest.approx((told["per_layer"][0][told["tokens"].index(t)] + share) / 2)
-        assert independent == pytest.approx(sum(s**t for s in found["sparsity"]["per_layer"]) / 2)
+        assert mean == pytest.approx((told.per_layer[0][told.tokens.index(t)] + share) / 2)
+        assert independent == pytest.approx(sum(s**t for s in found.sparsity.per_layer) / 2)
 
 
 def test_a_neuron_that_cannot_fire_is_never_active() -> None:
@@ -67,7 +67,7 @@ def test_a_neuron_that_cannot_fire_is_never_active() -> None:
     patch(model, StochaConfig(activation="relu"))
     model.model.layers[1].mlp.up_proj.weight.data[:12] = 0  # of 48
     found = evaluate(model, torch.randint(64, (4, 30)))
-    assert found["never_active"]["per_layer"][1] >= 0.25
+    assert found.never_active.per_layer[1] >= 0.25
 
 
 def test_predictions_are_compared_by_their_definitions() -> None:
@@ -80,16 +80,17 @@ def test_predictions_are_compared_by_their_definitions() -> None:
     chances = expected.softmax(-1)
     divergence = (chances * (chances.log() - found.log_softmax(-1))).sum(-1).mean()
     told = compare(model, baseline, windows)
-    assert told["kl"] == pytest.approx(divergence.item(), rel=1e-4) and told["kl"] > 0.01
-    assert told["top1_agreement"] == (found.argmax(-1) == expected.argmax(-1)).double().mean().item()
-    assert compare(model, model, windows) == {"kl": pytest.approx(0, abs=1e-6), "top1_agreement": 1.0}
+    assert told.kl == pytest.approx(divergence.item(), rel=1e-4) and told.kl > 0.01
+    assert told.top1_agreement == (found.argmax(-1) == expected.argmax(-1)).double().mean().item()
+    assert compare(model, model, windows) == Comparison(pytest.approx(0, abs=1e-6), 1.0)
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_model_beside_another(checkpoint, tmp_path) -> None:
     source, text = checkpoint(), tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 60}" for i in range(500)))
     options = ["--data", text, "--length", 32, "--dtype", "float32", "--plot", tmp_path / "zeros.png", "--json"]
-    done = run_command("stocha-eval", source, "--mode", "relu", "--baseline", source, *options)
+    done = call_command("stocha-eval", source, "--mode", "relu", "--baseline", source, *options)
     figures = json.loads(done.stdout)
     assert figures["tokens"] == 480 and len(figures["sparsity"]["per_layer"]) == 2, done.stderr
     assert figures["activation"] == "relu" and figures["sparsity"]["mean"] > 0.3
@@ -99,22 +100,8 @@ def test_the_command_measures_a_model_beside_another(checkpoint, tmp_path) -> No
     assert "--mode relu" in figures["command"] and figures["length"] == 32 and figures["dtype"] == "float32"
     assert figures["versions"]["torch"] == torch.__version__ and figures["hardware"]
     assert (tmp_path / "zeros.png").read_bytes().startswith(b"\x89PNG")
-    done = run_command("stocha-eval", source, "--mode", "topk", "--data", text, "--length", 32, "--dtype", "float32")
+    done = call_command("stocha-eval", source, "--mode", "topk", "--data", text, "--length", 32, "--dtype", "float32")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("stocha-eval: --mode topk cannot run")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--length", "1"], ["--length is 1", "at least 2"]),
-        (["--windows", "0"], ["--windows is 0"]),
-        (["--dtype", "int4"], ["int4", "bfloat16"]),
-        (["--mode", "gelu2"], ["gelu2", "relu"]),
-        (["--plot", "zeros.nonsense"], ["zeros.nonsense", "plot.png"]),
-    ],
-)
-def test_refusals(options: list[str], words: list[str], tmp_path) -> None:
-    assert_refused(run_command("stocha-eval", tmp_path, "--data", tmp_path, *options), *words)
 
 
 def test_text_windows_hold_the_text_in_order(tmp_path) -> None:
@@ -125,3 +112,41 @@ def test_text_windows_hold_the_text_in_order(tmp_path) -> None:
     assert text_windows(str(path), tmp_path, 2, most=2).tolist() == [[4, 5], [8, 9]]
     with pytest.raises(StochaError, match="9 tokens: expected at least one window of 10"):
         text_windows(str(path), tmp_path, 10)
+
+
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "loss is nan"), (1e30, "no finite perplexity")])
+def test_a_loss_without_perplexity_is_refused(value: float, words: str) -> None:
+    """NaN is no JSON, and exp of a loss above 709 no number."""
+    model = tiny_model()
+    patch(model, StochaConfig(activation="relu"))
+    model.lm_head.weight.data.mul_(value)
+    with pytest.raises(StochaError, match=words):
+        evaluate(model, WINDOWS)
+    if value != value:
+        with pytest.raises(StochaError, match="divergence of the predictions is nan"):
+            compare(model, model, WINDOWS)
+
+
+def test_models_of_other_vocabularies_are_not_compared() -> None:
+    model, other = tiny_model(), tiny_model(vocab_size=32)
+    for some in (model, other):
+        patch(some, StochaConfig(activation="relu"))
+    with pytest.raises(StochaError, match="64 and 32 tokens"):
+        compare(model, other, WINDOWS)
+    with pytest.raises(StochaError, match=r"the token 63, but the model only 32 tokens"):
+        evaluate(other, torch.full((1, 8), 63))
+
+
+def test_the_figures_have_the_keys_that_files_of_measurements_have() -> None:
+    model = tiny_model()
+    patch(model, StochaConfig(activation="relu"))
+    found = evaluate(model, WINDOWS).to_dict()
+    shares = {"mean", "per_layer"}
+    assert list(found) == [
+        "perplexity", "tokens", "activation", "sparsity", "never_active", "reuse", "aggregated_sparsity"
+    ]  # fmt: skip
+    assert all(found[key].keys() == shares for key in ("sparsity", "never_active", "reuse"))
+    assert found["aggregated_sparsity"].keys() == {"tokens", "mean", "independent", "per_layer"}
+    assert compare(model, model, WINDOWS).to_dict().keys() == {"kl", "top1_agreement"}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    check_record(found, Evaluation, "here")

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tiny_tokenizer
+from helpers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from stocha_hf.cli.train import parse, train
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
-from stocha_hf.fresh import fresh_model
-from stocha_hf.loading import load_model
 from stocha_hf.modeling_stocha import stocha_mlps
+from stocha_hf.models import load_model
+from stocha_hf.training.fresh import fresh_model
+from stocha_hf.training.run import parse
+from stocha_hf.training.run import run as train
 
 CONFIG = {
     "model_type": "llama",
@@ -81,7 +82,7 @@ def test_a_run_from_random_weights_leaves_a_checkpoint_that_every_command_takes(
     assert "Trained from random weights" in card and "start: random weights" in card
     assert "source" not in card.lower() and "Licence: not stated" in card and "base_model" not in card
     converted = convert(out, tmp_path / "converted", activation="stocha", p=0.2)
-    assert converted["source"] is None
+    assert converted.source is None
     assert "Trained from random weights" in (tmp_path / "converted" / "README.md").read_text()
     second = ["--model_name_or_path", str(out), "--output_dir", str(tmp_path / "second")]
     keys = yaml.safe_load(recipe.read_text())

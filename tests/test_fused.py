@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stocha_hf import modeling_stocha
-from stocha_hf.modeling_stocha import POSITIVE_SIDES, stocha
+from stocha_hf.decoding import noise
+from stocha_hf.modeling_stocha import POSITIVE_SIDES, coin_hash, coin_keys, hidden_vector
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASES = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -22,7 +22,13 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 4e-7, torch.bfloat16: 6e-3, to
 
 
 def ffn(p: float = 0.4, positive: str = "silu", base: str = "silu") -> SimpleNamespace:
-    return SimpleNamespace(p=p, positive=positive, base=base, act_fn=BASES[base])
+    return SimpleNamespace(p=p, positive=positive, base=base, running="stocha")
+
+
+def stocha(gate: torch.Tensor, up: torch.Tensor, rule: SimpleNamespace) -> torch.Tensor:
+    fused = noise.stocha(gate, up, rule.p, rule.base, rule.positive)
+    assert fused is not None
+    return fused
 
 
 def inputs(dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
@@ -39,11 +45,11 @@ def forward_and_backward(function, gate, up, grad):
 def definition(gate, up, rule):
     """StochA(gate) * up with the coins that stocha draws from the generator's present state, from first principles."""
     width = gate.shape[-1]
-    keys = torch.randint(-(2**31), 2**31, (gate.numel() // width + width,), dtype=torch.int32, device=gate.device)
-    bits = modeling_stocha._hash(keys[:-width].view(*gate.shape[:-1], 1), keys[-width:])
+    keys = coin_keys(gate)
+    bits = coin_hash(keys[:-width].view(*gate.shape[:-1], 1), keys[-width:])
     drawn = (bits.double() + 2**31) / 2**32 < rule.p
     drawn = {"silu": drawn | (gate >= 0), "relu": drawn & (gate < 0), "drawn": drawn}[rule.positive]
-    return torch.where(drawn, rule.act_fn(gate), F.relu(gate)) * up
+    return torch.where(drawn, BASES[rule.base](gate), F.relu(gate)) * up
 
 
 @pytest.mark.parametrize("positive", POSITIVE_SIDES)
@@ -119,12 +125,24 @@ def test_other_layouts_and_mixed_types():
     assert all(torch.equal(*pair) for pair in zip((hidden, grad_gate, grad_up), native, strict=True))
 
 
-def test_another_base_activation_runs_by_the_definition():
-    gate, up, grad = inputs(torch.float32, 8, 64)
-    rule = SimpleNamespace(p=1.0, positive="silu", base="relu2", act_fn=lambda x: F.relu(x).square())
-    fused = forward_and_backward(lambda gate, up: stocha(gate, up, rule), gate, up, grad)
-    native = forward_and_backward(lambda gate, up: F.relu(gate).square() * up, gate, up, grad)
-    assert all(torch.equal(*pair) for pair in zip(fused, native, strict=True))
+def test_another_base_activation_and_transforms_run_by_the_definition():
+    gate, up, _ = inputs(torch.float32, 8, 64)
+    assert noise.stocha(gate, up, 1.0, "relu2", "silu") is None
+    assert torch.func.vmap(lambda g, u: torch.tensor(noise.stocha(g, u, 0.3, "silu", "silu") is None))(gate, up).all()
+
+
+@pytest.mark.parametrize("positive", POSITIVE_SIDES)
+@pytest.mark.parametrize("base", BASES)
+def test_the_gradient_can_be_differentiated_again(base, positive):
+    """Against the definition's own double backward, with the same coins."""
+    rule, (gate, up, grad) = ffn(0.4, positive, base), inputs(torch.float64, 5, 40)
+    seconds = []
+    for function in (stocha, hidden_vector):
+        torch.manual_seed(6)
+        firsts = torch.autograd.grad(function(gate, up, rule), (gate, up), grad, create_graph=True)
+        seconds.append(torch.autograd.grad(sum((first**2).sum() for first in firsts), (gate, up)))
+    for given, expected in zip(*seconds, strict=True):
+        torch.testing.assert_close(given, expected)
 
 
 @pytest.mark.parametrize("positive", POSITIVE_SIDES)
@@ -134,8 +152,10 @@ def test_compiled_it_draws_the_same_coins_in_backward_also_under_checkpointing(p
     rule.p = torch.tensor(0.5, dtype=torch.float64)
 
     def function(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        again = torch.utils.checkpoint.checkpoint(lambda g, u: stocha(g, u, rule), gate, up, use_reentrant=False)
-        return stocha(gate, up, rule), again
+        again = torch.utils.checkpoint.checkpoint(
+            lambda g, u: hidden_vector(g, u, rule), gate, up, use_reentrant=False
+        )
+        return hidden_vector(gate, up, rule), again
 
     gate, up, _ = inputs(torch.float32, 64, 512)
     gate = (-0.1 - gate.detach().abs().clamp(max=1)).requires_grad_()

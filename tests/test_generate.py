@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from conftest import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
+from helpers import assert_refused, call_command, run_python, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
-from stocha_hf.diversity import distinct, self_bleu
 from stocha_hf.errors import StochaError
-from stocha_hf.generate import generate, log_likelihoods
-from stocha_hf.loading import load_model
-from stocha_hf.modeling_stocha import ACTIVATIONS, Activation, stocha_mlps
+from stocha_hf.measurement.diversity import distinct, self_bleu
+from stocha_hf.measurement.sampling import generate, log_likelihoods, sample
+from stocha_hf.modeling_stocha import FUNCTIONS, StochaMLP, stocha_mlps
+from stocha_hf.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = [1, 5, 9, 17, 33, 4, 8, 60]
@@ -44,9 +44,11 @@ def test_without_noise_all_samples_are_the_greedy_one():
     assert generate(model, PROMPT, samples=3, new=12) == [expected] * 3
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_samples_in_another_process_and_the_generator_is_left_alone(checkpoint):
     code = (
-        "import sys, json, torch; from stocha_hf.generate import generate; from stocha_hf.loading import load_model; "
+        "import sys, json, torch; from stocha_hf.measurement.sampling import generate; "
+        "from stocha_hf.models import load_model; "
         "torch.set_num_threads(1); model = load_model(sys.argv[1]).eval(); before = torch.get_rng_state(); "
         f"print(json.dumps(generate(model, {PROMPT}, samples=3, new=9, p=0.4, seed=7))); "
         "assert torch.equal(torch.get_rng_state(), before)"
@@ -94,17 +96,18 @@ def test_the_prompt_is_read_with_noise_of_each_row_and_nothing_of_the_others():
 def test_samples_with_a_cache_are_those_of_one_forward_with_the_same_coins(call, monkeypatch):
     """The coins of the prompt and of every step are recorded, and all tokens read at once with them."""
     model = patched(end=None)
-    real, coins = ACTIVATIONS["stocha"].function, {mlp: [] for mlp in stocha_mlps(model)}
+    real, coins = FUNCTIONS["stocha"], {mlp: [] for mlp in stocha_mlps(model)}
+    monkeypatch.setattr(StochaMLP, "runtime", None)  # the definition runs, which is recorded here
 
-    def record(gate, up, ffn):
-        hidden = real(gate, up, ffn)
-        coins[ffn].append(hidden != 0)
-        return hidden
+    def record(gate, ffn):
+        act = real(gate, ffn)
+        coins[ffn].append(act != 0)
+        return act
 
-    def replay(gate, up, ffn):
-        return torch.where(torch.cat(coins[ffn], dim=1), torch.nn.functional.silu(gate) * up, 0)
+    def replay(gate, ffn):
+        return torch.where(torch.cat(coins[ffn], dim=1), torch.nn.functional.silu(gate), 0)
 
-    monkeypatch.setitem(ACTIVATIONS, "stocha", Activation(record, native=None, deterministic=False))
+    monkeypatch.setitem(FUNCTIONS, "stocha", record)
     prompts = torch.tensor([PROMPT] * 3)
     if call == "generate":
         samples = torch.tensor(generate(model, PROMPT, samples=3, new=10, p=0.5))
@@ -113,7 +116,7 @@ def test_samples_with_a_cache_are_those_of_one_forward_with_the_same_coins(call,
             samples = model.generate(prompts, max_new_tokens=10, do_sample=False)[:, len(PROMPT) :]
     assert len(coins[stocha_mlps(model)[0]]) == 10  # the prompt, and each token but the last
     assert samples.unique(dim=0).shape[0] > 1
-    monkeypatch.setitem(ACTIVATIONS, "stocha", Activation(replay, native=None, deterministic=False))
+    monkeypatch.setitem(FUNCTIONS, "stocha", replay)
     with torch.no_grad(), model.stocha_mode("stocha", p=0.5):
         logits = model(torch.cat([prompts, samples[:, :-1]], dim=1), use_cache=False).logits
     assert torch.equal(logits[:, len(PROMPT) - 1 :].argmax(-1), samples)
@@ -160,10 +163,10 @@ def test_log_likelihoods_are_those_of_each_sample_on_its_own(prompt):
     model = patched(activation="relu")
     samples = [[5], [4, 2], [9, 9, 2, 0, 7], *([i, 2, 30 + i] for i in range(4, 13))]  # 2 is the end of text
     expected = []
-    for sample in samples:
+    for one in samples:
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + sample])).logits[0].double().log_softmax(-1)
-        chances = [logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(sample)]
+            logits = model(torch.tensor([prompt + one])).logits[0].double().log_softmax(-1)
+        chances = [logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(one)]
         expected.append(sum(chances) / len(chances))
     assert log_likelihoods(model, prompt, samples) == pytest.approx(expected, rel=1e-5)
 
@@ -186,12 +189,13 @@ def test_self_bleu_is_the_mean_of_bleu_against_the_other_samples():
         self_bleu(["a"])
 
 
+@pytest.mark.slow
 def test_the_command_measures_ways_of_decoding_side_by_side(checkpoint, tmp_path):
     source, prompts, plot = checkpoint(**LIVELY), tmp_path / "prompts.txt", tmp_path / "curve.png"
     prompts.write_text("w5 w6 w7\n\nw20\n")
     options = ["--prompt", "w20", "--prompts", prompts, "--samples", 3, "--new", 6, "--dtype", "float32", "--seed", 5]
     ways = ["--p", 0.4, 1, "--temperature", 1.5, "--decoding", "stocha", "temperature", "greedy"]
-    done = run_command("stocha-generate", source, *options, *ways, "--json", "--plot", plot)
+    done = call_command("stocha-generate", source, *options, *ways, "--json", "--plot", plot)
     figures = json.loads(done.stdout)
     assert figures["prompts"] == ["w20", "w5 w6 w7", "w20"] and figures["seed"] == 5, done.stderr
     runs = figures["runs"]
@@ -209,45 +213,43 @@ def test_the_command_measures_ways_of_decoding_side_by_side(checkpoint, tmp_path
     assert [len(sample) for sample in tokens] == [sample["tokens"] for sample in runs[0]["samples"][0]]
 
 
+@pytest.mark.slow
 def test_the_command_shows_samples_of_a_chat(checkpoint):
     source = checkpoint(**LIVELY)
     options = ["--prompt", "w6", "--samples", 2, "--new", 4, "--dtype", "float32", "--chat"]
-    done = run_command("stocha-generate", source, *options)
+    done = call_command("stocha-generate", source, *options)
     samples = generate(load_model(str(source)).eval(), [4, 6, 5], samples=2, new=4, p=0.9)  # the template's w4 w6 w5
     texts = [repr(tiny_tokenizer().decode(sample, skip_special_tokens=True)) for sample in samples]
     lines = done.stdout.splitlines()
     assert lines[:3] == ["[stocha 0.9] w6", *(f"  {text}" for text in texts)], done.stderr
     assert lines[3].startswith("stocha 0.9: log-likelihood -") and len(lines) == 4
     (source / "chat_template.jinja").unlink()
-    assert_refused(run_command("stocha-generate", source, *options), "no chat template", "--chat")
+    assert_refused(call_command("stocha-generate", source, *options), "no chat template", "--chat")
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--decoding", "beam"], ["beam", "stocha, temperature, greedy"]),
-        (["--decoding", "greedy", "--p", "0.5"], ["--p is given", "greedy"]),
-        (["--p", "0.5", "1.5"], ["--p is 1.5", "between 0 and 1"]),
-        (["--temperature", "0"], ["--temperature is 0.0", "above 0"]),
-        (["--temperature", "nan"], ["--temperature is nan"]),
-        (["--samples", "0"], ["--samples is 0", "at least 1"]),
-        (["--new", "0"], ["--new is 0"]),
-        (["--seed", "-1"], ["--seed is -1"]),
-        (["--dtype", "int4"], ["int4", "bfloat16"]),
-        (["--prompt", " "], ["empty", "--prompt TEXT"]),
-        (["--prompts", "{folder}/empty.txt"], ["empty.txt", "a prompt a line"]),
-        (["--prompts", "{folder}/none.txt"], ["none.txt", "cannot be read"]),
-        (["--plot", "curve.nonsense"], ["curve.nonsense", "plot.png"]),
-        (["--plot", "curve.png", "--samples", "1"], ["--samples is 1", "at least 2"]),
-        ([], ["model_type 'gpt2'", "llama"]),
-    ],
-)
-def test_refusals(options, words, checkpoint, tmp_path):
-    source = checkpoint()
-    (source / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "empty.txt").write_text("\n \n")
-    options = [option.format(folder=tmp_path) for option in options]
-    assert_refused(run_command("stocha-generate", source, "--prompt", "w5", *options), *words)
+@pytest.mark.parametrize("noise", [{}, {"p": 0.5}, {"temperature": 1.0}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(value, noise):
+    model = patched()
+    model.lm_head.weight.data[5] = value
+    with pytest.raises(StochaError, match="logits are NaN or infinite"):
+        generate(model, PROMPT, samples=2, new=3, **noise)
+
+
+def test_samples_of_texts_and_of_token_ids_are_the_same():
+    model, tokenizer = patched(), tiny_tokenizer()
+    options = {"samples": 2, "new": 3, "temperature": 1.0}
+    found = sample(model, tokenizer, ["w5 w9"], **options)
+    assert found == sample(model, tokenizer, [[5, 9]], **options)
+    assert found.to_dict().keys() == {
+        "self_bleu", "log_likelihood", "distinct_1", "distinct_2", "distinct_3", "samples"
+    }  # fmt: skip
+    assert found.to_dict()["samples"][0][0].keys() == {"text", "tokens", "log_likelihood"}
+    assert sample(model, tokenizer, ["w5"], samples=1, new=2).self_bleu is None
+    with pytest.raises(StochaError, match="the prompt '' has no tokens"):
+        sample(model, tokenizer, [""], **options)
+    with pytest.raises(StochaError, match="the token 64, but the model only 64 tokens"):
+        sample(model, tokenizer, [[64]], **options)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers import tiny_model
 
-from stocha_hf.compiled_layers import compile_layers
 from stocha_hf.errors import StochaError
-from stocha_hf.hidden_states import HiddenError, layer_error
 from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation
+from stocha_hf.training.compiled_layers import compile_layers
+from stocha_hf.training.hidden_error import HiddenError, layer_error
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60], [2, 3, 0, 0, 0, 0, 0, 0]])
 MASK = (TOKENS != 0).long()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN, assert_refused, run_command, run_python
-from loopback_hub import LoopbackHub
+from helpers import BIN, assert_refused, run_command, run_python
+from helpers.loopback_hub import LoopbackHub
 
-from stocha_hf.config import MODELING_FILE
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
+from stocha_hf.spec import MODELING_FILE
 
+pytestmark = pytest.mark.slow  # every test starts processes
 Done = subprocess.CompletedProcess[str]
 WRONG_TOKEN = "hf_of_somebody_else"
 STRAYS = ("optimizer.pt", "pytorch_model.bin", "notes.txt", "checkpoint-10/model.safetensors")
@@ -119,8 +121,8 @@ def test_shards_of_an_earlier_publication_go_in_the_same_commit(checkpoint, hub,
     """Left behind, an old model.safetensors would be loaded in place of the new shards."""
     own = {"models/model.safetensors": b"theirs", "model-fp8.safetensors": b"theirs", "figure.png": b"theirs"}
     hub.add_repo("user/model", own)
-    single = convert(checkpoint(), tmp_path / "single")["files"]
-    sharded = convert(checkpoint(name="other", max_shard_size="20KB"), tmp_path / "sharded")["files"]
+    single = convert(checkpoint(), tmp_path / "single").files
+    sharded = convert(checkpoint(name="other", max_shard_size="20KB"), tmp_path / "sharded").files
     for number, (folder, files) in enumerate((("single", single), ("sharded", sharded), ("single", single)), 1):
         assert hub_run("stocha-publish", tmp_path / folder, "user/model").returncode == 0
         assert set(hub.files("user/model")) == {".gitattributes", *own, *files}
@@ -170,6 +172,34 @@ def test_a_killed_upload_is_taken_up_where_it_ended(checkpoint, hub, hub_run, tm
     done = succeeded(hub_run("stocha-publish", tmp_path / "stocha", "user/model", "--json"))
     assert [oid for oid, _ in hub.uploads] == [missing]
     assert hub.commits("user/model")[0] == done["commit"] and len(hub.commits("user/model")) == 2
+
+
+KILLED = """
+import os, signal, sys
+from huggingface_hub import HfApi
+from stocha_hf.publishing.upload import publish
+folder, step = sys.argv[1:]
+real = getattr(HfApi, step)
+
+def killed(*args, **kwargs):
+    real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(HfApi, step, killed)
+publish(folder, "user/model")
+"""
+
+
+@pytest.mark.parametrize(("step", "commits"), [("create_repo", 1), ("create_commit", 2), ("create_tag", 2)])
+def test_a_publication_that_was_killed_is_finished_by_the_next(checkpoint, hub, hub_run, tmp_path, step, commits):
+    convert(checkpoint(), tmp_path / "stocha")
+    before = upload(tmp_path / "stocha")
+    assert hub_run(KILLED, tmp_path / "stocha", step).returncode == -signal.SIGKILL
+    assert len(hub.commits("user/model")) == commits and upload(tmp_path / "stocha") == before
+    done = succeeded(hub_run("stocha-publish", tmp_path / "stocha", "user/model", "--json"))
+    assert len(hub.commits("user/model")) == 2 and len(hub.uploads) == 1
+    assert hub.tags("user/model") == {done["tag"]: hub.commits("user/model")[0]}
+    assert upload(tmp_path / "stocha") == before
 
 
 def test_an_upload_that_fails_is_one_sentence_and_commits_nothing(checkpoint, hub, hub_run, tmp_path):
@@ -366,14 +396,14 @@ def test_a_converted_hub_model_keeps_its_first_source_when_converted_again(check
     [
         ("org/nothing", [], "", ["org/nothing", "no such repo"]),
         ("org/open", ["--revision", "nowhere"], "", ["org/open", "no such revision"]),
-        ("org/two--dashes", [], "", ["org/two--dashes", "no valid Hub id"]),
+        ("org/two--dashes", [], "", ["org/two--dashes", "not a valid Hub id"]),
         ("org/open", [], WRONG_TOKEN, ["org/open", "401", "HF_TOKEN"]),
         ("org/private", [], None, ["org/private", "private", "hf auth login"]),
         ("org/gated", [], None, ["org/gated", "gated", "hf auth login"]),
         ("org/closed", [], "", ["org/closed", "gated", "ask for access"]),
         ("org/pickled", [], "", ["org/pickled", "only pickle weights"]),
         ("org/empty", [], "", ["org/empty", "no config.json"]),
-        ("org/open", ["--push-to-hub", "user/two--dashes"], "", ["user/two--dashes", "no valid Hub id"]),
+        ("org/open", ["--push-to-hub", "user/two--dashes"], "", ["user/two--dashes", "not a valid Hub id"]),
         ("org/open", ["--push-to-hub", "user/model"], None, ["user/model", "no token", "hf auth login"]),
     ],
 )

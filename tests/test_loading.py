@@ -8,9 +8,9 @@ import json
 import textwrap
 from pathlib import Path
 
-from conftest import run_python
+from helpers import run_python
 
-from stocha_hf.convert import convert
+from stocha_hf.conversion.convert import convert
 
 LOAD = """
 import hashlib, json, sys

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, run_python, tiny_model
+from helpers import CONFIGS, run_python, tiny_model
 
 from stocha_hf.errors import StochaError
-from stocha_hf.loss import (
+from stocha_hf.training.losses import (
     check_teacher,
     chunked_losses,
     final_hidden_states,
@@ -233,6 +233,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_gradients_are_synchronised_by_ddp_and_fsdp(request: pytest.FixtureRequest) -> None:
     """Two ranks with half a batch each: the averaged gradients are those of the whole batch."""
     done = run_python(WRAPPED, request.path.parent)

@@ -10,10 +10,12 @@ import types
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from helpers import tiny_model, tiny_tokenizer
 from torch._dynamo.testing import CompileCounter
-from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
+from transformers import GenerationMixin, LlamaConfig, LlamaForSequenceClassification, pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from stocha_hf import modeling_stocha
 from stocha_hf.modeling_stocha import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -287,3 +289,68 @@ def test_every_activation_runs_in_a_model():
     for name in ACTIVATIONS:
         with model.stocha_mode(name):
             assert model(TOKENS).logits.isfinite().all()
+
+
+@families
+def test_transformers_knows_the_classes_as_it_knows_the_native_ones(model_type):
+    row = ARCHITECTURES[model_type]
+    causal, base = (getattr(modeling_stocha, f"Stocha{name}") for name in (row.causal_lm, row.model))
+    assert GenerationMixin in causal.__bases__ and GenerationMixin not in base.__bases__
+    assert causal.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert base.__name__ in MODEL_MAPPING_NAMES.values(), "else it counts as a model with a loss"
+
+
+def test_a_mode_under_inference_mode_leaves_a_model_that_trains():
+    model = patched(activation="mean")
+    with torch.inference_mode(), model.eval().stocha_mode("relu", p=0.5):
+        model(TOKENS)
+    assert not any(mlp.p_tensor.is_inference() for mlp in stocha_mlps(model))
+    model.train()(TOKENS, labels=TOKENS).loss.backward()
+
+
+def test_a_model_under_accelerates_hooks_is_patched_and_unpatched_for_real(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "native")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    options = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+    model = type(tiny_model()).from_pretrained(tmp_path / "native", **options)
+    with torch.no_grad():
+        native = model(TOKENS).logits
+        assert patch(model, StochaConfig(activation="relu")) == 2
+        torch.testing.assert_close(model(TOKENS).logits, patched(activation="relu")(TOKENS).logits)
+        unpatch(model)
+        torch.testing.assert_close(model(TOKENS).logits, native)
+
+
+def test_an_mlp_with_a_forward_of_its_own_is_refused():
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"an MLP's forward is .*expected the native one"):
+        patch(model, StochaConfig())
+    assert not stocha_mlps(model) and not hasattr(model.config, "stocha")
+
+
+def test_a_model_with_layers_cut_out_saves_the_thresholds_that_are_left(tmp_path):
+    model = tiny_model(num_hidden_layers=4)
+    patch(model, StochaConfig(activation="fatrelu", threshold=[0.1, 0.2, 0.3, 0.4]))
+    model.model.layers = torch.nn.ModuleList([model.model.layers[0], model.model.layers[3]])
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert [mlp.threshold for mlp in stocha_mlps(loaded)] == [0.1, 0.4]
+
+
+def test_function_transforms_run_the_definition():
+    """torch.func's grad and vmap, per sample, with draws of their own."""
+    model = patched(p=0.5).train()
+    mlp = stocha_mlps(model)[0]
+    parameters = {name: value.detach() for name, value in mlp.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(mlp, parameters, (x,)).sum()
+
+    rows = torch.randn(3, 5, 32)
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(parameters, rows)
+    assert gradients["gate_proj.weight"].shape == (3, 48, 32)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())

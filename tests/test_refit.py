@@ -8,22 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, assert_refused, run_command, tiny_tokenizer
+from helpers import CONFIGS, assert_refused, run_command, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stocha_hf import data
-from stocha_hf import refit as refit_module
-from stocha_hf.checkpoint import read_config
-from stocha_hf.convert import convert
+from stocha_hf import StochaConfig, data, patch
+from stocha_hf.checkpoints.inspection import read_config
+from stocha_hf.checkpoints.tensors import Tensors
+from stocha_hf.conversion import refit
+from stocha_hf.conversion.convert import convert
+from stocha_hf.conversion.layerwise import Layers
+from stocha_hf.conversion.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn, solve_down, threshold_for
+from stocha_hf.conversion.refit_model import refit as refit_model
+from stocha_hf.conversion.refit_shares import allocate
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.layerwise import Layers
-from stocha_hf.loading import load_model
-from stocha_hf.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn, solve_down, threshold_for
-from stocha_hf.refit_shares import allocate
-from stocha_hf.sparsity import SparsityMeter
-from stocha_hf.tensors import Tensors
+from stocha_hf.measurement.sparsity import SparsityMeter
+from stocha_hf.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(4, 64, (8, 64), generator=torch.Generator().manual_seed(5))
@@ -111,7 +112,7 @@ def test_hidden_vectors_of_zeros_only_are_refused() -> None:
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_layer_by_layer_computes_what_the_model_computes(checkpoint, model_type: str) -> None:
     folder = checkpoint(model_type, num_hidden_layers=3)
-    layers = Layers(folder, read_config(folder), "cpu")
+    layers = Layers(Tensors(folder), read_config(folder), "cpu")
     hidden = layers.embed(TOKENS)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -133,11 +134,11 @@ def test_conversion_with_refit_comes_nearer_to_the_source(
 ) -> None:
     source = checkpoint(model_type, max_shard_size="20KB")
     # a folder of model_type qwen2 is given Qwen2's tokenizer, which knows none of the words
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder: tiny_tokenizer())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder, **kwargs: tiny_tokenizer())
     convert(source, tmp_path / "swapped", activation="relu")
     done = convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
-    assert done["stocha"]["activation"] == done["stocha"]["inference"] == "relu"
-    assert done["stocha"]["history"][0]["method"] == "refit" and done["stocha"]["history"][0]["tokens"] == 512
+    assert done.stocha["activation"] == done.stocha["inference"] == "relu"
+    assert done.stocha["history"][0]["method"] == "refit" and done.stocha["history"][0]["tokens"] == 512
     logits = {
         name: AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits.log_softmax(-1)
         for name, folder in {"source": source, "swapped": tmp_path / "swapped", "out": tmp_path / "out"}.items()
@@ -161,8 +162,8 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_target_sparsity_is_met_with_thresholds_in_the_config(checkpoint, text, tmp_path) -> None:
     done = convert(checkpoint(), tmp_path / "out", refit=str(text), refit_tokens=2048, target_sparsity=0.85)
-    assert done["stocha"]["activation"] == done["stocha"]["inference"] == "fatrelu"
-    assert len(done["stocha"]["threshold"]) == 2
+    assert done.stocha["activation"] == done.stocha["inference"] == "fatrelu"
+    assert len(done.stocha["threshold"]) == 2
     assert "refitted layer by layer on 2,048 tokens" in (tmp_path / "out" / "README.md").read_text()
     model = load_model(str(tmp_path / "out")).eval()
     meter = SparsityMeter(model)
@@ -178,7 +179,7 @@ def test_shares_follow_what_zeros_cost(checkpoint) -> None:
     weights = load_file(path)
     weights["model.layers.1.mlp.down_proj.weight"] /= 20
     save_file(weights, path, {"format": "pt"})
-    layers = Layers(folder, read_config(folder), "cpu")
+    layers = Layers(Tensors(folder), read_config(folder), "cpu")
     shares = allocate(layers, TOKENS, 0.8)
     assert sum(shares) / 3 == pytest.approx(0.8, abs=0.01)
     assert shares[1] > max(shares[0], shares[2]) + 0.1
@@ -196,7 +197,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(checkpoint, text, tmp_
             raise KeyboardInterrupt
         return refit_ffn(*args, **kwargs)
 
-    monkeypatch.setattr(refit_module, "refit_ffn", fit_two)
+    monkeypatch.setattr(refit, "refit_ffn", fit_two)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.refit").is_dir()
@@ -217,7 +218,7 @@ def test_finished_layers_of_other_options_are_not_used(checkpoint, text, tmp_pat
         fits.append(kwargs["share"])
         return refit_ffn(*args, **kwargs)
 
-    monkeypatch.setattr(refit_module, "refit_ffn", fit)
+    monkeypatch.setattr(refit, "refit_ffn", fit)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
     convert(source, tmp_path / "out", refit=str(text), refit_tokens=512, target_sparsity=0.8)
@@ -235,25 +236,25 @@ def test_streams_on_disk_give_the_same_weights(checkpoint, text, tmp_path) -> No
 def test_a_full_disk_is_told_in_one_sentence_and_keeps_finished_layers(
     checkpoint, text, tmp_path, monkeypatch
 ) -> None:
-    source, store = checkpoint(), refit_module.save_file
+    source, store = checkpoint(), refit.save_file
 
     def full_at_the_second(tensors: Any, path: Path, metadata: Any) -> None:
         if "001" in path.name:
             raise OSError(28, "No space left on device")
         store(tensors, path, metadata)
 
-    monkeypatch.setattr(refit_module, "save_file", full_at_the_second)
+    monkeypatch.setattr(refit, "save_file", full_at_the_second)
     with pytest.raises(StochaError, match=r"No space left on device.*goes on from the finished layers"):
         convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
-    assert [path.name for path in (tmp_path / ".out.refit").glob("layer*")] == ["layer-000.safetensors"]
+    assert [path.name for path in (tmp_path / ".out.refit").glob("*/layer*")] == ["layer-000.safetensors"]
 
 
 def test_a_hub_data_set_is_streamed_for_calibration(checkpoint, text, monkeypatch) -> None:
     opened = []
 
-    def open_local(name: str, config: Any, split: str, streaming: bool) -> Any:
+    def open_local(name: str, config: Any, split: str, streaming: bool, found: Any) -> Any:
         opened.append((name, streaming))
-        return open_data(str(text), config, split, streaming)
+        return open_data(str(text), config, split, streaming, ("json", [text]))
 
     open_data = data._open
     monkeypatch.setattr(data, "_open", open_local)
@@ -284,13 +285,115 @@ def test_a_tensor_is_overwritten_in_its_own_dtype_and_no_other_changes(checkpoin
         tensors.overwrite(name, torch.zeros(3))
 
 
-REFUSALS = {  # case -> (arguments, words of the sentence)
-    "few tokens": (["--refit-tokens", "100"], ("100 calibration tokens are too few", "at least 192")),
-    "short text": (["--refit-tokens", "9999999"], ("tokens in whole batches", "at least 192")),
-    "target": (["--target-sparsity", "1.5"], ("1.5", "between 0 and 1")),
-    "activation": (["--activation", "stocha"], ("activation stocha", "expected activation relu")),
-    "threshold": (["--threshold", "0.1"], ("threshold 0.1", "chooses the")),
-    "data": (["--refit", "nowhere.txt"], ("nowhere.txt", "does not exist")),
+def test_a_second_refit_to_the_same_output_is_refused_at_once(checkpoint, text, tmp_path, monkeypatch) -> None:
+    source, refused = checkpoint(), []
+
+    def start_another(*args: Any, **kwargs: Any) -> Any:
+        if not refused:
+            refused.append(None)
+            for options in ({}, {"target_sparsity": 0.8}):
+                with pytest.raises(StochaError, match=r"another refit is writing .*out: wait until it is done"):
+                    convert(source, tmp_path / "out", refit=str(text), refit_tokens=512, **options)
+        return refit_ffn(*args, **kwargs)
+
+    monkeypatch.setattr(refit, "refit_ffn", start_another)
+    convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
+    assert refused and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("changed", ["weights", "text"])
+def test_finished_layers_of_other_weights_or_text_are_not_used(
+    checkpoint, text, tmp_path, monkeypatch, changed
+) -> None:
+    source, fits = checkpoint(), []
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        fits.append(kwargs["seed"])
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        return refit_ffn(*args, **kwargs)
+
+    monkeypatch.setattr(refit, "refit_ffn", fit)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
+    if changed == "weights":
+        tensors = Tensors(source)
+        tensors.overwrite("model.layers.0.mlp.up_proj.weight", torch.ones(48, 32))
+    else:
+        text.write_text(text.read_text().replace("w9 ", "w8 "))
+    convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
+    assert fits == [0, 1, 0, 1]
+
+
+# A model in memory.
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_model_in_memory_is_refitted_as_its_checkpoint_is(
+    checkpoint, text, tmp_path, monkeypatch, model_type
+) -> None:
+    source = checkpoint(model_type)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder, **kwargs: tiny_tokenizer())
+    convert(source, tmp_path / "out", refit=str(text), refit_tokens=512, target_sparsity=0.8)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    assert refit_model(model, text, tiny_tokenizer(), tokens=512, target_sparsity=0.8) is model
+    model.save_pretrained(tmp_path / "saved")
+    converted, saved = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "saved")
+    assert converted.keys() == saved.keys() and all(torch.equal(converted[name], saved[name]) for name in saved)
+    entries = [read_config(tmp_path / name)["stocha"] for name in ("out", "saved")]
+    del entries[0]["source"]
+    assert entries[0] == entries[1] and entries[0]["inference"] == "fatrelu"
+
+
+def test_token_ids_and_a_patched_model_in_bfloat16_are_taken_too() -> None:
+    windows = torch.randint(4, 64, (16, 32), generator=torch.Generator().manual_seed(2))
+    native = tiny_model().to(torch.bfloat16)
+    patched = tiny_model().to(torch.bfloat16)
+    patch(patched, StochaConfig(p=0.4, source={"id": "org/model"}))
+    for model in (native, patched):
+        refit_model(model, windows)
+        assert model.dtype == torch.bfloat16 and model.config.hidden_act == "relu"
+        assert model.config.stocha["history"][0]["data"] == "token ids"
+    assert patched.config.stocha["source"] == {"id": "org/model"}
+    assert torch.equal(native(TOKENS).logits, patched(TOKENS).logits)
+    with pytest.raises(StochaError, match="refitted for relu already"):
+        refit_model(native, windows)
+
+
+def test_a_model_that_cannot_be_refitted_stays_as_it_was(text) -> None:
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    windows = torch.randint(4, 64, (16, 32))
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (torch.full((16, 32), 64), {}, "from 0 to 63"),
+        (windows.int(), {}, "expected int64"),
+        (windows[0], {}, r"expected int64 \[windows, length\]"),
+        (windows[:8, :4], {}, "token ids has 32 tokens in whole batches"),
+        (text, {}, "needs a tokenizer"),
+        ("", {}, "the data to refit on is ''"),
+        (windows, {"target_sparsity": 1.0}, "between 0 and 1"),
+        (text, {"tokens": 0}, "a whole number of at least 1"),
+    ]
+    for data_given, options, words in cases:
+        with pytest.raises(StochaError, match=words):
+            refit_model(model, data_given, **options)
+    with pytest.raises(StochaError, match="the model is a Linear"):
+        refit_model(torch.nn.Linear(2, 2), windows)
+    assert type(model).__name__ == "LlamaForCausalLM" and "stocha" not in model.config.to_dict()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {  # case -> (options, the sentence)
+    "no tokens": ({"refit_tokens": 0}, "is 0: expected a whole number of at least 1"),
+    "half a token": ({"refit_tokens": 0.5}, "is 0.5: expected a whole number"),
+    "no data": ({"refit": ""}, "the data to refit on is ''"),
+    "few tokens": ({"refit_tokens": 100}, "100 calibration tokens are too few .* at least 192"),
+    "short text": ({"refit_tokens": 9999999}, "tokens in whole batches .* at least 192"),
+    "target": ({"target_sparsity": 1.5}, "1.5: expected a share of zeros between 0 and 1"),
+    "a target of no number": ({"target_sparsity": True}, "True: expected a share of zeros between 0 and 1"),
+    "activation": ({"activation": "stocha"}, "activation stocha: expected activation relu"),
+    "threshold": ({"threshold": 0.1}, "threshold 0.1: .* chooses the thresholds"),
+    "data": ({"refit": "nowhere.txt"}, "nowhere.txt does not exist"),
 }
 
 
@@ -300,9 +403,14 @@ def test_refusals_leave_nothing_behind(checkpoint, tmp_path, case: str) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "w4 w5 w6"}\n')
     source, before = checkpoint(), sorted(tmp_path.rglob("*"))
-    done = run_command("stocha-convert", source, tmp_path / "out", "--refit", short, *options)
-    assert_refused(done, *words)
+    with pytest.raises(StochaError, match=words):
+        convert(source, tmp_path / "new" / "out", **{"refit": str(short), **options})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_refuses_a_refit_in_one_sentence(checkpoint, text, tmp_path) -> None:
+    options = ["--refit", text, "--target-sparsity", "1.5"]
+    assert_refused(run_command("stocha-convert", checkpoint(), tmp_path / "out", *options), "between 0 and 1")
 
 
 def test_a_refit_without_data_and_a_refit_of_a_refit_are_refused(checkpoint, text, tmp_path) -> None:
@@ -319,7 +427,7 @@ def test_weights_that_are_no_numbers_are_refused(checkpoint, text, tmp_path) -> 
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(StochaError, match="layer 1 computes values that are no numbers"):
+    with pytest.raises(StochaError, match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
         convert(folder, tmp_path / "out", refit=str(text), refit_tokens=512)
     assert not (tmp_path / "out").exists()
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from stocha_hf.errors import StochaError
-from stocha_hf.schedule import Schedule
+from stocha_hf.training.schedule import Schedule
 
 STOCHA_FT = [{"activation": "stocha", "p": 0.3, "until": 0.8}, {"activation": "relu", "until": 1.0}]
 ANNEALED = [{"activation": "stocha", "p": [0.5, 0.1], "until": 0.6}, {"activation": "relu", "until": 1}]
@@ -62,7 +62,7 @@ def test_text_and_lists_give_the_same_schedule():
         ([{"activation": "relu"}], "no 'until'"),
         ([{"activation": "stocha", "p": [0.5, 0.1], "anneal": "exp", "until": 1.0}], "anneal is 'exp'"),
         ("relu", "expected a list"),
-        ("[{activation: relu", "expected a list"),
+        ("[{activation: relu", "the schedule is not YAML, line 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(phases, words):

@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_python
+from helpers.kernels import bound, dense, error, matrices
 
+from stocha_hf.decoding import build, ops
+from stocha_hf.decoding.gate_prediction import CoarseGate, candidates
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ACTIVATIONS
-from stocha_hf.sparse import build, ops
-from stocha_hf.sparse.coarse import CoarseGate, candidates
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 96), (33, 77), (16, 8), (100, 300), (1, 1)]  # (H, M), also no multiples of the vector width
-
-
-def dense(x: Any, gate: Any, up: Any, down_t: Any, activation: str, threshold: float) -> torch.Tensor:
-    ffn: Any = SimpleNamespace(threshold=threshold)
-    return ACTIVATIONS[activation].function(F.linear(x, gate), F.linear(x, up), ffn) @ down_t
-
-
-def matrices(size: int, width: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    torch.manual_seed(size + width + tokens)
-    weights = [torch.randn(width, size) * size**-0.5 for _ in range(3)]
-    return [tensor.to(dtype) for tensor in (torch.randn(tokens, size), *weights)]
-
-
-def bound(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """What PyTorch's own result leaves as an error, and a quarter of the type's precision, as sums differ in order."""
-    return 1.5 * error(found, exact) + torch.finfo(found.dtype).eps / 4 + 1e-6
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-9)).item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", sorted(ops.ACTIVATIONS))
 def test_the_ffn_is_as_exact_as_pytorch(activation: str, dtype: torch.dtype) -> None:
     assert set(ops.ACTIVATIONS) == {name for name, row in ACTIVATIONS.items() if row.cut}
-    threshold = 0.3 if ACTIVATIONS[activation].cut(SimpleNamespace(threshold=0.3)) else 0.0  # type: ignore
+    threshold = 0.3 if ACTIVATIONS[activation].cut == "threshold" else 0.0
     for (size, width), tokens in itertools.product(SHAPES, [1, 2, 3, 5, 8]):
         given = matrices(size, width, tokens, dtype)
         exact = dense(*(tensor.double() for tensor in given), activation, threshold)
@@ -110,6 +82,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_operators_have_fake_implementations_and_compile() -> None:
     x, gate, up, down_t = matrices(64, 96, 2)
@@ -123,63 +96,16 @@ def test_the_operators_have_fake_implementations_and_compile() -> None:
     assert torch.equal(compiled(x), expected)
 
 
+@pytest.mark.slow
 def test_without_special_instructions_the_kernels_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("-O1", *(flag for flag in build.FLAGS if not flag.startswith(("-march", "-O"))))  # -O3 takes its time
-    portable = build.with_types(ctypes.CDLL(str(build.compiled(flags))))
+    portable = build.load(flags)
     for dtype in DTYPES:
         given = matrices(100, 300, 2, dtype)
         native = ops.ffn(*given, "fatrelu", 0.2)
         with monkeypatch.context() as patched:
             patched.setattr(ops, "kernels", lambda: portable)
             torch.testing.assert_close(ops.ffn(*given, "fatrelu", 0.2), native, rtol=0.02, atol=0.01)
-
-
-USE = """
-import warnings, sys, torch
-from stocha_hf.errors import StochaError
-from stocha_hf.sparse import build, ops
-from stocha_hf.sparse.coarse import CoarseGate, candidates
-torch.manual_seed(0)
-given = [torch.randn(3, 64), *(torch.randn(96, 64) for _ in range(3))]
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        found = ops.ffn(*given, "relu", 0.0)
-expected = (torch.relu(given[0] @ given[1].T) * (given[0] @ given[2].T)) @ given[3]
-torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-print(ops.available(), *[w.message for w in caught if "stocha_hf" in str(w.message)])
-"""
-
-
-def test_two_processes_build_at_once_into_an_empty_cache(tmp_path: Path) -> None:
-    quick = tmp_path / "g++"
-    quick.write_text('#!/bin/sh\nexec g++ "$@" -O1\n')
-    quick.chmod(0o755)
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(quick)}
-    command = [sys.executable, "-c", USE]
-    started = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=300)[0].strip() for process in started] == ["True", "True"]
-    assert [path.suffix for path in (tmp_path / "stocha_hf").iterdir()] == [".so"]
-
-
-@pytest.mark.parametrize("compiler", ["/nonexistent", "false"])
-def test_without_a_working_compiler_one_warning_names_the_cause(tmp_path: Path, compiler: str) -> None:
-    path = str(tmp_path) if compiler == "/nonexistent" else os.environ["PATH"]
-    done = run_python(USE, env={"XDG_CACHE_HOME": str(tmp_path), "CXX": compiler, "PATH": path})
-    assert done.stdout.startswith("False stocha_hf's sparse kernels cannot be built"), done.stderr
-    assert done.stdout.count("cannot be built") == 1
-    assert ("no C++ compiler" if compiler == "/nonexistent" else "false") in done.stdout
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "stocha_hf").write_text("a file where the folder should be")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build._kernels.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert build.kernels() is None
-    assert str(tmp_path) in str(caught[0].message)
-    build._kernels.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

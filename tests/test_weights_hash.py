@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_python, tiny_model
+from helpers import run_python, tiny_model
 
 from stocha_hf import StochaConfig, patch
-from stocha_hf.checkpoint import CONFIG, INDEX
+from stocha_hf.checkpoints.hashing import weights_hash
+from stocha_hf.checkpoints.inspection import CONFIG, INDEX
+from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.errors import StochaError
-from stocha_hf.tensors import Tensors
-from stocha_hf.weights_hash import weights_hash
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_broken_files_are_refused(folder: Path) -> None:
 
 
 def test_torch_is_not_imported(folder: Path) -> None:
-    code = "import sys; from pathlib import Path; from stocha_hf.weights_hash import weights_hash\n"
+    code = "import sys; from pathlib import Path; from stocha_hf.checkpoints.hashing import weights_hash\n"
     code += "weights_hash(Path(sys.argv[1])); assert 'torch' not in sys.modules"
     done = run_python(code, folder)
     assert done.returncode == 0, done.stderr

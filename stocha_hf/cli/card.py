@@ -15,19 +15,36 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stocha_hf.cli import Parser, run, show
+from stocha_hf.cli import Parser, checked, path_or_id, run, show
 from stocha_hf.errors import StochaError
+
+
+def _split(text: str) -> tuple[str, str]:
+    label, _, path = text.rpartition("=")
+    return label, path
+
+
+labelled = checked(
+    _split, lambda pair: all(map(str.strip, pair)), "LABEL=EVAL, as in 'swapped, untrained=swapped.json'"
+)
 
 
 def parser() -> Parser:
     verb = Parser("stocha-card", __doc__)
-    verb.add_argument("folder", metavar="FOLDER", help="stocha checkpoint folder")
-    verb.add_argument("evaluation", metavar="EVAL", help="what stocha-eval FOLDER --json printed")
+    verb.add_argument("folder", type=path_or_id, metavar="FOLDER", help="stocha checkpoint folder")
+    verb.add_argument("evaluation", type=path_or_id, metavar="EVAL", help="what stocha-eval FOLDER --json printed")
     verb.add_argument(
-        "--row", action="append", default=[], metavar="LABEL=EVAL", help="another evaluation for the same table"
+        "--row",
+        type=labelled,
+        action="append",
+        default=[],
+        metavar="LABEL=EVAL",
+        help="another evaluation for the same table",
     )
-    verb.add_argument("--bench", metavar="BENCH", help="what stocha-bench FOLDER --json printed")
-    verb.add_argument("--generation", metavar="FILE", help="what stocha-generate FOLDER --json printed")
+    verb.add_argument("--bench", type=path_or_id, metavar="BENCH", help="what stocha-bench FOLDER --json printed")
+    verb.add_argument(
+        "--generation", type=path_or_id, metavar="FILE", help="what stocha-generate FOLDER --json printed"
+    )
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     return verb
 
@@ -37,22 +54,19 @@ def main() -> None:
 
 
 def card(args: argparse.Namespace) -> None:
-    from stocha_hf import report
-    from stocha_hf.measured import Measured
-    from stocha_hf.plots import check_plot
+    from stocha_hf.checkpoints.metadata import source_metadata
+    from stocha_hf.measurement.plots import check_plot
+    from stocha_hf.publishing.card import stocha_config, write_card
+    from stocha_hf.publishing.measurements import HASH_KEY
 
-    rows = dict(_row(given) for given in args.row)
-    folder = Path(args.folder)
-    config = report.stocha_config(folder)
-    measured = Measured.read(folder, args.evaluation, rows, args.bench, args.generation)
+    folder, rows = Path(args.folder), dict(args.row)
+    if len(rows) < len(args.row):
+        raise StochaError("--row gives one LABEL twice: expected another label for each row of the table")
+    stocha_config(folder)
     check_plot(folder / "zeros.png")
-    measured.write()
-    path = report.write_card(folder, config, measured)
-    show({"card": str(path), "weights": measured.weights}, f"wrote {path}", args.json)
+    path = write_card(folder, evaluation=args.evaluation, rows=rows, bench=args.bench, generation=args.generation)
+    show({"card": str(path), "weights": source_metadata(folder)[HASH_KEY]}, f"wrote {path}", args.json)
 
 
-def _row(given: str) -> tuple[str, str]:
-    label, equals, path = given.rpartition("=")
-    if not equals or not label:
-        raise StochaError(f"--row is {given}: expected LABEL=EVAL, as in 'swapped, untrained=swapped.json'")
-    return label, path
+if __name__ == "__main__":
+    main()

@@ -14,9 +14,21 @@ from __future__ import annotations
 
 import argparse
 
-from stocha_hf.cli import Parser, run, show
-from stocha_hf.config import ACTIVATIONS, POSITIVE_SIDES
+from stocha_hf.cli import (
+    Parser,
+    dtype_name,
+    hub_id,
+    number_from_0,
+    one_of,
+    path_or_id,
+    probability,
+    run,
+    share,
+    show,
+    whole_number,
+)
 from stocha_hf.errors import StochaError
+from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
@@ -27,30 +39,45 @@ def parser() -> Parser:
     deterministic = [name for name, row in ACTIVATIONS.items() if row.deterministic]
     verb = Parser("stocha-convert", __doc__)
     verb.add_argument(
-        "source", metavar="SOURCE", help="Hub id, checkpoint folder or .gguf file; may be converted already"
+        "source",
+        type=path_or_id,
+        metavar="SOURCE",
+        help="Hub id, checkpoint folder or .gguf file; may be converted already",
     )
-    verb.add_argument("output", metavar="OUTPUT", help="folder to write")
-    verb.add_argument("--activation", help=f"in train() mode: {', '.join(ACTIVATIONS)} (default: stocha)")
+    verb.add_argument("output", type=path_or_id, metavar="OUTPUT", help="folder to write")
     verb.add_argument(
-        "--p", type=float, help="probability of the base activation where the gate is negative (default: 0.3)"
+        "--activation", type=one_of(ACTIVATIONS), help=f"in train() mode: {', '.join(ACTIVATIONS)} (default: stocha)"
     )
     verb.add_argument(
-        "--positive", help=f"activation where the gate is positive: {', '.join(POSITIVE_SIDES)} (default: silu)"
+        "--p", type=probability, help="probability of the base activation where the gate is negative (default: 0.3)"
     )
     verb.add_argument(
-        "--inference", help=f"in eval() mode: {', '.join(deterministic)} (default: --activation or the base)"
+        "--positive",
+        type=one_of(POSITIVE_SIDES),
+        help=f"activation where the gate is positive: {', '.join(POSITIVE_SIDES)} (default: silu)",
     )
-    verb.add_argument("--threshold", type=float, help="threshold of fatrelu and shifted_relu (default: 0)")
-    verb.add_argument("--k", type=int, help="neurons that topk keeps per token")
-    verb.add_argument("--refit", metavar="DATA", help="refit the FFNs for --activation relu on this text, untrained")
-    verb.add_argument("--target-sparsity", type=float, help="share of zeros to refit for (default: what ReLU makes)")
-    verb.add_argument("--refit-tokens", type=int, help="tokens to refit on (default: 98304, or 8 a neuron if more)")
+    verb.add_argument(
+        "--inference",
+        type=one_of(deterministic),
+        help=f"in eval() mode: {', '.join(deterministic)} (default: --activation or the base)",
+    )
+    verb.add_argument("--threshold", type=number_from_0, help="threshold of fatrelu and shifted_relu (default: 0)")
+    verb.add_argument("--k", type=whole_number(1), help="neurons that topk keeps per token")
+    verb.add_argument(
+        "--refit", type=path_or_id, metavar="DATA", help="refit the FFNs for --activation relu on this text, untrained"
+    )
+    verb.add_argument("--target-sparsity", type=share, help="share of zeros to refit for (default: what ReLU makes)")
+    verb.add_argument(
+        "--refit-tokens", type=whole_number(1), help="tokens to refit on (default: 98304, or 8 a neuron if more)"
+    )
     verb.add_argument("--refit-on-disk", action="store_true", help="keep the refit's streams on disk, not in memory")
-    verb.add_argument("--revision", help="branch, tag or commit of a Hub SOURCE (default: main)")
-    verb.add_argument("--base-model", metavar="ID", help="Hub id of the model that a local SOURCE is a copy of")
-    verb.add_argument("--dtype", default="bfloat16", help="what a .gguf file's tensors become (default: bfloat16)")
+    verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
+    verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
+    verb.add_argument(
+        "--dtype", type=dtype_name, default="bfloat16", help="what a .gguf file's tensors become (default: bfloat16)"
+    )
     verb.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint folder")
-    verb.add_argument("--push-to-hub", metavar="REPO", help="publish OUTPUT to this Hub repo afterwards")
+    verb.add_argument("--push-to-hub", type=hub_id, metavar="REPO", help="publish OUTPUT to this Hub repo afterwards")
     verb.add_argument("--private", action="store_true", help="make REPO private if it is new")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     return verb
@@ -62,7 +89,8 @@ def main() -> None:
 
 def convert(args: argparse.Namespace) -> None:
     from stocha_hf import hub
-    from stocha_hf.convert import convert as convert_folder
+    from stocha_hf.conversion.convert import convert as convert_folder
+    from stocha_hf.publishing.upload import publish
 
     if args.private and not args.push_to_hub:
         raise StochaError("--private was given without --push-to-hub: expected the Hub repo to make private")
@@ -70,14 +98,18 @@ def convert(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         hub.check_login(args.push_to_hub)
     options = {key: getattr(args, key) for key in OPTIONS}
-    done = convert_folder(args.source, args.output, **options, **changes)
+    done = convert_folder(args.source, args.output, **options, **changes).to_dict()
     text = f"{done['output']}: {done['layers']}/{done['layers']} MLPs, {done['stocha']['activation']} in training"
     text += f", {done['stocha']['inference']} in inference"
     if args.push_to_hub:
         try:
-            done["published"] = hub.publish(args.output, args.push_to_hub, private=args.private)
+            done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()
         except StochaError as error:
             again = f"stocha-publish {args.output} {args.push_to_hub}{' --private' if args.private else ''}"
             raise StochaError(f"{error}; the conversion is complete, so that is: {again}") from None
         text += f"\n{done['published']['url']} at {done['published']['tag']} ({done['published']['commit']})"
     show(done, text, args.json)
+
+
+if __name__ == "__main__":
+    main()

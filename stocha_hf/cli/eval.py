@@ -5,40 +5,64 @@ example:
   stocha-eval smollm2-sparse --data text.parquet --baseline HuggingFaceTB/SmolLM2-135M --plot zeros.png
   stocha-eval smollm2-sparse --data text.parquet --cett 0.1 0.2 0.4 --ppl-increase 1 --json > figures.json
 
-MODEL is a Hub id or folder, converted or native. The text is cut into windows of --length tokens, one after the other;
-each is read on its own. With --baseline, the same of a second model, and how far the first one's predictions are from
-its. --cett C leaves out, in every layer, the neurons of smallest output whose sum is a share C of the layer's output
-(CETT; ReLU^2 Wins), and tells zeros and perplexity of what is left; --ppl-increase P finds the most zeros, by the same
-C for all layers, whose perplexity is at most P percent higher (PPL-P% sparsity; Sparsing Law): a dozen passes.
+MODEL is a Hub id or folder, converted or native. The text is cut into consecutive windows of --length tokens, and each
+is read on its own. --baseline measures a second model too, and how far MODEL's predictions are from its predictions.
+--cett C drops the neurons of smallest output in every layer, as many as add up to a share C of the layer's output
+(CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the most zeros, with one C for all layers, that
+raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it takes a dozen passes over the text.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
-from stocha_hf.config import ACTIVATIONS
+from stocha_hf.cli import (
+    DTYPES,
+    Parser,
+    dtype_name,
+    one_of,
+    path_or_id,
+    positive_number,
+    run,
+    share_below_1,
+    show,
+    whole_number,
+)
 from stocha_hf.errors import StochaError
-from stocha_hf.figures import evaluated, plot_evaluation
+from stocha_hf.measurement.figures import evaluated, plot_evaluation
+from stocha_hf.spec import ACTIVATIONS
 
 
 def parser() -> Parser:
     verb = Parser("stocha-eval", __doc__)
-    verb.add_argument("model", metavar="MODEL", help="Hub id or checkpoint folder")
-    verb.add_argument("--data", required=True, help="text: parquet, jsonl or txt file, folder or Hub data set")
-    verb.add_argument("--baseline", metavar="MODEL2", help="measure this one too, and compare predictions")
-    verb.add_argument("--mode", help=f"force an activation on MODEL: {', '.join(ACTIVATIONS)} (default: its own)")
-    verb.add_argument("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
-    verb.add_argument("--windows", type=int, help="evenly spaced windows to measure on (default: all)")
-    verb.add_argument("--cett", nargs="+", type=float, metavar="C", help="measure truncated at these CETT as well")
-    verb.add_argument("--ppl-increase", type=float, metavar="P", help="find the PPL-P%% sparsity, P in percent")
-    verb.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
+    verb.add_argument("model", type=path_or_id, metavar="MODEL", help="Hub id or checkpoint folder")
+    verb.add_argument(
+        "--data", type=path_or_id, required=True, help="text: parquet, jsonl or txt file, folder or Hub data set"
+    )
+    verb.add_argument(
+        "--baseline", type=path_or_id, metavar="MODEL2", help="measure this one too, and compare predictions"
+    )
+    verb.add_argument(
+        "--mode",
+        type=one_of(ACTIVATIONS),
+        help=f"force an activation on MODEL: {', '.join(ACTIVATIONS)} (default: its own)",
+    )
+    verb.add_argument("--length", type=whole_number(2), default=1024, help="tokens of a window (default: 1024)")
+    verb.add_argument("--windows", type=whole_number(1), help="evenly spaced windows to measure on (default: all)")
+    verb.add_argument(
+        "--cett", nargs="+", type=share_below_1, metavar="C", help="measure truncated at these CETT as well"
+    )
+    verb.add_argument(
+        "--ppl-increase", type=positive_number, metavar="P", help="find the PPL-P%% sparsity, P in percent"
+    )
+    verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print the figures as JSON, with the weights' hash")
-    verb.add_argument("--plot", metavar="FILE", help="draw zeros by layer, reuse, and perplexity against zeros")
+    verb.add_argument(
+        "--plot", type=path_or_id, metavar="FILE", help="draw zeros by layer, reuse, and perplexity against zeros"
+    )
     return verb
 
 
@@ -50,40 +74,43 @@ def evaluate(args: argparse.Namespace) -> None:
     _check(args)
     import torch
 
-    from stocha_hf import evaluate
     from stocha_hf.data import text_windows
-    from stocha_hf.loading import load_model, tokenizer_folder
-    from stocha_hf.provenance import circumstances, origin
+    from stocha_hf.measurement import evaluation
+    from stocha_hf.measurement.provenance import circumstances, origin
+    from stocha_hf.models import load_config, load_model, tokenizer_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
     names = [name for name in (args.model, args.baseline) if name]
+    configs = [load_config(name) for name in names]  # refuse a broken model before a long text is read
+    windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
+    for config in configs:
+        evaluation.check_vocabulary(config, windows)
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
     origins = [origin(name, model) for name, model in zip(names, models, strict=True)]
     figures = origins[0] | {"data": args.data, "length": args.length, "dtype": args.dtype} | circumstances()
     with models[0].stocha_mode(args.mode) if args.mode else nullcontext():
-        figures |= _measured(models[0], windows, args)
+        figures |= _evaluated(models[0], windows, args)
         if args.baseline:
-            figures["baseline"] = origins[1] | _measured(models[1], windows, args)
-            figures |= evaluate.compare(models[0], models[1], windows)
-    show(figures, _told(figures), args.json)
+            figures["baseline"] = origins[1] | _evaluated(models[1], windows, args)
+            figures |= evaluation.compare(models[0], models[1], windows).to_dict()
+    show(figures, _as_text(figures), args.json)
     if args.plot:
         plot_evaluation(figures, args.plot)
 
 
-def _measured(model: Any, windows: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from stocha_hf.cett import CettCurve, at_cett, ppl_sparsity
-    from stocha_hf.evaluate import evaluate
+def _evaluated(model: Any, windows: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from stocha_hf.measurement.cett import CettCurve, at_cett, ppl_sparsity
+    from stocha_hf.measurement.evaluation import evaluate
 
-    figures = evaluate(model, windows)
+    figures = evaluate(model, windows).to_dict()
     if args.cett or args.ppl_increase is not None:
         curve = CettCurve(model, windows)
         if args.cett:
-            figures["cett"] = [at_cett(model, windows, curve, cett) for cett in args.cett]
+            figures["cett"] = [at_cett(model, windows, curve, cett).to_dict() for cett in args.cett]
         if args.ppl_increase is not None:
-            dense = figures["perplexity"]
-            figures["ppl_sparsity"] = ppl_sparsity(model, windows, curve, dense, args.ppl_increase)
+            found = ppl_sparsity(model, windows, curve, figures["perplexity"], args.ppl_increase)
+            figures["ppl_sparsity"] = {"percent": args.ppl_increase} | found.to_dict()
     return figures
 
 
@@ -98,28 +125,18 @@ def _check_mode(model: Any, mode: str | None) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.length < 2:
-        raise StochaError(f"--length is {args.length}: expected at least 2 tokens")
-    if args.windows is not None and args.windows < 1:
-        raise StochaError(f"--windows is {args.windows}: expected at least 1")
-    check_dtype(args.dtype)
-    if args.mode is not None and args.mode not in ACTIVATIONS:
-        raise StochaError(f"--mode is {args.mode}: expected one of {', '.join(ACTIVATIONS)}")
-    if wrong := [cett for cett in args.cett or [] if not 0 <= cett < 1]:
-        raise StochaError(f"--cett is {wrong[0]}: expected shares of the output's norm, from 0 to below 1")
-    if args.ppl_increase is not None and not 0 < args.ppl_increase < math.inf:
-        raise StochaError(f"--ppl-increase is {args.ppl_increase}: expected a percentage above 0")
+    """What no option's type can see."""
     truncates = args.cett or args.ppl_increase is not None
     if truncates and args.mode and not ACTIVATIONS[args.mode].deterministic:
         raise StochaError(f"--mode is {args.mode}, which is random: expected a deterministic one for --cett")
     if args.plot:
-        from stocha_hf.plots import check_plot
+        from stocha_hf.measurement.plots import check_plot
 
         check_plot(args.plot)
 
 
-def _told(figures: dict[str, Any]) -> str:
-    lines = [line for row in evaluated(figures) for line in _told_model(row)]
+def _as_text(figures: dict[str, Any]) -> str:
+    lines = [line for row in evaluated(figures) for line in _model_lines(row)]
     if "kl" in figures:
         lines.append(
             f"from the second to the first: KL {figures['kl']:.4f}, same top token {figures['top1_agreement']:.1%}"
@@ -127,7 +144,7 @@ def _told(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _told_model(row: dict[str, Any]) -> Iterator[str]:
+def _model_lines(row: dict[str, Any]) -> Iterator[str]:
     zeros, unused = row["sparsity"]["per_layer"], row["aggregated_sparsity"]
     yield (
         f"{row['model']} ({row['activation']}): perplexity {row['perplexity']:.3f} on {row['tokens']} tokens; "
@@ -136,10 +153,14 @@ def _told_model(row: dict[str, Any]) -> Iterator[str]:
         f"active at none of {unused['tokens'][-1]} tokens {unused['mean'][-1]:.1%}"
     )
     for point in row.get("cett", []):
-        yield f"  truncated at CETT {point['cett']:g}: {_told_point(point)}"
+        yield f"  truncated at CETT {point['cett']:g}: {_point_text(point)}"
     if point := row.get("ppl_sparsity"):
-        yield f"  PPL-{point['percent']:g}%: {_told_point(point)}, at CETT {point['cett']:.3f}"
+        yield f"  PPL-{point['percent']:g}%: {_point_text(point)}, at CETT {point['cett']:.3f}"
 
 
-def _told_point(point: dict[str, Any]) -> str:
+def _point_text(point: dict[str, Any]) -> str:
     return f"zeros {point['sparsity']['mean']:.1%}, perplexity {point['perplexity']:.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,8 @@ example:
 MODEL is a Hub id or folder, converted or native. "stocha" takes the most likely token at every step while the
 activation is StochA: a negative gate value gives the model's SiLU with probability p, else 0. "temperature" draws
 tokens from the model without noise. log-likelihood: mean of the samples' tokens under the model without noise;
-distinct-n: different n-grams by all; self-BLEU: of each sample against the others of its prompt, 100 if all are equal.
+distinct-n: different n-grams over all n-grams; self-BLEU: each sample's against the others of its prompt, 100 if all
+are equal.
 """
 
 from __future__ import annotations
@@ -17,32 +18,52 @@ import math
 from pathlib import Path
 from typing import Any
 
-from stocha_hf.cli import DTYPES, Parser, check_dtype, run, show
+from stocha_hf.cli import (
+    DTYPES,
+    Parser,
+    checked,
+    dtype_name,
+    one_of,
+    path_or_id,
+    probability,
+    run,
+    show,
+    whole_number,
+)
 from stocha_hf.errors import StochaError
-from stocha_hf.figures import VALUES, plot_generation
+from stocha_hf.measurement.figures import VALUES, plot_generation
 
+temperature = checked(float, lambda t: 0 < t < math.inf, "a number above 0; for 0, give --decoding greedy")
 DEFAULTS = {"p": [0.9], "temperature": [1.0]}
 
 
 def parser() -> Parser:
     verb = Parser("stocha-generate", __doc__)
-    verb.add_argument("model", metavar="MODEL", help="Hub id or checkpoint folder")
+    verb.add_argument("model", type=path_or_id, metavar="MODEL", help="Hub id or checkpoint folder")
     verb.add_argument("--prompt", action="append", help="text to continue; may be given several times")
-    verb.add_argument("--prompts", metavar="FILE", help="text file with a prompt a line")
+    verb.add_argument("--prompts", type=path_or_id, metavar="FILE", help="text file with a prompt a line")
     verb.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
-    verb.add_argument("--samples", type=int, default=4, help="samples a prompt (default: 4)")
-    verb.add_argument("--new", type=int, default=64, help="tokens of a sample at most (default: 64)")
+    verb.add_argument("--samples", type=whole_number(1), default=4, help="samples a prompt (default: 4)")
+    verb.add_argument("--new", type=whole_number(1), default=64, help="tokens of a sample at most (default: 64)")
     verb.add_argument(
         "--decoding",
         nargs="+",
+        type=one_of(VALUES),
         help=f"{', '.join(VALUES)}, or several (default: those whose values are given, else stocha)",
     )
-    verb.add_argument("--p", nargs="+", type=float, help="StochA's probabilities, each a run (default: 0.9)")
-    verb.add_argument("--temperature", nargs="+", type=float, help="temperatures, each a run (default: 1)")
-    verb.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples (default: 0)")
-    verb.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
+    verb.add_argument("--p", nargs="+", type=probability, help="StochA's probabilities, each a run (default: 0.9)")
+    verb.add_argument("--temperature", nargs="+", type=temperature, help="temperatures, each a run (default: 1)")
+    verb.add_argument(
+        "--seed", type=whole_number(0, 2**63 - 1), default=0, help="the same seed gives the same samples (default: 0)"
+    )
+    verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print samples and figures as JSON")
-    verb.add_argument("--plot", metavar="FILE", help="draw diversity against log-likelihood, a line a way of decoding")
+    verb.add_argument(
+        "--plot",
+        type=path_or_id,
+        metavar="FILE",
+        help="draw diversity against log-likelihood, a line a way of decoding",
+    )
     return verb
 
 
@@ -55,9 +76,9 @@ def generate(args: argparse.Namespace) -> None:
     _check(args)
     import torch
 
-    from stocha_hf.generate import measure
-    from stocha_hf.loading import load_model
-    from stocha_hf.provenance import circumstances, origin
+    from stocha_hf.measurement.provenance import circumstances, origin
+    from stocha_hf.measurement.sampling import sample
+    from stocha_hf.models import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, prompts = _tokens(args.model, texts, args.chat)
@@ -67,9 +88,9 @@ def generate(args: argparse.Namespace) -> None:
     figures |= {"prompts": texts, "runs": []}
     for decoding, noise in settings:
         found = {"decoding": decoding, **noise}
-        found |= measure(model, tokenizer, prompts, doing=_title(found), **options, **noise)
+        found |= sample(model, tokenizer, prompts, doing=_title(found), **options, **noise).to_dict()
         figures["runs"].append(found)
-    show(figures, _told(figures), args.json)
+    show(figures, _as_text(figures), args.json)
     if args.plot:
         plot_generation(figures, args.plot)
 
@@ -78,17 +99,8 @@ def _settings(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Each way of decoding with each of its values, as {option: value}; {} for greedy."""
     given = {name for name, key in VALUES.items() if key and getattr(args, key)}
     wanted = args.decoding or sorted(given) or ["stocha"]
-    for name in wanted:
-        if name not in VALUES:
-            raise StochaError(f"--decoding is {name}: expected one of {', '.join(VALUES)}")
     for name in given - set(wanted):
         raise StochaError(f"--{VALUES[name]} is given, but --decoding is {' '.join(wanted)}: expected {name} in it")
-    for p in args.p or []:
-        if not 0 <= p <= 1:
-            raise StochaError(f"--p is {p}: expected a probability between 0 and 1")
-    for temperature in args.temperature or []:
-        if not 0 < temperature < math.inf:
-            raise StochaError(f"--temperature is {temperature}: expected a number above 0; for 0, --decoding greedy")
     settings: list[tuple[str, dict[str, Any]]] = []
     for name in dict.fromkeys(wanted):
         key = VALUES[name]
@@ -112,33 +124,26 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("samples", "new"):
-        if getattr(args, name) < 1:
-            raise StochaError(f"--{name} is {getattr(args, name)}: expected at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise StochaError(f"--seed is {args.seed}: expected a number from 0 to 2**63 - 1")
-    check_dtype(args.dtype)
+    """What no option's type can see."""
     if args.plot:
-        from stocha_hf.plots import check_plot
+        from stocha_hf.measurement.plots import check_plot
 
         check_plot(args.plot)
         if args.samples < 2:
             raise StochaError("--samples is 1: expected at least 2 for --plot, which draws how they differ")
     if args.samples > 1:
-        from stocha_hf.diversity import check_sacrebleu
+        from stocha_hf.measurement.diversity import check_sacrebleu
 
         check_sacrebleu()
 
 
 def _tokens(name: str, texts: list[str], chat: bool) -> tuple[Any, list[list[int]]]:
     """The model's tokenizer, and each prompt as token ids."""
-    from transformers import AutoTokenizer
+    from stocha_hf.data import load_tokenizer
+    from stocha_hf.models import load_config, tokenizer_folder
 
-    from stocha_hf.hub import hub_errors
-    from stocha_hf.loading import tokenizer_folder
-
-    with hub_errors("reading the tokenizer of", name):
-        tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder(name))
+    load_config(name)
+    tokenizer = load_tokenizer(tokenizer_folder(name))
     if not chat:
         return tokenizer, [tokenizer(text)["input_ids"] for text in texts]
     if not tokenizer.chat_template:
@@ -156,7 +161,7 @@ def _title(row: dict[str, Any]) -> str:
     return f"{row['decoding']} {_value(row)}".strip()
 
 
-def _told(figures: dict[str, Any]) -> str:
+def _as_text(figures: dict[str, Any]) -> str:
     lines = []
     for row in figures["runs"]:
         for prompt, samples in zip(figures["prompts"], row["samples"], strict=True):
@@ -167,3 +172,7 @@ def _told(figures: dict[str, Any]) -> str:
         likelihood = f"log-likelihood {row['log_likelihood']:.3f} a token"
         lines.append(f"{_title(row)}: {likelihood}; distinct 1-, 2-, 3-grams {shares}{bleu}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

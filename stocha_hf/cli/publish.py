@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 
-from stocha_hf.cli import Parser, run, show
+from stocha_hf.cli import Parser, hub_id, path_or_id, run, show
 
 
 def parser() -> Parser:
     verb = Parser("stocha-publish", __doc__)
-    verb.add_argument("folder", metavar="FOLDER", help="folder that stocha-convert or a training run wrote")
-    verb.add_argument("repo", metavar="REPO", help="Hub repo, made if it does not exist")
+    verb.add_argument(
+        "folder", type=path_or_id, metavar="FOLDER", help="folder that stocha-convert or a training run wrote"
+    )
+    verb.add_argument("repo", type=hub_id, metavar="REPO", help="Hub repo, made if it does not exist")
     verb.add_argument("--private", action="store_true", help="make REPO private if it is new")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     return verb
@@ -27,7 +29,11 @@ def main() -> None:
 
 
 def publish(args: argparse.Namespace) -> None:
-    from stocha_hf import hub
+    from stocha_hf.publishing.upload import publish as publish_folder
 
-    done = hub.publish(args.folder, args.repo, private=args.private)
+    done = publish_folder(args.folder, args.repo, private=args.private).to_dict()
     show(done, f"{done['url']} at {done['tag']} ({done['commit']})", args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From a source checkpoint to a stocha checkpoint: copying, refitting, averaging."""

@@ -1,0 +1,201 @@
+"""Conversion: a source checkpoint becomes a stocha checkpoint; no tensor is decoded.
+
+Patching changes the activation and not one weight, so the shards are copied byte for byte (copy-on-write where the
+file system can) and only config.json, the modeling file and the card are written. Hence the time of `cp`, and memory
+independent of the model's size. Converting a converted checkpoint changes only what is asked for.
+
+    stocha-convert org/model model-stocha --p 0.3
+    stocha_hf.convert("org/model", "model-stocha", p=0.3).stocha["inference"]   # "silu"
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
+from stocha_hf.checkpoints.entry import began_random, checked_entry, with_entry
+from stocha_hf.checkpoints.inspection import CONFIG
+from stocha_hf.checkpoints.names import check_hub_id
+from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.checkpoints.staging import check_apart, copy_file, staged_folder
+from stocha_hf.conversion.refit_work import Refit, refit_folder
+from stocha_hf.conversion.source import Source, open_source
+from stocha_hf.errors import StochaError
+from stocha_hf.publishing import card
+from stocha_hf.spec import MODELING_FILE, StochaConfig, __version__
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote.
+
+    `layers` is the number of converted feed-forward layers, `source` the id and revision of the original model,
+    `stocha` the new entry of config.json, `files` the names in the folder `output`.
+    """
+
+    layers: int
+    output: str
+    source: dict[str, str | None]
+    stocha: dict[str, Any]
+    files: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as the command's --json prints them."""
+        return asdict(self)
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    activation: str | None = None,
+    p: float | None = None,
+    positive: str | None = None,
+    inference: str | None = None,
+    threshold: float | list[float] | None = None,
+    k: int | None = None,
+    refit: str | None = None,
+    target_sparsity: float | None = None,
+    refit_tokens: int | None = None,
+    refit_on_disk: bool = False,
+    revision: str | None = None,
+    base_model: str | None = None,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+) -> Converted:
+    """Write the stocha checkpoint of a model, as a folder that loads natively, with remote code and with this package.
+
+    Args:
+        source: Hub id, checkpoint folder or .gguf file (of a split one, any part); may be converted already.
+        output: the folder to write, whole or not at all.
+        activation: what runs in train() mode, a name in ACTIVATIONS (default: "stocha").
+        p: StochA's probability of the base activation where the gate is negative (default: 0.3).
+        positive: what runs where the gate is positive, one of POSITIVE_SIDES (default: "silu").
+        inference: what runs in eval() mode (default: `activation` if that is deterministic, else the base).
+        threshold: of fatrelu and shifted_relu, one number or one per layer (default: 0).
+        k: neurons per token that topk keeps.
+        refit: data to refit the FFNs on for ReLU, layer by layer, without training: a file, folder or Hub data set.
+        target_sparsity: share of zeros to refit for, between 0 and 1 (default: what plain ReLU makes).
+        refit_tokens: tokens to refit on (default: 98304, or 8 per neuron if that is more).
+        refit_on_disk: keep the refit's streams on disk instead of in memory.
+        revision: branch, tag or commit of a source on the Hub.
+        base_model: Hub id of the model that a local source is a copy of.
+        dtype: what a .gguf file's tensors become, one of DTYPES.
+        overwrite: replace `output` if it is a checkpoint folder.
+
+    Returns:
+        What was written.
+
+    Raises:
+        StochaError: for whatever cannot be converted, with nothing written.
+    """
+    output = local_path(output)
+    fields = {"activation": activation, "p": p, "positive": positive, "inference": inference}
+    changes = {key: value for key, value in (fields | {"threshold": threshold, "k": k}).items() if value is not None}
+    options = None
+    if refit is not None:
+        options, changes = Refit(refit, refit_tokens, target_sparsity, refit_on_disk), _refit_activation(changes)
+    elif target_sparsity is not None or refit_tokens is not None or refit_on_disk:
+        raise StochaError(
+            "target_sparsity, refit_tokens or refit_on_disk was given without refit: expected the data to refit on"
+        )
+    _check_fields(changes)
+    if base_model is not None:
+        check_hub_id(base_model, "base_model")
+    if dtype not in DTYPES:
+        raise StochaError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_output(output, overwrite)
+    inputs = [local_path(name) for name in (source, refit) if name is not None]
+    check_apart(output, [path for path in inputs if path.exists()])
+    with ExitStack() as stack:
+        work = stack.enter_context(refit_folder(output)) if options is not None else None
+        found = stack.enter_context(open_source(str(source), revision, dtype, output))
+        check_apart(output, (found.folder / name for name in found.files))
+        config, change = _converted_config(found, base_model, changes), None
+        if options is not None and work is not None:
+            from stocha_hf.conversion.refit import refit_checkpoint  # needs torch, which copying does not
+
+            fitted = refit_checkpoint(found, config, options, work)
+            config, change = fitted.config, fitted.apply_to
+        files = write_checkpoint(found, config, output, overwrite, change)
+    return Converted(config["num_hidden_layers"], str(output), config["stocha"].get("source"), config["stocha"], files)
+
+
+def _check_fields(changes: dict[str, Any]) -> None:
+    try:
+        StochaConfig.from_dict(changes)
+    except ValueError as error:
+        raise StochaError(str(error)) from error
+
+
+def _refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
+    changes = {"activation": "relu"} | changes
+    if changes.keys() - {"activation"} or changes["activation"] != "relu":
+        given = ", ".join(f"{key} {value}" for key, value in changes.items())
+        raise StochaError(
+            f"refit was given with {given}: expected activation relu and no other field, since the refit chooses the "
+            "thresholds; convert the result again for another training activation"
+        )
+    return changes
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise StochaError where `output` cannot be written, or exists and is not to be replaced."""
+    if not output.exists() and not output.is_symlink():
+        ancestor = next(parent for parent in output.absolute().parents if parent.exists())
+        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+            raise StochaError(f"cannot write {output} in {ancestor}: expected a folder with write permission")
+        return
+    if not overwrite:
+        raise StochaError(f"{output} exists: expected a new folder; choose another one or pass --overwrite")
+    if not output.is_dir() or output.is_symlink() or (any(output.iterdir()) and not (output / CONFIG).is_file()):
+        raise StochaError(f"{output} is no checkpoint folder: expected one to overwrite; choose another output")
+
+
+def _converted_config(source: Source, base_model: str | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json with hidden_act, auto_map and the stocha entry; every other key stays."""
+    before = dict(source.config.get("stocha") or {})
+    if "activation" in changes:
+        before.pop("inference", None)  # follows the new activation unless it is asked for too
+    origin = before.get("source")
+    if origin is None and not began_random(before.get("history")):
+        origin = {"id": source.id, "revision": source.revision}
+    if base_model is not None:
+        origin = {"revision": None, **(origin or {}), "id": base_model}
+    entry = {**before, **changes, "source": origin, "stocha_version": __version__}
+    return with_entry(source.config, checked_entry(entry, source.config, source.id))
+
+
+def write_checkpoint(
+    source: Source, config: dict[str, Any], output: Path, overwrite: bool, change: Callable[[Path], None] | None = None
+) -> list[str]:
+    """Write the source's files with this config to `output`, whole or not at all; returns the names of its files.
+
+    `change` may overwrite the copied tensors in the folder that it is given.
+    """
+    with staged_folder(output, replace=overwrite) as folder:
+        _copy_all(source, folder)
+        if change is not None:
+            change(folder)
+        if source.tokenizer is not None:
+            (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")
+        copy_file(MODELING_FILE, folder / MODELING_FILE.name)
+        (folder / CONFIG).write_text(dump(config), encoding="utf-8")
+        card.write_card(folder, config=config, metadata=source.metadata)
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _copy_all(source: Source, folder: Path) -> None:
+    from tqdm import tqdm
+
+    sizes = {name: (source.folder / name).stat().st_size for name in source.files}
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying", disable=None, leave=False) as bar:
+        for name in source.files:
+            copy_file(source.folder / name, folder / name, bar.update)

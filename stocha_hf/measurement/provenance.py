@@ -1,0 +1,48 @@
+"""Where figures come from: which model, command, versions and hardware, so that they can be measured again.
+
+origin("smollm2-sparse", model) | circumstances()
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from stocha_hf.checkpoints.hashing import weights_hash
+from stocha_hf.spec import __version__
+
+
+def origin(name: str, model: Any) -> dict[str, Any]:
+    """What was measured: `model`; `weights`, the hash of a local folder; or `revision`, the commit of a Hub id."""
+    folder = Path(name)
+    return {
+        "model": name,
+        "weights": weights_hash(folder) if folder.is_dir() else None,
+        "revision": getattr(model.config, "_commit_hash", None),
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """`command` as typed, `versions` of the libraries, `hardware` with the threads that PyTorch uses on a CPU."""
+    import torch
+    import transformers
+
+    versions = {"stocha_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    processor = f"{_processor()}, {torch.get_num_threads()} threads"
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,200 @@
+"""What measuring returns: one dataclass for each kind of result, whose `to_dict` is what the verbs print with --json.
+
+    evaluation.evaluate -> Evaluation        cett.at_cett -> Truncation         sampling.sample -> Samples
+    evaluation.compare  -> Comparison        speed_models.benchmark -> Benchmark
+
+They are kept apart from what computes them, because publishing/ reads their files again and needs no torch:
+`check_record(content, Evaluation, "eval.json")` refuses a file that does not hold one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stocha_hf.errors import StochaError
+
+
+class Record:
+    """A dataclass of figures."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures under the names of their fields, nested ones too: what JSON holds of them."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Shares(Record):
+    """A share, from 0 to 1: its mean over layers, and each layer's."""
+
+    mean: float
+    per_layer: list[float]
+
+
+@dataclass(frozen=True)
+class AggregatedSparsity(Record):
+    """Share of neurons that none of a window's first t tokens used (ReLU Strikes Back, arXiv 2310.04564).
+
+    `tokens` lists the t: 1, 2, 4, ... and the window's length. `mean` is over layers, for each t; `per_layer` has a
+    list of the same for each layer. `independent` is what `mean` would be if every token chose its neurons anew.
+    """
+
+    tokens: list[int]
+    mean: list[float]
+    independent: list[float]
+    per_layer: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Evaluation(Record):
+    """What `evaluate` found of a model.
+
+    `perplexity` is exp of the mean loss in nats; `tokens` counts the windows' tokens; `activation` is the one that
+    ran. `sparsity` is the share of the FFNs' hidden entries that are zero, `never_active` of neurons that never fired,
+    `reuse` of firing neurons that had fired at the token before as well.
+    """
+
+    perplexity: float
+    tokens: int
+    activation: str
+    sparsity: Shares
+    never_active: Shares
+    reuse: Shares
+    aggregated_sparsity: AggregatedSparsity
+
+
+@dataclass(frozen=True)
+class Comparison(Record):
+    """How far a model's predictions are from a baseline's.
+
+    `kl` is the mean Kullback-Leibler divergence from the baseline to the model, in nats a token; `top1_agreement` the
+    share of tokens whose most likely successor is the same.
+    """
+
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Truncation(Record):
+    """A model truncated at a CETT: what is left of it, and each layer's threshold of a neuron's output."""
+
+    cett: float
+    perplexity: float
+    sparsity: Shares
+    thresholds: list[float]
+
+
+@dataclass(frozen=True)
+class SampledText(Record):
+    """One sample: its text, its length in tokens, and its log-likelihood in nats a token."""
+
+    text: str
+    tokens: int
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
+class Samples(Record):
+    """Samples of several prompts: `samples[i]` are those of prompt i.
+
+    `log_likelihood` is the mean over all samples, in nats a token; `distinct_1` to `distinct_3` (0 to 1) and
+    `self_bleu` (0 to 100; None for one sample a prompt) are means over prompts.
+    """
+
+    self_bleu: float | None
+    log_likelihood: float
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+    samples: list[list[SampledText]]
+
+
+@dataclass(frozen=True)
+class Benchmark(Record):
+    """Dense against sparse decode of one model.
+
+    `sparsity` is the share of zeros while decoding. `batch` sequences are decoded at once, `new_tokens` after
+    `prompt` tokens. `dense_ms` and `sparse_ms` are milliseconds a step, `speedup` the median of their ratios within a
+    round, `tokens_per_second` the whole batch's when sparse, `read_gbps` what the memory gave meanwhile. `weights` and
+    `revision` name a checkpoint; `forced_sparsity` is the share that a model of random weights was made to have.
+    """
+
+    model: str
+    dtype: str
+    sparsity: float
+    batch: int
+    prompt: int
+    new_tokens: int
+    dense_ms: float
+    sparse_ms: float
+    speedup: float
+    tokens_per_second: float
+    achieved_gbps: float | None
+    read_gbps: float
+    threads: int
+    weights: str | None = None
+    revision: str | None = None
+    forced_sparsity: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures; a checkpoint's have no `forced_sparsity`, random weights no `weights` or `revision`."""
+        absent = ("forced_sparsity",) if self.forced_sparsity is None else ("weights", "revision")
+        return {key: value for key, value in super().to_dict().items() if key not in absent}
+
+
+def check_record(content: object, kind: Any, where: str) -> None:
+    """Check that `content`, read from JSON, has all that `kind` has. Other keys may be there too.
+
+    `kind` is a type, a dataclass, or a mapping of names to kinds.
+
+    Raises:
+        StochaError: something is missing, of another type, NaN or infinite. `where` names the file.
+    """
+    _check(content, kind, where, "")
+
+
+def _check(content: object, kind: Any, where: str, path: str) -> None:
+    if dataclasses.is_dataclass(kind):
+        kind = typing.get_type_hints(kind)
+    if isinstance(kind, Mapping):
+        if not isinstance(content, dict):
+            raise _refused(where, path, content, "an object")
+        for key, inner in kind.items():
+            if key not in content and not _may_be_none(inner):
+                raise StochaError(f"{where} has no {path}{key}: expected what the command printed with --json")
+            _check(content.get(key), inner, where, f"{path}{key}.")
+    elif kind is object:
+        return
+    elif _may_be_none(kind):
+        if content is not None:
+            _check(content, next(part for part in typing.get_args(kind) if part is not type(None)), where, path)
+    elif typing.get_origin(kind) is list:
+        if not isinstance(content, list):
+            raise _refused(where, path, content, "a list")
+        for i, item in enumerate(content):
+            _check(item, typing.get_args(kind)[0], where, f"{path}{i}.")
+    elif not _is_a(content, kind):
+        raise _refused(where, path, content, {str: "a text", int: "a whole number", float: "a finite number"}[kind])
+
+
+def _may_be_none(kind: Any) -> bool:
+    return typing.get_origin(kind) is types.UnionType and type(None) in typing.get_args(kind)
+
+
+def _is_a(content: object, kind: type) -> bool:
+    if isinstance(content, bool):
+        return False
+    if kind is float:
+        return isinstance(content, int | float) and math.isfinite(content)
+    return isinstance(content, kind)
+
+
+def _refused(where: str, path: str, content: object, expected: str) -> StochaError:
+    given = repr(content) if len(repr(content)) < 60 else type(content).__name__
+    return StochaError(f"{where} has {path.rstrip('.') or 'at its top'} {given}: expected {expected}")

@@ -1,0 +1,1 @@
+"""The model card, its tables of measurements, and the upload to the Hub."""

@@ -1,0 +1,247 @@
+"""The model card: README.md with Hub metadata, written at conversion, with measurements, and completed at publication.
+
+The text is model_card.md beside this file; tables.py tells what was measured. `write_card` is the one function that
+writes a card, whoever wants one: conversion, training and stocha-card. A card still has REPO_ID and REVISION, whose
+values only the publication knows; `published_card` fills them in for the upload and leaves the folder as it is. What
+comes from a config, a source or a file of measurements is escaped by markdown.py.
+
+    write_card("smollm2-relu", evaluation="eval.json", bench="bench.json")
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from stocha_hf.checkpoints.entry import began_random, read_entry
+from stocha_hf.checkpoints.inspection import CARD, read_config
+from stocha_hf.checkpoints.metadata import INHERITED, source_metadata
+from stocha_hf.errors import StochaError
+from stocha_hf.publishing.markdown import code, fence, text
+from stocha_hf.publishing.measurements import HASH_KEY, Measurements, check_measurements
+from stocha_hf.publishing.tables import measured_metadata, measured_section
+from stocha_hf.spec import ARCHITECTURES
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+COPIED = "Converting leaves every weight, its name and its shape as they are."
+REFITTED = (
+    "The feed-forward weights were refitted layer by layer on {tokens} of {data}, without training; every other "
+    "weight, all names and all shapes are the source's."
+)
+TRAINED = (
+    "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
+)
+FROM_SCRATCH = "No weight comes from another model: the recipe below began with random ones."
+SCRATCH_LIMITS = "The model has seen the text of the recipe below and nothing else."
+SWAPPED_LIMITS = (
+    "The conversion itself trains nothing: a checkpoint whose activation was only swapped needs continued pretraining "
+    "or a ReLU fine-tune before its outputs under the new activation are useful."
+)
+REFITTED_LIMITS = (
+    "A refit comes near the source's quality on text like that it was fitted on, less so on other text; continued "
+    "pretraining goes on from it."
+)
+TRAINED_LIMITS = (
+    "Training moves the model towards the text it was trained on; on other text it may be worse than the source."
+)
+LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    evaluation: str | Path | None = None,
+    rows: Mapping[str, str | Path] | None = None,
+    bench: str | Path | None = None,
+    generation: str | Path | None = None,
+    config: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint folder's README.md, with tables and pictures of what was measured if files are given.
+
+    The files and their pictures are copied to the folder's measurements/. Everything is read, checked and drawn before
+    the first file is written. A card that is there already is kept as README.md.orig when measurements are given.
+
+    Args:
+        folder: A stocha checkpoint's folder.
+        evaluation: What `stocha-eval FOLDER --json` printed; the other files need it.
+        rows: Other evaluations for the same table, by label.
+        bench: What `stocha-bench FOLDER --json` printed.
+        generation: What `stocha-generate FOLDER --json` printed.
+        config: The checkpoint's config.json (default: the folder's; an adapter's folder has none).
+        metadata: Hub metadata of the source's card (default: of the folder's own card, which has it from the source).
+
+    Returns:
+        The card's path.
+
+    Raises:
+        StochaError: the folder is no stocha checkpoint, or a file is malformed, of other weights, or not comparable.
+    """
+    folder = Path(folder)
+    config = stocha_config(folder) if config is None else config
+    if evaluation is None and (rows or bench or generation):
+        raise StochaError("a card was given measurements but no evaluation: expected what stocha-eval --json printed")
+    measured = None if evaluation is None else Measurements.read(folder, evaluation, rows, bench, generation)
+    card = model_card(config, source_metadata(folder) if metadata is None else metadata, measured)
+    path = folder / CARD
+    if measured is None:
+        _replace(path, card)
+    else:
+        with measured.staged() as install:
+            install()
+            if path.exists():
+                shutil.copyfile(path, folder / f"{CARD}.orig")
+            _replace(path, card)
+    return path
+
+
+def _replace(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=".card-", delete=False
+        ) as file:
+            file.write(content)
+        os.chmod(file.name, 0o666 & ~_umask())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise StochaError(f"{path} cannot be written ({error.strerror}): free space, or make it writable") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Measurements | None = None) -> str:
+    """Return the card of a checkpoint, given its config.json, its source's metadata and what was measured of it.
+
+    Raises StochaError for a config that is no stocha checkpoint's.
+    """
+    from huggingface_hub import ModelCardData
+
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    if row is None:
+        raise StochaError(f"the config has model_type {config.get('model_type')!r}: expected a stocha checkpoint's")
+    stocha = read_entry(config, "the config")
+    source = stocha.source or {}
+    source_id, revision = str(source.get("id") or ""), source.get("revision")
+    on_hub = "/" in source_id
+    kept = {key: value for key in INHERITED if (value := _plain(inherited.get(key)))}
+    metadata = ModelCardData(
+        base_model=source_id if on_hub else None,
+        library_name="transformers",
+        tags=["stocha", "activation-sparsity", config["model_type"]],
+        **{"pipeline_tag": "text-generation", **kept},
+        **(measured_metadata(measured) if measured else {}),
+    )
+    p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
+    native = stocha.native_act
+    note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
+    history = stocha.history or []
+    weights, limits = _what_was_done(history)
+    linked = f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else code(source_id) or "an unnamed model"
+    commit = f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file"
+    licence = text(kept.get("license_name") or kept.get("license") or "not stated")
+    version = text(stocha.stocha_version)
+    made = {
+        "title": f"Stochastic-activation checkpoint of {linked}",
+        "made": f"Made from {linked} ({commit}) with stocha_hf {version}.",
+        "changes": f"What changes is the activation of the feed-forward layers of {row.causal_lm}:",
+        "license": f"Licence of the source: {licence}",
+    }
+    if began_random(history):
+        made = {
+            "title": f"{row.causal_lm} trained from scratch with stochastic activations or ReLU",
+            "made": f"Trained from random weights with stocha_hf {version}.",
+            "changes": "The activation of its feed-forward layers:",
+            "license": f"Licence: {licence}",
+        }
+    values = {
+        "weights": weights,
+        "measured": measured_section(measured) + "\n\n" if measured else "",
+        "recipe": _recipe(history),
+        "limits": limits,
+        "metadata": metadata.to_yaml(),
+        **made,
+        "architecture": row.causal_lm,
+        "activation": stocha.activation + p,
+        "inference": stocha.inference,
+        "native": native,
+        "native_note": note,
+    }
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+
+
+def _plain(value: Any) -> Any:
+    """A source's metadata as far as a card takes it over: a line of text, or a list of a few such lines."""
+    if isinstance(value, list):
+        return [item for item in value if _plain(item) and isinstance(item, str)][:100]
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 500 else None
+
+
+def _what_was_done(history: list[dict[str, Any]]) -> tuple[str, str]:
+    """What a card says of the weights, and of their limits."""
+    if began_random(history):
+        return FROM_SCRATCH, SCRATCH_LIMITS
+    weights, limits = _what_changed(history)
+    return weights, f"{limits} What limits the source model limits this one too."
+
+
+def _what_changed(history: list[dict[str, Any]]) -> tuple[str, str]:
+    if any(stage.get("method") != "refit" for stage in history):
+        return TRAINED, TRAINED_LIMITS
+    if not history:
+        return COPIED, SWAPPED_LIMITS
+    tokens = history[-1].get("tokens")
+    said = f"{tokens:,} tokens" if isinstance(tokens, int) else "tokens"
+    return REFITTED.format(tokens=said, data=text(history[-1].get("data", "a text"))), REFITTED_LIMITS
+
+
+def _recipe(history: list[dict[str, Any]]) -> str:
+    """What was done to the weights, stage by stage, as YAML; nothing where they are the source's."""
+    import yaml
+
+    if not history:
+        return ""
+    return f"## Recipe\n\n{fence(yaml.safe_dump(_shortened(history), sort_keys=False), 'yaml')}\n\n"
+
+
+def _shortened(value: Any) -> Any:
+    """Without what is too long for a card; the stages of averaged checkpoints lie within a stage."""
+    if isinstance(value, dict):
+        return {key: _shortened(inner) for key, inner in value.items() if key not in LONG}
+    return [_shortened(inner) for inner in value] if isinstance(value, list) else value
+
+
+def stocha_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a stocha checkpoint folder. Raises StochaError for another folder."""
+    config = read_config(folder)
+    if not isinstance(config.get("stocha"), dict):
+        raise StochaError(f"{folder} is no stocha checkpoint: expected a folder that stocha-convert or training wrote")
+    return config
+
+
+def check_card(folder: Path) -> None:
+    """Raise StochaError where a folder's card or measurements tell of other weights than it has."""
+    found = source_metadata(folder).get(HASH_KEY)
+    check_measurements(folder, None if found is None else str(found))
+
+
+def published_card(folder: Path, repo: str, tag: str) -> str:
+    """Return the folder's card, or a new one where there is none, with the repo and revision that its snippets name.
+
+    Raises StochaError for a card that is no text.
+    """
+    path = folder / CARD
+    try:
+        card = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_config(folder), {})
+    except (OSError, UnicodeDecodeError) as error:
+        raise StochaError(f"{path} cannot be read ({error}): expected text in UTF-8") from None
+    return card.replace("REPO_ID", repo).replace("REVISION", tag)

@@ -1,0 +1,114 @@
+"""The measured part of a model card: Markdown and Hub metadata, from checked files and never typed.
+
+measured_section(measured)   # a table, how it was measured, pictures, diversity
+measured_metadata(measured)  # for ModelCardData: model-index and the weights' hash
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stocha_hf.measurement.figures import VALUES
+from stocha_hf.publishing.markdown import code, text
+from stocha_hf.publishing.measurements import FOLDER, HASH_KEY, Measurements
+
+EVALUATED = (
+    "Perplexity and zeros: {tokens:,} tokens of {data} in windows of {length}, {dtype}, on {hardware} ({command}). "
+    "The layers have {least:.0%} to {most:.0%} zeros; {never:.1%} of the neurons never fired, and of those that "
+    "fired, {again:.0%} had fired at the token before."
+)
+COMPARED = (
+    "Against the model before: KL divergence {kl:.3f} nats a token, the same most likely token at "
+    "{top1_agreement:.0%} of the tokens."
+)
+DECODED = (
+    "Decoding: {dtype}, batch {batch}, {new_tokens} tokens after {prompt}, dense and sparse in turn in one run, on "
+    "{hardware}, whose memory read {read_gbps:.0f} GB/s meanwhile ({command})."
+)
+DIVERSITY = (
+    "{samples} samples of each of {count} prompts, {new} tokens at most, {dtype} ({command}). Log-likelihood: of "
+    "the samples' tokens under this model without noise. `stocha`: the most likely token at every step, with the "
+    "activation's noise alone."
+)
+
+
+def measured_metadata(measured: Measurements) -> dict[str, Any]:
+    """Return the results as ModelCardData takes them, and the hash of the weights that they are of."""
+    from huggingface_hub import EvalResult
+
+    own = measured.evaluation
+    data = Path(own["data"]).name
+    shared: Any = {"task_type": "text-generation", "dataset_type": data, "dataset_name": data}
+    values = {
+        f"perplexity, {own['length']} tokens a window": ("perplexity", own["perplexity"]),
+        "zeros in the FFN's hidden vector": ("sparsity", own["sparsity"]["mean"]),
+    }
+    results = [
+        EvalResult(**shared, metric_name=name, metric_type=kind, metric_value=round(value, 4))
+        for name, (kind, value) in values.items()
+    ]
+    return {"model_name": measured.folder.resolve().name, "eval_results": results, HASH_KEY: measured.weights}
+
+
+def measured_section(measured: Measurements) -> str:
+    """Return Markdown: a table of before, other rows and this model; how it was measured; pictures; diversity."""
+    parts = ["## Measured", _table(measured), *_how(measured), f"![Zeros by layer]({FOLDER}/zeros.png)"]
+    if measured.generation is not None:
+        parts += [_diversity(measured.generation)]
+        if measured.is_drawn:
+            parts.append(f"![Diversity against likelihood]({FOLDER}/diversity.png)")
+    return "\n\n".join(parts)
+
+
+def _table(measured: Measurements) -> str:
+    before, bench = measured.evaluation.get("baseline"), measured.bench
+    speeds = {} if bench is None else {"dense": bench["dense_ms"], "sparse": bench["sparse_ms"]}
+    lines = ["| | activation | perplexity | zeros in the FFN | decoding |", "| --- | --- | --- | --- | --- |"]
+    if before is not None:
+        lines.append(_row(text(f"before: {before['model']}"), before, _speed(bench, speeds.get("dense"))))
+    lines += [_row(text(label), row, "") for label, row in measured.rows.items()]
+    faster = f", {bench['speedup']:.1f}x" if bench else ""
+    lines.append(_row("**this model**", measured.evaluation, _speed(bench, speeds.get("sparse")) + faster))
+    return "\n".join(lines)
+
+
+def _row(label: str, row: dict[str, Any], speed: str) -> str:
+    zeros = f"{row['sparsity']['mean']:.1%}"
+    return f"| {label} | {text(row['activation'])} | {row['perplexity']:.2f} | {zeros} | {speed} |"
+
+
+def _speed(bench: dict[str, Any] | None, milliseconds: float | None) -> str:
+    return f"{bench['batch'] * 1e3 / milliseconds:.1f} tokens/s" if bench and milliseconds else ""
+
+
+def _how(measured: Measurements) -> list[str]:
+    own, zeros = measured.evaluation, measured.evaluation["sparsity"]["per_layer"]
+    shares = {"least": min(zeros), "most": max(zeros)}
+    shares |= {"never": own["never_active"]["mean"], "again": own["reuse"]["mean"]}
+    parts = [EVALUATED.format(**_escaped(own) | shares | {"data": text(Path(own["data"]).name)})]
+    if "kl" in own:
+        parts.append(COMPARED.format(**own))
+    if measured.bench is not None:
+        parts.append(DECODED.format(**_escaped(measured.bench)))
+    return parts
+
+
+def _escaped(content: dict[str, Any]) -> dict[str, Any]:
+    """A file's values, those that are text safe in Markdown, the command as code."""
+    safe = {key: text(value) if isinstance(value, str) else value for key, value in content.items()}
+    return safe | {"command": code(content["command"])}
+
+
+def _diversity(generation: dict[str, Any]) -> str:
+    parts = [
+        "### Diversity of samples",
+        DIVERSITY.format(**_escaped(generation), count=len(generation["prompts"])),
+        "| decoding | log-likelihood a token | distinct 2-grams | self-BLEU |\n| --- | --- | --- | --- |",
+    ]
+    for run in generation["runs"]:
+        key = VALUES[run["decoding"]]
+        name = run["decoding"] + (", p" if key == "p" else "") + (f" {run[key]:g}" if key else "")
+        bleu = "" if run["self_bleu"] is None else f"{run['self_bleu']:.1f}"
+        parts[-1] += f"\n| {name} | {run['log_likelihood']:.3f} | {run['distinct_2']:.3f} | {bleu} |"
+    return "\n\n".join(parts)

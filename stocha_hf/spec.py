@@ -1,0 +1,202 @@
+"""What a stocha checkpoint may say: activations, architectures and StochaConfig, without importing torch.
+
+Converting copies files and needs no tensor, while importing torch costs seconds and hundreds of megabytes. So whatever
+can be known of an activation without computing it stands here. modeling_stocha.py, which every published repo carries
+and which has to work alone, holds a copy of everything between the two marked lines; `make style` renews it, and a
+test compares the two. Inside the package modeling_stocha.py takes the classes from here, so there is one StochaConfig.
+
+    from stocha_hf.spec import ACTIVATIONS, ARCHITECTURES, StochaConfig
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODELING_FILE = Path(__file__).with_name("modeling_stocha.py")
+
+# --- copied into modeling_stocha.py from here ---
+
+__version__ = "0.2.0"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one native model family is patched: its class names and where its config names the activation."""
+
+    causal_lm: str
+    model: str
+    mlp: str
+    act_key: str
+    act: str
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The `auto_map` of config.json, which makes the Auto classes find modeling_stocha.py."""
+        names = {"AutoModelForCausalLM": self.causal_lm, "AutoModel": self.model}
+        return {auto: f"modeling_stocha.Stocha{name}" for auto, name in names.items()}
+
+
+ARCHITECTURES = {  # by model_type
+    "llama": Architecture("LlamaForCausalLM", "LlamaModel", "LlamaMLP", "hidden_act", "silu"),
+    "mistral": Architecture("MistralForCausalLM", "MistralModel", "MistralMLP", "hidden_act", "silu"),
+    "qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Model", "Qwen2MLP", "hidden_act", "silu"),
+    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Model", "Qwen3MLP", "hidden_act", "silu"),
+    "gemma2": Architecture("Gemma2ForCausalLM", "Gemma2Model", "Gemma2MLP", "hidden_activation", "gelu_pytorch_tanh"),
+    "gemma3_text": Architecture(
+        "Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3MLP", "hidden_activation", "gelu_pytorch_tanh"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What is known of an activation without computing it.
+
+    `native` is the name in transformers' ACT2FN of what the native class runs in its place (None: the base
+    activation). `cut` says up to which gate value a hidden entry is surely 0, so that decoding can skip the neuron:
+    "zero", "threshold" (that of the layer), or None where there is no such value.
+    """
+
+    native: str | None
+    deterministic: bool = True
+    cut: str | None = None
+
+
+ACTIVATIONS = {
+    "stocha": Activation(native=None, deterministic=False),
+    "mean": Activation(native=None),
+    "silu": Activation(native="silu"),
+    "gelu_pytorch_tanh": Activation(native="gelu_pytorch_tanh"),
+    "relu": Activation(native="relu", cut="zero"),
+    "relu2": Activation(native="relu2", cut="zero"),
+    "drelu": Activation(native="relu", cut="zero"),
+    "fatrelu": Activation(native="relu", cut="threshold"),
+    "shifted_relu": Activation(native="relu", cut="threshold"),
+    "topk": Activation(native="relu"),
+}
+BASES = ("silu", "gelu_pytorch_tanh")  # what models are pretrained with
+POSITIVE_SIDES = ("silu", "relu", "drawn")
+
+
+@dataclass(frozen=True)
+class StochaConfig:
+    """The `stocha` entry of config.json.
+
+    Args:
+        activation: What runs in train() mode, a key of ACTIVATIONS.
+        base: The source model's own activation; None takes it from the model.
+        p: Probability of the base activation for a negative gate, 0 to 1 (stocha, mean).
+        positive: What runs where gate >= 0: "silu" (the base activation, S+), "relu" (R+) or "drawn".
+        inference: What runs in eval() mode; None means `activation`, or the base activation if that is random.
+        threshold: For fatrelu and shifted_relu, 0 or more: one number, or one per layer.
+        k: For topk, the number of neurons that stay.
+        source: {"id", "revision"} of the model that was converted.
+        history: What refits and training did to the weights, stage by stage.
+        stocha_version: The version of stocha_hf that wrote the entry.
+
+    Raises:
+        ValueError: For any other value; the message names the key, what was given and what was expected.
+    """
+
+    activation: str = "stocha"
+    base: str | None = None
+    p: float = 0.3
+    positive: str = "silu"
+    inference: str | None = None
+    threshold: float | list[float] = 0.0
+    k: int | None = None
+    source: dict[str, str | None] | None = None
+    history: list[dict[str, Any]] | None = None
+    stocha_version: str = __version__
+
+    def __post_init__(self) -> None:
+        names = f"one of {', '.join(ACTIVATIONS)}"
+        steady = (
+            f"a deterministic activation, {', '.join(name for name, row in ACTIVATIONS.items() if row.deterministic)}"
+        )
+        thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold]
+        counts = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
+        needs_k = "topk" in (self.activation, self.inference)
+        for key, fits, expected in (
+            ("activation", _is_activation(self.activation), names),
+            ("base", self.base is None or _is_activation(self.base), names),
+            ("inference", self.inference is None or _is_activation(self.inference, steadily=True), steady),
+            ("p", is_number(self.p) and 0 <= self.p <= 1, "a probability between 0 and 1"),
+            ("positive", self.positive in [*POSITIVE_SIDES], f"one of {', '.join(POSITIVE_SIDES)}"),
+            (
+                "threshold",
+                bool(thresholds) and all(is_number(value) and value >= 0 for value in thresholds),
+                "a number of 0 or more, or a list of one per layer",
+            ),
+            ("k", counts or (self.k is None and not needs_k), "a number of neurons, at least 1, for topk"),
+            ("source", self.source is None or _is_text(self.source), "a mapping of names to text"),
+            (
+                "history",
+                self.history is None
+                or (isinstance(self.history, list) and all(isinstance(stage, dict) for stage in self.history)),
+                "a list of mappings, one per stage",
+            ),
+            ("stocha_version", isinstance(self.stocha_version, str), "a version's text"),
+        ):
+            _require(fits, key, getattr(self, key), expected)
+
+    def resolve(self, base: str) -> StochaConfig:
+        """Return this config with nothing left open, for a model whose own activation is `base`."""
+        _require(self.base in (None, base), "base", self.base, f"{base!r}, the model's own activation")
+        own = self.activation if ACTIVATIONS[self.activation].deterministic else base
+        return dataclasses.replace(self, base=base, inference=self.inference or own)
+
+    def thresholds(self, layers: int, width: int | None = None) -> list[float]:
+        """Return one threshold per layer, for a model of `layers` FFNs of `width` neurons.
+
+        Raises ValueError where the config cannot be that model's: another number of thresholds, or k above the width.
+        """
+        values = self.threshold if isinstance(self.threshold, list) else [self.threshold] * layers
+        _require(len(values) == layers, "threshold", self.threshold, f"one number, or {layers}: one per layer")
+        too_wide = self.k is not None and width is not None and self.k > width
+        _require(not too_wide, "k", self.k, f"at most {width}, the number of neurons of a layer")
+        return values
+
+    @property
+    def native_act(self) -> str:
+        """What the native class runs for `inference`: config.json's hidden_act. Needs a resolved config."""
+        native = ACTIVATIONS[str(self.inference)].native or self.base
+        return str(native)
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> StochaConfig:
+        """Return the config of an entry as JSON holds it. Raises ValueError for whatever is not one."""
+        _require(isinstance(entry, dict), "the config's stocha entry", entry, "a mapping")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(str(key) for key in entry if key not in known)
+        _require(not unknown, "the config's stocha entry", unknown, f"no other keys than {', '.join(sorted(known))}")
+        return cls(**entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON holds it, without keys that are left open."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is an ordinary number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
+
+
+def _is_activation(value: object, steadily: bool = False) -> bool:
+    return isinstance(value, str) and value in ACTIVATIONS and (not steadily or ACTIVATIONS[value].deterministic)
+
+
+def _is_text(value: object) -> bool:
+    pairs = value.items() if isinstance(value, dict) else [(None, None)]
+    return all(isinstance(key, str) and isinstance(text, str | None) for key, text in pairs)
+
+
+def _require(ok: bool, key: str, given: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{key} is {repr(given)[:200]}: expected {expected}")
+
+
+# --- to here ---

@@ -1,0 +1,1 @@
+"""Training under an activation schedule, on trl's SFTTrainer."""

@@ -1,0 +1,113 @@
+"""What happens around a training step: before it the schedule's activation and thresholds, after it its sparsity.
+
+StochaTrainer adds this callback to itself and gives it what it needs; the callback knows nothing of the trainer. It
+owns the meter of the zeros and the target that steers them. training/schedule.py says what a schedule is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from statistics import mean
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from stocha_hf.measurement.sparsity import SparsityMeter
+from stocha_hf.modeling_stocha import ACTIVATIONS, set_activation
+from stocha_hf.training.entry import change_entry
+from stocha_hf.training.schedule import Schedule
+from stocha_hf.training.sparsity_target import SparsityTarget
+from stocha_hf.training.thresholds import apply_thresholds, moved_thresholds
+
+UPDATES = 50  # of the thresholds, or of the sparsity target's controller, in a run
+UPDATE_ROWS = 8  # of training data, on which thresholds are moved
+
+
+class ScheduleCallback(TrainerCallback):
+    """Sets the activation before each step, and measures what the logs and the sparsity target need.
+
+    Args:
+        model: a patched model, as it will be trained but without accelerate's wrappers.
+        schedule: what it runs, step by step.
+        accelerator: accelerate's, which averages the shares of zeros over ranks.
+        batches: gives the first n rows of the training data as batches of the model's inputs.
+        target: the share of zeros to steer to by L1, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        schedule: Schedule,
+        *,
+        accelerator: Any,
+        batches: Callable[[int], Sequence[dict[str, torch.Tensor]]],
+        target: float | None = None,
+    ) -> None:
+        self.schedule, self.accelerator, self.batches = schedule, accelerator, batches
+        self.meter = SparsityMeter(model)
+        self.target = None if target is None else SparsityTarget(model, target)
+        self.phase = -1
+        self._recording = ExitStack()
+        self._measured: defaultdict[str, list[float]] = defaultdict(list)  # since the last log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Every rank starts from the same seed and would draw the same noise; a resumed run restores its own state
+        # later.
+        torch.manual_seed(args.seed + self.accelerator.process_index)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        now = self.schedule.at(state.global_step / state.max_steps)
+        set_activation(model, now.activation, now.p)
+        if now.phase != self.phase:
+            self.phase = now.phase
+            change_entry(model, activation=now.activation, p=now.p, inference=None)
+            if self.accelerator.is_main_process:
+                print(f"step {state.global_step}/{state.max_steps}: {self.schedule.phases[now.phase]}", flush=True)
+        update = max(state.max_steps // UPDATES, 1)
+        if now.sparsity is not None and state.global_step % update == 0:
+            self._move_thresholds(model, now.sparsity)
+        every = [max(int(args.logging_steps), 1)] + [update] * (self.target is not None)
+        if any((state.global_step + 1) % steps == 0 for steps in every):
+            self._recording.enter_context(self.meter.record())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.meter.recording:
+            self._recording.close()
+            self._measure(state)
+
+    def _move_thresholds(self, model: Any, sparsity: float) -> None:
+        """Move FATReLU thresholds so that a share `sparsity` of the hidden vectors' entries is zero, here and now."""
+        with torch.compiler.set_stance("force_eager"):  # what it hooks would compile every layer once more
+            thresholds = moved_thresholds(model, self.batches(UPDATE_ROWS), sparsity)
+        apply_thresholds(model, thresholds)
+
+    def _measure(self, state: Any) -> None:
+        shares = torch.tensor(self.meter.read()["per_layer"], device=self.accelerator.device)
+        shares = self.accelerator.reduce(shares, reduction="mean")
+        sparsity = shares.mean().item()
+        _, activation, p, _ = self.schedule.at(max(state.global_step - 1, 0) / state.max_steps)
+        measured = {"sparsity": sparsity, f"activation/{activation}": 1.0}
+        measured |= {f"sparsity/layer_{layer:02d}": share for layer, share in enumerate(shares.tolist())}
+        if not ACTIVATIONS[activation].deterministic:
+            measured["p"] = p
+        if self.target is not None:
+            self.target.update(state.global_step / state.max_steps, sparsity)
+            measured["l1_coefficient"] = self.target.coefficient
+        for key, value in measured.items():
+            self._measured[key].append(value)
+
+    def read(self) -> dict[str, float]:
+        """What was measured since the last call, averaged: for a log."""
+        read = {key: mean(values) for key, values in self._measured.items()}
+        self._measured.clear()
+        return read
+
+    def close(self) -> None:
+        """Take everything off the model; a second call does nothing."""
+        self._recording.close()
+        self.meter.close()
+        if self.target is not None:
+            self.target.close()

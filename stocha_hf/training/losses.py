@@ -1,0 +1,268 @@
+"""The training loss: next token, mixed with KL(teacher || student) for every token where there is a teacher.
+
+The logits of a batch, [tokens, vocabulary] in float32, are the largest tensors of a training step: 34 GB for 65,536
+tokens and 128k words, for the student and again for the teacher. Here they exist for one chunk of tokens at a time,
+and each chunk's gradient is taken at once, in the forward pass. So nothing is computed twice, and neither model's head
+is needed again in backward, where wrappers may have taken its weights away. The price: the weight of the KL must be
+known in the forward pass. Nothing waits for a GPU: shapes do not depend on which positions have a loss.
+
+The loss runs inside the student's own forward, around one call of its lm_head, so autocast, DDP, FSDP and peft
+treat it as they treat the head they know:
+
+    open_head(model)  # before wrapping: model(**inputs, in_place_of_head=function) works from here on
+    open_head(teacher)
+    losses = training_losses(model, teacher, inputs, kl_weight=0.5)
+    (losses.loss / losses.tokens).backward()
+
+The objective with a teacher is that of Hinton et al., arXiv 1503.02531, with its factor of temperature squared.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from stocha_hf.errors import StochaError
+from stocha_hf.training.compiled_layers import set_forward
+
+IGNORED = -100  # the label of a position without a loss
+LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
+
+
+class Losses(NamedTuple):
+    """Sums over `tokens` positions; only `loss` has a gradient. float32 (float64 for float64 hidden states), 0-dim."""
+
+    loss: torch.Tensor  # (1 - kl_weight) * nll + kl_weight * kl
+    nll: torch.Tensor
+    kl: torch.Tensor
+    tokens: torch.Tensor  # int64
+
+
+def check_teacher(student_config: Any, teacher_config: Any) -> None:
+    """Raises StochaError when the two models do not share a vocabulary size (configs of transformers)."""
+    student, teacher = (config.get_text_config().vocab_size for config in (student_config, teacher_config))
+    if student != teacher:
+        raise StochaError(
+            f"the teacher has a vocabulary of {teacher} tokens and the student one of {student}: distillation needs "
+            "the same tokenizer for both, so name the model that the student was converted from"
+        )
+
+
+def training_losses(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    inputs: Mapping[str, Any],
+    *,
+    kl_weight: float = 0.0,
+    **options: Any,
+) -> Losses:
+    """The losses of one batch; `inputs` are the models' own, with `labels` [batch, seq] (-100: no loss).
+
+    Both models went through open_head. `model` may be wrapped since (DDP, FSDP, peft, torch.compile); the
+    teacher is a whole copy on every rank, or None, and then kl is 0. `options` are those of chunked_losses.
+    """
+    teacher_hidden = teacher_head = None
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_hidden = final_hidden_states(teacher, inputs)
+        teacher_head = causal_lm(teacher).get_output_embeddings()
+    config = causal_lm(model).config.get_text_config()
+    options = {
+        "chunk": _chunk(config.vocab_size),
+        "softcap": getattr(config, "final_logit_softcapping", None),
+    } | options
+    losses: list[Losses] = []
+
+    def loss(hidden: torch.Tensor, head: nn.Module) -> torch.Tensor:
+        taught = (teacher_hidden, teacher_head, inputs["labels"])
+        losses.append(chunked_losses(hidden, head, *taught, kl_weight=kl_weight, **options))
+        return losses[0].loss
+
+    passed = _call_open(model, inputs, loss)
+    return losses[0]._replace(loss=_with_value(passed, losses[0].loss))
+
+
+def final_hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """What the lm_head would see, [batch, seq, hidden], after the final norm; the head itself does not run.
+
+    The model, or the one inside the wrapper, went through open_head.
+    """
+    return _call_open(model, inputs, lambda hidden, head: hidden)
+
+
+def open_head(model: nn.Module) -> Callable[[], None]:
+    """Let `model(**inputs, in_place_of_head=f)` return f(final hidden states, lm_head module) instead of logits.
+
+    Without the keyword the forward is the old one. Call it before accelerate, DDP or FSDP wrap the model (peft may
+    have wrapped it already), so that their autocast and hooks surround f as well. Returns the function that undoes it.
+    """
+    inner = causal_lm(model)
+    before, forward = inner.__dict__.get("forward"), inner.forward
+
+    @functools.wraps(type(inner).forward)  # generate() and Trainer read the signature
+    def opened(self: Any, *args: Any, in_place_of_head: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        if in_place_of_head is None:
+            return forward(*args, **kwargs)
+        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
+        return in_place_of_head(hidden, self.get_output_embeddings())
+
+    inner.forward = types.MethodType(opened, inner)
+    inner.head_is_open = True
+
+    def close() -> None:
+        set_forward(inner, before)
+        del inner.head_is_open
+
+    return close
+
+
+def _call_open(model: nn.Module, inputs: Mapping[str, Any], function: Callable[..., Any]) -> Any:
+    if not getattr(causal_lm(model), "head_is_open", False):
+        raise StochaError(f"the {type(model).__name__} runs its own lm_head: call open_head on it before wrapping it")
+    return model(**{key: value for key, value in inputs.items() if key != "labels"}, in_place_of_head=function)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model with a head, inside whatever wraps it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            return module
+    raise StochaError(f"the model is a {type(model).__name__} without an lm_head: expected a causal language model")
+
+
+def token_losses(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nll, kl) summed over tokens; logits are [tokens, vocabulary] as the heads leave them, targets [tokens]."""
+    logits = _widened(logits, softcap)
+    log_probs = F.log_softmax(logits, dim=-1)
+    nll = F.nll_loss(log_probs, targets, reduction="sum", ignore_index=IGNORED)
+    if teacher_logits is None:
+        return nll, torch.zeros_like(nll)
+    with torch.no_grad():
+        teacher = F.log_softmax(_widened(teacher_logits, softcap) / temperature, dim=-1)
+    softened = log_probs if temperature == 1 else F.log_softmax(logits / temperature, dim=-1)
+    kl = F.kl_div(softened, teacher, reduction="none", log_target=True).sum(-1)
+    return nll, (kl * (targets != IGNORED)).sum() * temperature**2
+
+
+@torch.compiler.disable
+def chunked_losses(
+    student_hidden: torch.Tensor,
+    student_head: nn.Module,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: nn.Module | None,
+    labels: torch.Tensor,
+    *,
+    kl_weight: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = 1024,
+    token_losses: Callable[..., tuple[torch.Tensor, torch.Tensor]] = token_losses,
+) -> Losses:
+    """Next-token loss and, with a teacher, temperature^2 * KL(teacher || student), `chunk` tokens at a time.
+
+    Hidden states are [batch, seq, hidden] after the final norm, of any float dtype, and the two models' widths may
+    differ; labels are [batch, seq], -100 where there is no loss, and are shifted by one here. `softcap` is Gemma's
+    final_logit_softcapping; `token_losses` is this module's function of that name, or what torch.compile makes of it.
+    The student's head is called once as a module, and all chunks inside that call, so hooks that gather weights run
+    once; the teacher's is called once per chunk. With no token left the loss is a zero that can be differentiated.
+    """
+    hidden = student_hidden.flatten(0, 1)
+    taught = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)
+    targets = F.pad(labels.to(hidden.device)[:, 1:], (0, 1), value=IGNORED).flatten()
+    trained = [weight for weight in student_head.parameters() if weight.requires_grad]
+    forward = student_head.forward
+
+    def chunk_losses(hidden: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        teacher_logits = None
+        if taught is not None and teacher_head is not None:
+            with torch.no_grad():
+                teacher_logits = teacher_head(taught[part])
+        return token_losses(forward(hidden), teacher_logits, targets[part], temperature, softcap)
+
+    sums: list[torch.Tensor] = []
+
+    def all_chunks(hidden: torch.Tensor) -> torch.Tensor:
+        needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
+        sums.extend(_GradientInForward.apply(chunk_losses, kl_weight, chunk, needs_grad, hidden, *trained))
+        return sums[0]
+
+    passed = _call_once(student_head, all_chunks, hidden)
+    return Losses(_with_value(passed, sums[0]), sums[1], sums[2], (targets != IGNORED).sum())
+
+
+def _with_value(passed: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The graph of `passed`, which a wrapper may have rounded to its output dtype, with the value of `exact`."""
+    return passed.to(exact.dtype) + (exact - passed).detach()
+
+
+def _call_once(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """module(*args) with its hooks and with `function` for its forward."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        return module(*args)
+    finally:
+        set_forward(module, before)
+
+
+def _chunk(vocabulary: int) -> int:
+    """The largest power of two of tokens with at most LOGITS_AT_ONCE logits: usual batches split into equal chunks."""
+    return 1 << max((LOGITS_AT_ONCE // vocabulary).bit_length() - 1, 0)
+
+
+def _widened(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _GradientInForward(torch.autograd.Function):
+    """(loss, nll, kl) summed over chunks of `hidden` [tokens, width]; the gradients for it and `weights` are ready."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chunk_losses: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        kl_weight: float,
+        chunk: int,
+        needs_grad: bool,
+        hidden: torch.Tensor,
+        *weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        wide = functools.partial(torch.promote_types, torch.float32)  # sums over chunks are never of half precision
+        sums = torch.zeros(3, device=hidden.device, dtype=wide(hidden.dtype))
+        hidden_grad = torch.empty_like(hidden)
+        weight_grads = [torch.zeros_like(weight, dtype=wide(weight.dtype)) for weight in weights if needs_grad]
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(needs_grad):
+                leaf = hidden[part].detach().requires_grad_(needs_grad)
+                nll, kl = chunk_losses(leaf, part)
+                loss = (1 - kl_weight) * nll + kl_weight * kl
+            sums += torch.stack([loss, nll, kl]).detach()
+            if needs_grad:
+                hidden_grad[part], *grads = torch.autograd.grad(loss, [leaf, *weights])
+                for total, grad in zip(weight_grads, grads, strict=True):
+                    total += grad
+        if needs_grad:
+            ctx.save_for_backward(hidden_grad, *(g.to(w.dtype) for g, w in zip(weight_grads, weights, strict=True)))
+        loss, nll, kl = sums.unbind()
+        ctx.mark_non_differentiable(nll, kl)
+        return loss, nll, kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad, *weight_grads = ctx.saved_tensors
+        return None, None, None, None, *(grad_loss.to(grad.dtype) * grad for grad in (hidden_grad, *weight_grads))

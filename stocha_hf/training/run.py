@@ -1,0 +1,251 @@
+"""A training run: a recipe's keys in, a checkpoint folder out.
+
+`train` is the package's function, `parse` and `run` its two halves; the command is stocha_hf/cli/train.py. Everything
+is checked before training starts. Started again with the same command, a run goes on from its last whole checkpoint.
+
+    train("recipes/smollm2-135m/relu_finetune.yaml", max_steps=100, output_dir="out")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stocha_hf.checkpoints.entry import RANDOM_START
+from stocha_hf.checkpoints.metadata import public_name
+from stocha_hf.errors import StochaError
+
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from; see stocha_hf/data.py."""
+
+    dataset: str | None = field(default=None, metadata={"help": "Hub data set, local file or folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_text_column: str = field(default="text", metadata={"help": "Name of the text column."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Stream a Hub data set; needs max_steps."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Data for eval_strategy: a data set or file."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
+
+
+@dataclass
+class TrainingResult:
+    """What a run leaves.
+
+    Attributes:
+        folder: the checkpoint, or the adapter, whose merged model is in `folder / "merged"`.
+        steps: optimizer steps done, with those before a resumed start.
+        loss: the last logged training loss, a mean over tokens; None where nothing was logged.
+        sparsity: the last measured share of zeros in the FFN's hidden vectors, a mean over layers; or None.
+        tokens: trained on since the start, of all ranks.
+        seconds: of this start, without loading.
+    """
+
+    folder: Path
+    steps: int
+    loss: float | None
+    sparsity: float | None
+    tokens: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return dataclasses.asdict(self) | {"folder": str(self.folder)}
+
+
+def train(config: dict[str, Any] | str | Path, **overrides: Any) -> TrainingResult:
+    """Train a model as a recipe says, and leave a checkpoint in its output_dir.
+
+    Args:
+        config: a recipe: the path of a YAML file, or its keys and values.
+        **overrides: keys that win over the recipe's, as in `schedule=[{"activation": "relu", "until": 1.0}]`.
+
+    Returns:
+        A TrainingResult.
+
+    Raises:
+        StochaError: for a recipe that cannot be run, before anything is written; when the loss is not finite or a
+            checkpoint cannot be written.
+    """
+    from stocha_hf.training.recipe import read_file
+
+    keys = read_file(str(config)) if isinstance(config, str | Path) else config
+    return run(*parse([], None, keys | overrides))
+
+
+def parse(
+    argv: list[str], schedule: list[dict[str, Any]] | None, config: dict[str, Any] | None = None
+) -> tuple[Any, Any, Any, Any]:
+    """(DataArguments, StochaArguments, trl's ModelConfig, Schedule) of a command line, or of a recipe's keys.
+
+    `schedule` is what runs if neither gives one. Raises StochaError.
+    """
+    from trl import ModelConfig
+
+    from stocha_hf.training.arguments import StochaArguments
+    from stocha_hf.training.fresh import check_start
+    from stocha_hf.training.recipe import read_recipe
+    from stocha_hf.training.schedule import Schedule
+
+    data, args, model = read_recipe((DataArguments, StochaArguments, ModelConfig), argv, config)
+    check_start(model.model_name_or_path, args.model_config, args.tokenizer_name_or_path, model.use_peft)
+    if data.dataset is None:
+        raise StochaError("dataset is missing: expected it in the YAML file or as --dataset")
+    phases = args.schedule or schedule
+    if phases is None:
+        raise StochaError("schedule is missing: expected a list of phases {activation, p, anneal, until}")
+    if data.dataset_streaming and args.max_steps <= 0:
+        raise StochaError("dataset_streaming is true without max_steps: expected the number of steps")
+    return data, args, model, Schedule.parse(phases)
+
+
+def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
+    """Train and leave a checkpoint in args.output_dir; with LoRA the adapter, and the merged model in merged/."""
+    from trl import get_peft_config
+
+    from stocha_hf.data import load_tokenizer
+    from stocha_hf.models import load_model, tokenizer_folder
+    from stocha_hf.training.fresh import fresh_model
+    from stocha_hf.training.hidden_error import check_same_shape
+    from stocha_hf.training.losses import check_teacher
+    from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    train_data, eval_data = _load_both(data)
+    tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_name_or_path or name, revision))
+    if args.model_config is not None:
+        model = fresh_model(args.model_config, tokenizer, seed=args.seed, **options)
+    else:
+        model = load_model(name, revision=revision, **options)
+    teacher = load_model(args.teacher, **options) if args.teacher else None
+    if teacher is not None:
+        check_teacher(model.config, teacher.config)
+        if args.distill_hidden:
+            check_same_shape(model.config, teacher.config)
+        _use_base(teacher)
+    if model_args.use_peft:
+        _check_thresholds_stay(args, schedule)
+        _check_adapter_base(model.config.stocha, schedule, name)
+        model_args.lora_target_modules = model_args.lora_target_modules or LORA_MODULES
+    _record_history(model, data, args, model_args, schedule)
+    try:
+        trainer = StochaTrainer(
+            model=model,
+            args=args,
+            schedule=schedule,
+            teacher=teacher,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
+    except (ValueError, ImportError, RuntimeError) as error:  # keys that trl, transformers or peft refuse together
+        raise StochaError(str(error).partition("\n")[0]) from error
+    checkpoint = last_checkpoint(args.output_dir)
+    trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if args.threshold_shift:
+        trainer.shift_thresholds()
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card()
+    if model_args.use_peft and trainer.accelerator.is_main_process:
+        merge_adapter(args.output_dir, name, revision, tokenizer, trainer.model.config.stocha)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # without it gloo's threads may outlive Python, and abort a run that is done
+    return _result(Path(args.output_dir), trainer.state, trained.metrics["train_runtime"])
+
+
+def _result(folder: Path, state: Any, seconds: float) -> TrainingResult:
+    last = {key: value for entry in state.log_history for key, value in entry.items()}
+    return TrainingResult(
+        folder, state.global_step, last.get("loss"), last.get("sparsity"), last.get("num_tokens", 0), seconds
+    )
+
+
+def _load_both(data: DataArguments) -> tuple[Any, Any]:
+    from stocha_hf.data import load_data
+
+    shared = {"config": data.dataset_config, "text_column": data.dataset_text_column}
+    train_data = load_data(
+        str(data.dataset),
+        split=data.dataset_split,
+        streaming=data.dataset_streaming,
+        **shared,  # type: ignore[arg-type]
+    )
+    if data.eval_dataset is None:
+        return train_data, None
+    return train_data, load_data(data.eval_dataset, split=data.eval_split, **shared)  # type: ignore[arg-type]
+
+
+def _use_base(teacher: Any) -> None:
+    """Let the teacher run its own activation, whatever its checkpoint infers with: it stands for the source model."""
+    from stocha_hf.modeling_stocha import stocha_mlps
+
+    for mlp in stocha_mlps(teacher):
+        mlp.forced = teacher.config.stocha["base"]
+
+
+def _check_adapter_base(stocha: dict[str, Any], schedule: Any, name: str) -> None:
+    """Refuse a base that infers with another activation than the adapter ends with: users load it as it is."""
+    last = schedule.phases[-1].activation
+    if stocha["inference"] != last:
+        raise StochaError(
+            f"{name} infers with {stocha['inference']} but its adapter would be trained for {last}: expected a base "
+            f"that infers with {last}; run stocha-convert {name} NEW_BASE --activation {last} and train on NEW_BASE"
+        )
+
+
+def _check_thresholds_stay(args: Any, schedule: Any) -> None:
+    """Refuse thresholds that move: an adapter's folder has no place for them."""
+    if args.threshold_shift or any(phase.sparsity is not None for phase in schedule.phases):
+        raise StochaError(
+            "use_peft is true with thresholds that training moves, which an adapter cannot hold: expected a schedule "
+            "without sparsity and no threshold_shift, or use_peft: false"
+        )
+
+
+def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
+    """Add this run to the history in the model's config."""
+    from stocha_hf.training.entry import change_entry
+
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    stage = {
+        "start": None if args.model_config is None else RANDOM_START,
+        "dataset": public_name(data.dataset),
+        "steps": args.max_steps if args.max_steps > 0 else None,
+        "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
+        "tokens_per_step": rows * args.max_length if args.max_length else None,
+        "seed": args.seed,
+        "schedule": schedule.to_list(),
+        "learning_rate": args.learning_rate,
+        "method": "lora" if model_args.use_peft else "full",
+        "teacher": args.teacher and public_name(args.teacher),
+        "distill_weight": args.distill_weight if args.teacher else None,
+        "distill_hidden": args.distill_hidden or None,
+        "target_sparsity": args.target_sparsity,
+    }
+    stage = {key: value for key, value in stage.items() if value is not None}
+    change_entry(model, history=[*(model.config.stocha.get("history") or []), stage])
+
+
+def merge_adapter(adapter: str, base: str, revision: str | None, tokenizer: Any, stocha: dict[str, Any]) -> None:
+    """Write the full model of an adapter and its base to adapter/merged: an ordinary checkpoint with that entry."""
+    from peft import PeftModel
+
+    from stocha_hf.checkpoints.metadata import source_metadata
+    from stocha_hf.models import load_model
+    from stocha_hf.publishing import card
+    from stocha_hf.training.entry import change_entry
+
+    folder = Path(adapter) / "merged"
+    merged = PeftModel.from_pretrained(load_model(base, revision=revision, dtype="auto"), adapter).merge_and_unload()
+    change_entry(merged, **stocha)
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card.write_card(folder, metadata=source_metadata(Path(base)))

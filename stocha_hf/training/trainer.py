@@ -1,0 +1,348 @@
+"""StochaTrainer: trl's SFTTrainer under an activation schedule, with distillation and a sparsity target.
+
+Data, packing, accumulation, DDP, FSDP and checkpoints are trl's and transformers'. What is added here: the schedule
+sets the activation, and the thresholds, before each step; ranks draw different noise; logs show activation, p,
+sparsity and tokens per second; no step waits for the GPU; a loss that is not finite stops the run before it is saved;
+a checkpoint that was not written to its end is never resumed from; torch_compile compiles a layer and not the model.
+config.json of every checkpoint says what was trained, under `stocha.history`.
+
+run.py reads a recipe's YAML, whose keys arguments.py adds to trl's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PrinterCallback, ProgressCallback
+from trl import SFTTrainer
+
+from stocha_hf.checkpoints.metadata import source_metadata
+from stocha_hf.errors import StochaError
+from stocha_hf.publishing import card
+from stocha_hf.training.arguments import StochaArguments
+from stocha_hf.training.callback import ScheduleCallback
+from stocha_hf.training.compiled_layers import compile_layers, narrow_stream, set_forward
+from stocha_hf.training.console import Bar, Lines
+from stocha_hf.training.entry import change_entry
+from stocha_hf.training.hidden_error import HiddenError, layer_error
+from stocha_hf.training.losses import causal_lm, open_head, token_losses, training_losses
+from stocha_hf.training.schedule import Schedule
+from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
+
+THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
+MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
+SPARSITY_STATE = "sparsity_state.json"  # in each checkpoint; what it holds: StochaTrainer.sparsity_state
+
+
+class StochaTrainer(SFTTrainer):
+    """trl's SFTTrainer for a patched model that trains under an activation schedule.
+
+    What it puts on the model and the teacher (hooks, compiled forwards, an open head) stays for the time of train()
+    and evaluate() only; the model can be copied, pickled and trained again afterwards. It works on a copy of `args`.
+
+    Args:
+        model: a patched model: of load_model, of `stocha_hf.patch`, or loaded with trust_remote_code.
+        args: a StochaArguments.
+        schedule: which activation runs at which step.
+        teacher: a frozen model with the same vocabulary to distil from, or None; it is moved to the trainer's device
+            and set to eval mode.
+        **kwargs: SFTTrainer's: train_dataset, eval_dataset, processing_class, peft_config, callbacks, ...
+
+    Raises:
+        StochaError: from train(), when the loss is not finite or a checkpoint cannot be written; the last whole
+            checkpoint stays.
+    """
+
+    args: Any  # a StochaArguments; transformers types these three as what any Trainer may hold
+    model: Any
+    train_dataset: Any
+    steering: ScheduleCallback  # of the train() that is running
+
+    def __init__(self, model: Any, args: StochaArguments, *, schedule: Schedule, teacher: Any = None, **kwargs: Any):
+        args, use_cache = copy.deepcopy(args), model.config.use_cache
+        self.compiled = args.torch_compile
+        self.compile_options: dict[str, Any] = {
+            "backend": args.torch_compile_backend,
+            "mode": args.torch_compile_mode,
+        }
+        # else accelerate compiles the whole model; it goes by the backend, Trainer by the flag
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+        inner = causal_lm(model)
+        own_forward = inner.__dict__.get("forward")
+        super().__init__(model=model, args=args, **kwargs)
+        self.model.config.use_cache = use_cache  # Trainer turns it off, also in what is saved
+        self._evaluating_forward = inner.__dict__["forward"]  # trl's; on the model while this trainer runs
+        set_forward(inner, own_forward)
+        self._fitted = False
+        self.schedule = schedule
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
+        self.hidden_error: HiddenError | None = None
+        self.loss_options: dict[str, Any] = {}
+        if self.compiled:
+            self.loss_options["token_losses"] = torch.compile(token_losses, **self.compile_options)
+        if teacher is not None:
+            self.loss_options |= {"kl_weight": args.distill_weight, "temperature": args.distill_temperature}
+        self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        # since the last log, on the device, so that no step waits for one: nll, kl and hidden_error, times tokens;
+        # tokens with a loss, all tokens
+        self._sums = torch.zeros(3, device=self.accelerator.device)
+        self._tokens = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+        self._flops: int | None = None
+        self._last_log = time.monotonic()
+        if self.pop_callback(PrinterCallback) or self.pop_callback(ProgressCallback):
+            self.add_callback(Bar() if sys.stderr.isatty() and not args.disable_tqdm else Lines())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer.train does; afterwards the model is as it came, but for its weights and its config."""
+        with self._fitted_out(), self._steered():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._fitted_out():
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _fitted_out(self) -> Iterator[None]:
+        """What speeds a run up and opens the heads, on the model and the teacher while inside; may be nested."""
+        if self._fitted:
+            yield
+            return
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._unwrapped_at_the_end())
+            causal_lm(self.model).forward = self._evaluating_forward
+            for part in filter(None, (self.model, self.teacher)):
+                undo.callback(narrow_stream(part))
+                undo.callback(open_head(part))
+                if self.compiled:
+                    undo.callback(compile_layers(part, **self.compile_options))
+            if self.args.distill_hidden:
+                error = torch.compile(layer_error, **self.compile_options) if self.compiled else layer_error
+                self.hidden_error = HiddenError(self.model, self.teacher, error)
+                undo.callback(self.hidden_error.close)
+            self._fitted = True
+            try:
+                yield
+            finally:
+                self._fitted = False
+
+    @contextlib.contextmanager
+    def _unwrapped_at_the_end(self) -> Iterator[None]:
+        """Take accelerate's autocast, and DDP, off the model at the end; a sharded model stays sharded."""
+        parts = {causal_lm(self.model), self.model}
+        forwards = [(part, part.__dict__.get("forward")) for part in parts]
+        try:
+            yield
+        finally:
+            for part, forward in forwards:
+                set_forward(part, forward)
+                part.__dict__.pop("_original_forward", None)
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self.model.__dict__.pop("_is_accelerate_prepared", None)
+                self.model_wrapped = self.model
+
+    @contextlib.contextmanager
+    def _steered(self) -> Iterator[None]:
+        """The schedule's callback, before all others: they see the activation that the step runs."""
+        self.steering = ScheduleCallback(
+            self.model,
+            self.schedule,
+            accelerator=self.accelerator,
+            batches=self.first_batches,
+            target=self.args.target_sparsity,
+        )
+        self.callback_handler.callbacks.insert(0, self.steering)
+        try:
+            yield
+        finally:
+            self.remove_callback(self.steering)
+            self.steering.close()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The LM loss, in training mixed with distill_weight x KL(teacher || student), plus distill_hidden x
+        the error of the layers; a mean over all tokens.
+        """
+        # num_items_in_batch counts all ranks' tokens, and DDP and FSDP average the ranks' gradients
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        if not model.training:
+            with self.accelerator.autocast():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.steering.target is not None:
+            accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
+            self.steering.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
+        mask = inputs.get("attention_mask")
+        seen = torch.ones_like(inputs["labels"]) if mask is None else mask  # no mask: packed rows
+        recording = self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext()
+        with self.accelerator.autocast(), recording:  # accelerate wraps the student in autocast, but not the teacher
+            losses = training_losses(model, self.teacher, inputs, **self.loss_options)
+        loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
+        if self.hidden_error:
+            error = self.hidden_error.mean(seen) * tokens
+            loss = loss + self.args.distill_hidden * error
+        self._sums += torch.stack([losses.nll, losses.kl, error.detach()])
+        self._tokens += torch.stack([tokens, seen.sum()])
+        return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.finite &= loss.isfinite()  # looked at only when something is logged or saved: a look waits for the GPU
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self.check_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def check_finite(self) -> None:
+        """Raise StochaError on every rank if a loss since the start was not finite on any of them."""
+        if not self.accelerator.gather(self.finite.reshape(1)).all():
+            raise StochaError(
+                f"the loss is not finite at step {self.state.global_step}: lower learning_rate or set max_grad_norm; "
+                f"the last good checkpoint is {last_checkpoint(self.args.output_dir) or 'the model it began with'}"
+            )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Trainer's, but the model's parameters are counted once and not at every step: a tenth of the host's work."""
+        tokens = inputs["input_ids"].numel()
+        if self._flops is None:
+            self._flops = super().floating_point_ops(inputs) // tokens
+        return self._flops * tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._read_sums() | self.steering.read()
+        super().log(logs, start_time)
+
+    def _read_sums(self) -> dict[str, float]:
+        """What all ranks trained on since the last log: losses a token, tokens so far, tokens per second."""
+        nll, kl, error = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+        tokens, seen = self.accelerator.reduce(self._tokens, reduction="sum").tolist()
+        self._sums.zero_()
+        self._tokens.zero_()
+        self._total_train_tokens += seen
+        before, self._last_log = self._last_log, time.monotonic()
+        speed = round(seen / (self._last_log - before), 1)
+        read = {"num_tokens": self._total_train_tokens, "tokens_per_second": speed}
+        if self.teacher is not None:
+            read |= {"lm_loss": nll / max(tokens, 1), "kl": kl / max(tokens, 1)}
+        if self.hidden_error:
+            read["hidden_error"] = error / max(tokens, 1)
+        if torch.cuda.is_available():
+            read["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        return read
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that could not be written to its end is removed: the one before it stays the last."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / SPARSITY_STATE).write_text(json.dumps(self.sparsity_state()))
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "write" not in str(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StochaError(
+                f"{folder} could not be written ({str(error).splitlines()[0]}): free space and start again with the "
+                f"same command; the last whole checkpoint is {last_checkpoint(self.args.output_dir) or 'none yet'}"
+            ) from None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A tied head once: FSDP gathers it as a tensor of its own, which save_pretrained cannot tell from another."""
+        if state_dict is not None:
+            tied = causal_lm(self.model).all_tied_weights_keys
+            state_dict = {key: tensor for key, tensor in state_dict.items() if key not in tied}
+        super()._save(output_dir, state_dict=state_dict)
+
+    def shift_thresholds(self) -> None:
+        """End a run with FATReLU thresholds that meet target_sparsity on the first rows of the training data."""
+        with self.accelerator.autocast():
+            batches = self.first_batches(THRESHOLD_ROWS)
+            thresholds = fatrelu_thresholds(self.model, batches, self.args.target_sparsity)
+        apply_thresholds(self.model, thresholds)
+
+    @functools.cached_property
+    def first_rows(self) -> list[Any]:
+        """Of the training data; read once, since a stream would start over each time."""
+        return list(itertools.islice(iter(self.train_dataset), THRESHOLD_ROWS))
+
+    def first_batches(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """The first rows of the training data as batches of a model's inputs."""
+        rows, size = self.first_rows[:count], self.args.per_device_train_batch_size
+        batches = [self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+        device = self.accelerator.device
+        return [{key: batch[key].to(device) for key in MODEL_INPUTS & set(batch)} for batch in batches]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = _read_sparsity_state(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_sparsity_state(state)
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights, and with them its activation and thresholds."""
+        state = _read_sparsity_state(str(self.state.best_model_checkpoint))
+        super()._load_best_model()
+        self._load_sparsity_state(state)
+
+    def sparsity_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights and trl's state: the model's `stocha` entry, for which an adapter's
+        folder has no other place, and the sparsity target's controller.
+        """
+        target = self.steering.target
+        return {"stocha": self.model.config.stocha, "target": target and target.state_dict()}
+
+    def _load_sparsity_state(self, state: dict[str, Any]) -> None:
+        """A resumed run's schedule sets what runs at its next step; a run that ends keeps what is loaded here."""
+        history = self.model.config.stocha.get("history")  # of this run
+        change_entry(self.model, **state["stocha"] | {"history": history})
+        if self.steering.target is not None:
+            self.steering.target.load_state_dict(state["target"])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """This package's card instead of trl's."""
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            source = self.model.config._name_or_path  # nothing where training began with random weights
+            inherited = source_metadata(Path(source)) if source else {}
+            card.write_card(folder, config=self.model.config.to_dict(), metadata=inherited)
+
+
+def _read_sparsity_state(checkpoint: str) -> dict[str, Any]:
+    try:
+        state = json.loads((Path(checkpoint) / SPARSITY_STATE).read_text())
+        return {key: state[key] for key in ("stocha", "target")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StochaError(
+            f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a "
+            "checkpoint of the same recipe; name another output_dir"
+        ) from None
+
+
+def last_checkpoint(output: str | Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end: trainer_state.json is the last file of each."""
+    found = []
+    for folder in Path(output).glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if step and state.get("global_step") == int(step[1]):
+            found.append((int(step[1]), folder))
+    return max(found)[1] if found else None

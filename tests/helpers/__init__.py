@@ -1,0 +1,23 @@
+"""What the tests share: tiny models, the package's commands, training runs, kernel references and a loopback Hub.
+
+conftest.py holds the fixtures and sets the environment; import plain functions from here:
+
+    from helpers import assert_refused, call_command, run_command, run_python, tiny_model, tiny_tokenizer
+    from helpers.training import arguments, losses, run
+    from helpers.kernels import bound, dense, error, matrices
+"""
+
+from helpers.commands import BIN, assert_refused, call_command, run_command, run_python
+from helpers.models import CONFIGS, SIZES, tiny_model, tiny_tokenizer
+
+__all__ = [
+    "BIN",
+    "CONFIGS",
+    "SIZES",
+    "assert_refused",
+    "call_command",
+    "run_command",
+    "run_python",
+    "tiny_model",
+    "tiny_tokenizer",
+]

@@ -1,0 +1,54 @@
+"""The package's commands, in a fresh process or in this one, and what a refusal looks like.
+
+A fresh process costs seconds, most of them imports. Use `call_command` unless the test needs its own environment, an
+interpreter that has not imported something, or the installed script itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+BIN = Path(sys.executable).parent
+Done = subprocess.CompletedProcess[str]
+
+
+def run_python(code: str, *args: object, env: dict[str, str] | None = None) -> Done:
+    """Run code in a fresh interpreter with sys.argv[1:] = args."""
+    return _run([sys.executable, "-c", code, *map(str, args)], env)
+
+
+def run_command(name: str, *args: object, env: dict[str, str] | None = None) -> Done:
+    """Run one of the package's commands, as installed, in a fresh process."""
+    return _run([str(BIN / name), *map(str, args)], env)
+
+
+def _run(command: list[str], env: dict[str, str] | None) -> Done:
+    return subprocess.run(command, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300)
+
+
+def call_command(name: str, *args: object) -> Done:
+    """Run one of the package's commands in this process; an exception other than SystemExit is raised here."""
+    main = importlib.import_module(f"stocha_hf.cli.{name.removeprefix('stocha-')}").main
+    argv, out, err = [name, *map(str, args)], io.StringIO(), io.StringIO()
+    status = 0
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+
+
+def assert_refused(done: Done, *words: str) -> None:
+    """Exit status 2 and one sentence on stderr that holds all the words."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
