@@ -37,7 +37,7 @@ TRAINED = (
     "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
 )
 FROM_SCRATCH = "No weight comes from another model: the recipe below began with random ones."
-SCRATCH_LIMITS = "The model has seen the text of the recipe below and nothing else."
+SCRATCH_LIMITS = "The model has seen the text of its recipe and nothing else."
 SWAPPED_LIMITS = (
     "The conversion itself trains nothing: a checkpoint whose activation was only swapped needs continued pretraining "
     "or a ReLU fine-tune before its outputs under the new activation are useful."
