@@ -8,6 +8,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import pytest
 from helpers import run_python
 
 from stocha_hf.conversion.convert import convert
