@@ -64,6 +64,7 @@ def test_a_gguf_file_computes_what_its_model_computes(tmp_path, model_type, opti
         torch.testing.assert_close(found(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_quantized_file_becomes_an_ordinary_checkpoint_by_the_command(tmp_path):
     source, out = tmp_path / "model.GGUF", tmp_path / "out"
     made = write_gguf(source, small_llama(intermediate_size=96), quantized=gguf.GGMLQuantizationType.Q8_0)

@@ -8,6 +8,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import pytest
 from helpers import run_python
 
 from stocha_hf.conversion.convert import convert
@@ -43,6 +44,7 @@ def load(code: str, *folders: Path, before: str = "") -> list[list]:
     return [json.loads(line) for line in done.stdout.splitlines()[-len(folders) :]]
 
 
+@pytest.mark.slow
 def test_the_three_loads_give_the_same_numbers(checkpoint, tmp_path):
     source, outputs = checkpoint(), [tmp_path / "stocha", tmp_path / "relu"]
     for output in outputs:
@@ -57,6 +59,7 @@ def test_the_three_loads_give_the_same_numbers(checkpoint, tmp_path):
         assert stocha[1] != relu[1]
 
 
+@pytest.mark.slow
 def test_the_remote_class_trains_forces_modes_saves_and_reloads_without_stocha_hf(checkpoint, tmp_path):
     out, saved = tmp_path / "out", tmp_path / "saved"
     convert(checkpoint("mistral"), out)
@@ -81,6 +84,7 @@ assert type(bare).__name__ == "StochaMistralModel"
     assert (saved / "modeling_stocha.py").read_bytes() == (out / "modeling_stocha.py").read_bytes()
 
 
+@pytest.mark.slow
 def test_pipeline_and_chat_template_work_on_a_published_folder(checkpoint, tmp_path):
     out = tmp_path / "out"
     convert(checkpoint(), out)

@@ -245,6 +245,7 @@ def test_p_is_no_part_of_the_state_dict_and_survives_copies_and_casts():
     assert list(model.state_dict()) == list(tiny_model().state_dict())
 
 
+@pytest.mark.slow
 def test_set_activation_reaches_into_wrappers_that_train():
     """DDP, FSDP2 (which changes the class of what it shards) and torch.compile's, in a process group of one."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
