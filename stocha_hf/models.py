@@ -71,15 +71,23 @@ def load_config(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    folder = local_path(name)
-    if folder.exists():
+    folder = _existing(name)
+    if folder is not None:
         _check_folder(folder, name)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise StochaError(f"{name} does not exist: expected a checkpoint folder or a Hub id such as org/name")
     with hub_errors("reading", name):
-        if not folder.exists():
+        if folder is None:
             _check_hub_config(name, revision)
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def _existing(name: str) -> Path | None:
+    """The path of this name, or None for what may be a Hub id. Raises StochaError for a path that does not exist."""
+    path = local_path(name)
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise StochaError(f"{name} does not exist: expected a checkpoint folder or a Hub id such as org/name")
+    return None
 
 
 def _check_folder(folder: Path, name: str) -> None:
@@ -99,8 +107,8 @@ def _check_hub_config(name: str, revision: str | None) -> None:
 
 def tokenizer_folder(name: str, revision: str | None = None) -> Path:
     """Return a local folder with the tokenizer of a Hub id or folder. Raises StochaError where there is none."""
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := _existing(name)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     with hub_errors("reading", name):

@@ -135,8 +135,8 @@ def test_gradients_adapters_and_hooks_are_honoured(calls: dict[str, int]) -> Non
         meter = SparsityMeter(model)
         with meter.record():
             assert torch.allclose(decoded(model, TOKENS), plain, atol=1e-4)
-        meter.close()
         assert 0.2 < meter.read()["mean"] < 0.8
+        meter.close()
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "gate_proj", "down_proj"])).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

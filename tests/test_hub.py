@@ -403,7 +403,7 @@ def test_a_converted_hub_model_keeps_its_first_source_when_converted_again(check
         ("org/closed", [], "", ["org/closed", "gated", "ask for access"]),
         ("org/pickled", [], "", ["org/pickled", "only pickle weights"]),
         ("org/empty", [], "", ["org/empty", "no config.json"]),
-        ("org/open", ["--push-to-hub", "user/two--dashes"], "", ["user/two--dashes", "not a valid Hub id"]),
+        ("org/open", ["--push-to-hub", "user/two--dashes"], "", ["user/two--dashes", "expected a Hub id"]),
         ("org/open", ["--push-to-hub", "user/model"], None, ["user/model", "no token", "hf auth login"]),
     ],
 )

@@ -219,7 +219,7 @@ def test_only_strings_and_short_lists_are_taken_from_a_card(checkpoint, tmp_path
     source = checkpoint()
     (source / "README.md").write_text(f"---\n{text}\n---\n# Source\n")
     convert(source, tmp_path / "out")
-    assert "not stated by the source" in (tmp_path / "out" / "README.md").read_text()
+    assert "Licence of the source: not stated" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_cards_metadata_keep_their_words(checkpoint):
