@@ -48,7 +48,7 @@ def skipping(mlp: Any, x: torch.Tensor) -> bool:
         and all(
             is_plain(linear, x)
             and linear._parameters["bias"] is None
-            and (torch.compiler.is_compiling() or linear.weight.is_contiguous())
+            and (torch.compiler.is_compiling() or linear._parameters["weight"].is_contiguous())
             for linear in linears
         )
     )
@@ -60,7 +60,7 @@ def zero_up_to(mlp: Any) -> float:
 
 
 def _decode(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
-    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    gate, up = (mlp._modules[name]._parameters["weight"] for name in ("gate_proj", "up_proj"))
     if torch.compiler.is_compiling() or ops.available(x.device.type):
         down_t = neuron_major(mlp)
         if down_t is None:

@@ -85,12 +85,12 @@ def _with_classes(model: nn.Module) -> Iterator[None]:
     try:
         for module, native, faster in replaceable:
             if type(module) is native:
-                module.__class__ = faster
+                object.__setattr__(module, "__class__", faster)  # nn.Module's own setter takes 3 microseconds
         yield
     finally:
         for module, native, faster in replaceable:
             if type(module) is faster:
-                module.__class__ = native
+                object.__setattr__(module, "__class__", native)
 
 
 def _replaceable(model: Any) -> Replaceable:
