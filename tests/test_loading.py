@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_python
+from transformers import AutoModelForCausalLM
 
 from stocha_hf.conversion.convert import convert
 
@@ -95,6 +96,16 @@ reply = generate([{"role": "user", "content": "w9 w17"}], max_new_tokens=4, do_s
 assert reply[-1]["role"] == "assistant" and reply[-1]["content"], reply
 """
     assert load(code, out)[0][0] == "StochaLlamaForCausalLM"
+
+
+def test_a_folder_that_the_native_class_saved_is_made_whole_by_converting_it(checkpoint, tmp_path):
+    converted, saved, out = (tmp_path / name for name in ("converted", "saved", "out"))
+    convert(checkpoint(), converted, activation="fatrelu", threshold=0.1)
+    AutoModelForCausalLM.from_pretrained(converted).save_pretrained(saved)
+    assert not (saved / "modeling_stocha.py").exists(), "the native class saves no code"
+    assert convert(saved, out).stocha["threshold"] == 0.1
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert type(model).__name__ == "StochaLlamaForCausalLM"
 
 
 def test_a_config_without_a_stocha_entry_is_refused_by_name(checkpoint):
