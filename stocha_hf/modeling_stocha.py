@@ -619,7 +619,7 @@ def patch(model: nn.Module, config: StochaConfig) -> int:
     row = by_name[type(native).__name__]
     hf_config: Any = native.config
     converted = getattr(hf_config, "stocha", None)
-    config = config.resolve(converted["base"] if converted else getattr(hf_config, row.act_key))
+    config = config.resolve(row.act if converted else getattr(hf_config, row.act_key))
     patch_mlps(_native_mlps(native, row, hf_config), config)
     _become(native, globals()[f"Stocha{type(native).__name__}"])
     hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map
@@ -672,6 +672,7 @@ class StochaModel:
         row = ARCHITECTURES[config.model_type]
         stocha_config = StochaConfig.from_dict(entry).resolve(row.act)
         stocha_config.thresholds(config.num_hidden_layers, config.intermediate_size)  # before any weight is made
+        config.stocha = stocha_config.to_dict()  # whole, also where the entry left keys out
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         patch_mlps(_native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
 
@@ -701,7 +702,7 @@ class StochaModel:
         # The native method wrote our class name, which tools without remote code do not know.
         self.config.architectures = [name.removeprefix("Stocha") for name in self.config.architectures]
         self.config.auto_map = ARCHITECTURES[self.config.model_type].auto_map
-        if kwargs.get("is_main_process", True):
+        if kwargs.get("is_main_process", args[0] if args else True):
             self.config.save_pretrained(save_directory)
             shutil.copyfile(__file__, os.path.join(save_directory, os.path.basename(__file__)))
         if push_to_hub:

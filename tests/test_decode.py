@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +289,50 @@ def test_quantizers_and_parametrizations_see_the_native_layers() -> None:
         dense = model(TOKENS).logits[:, 4:].detach()
     with torch.no_grad():
         torch.testing.assert_close(decoded(model, TOKENS), dense, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_threads_decode_in_one_model(calls: dict[str, int]) -> None:
+    model = relu_model(num_hidden_layers=4)
+    expected = decoded(model, TOKENS)
+    classes = [type(module) for module in model.modules()]
+    before, interval = calls["layer"], sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda _: _decoded_alone(model), range(12)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(logits, expected) for logits in found) and calls["layer"] > before
+    assert [type(module) for module in model.modules()] == classes
+
+
+def _decoded_alone(model: Any) -> torch.Tensor:
+    with torch.no_grad():  # of each thread
+        return decoded(model, TOKENS)
+
+
+def test_a_merged_adapter_leaves_a_model_that_decodes_sparsely(calls: dict[str, int]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = relu_model()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["gate_proj", "down_proj"])).eval()
+    with torch.no_grad():
+        decoded(adapted, TOKENS)
+        merged = adapted.merge_and_unload()
+        calls.update(dict.fromkeys(calls, 0))
+        decoded(merged, TOKENS)
+    assert calls["layer"] == 4 * len(stocha_mlps(merged))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_a_compiled_forward_is_one_graph() -> None:
+    model = relu_model()
+    expected = decoded(model, TOKENS[:1])
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(decoded(model, TOKENS[:1]), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

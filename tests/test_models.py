@@ -5,6 +5,7 @@ working.
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import types
 
@@ -357,3 +358,16 @@ def test_function_transforms_run_the_definition():
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(parameters, rows)
     assert gradients["gate_proj.weight"].shape == (3, 48, 32)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_an_entry_that_leaves_keys_out_is_completed_and_saved(tmp_path):
+    folder = tmp_path / "short"
+    patched(activation="relu").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"stocha": {"activation": "relu"}}))
+    model = type(patched()).from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again", False)
+    assert not (tmp_path / "again" / "modeling_stocha.py").exists(), "not the main process"
+    assert unpatch(model) == 2 and model.config.hidden_act == "silu"
+    native = type(tiny_model()).from_pretrained(folder)
+    assert patch(native, StochaConfig(activation="relu")) == 2 and native.config.stocha["base"] == "silu"

@@ -125,7 +125,8 @@ def with_scaled_rope(
     """
     arch = metadata["general.architecture"]
     own = {key.removeprefix(f"{arch}.rope."): value for key, value in metadata.items() if f"{arch}.rope." in key}
-    kind, factor = own.get("scaling.type", "none"), own.get("scaling.factor", 1.0)
+    factor = own.get("scaling.factor", 1.0)
+    kind = own.get("scaling.type", "none" if factor in (0, 1.0) else "linear")  # llama.cpp's default
     if own.get("scale_linear", 1.0) != 1.0:
         kind, factor = "linear", own["scale_linear"]
     context = own.get("scaling.original_context_length")

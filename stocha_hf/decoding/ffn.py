@@ -31,7 +31,7 @@ def ffn(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
     if is_few(x):
         return _decode(mlp, x)
     if x.is_cuda and ops.available("cuda"):
-        neuron_major(mlp)  # now, since a compiled step or a recorded graph cannot make it
+        neuron_major(mlp, thorough=True)  # now, since a compiled step or a recorded graph cannot make it
     elif (down_t := sole_copy(mlp)) is not None:
         return mlp.hidden(mlp.gate_proj(x), mlp.up_proj(x)) @ down_t
     return None

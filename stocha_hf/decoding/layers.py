@@ -34,7 +34,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._parameters.get("weight")
-        if x.is_cpu and decodes(x) and type(weight) is nn.Parameter and _is_taken(weight, x.dtype):
+        here = x.is_cpu and not torch.compiler.is_compiling() and decodes(x)
+        if here and type(weight) is nn.Parameter and _is_taken(weight, x.dtype):
             return ops.linear(x, weight, self._parameters.get("bias"))
         return super().forward(x)
 
@@ -62,7 +63,8 @@ class FusedLayer(nn.Module):
     ) -> torch.Tensor:
         """As the native layer's: hidden_states [batch, length, hidden_size] to the same shape."""
         if (
-            attention_mask is None  # each token sees all that is cached
+            not torch.compiler.is_compiling()
+            and attention_mask is None  # each token sees all that is cached
             and past_key_values is not None
             and position_embeddings is not None
             and hidden_states.shape[1] == 1

@@ -14,6 +14,7 @@ decode_state. Contract 0, of stocha_hf 0.1, is served by stocha_hf/sparse.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,17 +51,62 @@ def for_contract(number: int) -> Runtime:
     return Runtime(ffn, noise.stocha, step, held_bytes)
 
 
-Replaceable = list[tuple[nn.Module, type, type]]  # a module, its native class, its class in a step
-_found: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], Replaceable]] = weakref.WeakKeyDictionary()
+class _Steps:
+    """The steps that run in one model now: modules change class with the first to enter and the last to leave."""
+
+    def __init__(self) -> None:
+        self.lock, self.count = threading.Lock(), 0
+        self.parts: list[int] = []
+        self.changes: list[tuple[nn.Module, type, type]] = []  # a module, its native class, its class in a step
+
+    def enter(self, model: nn.Module) -> None:
+        with self.lock:
+            self.count += 1
+            if self.count == 1:
+                self._find(model)
+                for module, native, faster in self.changes:
+                    if type(module) is native:
+                        object.__setattr__(module, "__class__", faster)  # nn.Module's setter takes 3 microseconds
+
+    def leave(self) -> None:
+        with self.lock:
+            self.count -= 1
+            if self.count == 0:
+                for module, native, faster in self.changes:
+                    if type(module) is faster:
+                        object.__setattr__(module, "__class__", native)
+
+    def _find(self, model: Any) -> None:
+        """Look for the modules with a class of layers.py, once and again when layers or FFNs' parts were exchanged.
+
+        Not an FFN's Linear layers, whose kernel is the FFN's.
+        """
+        from stocha_hf.decoding.layers import IN_A_STEP
+
+        layers = model.base_model.layers
+        ffns = [layer._modules["mlp"] for layer in layers]
+        parts = [id(part) for ffn in ffns for part in (ffn, *ffn._modules.values())]
+        if parts != self.parts:
+            self.parts, inside = parts, set(parts)
+            self.changes = [
+                (module, type(module), IN_A_STEP[type(module)])
+                for module in model.modules()
+                if type(module) in IN_A_STEP and id(module) not in inside
+            ]
+
+
+_steps: weakref.WeakKeyDictionary[nn.Module, _Steps] = weakref.WeakKeyDictionary()
+_first_step = threading.Lock()
 
 
 def step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
     """Return a context for a call of `model` with these arguments, in which it is as fast as this package makes it.
 
-    In a decode step on a CPU, Linear and decoder layers have their classes of layers.py. Two threads in one model do
-    no harm: the first to leave takes the classes away, and the other goes on by the native way.
+    In a decode step on a CPU, Linear and decoder layers have their classes of layers.py, also for other threads that
+    are in a step of the same model. A model whose call was compiled is left as it is.
     """
-    if not _is_decode_step(args, kwargs) or not available():
+    compiled = "forward" in model.__dict__ or getattr(model, "_compiled_call_impl", None) is not None
+    if compiled or not _is_decode_step(args, kwargs) or not available():
         return nullcontext()
     return _with_classes(model)
 
@@ -81,33 +127,10 @@ def _is_decode_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def _with_classes(model: nn.Module) -> Iterator[None]:
-    replaceable = _replaceable(model)
+    with _first_step:
+        steps = _steps.setdefault(model, _Steps())
+    steps.enter(model)
     try:
-        for module, native, faster in replaceable:
-            if type(module) is native:
-                object.__setattr__(module, "__class__", faster)  # nn.Module's own setter takes 3 microseconds
         yield
     finally:
-        for module, native, faster in replaceable:
-            if type(module) is faster:
-                object.__setattr__(module, "__class__", native)
-
-
-def _replaceable(model: Any) -> Replaceable:
-    """The modules with a class of layers.py, looked for once and again when layers were exchanged.
-
-    Not an FFN's Linear layers, whose kernel is the FFN's.
-    """
-    from stocha_hf.decoding.layers import IN_A_STEP
-
-    layers = [id(layer) for layer in model.base_model.layers]
-    known = _found.get(model)
-    if known is None or known[0] != layers:
-        of_ffns = {id(part) for mlp in model.modules() if "decode_state" in mlp.__dict__ for part in mlp.children()}
-        found = [
-            (module, type(module), IN_A_STEP[type(module)])
-            for module in model.modules()
-            if type(module) in IN_A_STEP and id(module) not in of_ffns
-        ]
-        _found[model] = known = (layers, found)
-    return known[1]
+        steps.leave()

@@ -5,8 +5,9 @@ A sparse step reads the rows of active neurons, and down_proj has a column a neu
 CPU the memory stays the same too where a file holds the parameter: its pages go back to the file, and prefill reads
 the copy. Elsewhere the copy costs a third of the FFNs' memory; `held_bytes` counts it.
 
-A copy must not outlive the weights it was made from. Version counters miss changes through `.data`, by
-which adapters are merged, so a few entries are compared at every step; train() drops the copy as well.
+A copy must not outlive the weights it was made from. Version counters miss changes through `.data`, by which adapters
+are merged, so a few entries are compared: at every step on a CPU, in prefill on a GPU. That finds a change of all
+entries. train() drops the copy: call it after changing single entries through `.data`.
 """
 
 from __future__ import annotations
@@ -37,20 +38,21 @@ class DecodeState:
 
 def key_of(weight: torch.Tensor) -> tuple[int, int]:
     """Return where a weight's memory is and how often it was changed in place."""
-    return weight.data_ptr(), weight._version
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-def neuron_major(mlp: Any) -> torch.Tensor | None:
+def neuron_major(mlp: Any, thorough: bool = False) -> torch.Tensor | None:
     """Return down_proj's weight as a contiguous [M, H] copy, made now if there is none that is current.
 
-    None where it does not exist and cannot be made: while compiling or recording a CUDA graph, and among processes,
-    whose sharding may move the weights at any time.
+    `thorough` compares entries on a GPU as well, which waits for it: in prefill. None where the copy does not exist
+    and cannot be made: while compiling or recording a CUDA graph, and among processes, whose sharding may move the
+    weights at any time.
     """
     state = mlp.decode_state
     if torch.compiler.is_compiling():
         return None if state is None else state.down_t
     weight = _down(mlp)
-    if state is not None and state.down_t is not None and _is_current(state, weight):
+    if state is not None and state.down_t is not None and _is_current(state, weight, thorough):
         return state.down_t
     if (weight.is_cuda and torch.cuda.is_current_stream_capturing()) or (
         torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -76,12 +78,13 @@ def _down(mlp: Any) -> torch.Tensor:
     return mlp._modules["down_proj"]._parameters["weight"]
 
 
-def _is_current(state: DecodeState, weight: torch.Tensor) -> bool:
+def _is_current(state: DecodeState, weight: torch.Tensor, thorough: bool = False) -> bool:
     down_t: Any = state.down_t
     if state.key != key_of(weight) or down_t.dtype != weight.dtype or down_t.device != weight.device:
         return False
     if weight.is_cuda:
-        return True
+        can_wait = thorough and not torch.cuda.is_current_stream_capturing()
+        return not can_wait or torch.equal(weight.detach().diagonal(), down_t.diagonal())
     if (library := kernels()) is None:
         return torch.equal(weight.detach().diagonal(), down_t.diagonal())
     return bool(library.stocha_same(weight.data_ptr(), down_t.data_ptr(), *weight.shape, weight.element_size()))

@@ -41,7 +41,7 @@ class StochaArguments(SFTConfig):
         metadata={"help": "Phases {activation, p, sparsity, anneal, until}; see training/schedule.py."},
     )
     model_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "A config.json's keys, to begin with random weights; see stocha_hf/fresh.py."}
+        default=None, metadata={"help": "A config.json's keys, to begin with random weights; see training/fresh.py."}
     )
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer of model_config's model."})
     teacher: str | None = field(

@@ -16,6 +16,7 @@ from typing import Any
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import ARCHITECTURES
 
+OLDER_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}  # of config.json files that transformers still reads
 FROM_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -52,7 +53,7 @@ def fresh_model(given: str | dict[str, Any], tokenizer: Any, *, seed: int, **opt
     stocha = entries.pop("stocha", {})
     config = transformers.AutoConfig.for_model(**entries)
     # transformers keeps any key; what its class does not know is misspelt
-    if unknown := sorted(set(entries) - set(type(config)().to_dict())):
+    if unknown := sorted(set(entries) - set(type(config)().to_dict()) - OLDER_KEYS):
         raise StochaError(
             f"model_config has the key {unknown[0]!r}: expected keys of a {config.model_type} config.json"
         )
