@@ -7,6 +7,7 @@
 #   make style        let ruff mend what it can
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS := -n 2 --dist loadfile # two processes of pytest-xdist; a file's tests stay together
 
 .PHONY: demo test test-fast test-lowest lint docs style clean
 
@@ -24,17 +25,17 @@ demo: .venv/demo-model
 	$(BIN)/python recipes/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 # In an environment of its own. Nothing of constraints.txt is used: this is what a user's pip may choose.
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' > .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[dev,gguf]'
-	.venv-lowest/bin/python -m pytest -m "not slow"
+	.venv-lowest/bin/python -m pytest $(WORKERS) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -49,6 +50,7 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 style: .venv/installed
+	$(BIN)/python .ci/copy_spec.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
