@@ -18,6 +18,7 @@ from torch import nn
 from stocha_hf.decoding import structs
 from stocha_hf.decoding.conditions import is_called
 from stocha_hf.decoding.ffn import zero_up_to
+from stocha_hf.decoding.layers import IN_A_STEP
 from stocha_hf.decoding.state import key_of, neuron_major
 from stocha_hf.decoding.structs import matrix, matrix_of, pointer
 from stocha_hf.spec import ACTIVATIONS
@@ -102,7 +103,7 @@ class Plan:
     def is_current(self) -> bool:
         """Return whether the model is what the plan was made from."""
         return (
-            all(type(module) is kind and not is_called(module) for module, kind in self.modules)
+            all(_is(module, kind) and not is_called(module) for module, kind in self.modules)
             and all(table.get(name) is child for table, name, child in self.children)
             and all(table.get(name) is tensor and tensor.data_ptr() == at for table, name, tensor, at in self.tensors)
             and all(mlp.running == name and zero_up_to(mlp) == cut for mlp, name, cut in self.rules)
@@ -112,9 +113,9 @@ class Plan:
 
     def _watch(self, module: nn.Module, kind: type | None) -> None:
         """Note a module that must stay of this class, with its children, without anything that hangs on its call."""
-        if type(module) is not kind or is_called(module):
+        if kind is None or not _is(module, kind) or is_called(module):
             raise _Refused
-        self.modules.append((module, type(module)))
+        self.modules.append((module, kind))
         self.children += [(module._modules, name, child) for name, child in module._modules.items()]
 
     def _tensor(self, module: nn.Module, name: str) -> torch.Tensor:
@@ -223,6 +224,11 @@ class Plan:
         return structs.Ffn(
             *matrices, *pointers, structs.ACTIVATIONS[mlp.running], is_transposed, threshold, margin
         )
+
+
+def _is(module: nn.Module, kind: type) -> bool:
+    """Whether a module is of this class, or of the one that it has while another thread is in a step of the model."""
+    return type(module) is kind or type(module) is IN_A_STEP.get(kind)
 
 
 def _is_plain(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:

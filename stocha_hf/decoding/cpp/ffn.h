@@ -120,7 +120,7 @@ int64_t ffn(const Ffn& f, int type, Inputs& x, Scratch& scratch, Team team, Keep
   const bool coarse = f.coarse && !all && x.tokens <= kCoarseTokens;
   const int64_t possible = coarse ? candidates_of(f, x, mine, active) : mine.end;
   int64_t found = mine.begin;
-  in_turn(f.gate, x, coarse ? active : nullptr, mine.begin, possible, [&](int64_t first, int64_t last, float* gates) {
+  in_turn(f.gate, x, coarse ? active : nullptr, mine.begin, possible, false, [&](int64_t first, int64_t last, float* gates) {
     round_row(type, gates, (last - first) * T);
     activate(gates, (last - first) * T, f, type);
     for (int64_t i = first; i < last; ++i, gates += T) {
@@ -137,7 +137,7 @@ int64_t ffn(const Ffn& f, int type, Inputs& x, Scratch& scratch, Team team, Keep
 
   // 2. Their up rows.
   int64_t kept = mine.begin;
-  in_turn(f.up, x, all ? nullptr : active, mine.begin, found, [&](int64_t first, int64_t last, float* values) {
+  in_turn(f.up, x, all ? nullptr : active, mine.begin, found, !all, [&](int64_t first, int64_t last, float* values) {
     round_row(type, values, (last - first) * T);
     for (int64_t i = first; i < last; ++i, values += T) {
       bool any = !f.down_is_transposed;

@@ -68,10 +68,12 @@ struct Inputs {
 constexpr int kRows = 4;  // weight rows side by side, which share a load of x
 
 // What to multiply: rows begin to end - 1 of a list, or of the matrix where the list is null. The next rows up to
-// `limit` are fetched meanwhile.
+// `limit` are fetched meanwhile. One after the other, since with one or two tokens the memory is the only limit and is
+// read fastest straight on; or kRows side by side.
 struct Rows {
   const int64_t* list;
   int64_t begin, end, limit;
+  bool side_by_side;
   int64_t operator[](int64_t i) const { return list ? list[i] : i; }
 };
 
@@ -112,8 +114,7 @@ void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
   }
   with_type(static_cast<int>(m.format), [&](auto* element) {
     using E = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-    // One or two tokens leave the memory as the only limit, and it is read fastest straight on.
-    if (T <= 2 && !chosen.list)
+    if (T <= 2 && !chosen.side_by_side)
       float_products<E, 1, T>(m, x, chosen, values);
     else
       float_products<E, kRows, T>(m, x, chosen, values);
@@ -137,11 +138,11 @@ constexpr int64_t kAtOnce = 64;  // rows, whose products are then looked at
 
 // f(first, last, values) for the rows of a list, some at a time.
 template <class F>
-void in_turn(const Matrix& m, Inputs& x, const int64_t* list, int64_t begin, int64_t end, F f) {
+void in_turn(const Matrix& m, Inputs& x, const int64_t* list, int64_t begin, int64_t end, bool side_by_side, F f) {
   float values[kAtOnce * 8];
   for (int64_t i = begin; i < end; i += kAtOnce) {
     const int64_t last = std::min(i + kAtOnce, end);
-    products(m, x, {list, i, last, end}, values);
+    products(m, x, {list, i, last, end, side_by_side}, values);
     f(i, last, values);
   }
 }
@@ -149,7 +150,7 @@ void in_turn(const Matrix& m, Inputs& x, const int64_t* list, int64_t begin, int
 // y = W x + bias, each output rounded to `type` and handed to keep(row, token, value); this thread's rows.
 template <class Keep>
 void linear(const Matrix& m, int type, Inputs& x, Part mine, Keep keep) {
-  in_turn(m, x, nullptr, mine.begin, mine.end, [&](int64_t first, int64_t last, float* values) {
+  in_turn(m, x, nullptr, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
     float biases[kAtOnce] = {};
     if (m.bias) widen(type, static_cast<const char*>(m.bias) + first * (type == kFloat ? 4 : 2), last - first, biases);
     for (int64_t row = first; row < last; ++row, values += x.padded)
