@@ -1,4 +1,4 @@
-"""Tasks: likelihoods and answers as lm-evaluation-harness defines them, code run with limits, and paired differences."""
+"""Tasks: likelihoods and answers as the harness defines them, code run with limits, and paired differences."""
 
 from __future__ import annotations
 
@@ -63,8 +63,7 @@ def test_the_most_likely_choice_counts_and_kept_responses_are_not_asked_again(
     score = found.scores[0]
     assert score == TaskScore("bigbench:toy", "acc", sum(expected) / 8, score.stderr, 8)
     lines = kept.read_text().splitlines(keepends=True)
-    assert len(lines) == 24
-    kept.write_text("".join(lines[:20]) + lines[20][:30])  # killed while it wrote a line
+    kept.write_text("".join(lines[:-4]) + lines[-4][:30])  # killed while it wrote a line
     asked = []
     forward = type(model).forward
     monkeypatch.setattr(
@@ -72,7 +71,7 @@ def test_the_most_likely_choice_counts_and_kept_responses_are_not_asked_again(
     )
     again = evaluate_tasks(model, tokenizer, ["bigbench:toy"], task_data=task_data, limit=8, kept=kept, name="a")
     assert again.scores == found.scores and 0 < sum(asked) <= 4
-    assert len(kept.read_text().splitlines()) == 24
+    assert sorted(kept.read_text().splitlines(keepends=True)) == sorted(lines)
 
 
 def test_the_harness_class_for_transformers_finds_the_same_likelihoods(task_data: str) -> None:
@@ -83,7 +82,7 @@ def test_the_harness_class_for_transformers_finds_the_same_likelihoods(task_data
     from stocha_hf.tasks.kept import Kept
 
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    pairs = [("w5 w6 ", "w7"), ("w5 w6", " w8"), ("w9 w10 w11", " w12 w13 w14"), ("", "w20 w21"), ("w5", " w6 w7")]
+    pairs = [("w5 w6 ", "w7"), ("w5 w6", " w8"), ("w9 w10 w11", " w12 w13 w14"), ("", "w20 w21"), ("w5", " w9 w7")]
     requests = [Instance("loglikelihood", {}, pair, 0, ("task", i, 1)) for i, pair in enumerate(pairs)]
     rolling = [Instance("loglikelihood_rolling", {}, ("w5 w6 w7 " * 40,), 0, ("task", 0, 1))]
     ours = HarnessModel(model, tokenizer, Kept(), "tiny")
@@ -158,7 +157,6 @@ def test_differences_are_taken_question_by_question() -> None:
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text"])
 def test_prompts_of_any_length_are_continued_as_if_alone(kind: str) -> None:
     model = tiny_model(kind, **({} if kind == "llama" else {"sliding_window": 6}))
-    patch(model, StochaConfig(activation="relu"))
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(4, 64, (size,), generator=draw).tolist() for size in (1, 5, 9, 2, 7, 12)]
     for rows in (1, 4):
@@ -170,11 +168,12 @@ def test_prompts_of_any_length_are_continued_as_if_alone(kind: str) -> None:
 
 
 def test_the_command_tells_scores_and_differences(checkpoint, task_data: str, tmp_path: Path) -> None:
-    source, other = checkpoint(), checkpoint(name="other", hidden_act="relu")
+    source, other = checkpoint(), checkpoint(name="other", num_hidden_layers=1)
     options = ["--task-data", task_data, "--dtype", "float32", "--results", tmp_path / "results"]
     done = call_command("stocha-eval", source, "--tasks", "bigbench:toy", "--baseline", other, *options, "--json")
+    assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert figures["tasks"][0]["questions"] == 24 and "perplexity" not in figures, done.stderr
+    assert figures["tasks"][0]["questions"] == 24 and "perplexity" not in figures
     difference = figures["tasks"][0]["score"] - figures["baseline"]["tasks"][0]["score"]
     assert figures["task_differences"][0]["difference"] == pytest.approx(difference)
     assert json.loads((tmp_path / "results" / "figures.json").read_text()) == figures
