@@ -1,4 +1,4 @@
-"""Compiling cpp/kernels.cpp: with the system's C++ compiler at the first use, for this machine's processor, then cached.
+"""Compiling cpp/kernels.cpp: with the system's C++ compiler at the first use, for this processor, then cached.
 
 The shared library has a plain C interface and no torch in it, so it builds in seconds, works with any torch and needs
 no torch when stocha_hf is installed. It lies in ~/.cache/stocha_hf (or $XDG_CACHE_HOME/stocha_hf), named by a hash of

@@ -1,9 +1,9 @@
 """generate()'s loop for a model whose steps are one call of the kernels.
 
 transformers' loop takes two milliseconds a token around the model's call, of which a small model's step needs one or
-two. This one does what it does: logits processors, stopping criteria, streamers, sampling with the same random numbers,
-padding of sequences that have ended, scores and logits. What it saves is what nobody sees meanwhile: the cache's tensors
-are set when the loop ends, and criteria on length and end tokens are compared as numbers.
+two. This one does what it does: logits processors, stopping criteria, streamers, sampling with the same random
+numbers, padding of sequences that have ended, scores and logits. What it saves is what nobody sees meanwhile: the
+cache's tensors are set when the loop ends, and criteria on length and end tokens are compared as numbers.
 """
 
 from __future__ import annotations
@@ -134,9 +134,8 @@ class _Loop:
         mask = self.kwargs.get("attention_mask")
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(self.sequences, self.length - mask.shape[1])], 1)
-        return self.model(
-            chosen[:, None], attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits.float()
+        known = {"attention_mask": mask, "position_ids": at, "past_key_values": cache}
+        return self.model(chosen[:, None], use_cache=True, logits_to_keep=1, **known).logits.float()
 
     def _append(self, chosen: torch.Tensor) -> None:
         if self.length == self.ids.shape[1]:
@@ -151,7 +150,7 @@ class _Loop:
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=sequences,
+            sequences=sequences,  # type: ignore[arg-type]
             scores=self.scores,
             logits=self.logits,
             past_key_values=self.kwargs.get("past_key_values"),
@@ -171,6 +170,6 @@ def _ended(criteria: Any, sequences: int) -> Callable[[torch.Tensor, Any], Any]:
         if type(rule) is EosTokenCriteria
         for token in torch.as_tensor(rule.eos_token_id).flatten()
     }
-    return lambda ids, scores: (longest is not None and ids.shape[1] >= longest) or (
-        bool(ends) and int(ids[0, -1]) in ends
+    return lambda ids, scores: (
+        (longest is not None and ids.shape[1] >= longest) or (bool(ends) and int(ids[0, -1]) in ends)
     )

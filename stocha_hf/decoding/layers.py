@@ -1,7 +1,7 @@
 """Linear layers as a CPU decode step runs them: one kernel, since PyTorch's takes three times as long with few tokens.
 
-For steps that must call the model's modules. A model's modules have this class only inside a step (runtime.step), so that whatever looks at them between steps,
-such as a quantizer or a sharding policy, sees the native ones.
+For steps that must call the model's modules. A model's modules have this class only inside a step (runtime.step), so
+that whatever looks at them between steps, such as a quantizer or a sharding policy, sees the native ones.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ rows of a table. What a plan was made from is listed in it: modules with their c
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +28,14 @@ CHANGING_ROTARY = ("dynamic", "longrope")  # whose frequencies depend on the len
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model_type's classes are, their prefix, and what is Gemma's: norms around both halves of a layer, whose
-    weights count from 1.
+    """Where a model_type's classes are, and their prefix. Gemma's have norms around both halves of a layer, whose
+    weights count from 1. Mistral has one sliding window for all layers, which its attention reads in the config.
     """
 
     module: str
     prefix: str
     is_gemma: bool = False
+    has_one_window: bool = False
 
     def kind(self, name: str) -> Any:
         """Return a class of the native file, such as DecoderLayer, or None."""
@@ -45,7 +45,7 @@ class Family:
 
 FAMILIES = {
     "llama": Family("llama", "Llama"),
-    "mistral": Family("mistral", "Mistral"),
+    "mistral": Family("mistral", "Mistral", has_one_window=True),
     "qwen2": Family("qwen2", "Qwen2"),
     "qwen3": Family("qwen3", "Qwen3"),
     "gemma2": Family("gemma2", "Gemma2", is_gemma=True),
@@ -154,10 +154,8 @@ class Plan:
     def _embedding(self, module: Any) -> tuple[structs.Matrix, float]:
         scaled = self.family.kind("TextScaledWordEmbedding")
         self._weights(module, scaled or nn.Embedding)
-        if structs.is_quantized(module):
-            factor = module.factor
-        else:
-            factor = module.scalar_embed_scale if scaled else 1.0
+        own = "factor" if structs.is_quantized(module) else "scalar_embed_scale"
+        factor = getattr(module, own, 1.0)
         return matrix_of(module), torch.tensor(factor, dtype=self.dtype).item()
 
     def _rotary(self, module: Any) -> dict[str | None, tuple[int, float]]:
@@ -187,7 +185,7 @@ class Plan:
         else:
             around = [None, self._norm(parts["post_attention_layernorm"]), None]
         layer_type = getattr(attention, "layer_type", None)
-        window = getattr(attention, "sliding_window", None)
+        window = getattr(self.config if self.family.has_one_window else attention, "sliding_window", None)
         soft_cap = getattr(attention, "attn_logit_softcapping", None) if self.config.model_type == "gemma2" else None
         return structs.Layer(
             *projections, self._ffn(parts["mlp"]), self._norm(parts["input_layernorm"]), *around,
@@ -216,14 +214,12 @@ class Plan:
             self.gates.append((mlp, down_t))
             matrices[2], is_transposed = matrix(down_t), True
         coarse = None if mlp.decode_state is None else mlp.decode_state.coarse
-        if coarse is None or structs.is_quantized(gate) or coarse.key != key_of(gate.weight):
-            pointers, margin = (None, None), 0.0
-        else:
-            pointers, margin = (pointer(coarse.weights), pointer(coarse.scales)), coarse.margin
+        pointers: list[int | None] = [None, None]
+        margin = 0.0
+        if coarse is not None and not structs.is_quantized(gate) and coarse.key == key_of(gate.weight):
+            pointers, margin = [pointer(coarse.weights), pointer(coarse.scales)], coarse.margin
             self.kept.append(coarse)
-        return structs.Ffn(
-            *matrices, *pointers, structs.ACTIVATIONS[mlp.running], is_transposed, threshold, margin
-        )
+        return structs.Ffn(*matrices, *pointers, structs.ACTIVATIONS[mlp.running], is_transposed, threshold, margin)
 
 
 def _is(module: nn.Module, kind: type) -> bool:

@@ -17,11 +17,18 @@ from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.cache import CacheRows, rows_of
 from stocha_hf.decoding.conditions import FEW
 from stocha_hf.decoding.ops import available
-from stocha_hf.decoding.plan import Plan
 from stocha_hf.decoding.structs import Call
 
 UNSET = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states")
-KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+}
 
 
 def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
