@@ -323,12 +323,15 @@ class Quantized(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "tied_to" in self.__dict__:
             return getattr(self.__dict__["tied_to"][0], name)
-        if name == "weight":
-            raise AttributeError(
-                f"{type(self).__name__} has no weight: expected code that reads codes and scale, or calls "
-                "dequantized(); adapters cannot be merged into codes, so load the original model to merge them"
-            )
+        if name == "weight":  # for those who ask for its shape, dtype and device, as peft does; merging into it raises
+            shape = reversed(self.shape) if self.transposed else self.shape
+            return torch.full((), torch.nan, dtype=self.dtype, device=self.codes.device).expand(*shape)
         return super().__getattr__(name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and weights of a row."""
+        return len(self.codes), self.columns
 
 
 def _moved(tensor: torch.Tensor, fn: Any) -> torch.Tensor:
