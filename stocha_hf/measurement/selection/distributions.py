@@ -47,7 +47,8 @@ class Distribution:
     def quantile(self, share: float) -> float:
         """The value that `share` of the values are at most."""
         shares = self._shares()
-        after = min(max(int(np.searchsorted(shares, share)), 1), len(EDGES) - 1)
+        first = int(np.searchsorted(shares, 0.0, side="right"))  # bins before are empty
+        after = min(max(int(np.searchsorted(shares, share)), first), len(EDGES) - 1)
         low, high = shares[after - 1], shares[after]
         part = (share - low) / (high - low) if high > low else 0.0
         return float(EDGES[after - 1] + part * (EDGES[after] - EDGES[after - 1]))
@@ -83,11 +84,10 @@ class Distribution:
 
 
 def _edges() -> np.ndarray:
-    """The lower edge of every bin, and the upper one of the last; what would be infinite or NaN is the largest float."""
-    largest = float(torch.finfo(torch.float32).max)
+    """The lower edge of every bin and the upper one of the last; the largest float stands for what is beyond it."""
     keys = (np.arange(HALF + 1, dtype=np.int64) << SHIFT).astype(np.uint32)
-    positive = np.nan_to_num(keys.view(np.float32).astype(np.float64), nan=largest, posinf=largest, neginf=largest)
-    positive = np.minimum(np.maximum.accumulate(positive), largest)
+    keys = np.minimum(keys, np.float32(np.finfo(np.float32).max).view(np.uint32))
+    positive = keys.view(np.float32).astype(np.float64)
     return np.concatenate([-positive[:0:-1], positive])
 
 
