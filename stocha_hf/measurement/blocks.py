@@ -10,6 +10,7 @@ wrappers. What is measured at a projection's input or at an activation's output 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -25,7 +26,7 @@ class Block:
     """One decoder block: its module, its projections by name, and its FFN's activation."""
 
     module: nn.Module
-    linears: dict[str, nn.Module]
+    linears: dict[str, Any]
     act: nn.Module
 
 

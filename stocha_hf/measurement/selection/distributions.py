@@ -119,7 +119,7 @@ def observe(
     watched: Sequence[tuple[nn.Module, Callable[[torch.Tensor], object]]],
     outputs: bool = False,
 ) -> None:
-    """Run a model on token ids [windows, length] and show each watched module's inputs (or outputs) to its function."""
+    """Run a model on token ids [windows, length] and show each module's inputs (or outputs) to its function."""
     with watching(watched, outputs):
         for batch in batches(model, windows, "Calibrating"):
             model(batch, use_cache=False, logits_to_keep=1)
