@@ -184,7 +184,7 @@ def test_decode_steps_alone_are_the_same_as_a_window_after_its_prompt(calibratio
     with selection.applied(model, prompt=PROMPT) as meter, torch.no_grad():
         at_once = model(text).logits[:, PROMPT:]
     read = meter.read()
-    with selection.applied(model, decode_only=True) as meter, torch.no_grad():
+    with selection.applied(model, decoding=True) as meter, torch.no_grad():
         cache = model(text[:, :PROMPT], use_cache=True).past_key_values
         steps = [model(text[:, i : i + 1], past_key_values=cache).logits for i in range(PROMPT, PROMPT + 8)]
     torch.testing.assert_close(torch.cat(steps, 1), at_once, atol=1e-4, rtol=1e-4)
@@ -197,7 +197,7 @@ def test_core_neurons_do_not_see_padding(calibration) -> None:
     prompts[1, :4] = 0
     mask = (prompts != 0).long()
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with selection.applied(model, decode_only=True):
+    with selection.applied(model, decoding=True):
         together = model.generate(prompts, attention_mask=mask, **options)[1, PROMPT:]
         alone = model.generate(prompts[1:, 4:], attention_mask=mask[1:, 4:], **options)[0, 4:]
     assert torch.equal(together, alone)

@@ -4,7 +4,7 @@
     with selection.applied(model) as meter:                # at every token: perplexity of windows
         model(tokens)
     meter.read()                                           # BytesRead
-    with selection.applied(model, decode_only=True):       # the prompt whole, then every decode step with the cuts
+    with selection.applied(model, decoding=True):          # the prompt whole, then every decode step with the cuts
         model.generate(**inputs)
 
 The weights are the model's own, whatever they are by then: a selection calibrated before a refit can be applied after
@@ -13,7 +13,7 @@ it. A prompt is read whole in either way, since reading it in one pass reads all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,12 +39,13 @@ class Selection:
     needs_prompt: bool = False
 
     @contextmanager
-    def applied(self, model: nn.Module, *, decode_only: bool = False, prompt: int = 0) -> Iterator[ReadMeter]:
+    def applied(self, model: nn.Module, *, decoding: bool = False, prompt: int = 0) -> Iterator[ReadMeter]:
         """Inside, the model runs with the cuts; yields what counts the bytes read where they are made.
 
         Args:
             model: The model it was calibrated for, or one of the same shape.
-            decode_only: Cut forwards of one token only, as generation makes after the prompt.
+            decoding: Cut as in use: of forwards that keep a cache, those of one token, which come after the prompt.
+                Forwards with `use_cache=False`, by which likelihoods are measured, are cut at every token.
             prompt: Else: how many tokens at the start of every forward are not cut.
 
         Raises:
@@ -54,21 +55,22 @@ class Selection:
         neurons = self.neurons or [None] * len(found)
         if len(self.inputs) != len(found) or len(neurons) != len(found):
             raise StochaError(f"the model has {len(found)} blocks: expected {len(self.inputs)}, as when calibrated")
-        if self.needs_prompt and not (decode_only or prompt):
+        if self.needs_prompt and not (decoding or prompt):
             raise StochaError("this method chooses neurons by the prompt: expected a prompt of at least one token")
 
+        forward = _Forward()
+
         def start(length: int) -> int:
-            if decode_only:
-                return 0 if length == 1 else length
+            if decoding:
+                return length if forward.is_cached and length > 1 else 0
             return min(prompt, length)
 
         columns = {(index, name) for index, cuts in enumerate(self.inputs) for name in cuts}
         columns |= {(index, "down_proj") for index, cut in enumerate(neurons) if cut}
         meter = ReadMeter(model, columns, {index for index, cut in enumerate(neurons) if cut and cut.rows}, start)
-        hooks = _Hooks(meter, start)
+        hooks = _Hooks(meter, start, forward)
         try:
-            if self.needs_prompt:
-                hooks.mark_padding(model)
+            hooks.watch(model)
             for index, (block, cuts, cut) in enumerate(zip(found, self.inputs, neurons, strict=True)):
                 if cut is not None:  # before the inputs' cuts, whose input is what it leaves
                     hooks.add_neurons(index, block, cut, "down_proj" not in cuts)
@@ -80,20 +82,28 @@ class Selection:
             hooks.remove()
 
 
+@dataclass
+class _Forward:
+    """What is known of the forward that runs: whether it keeps a cache, and [batch, tokens, 1] 0 at padding."""
+
+    is_cached: bool = True
+    real: torch.Tensor | None = None
+
+
 class _Hooks:
     """The hooks of an applied selection."""
 
-    def __init__(self, meter: ReadMeter, start: Any) -> None:
-        self._meter, self._start = meter, start
+    def __init__(self, meter: ReadMeter, start: Callable[[int], int], forward: _Forward) -> None:
+        self._meter, self._start, self._forward = meter, start, forward
         self._handles: list[Any] = []
-        self._real: torch.Tensor | None = None  # [batch, tokens, 1]: 0 at padding of the forward that runs
 
-    def mark_padding(self, model: nn.Module) -> None:
-        """Let neurons that the prompt chooses not see the padding, whose hidden vectors are 0 to them."""
+    def watch(self, model: nn.Module) -> None:
+        """Note what each forward is given."""
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             mask = kwargs.get("attention_mask")
-            self._real = mask[..., None] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+            self._forward.is_cached = kwargs.get("use_cache") is not False
+            self._forward.real = mask[..., None] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
         self._handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
 
@@ -133,8 +143,9 @@ class _Hooks:
         def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
             hidden, act = args[0], acts.pop()
             first = self._start(hidden.shape[1])
-            if self._real is not None and self._real.shape[1] == hidden.shape[1]:
-                keep = cut.keep(act * self._real, hidden * self._real, first)
+            real = self._forward.real
+            if first and real is not None and real.shape[1] == hidden.shape[1]:  # padding is 0 to a choice
+                keep = cut.keep(act * real, hidden * real, first)
             else:
                 keep = cut.keep(act, hidden, first)
             if first == hidden.shape[1]:
