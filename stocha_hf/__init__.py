@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stocha_hf.publishing.card import write_card
     from stocha_hf.publishing.upload import publish
     from stocha_hf.spec import __version__
+    from stocha_hf.tasks.evaluate import compare_tasks, evaluate_tasks
     from stocha_hf.training.arguments import StochaArguments
     from stocha_hf.training.run import train
     from stocha_hf.training.schedule import Schedule
@@ -28,8 +29,10 @@ _HOMES = {
     "average": "conversion.averaging",
     "benchmark": "measurement.speed_models",
     "compare": "measurement.evaluation",
+    "compare_tasks": "tasks.evaluate",
     "convert": "conversion.convert",
     "evaluate": "measurement.evaluation",
+    "evaluate_tasks": "tasks.evaluate",
     "load_model": "models",
     "patch": "modeling_stocha",
     "publish": "publishing.upload",
@@ -57,8 +60,10 @@ __all__ = [
     "average",
     "benchmark",
     "compare",
+    "compare_tasks",
     "convert",
     "evaluate",
+    "evaluate_tasks",
     "load_model",
     "patch",
     "publish",
