@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from stocha_hf.conversion.refit_model import refit
     from stocha_hf.errors import StochaError
     from stocha_hf.measurement.evaluation import compare, evaluate
+    from stocha_hf.measurement.input_thresholds import calibrate_inputs
     from stocha_hf.measurement.sampling import sample
     from stocha_hf.measurement.speed_models import benchmark
-    from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mode, unpatch
+    from stocha_hf.modeling_stocha import StochaConfig, cut_inputs, patch, set_activation, stocha_mode, unpatch
     from stocha_hf.models import load_model
     from stocha_hf.publishing.card import write_card
     from stocha_hf.publishing.upload import publish
-    from stocha_hf.spec import __version__
+    from stocha_hf.spec import InputCuts, __version__
     from stocha_hf.training.arguments import StochaArguments
     from stocha_hf.training.run import train
     from stocha_hf.training.schedule import Schedule
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "average": "conversion.averaging",
     "benchmark": "measurement.speed_models",
+    "calibrate_inputs": "measurement.input_thresholds",
     "compare": "measurement.evaluation",
     "convert": "conversion.convert",
+    "cut_inputs": "modeling_stocha",
     "evaluate": "measurement.evaluation",
     "load_model": "models",
     "patch": "modeling_stocha",
@@ -40,6 +43,7 @@ _HOMES = {
     "train": "training.run",
     "unpatch": "modeling_stocha",
     "write_card": "publishing.card",
+    "InputCuts": "spec",
     "Schedule": "training.schedule",
     "StochaArguments": "training.arguments",
     "StochaConfig": "spec",
@@ -48,6 +52,7 @@ _HOMES = {
     "__version__": "spec",
 }
 __all__ = [
+    "InputCuts",
     "Schedule",
     "StochaArguments",
     "StochaConfig",
@@ -56,8 +61,10 @@ __all__ = [
     "__version__",
     "average",
     "benchmark",
+    "calibrate_inputs",
     "compare",
     "convert",
+    "cut_inputs",
     "evaluate",
     "load_model",
     "patch",

@@ -4,6 +4,7 @@ example:
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-stocha --p 0.3
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
+  stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-cut --inputs 0.4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
 SOURCE's files are copied byte for byte (but for the FFN weights with --refit) and nothing of it is run. OUTPUT appears
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 
+from stocha_hf.checkpoints.entry import cuts_told
 from stocha_hf.cli import (
     Parser,
     dtype_name,
@@ -24,15 +26,17 @@ from stocha_hf.cli import (
     probability,
     run,
     share,
+    share_below_1,
     show,
     whole_number,
 )
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES
+from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
-OPTIONS = ("revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS)
+INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", "inputs_of", "inputs_prefill", "inputs_train")
+OPTIONS = ("revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
 
 def parser() -> Parser:
@@ -71,6 +75,27 @@ def parser() -> Parser:
         "--refit-tokens", type=whole_number(1), help="tokens to refit on (default: 98304, or 8 a neuron if more)"
     )
     verb.add_argument("--refit-on-disk", action="store_true", help="keep the refit's streams on disk, not in memory")
+    verb.add_argument(
+        "--inputs",
+        type=share_below_1,
+        metavar="SHARE",
+        help="cut this share of projections' inputs, the smallest; 0 takes cuts off",
+    )
+    verb.add_argument(
+        "--calibrate", type=path_or_id, metavar="DATA", help="text to measure the thresholds of --inputs on"
+    )
+    verb.add_argument("--calibrate-tokens", type=whole_number(1), help="tokens of it to use (default: 16384)")
+    verb.add_argument(
+        "--inputs-of",
+        nargs="+",
+        type=one_of(PROJECTIONS),
+        metavar="NAME",
+        help=f"what to cut: {', '.join(PROJECTIONS)} (default: all, or attention's where the FFN is sparse itself)",
+    )
+    verb.add_argument(
+        "--inputs-prefill", action="store_true", help="cut at every token, not in decode steps of one token alone"
+    )
+    verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
     verb.add_argument(
@@ -101,6 +126,8 @@ def convert(args: argparse.Namespace) -> None:
     done = convert_folder(args.source, args.output, **options, **changes).to_dict()
     text = f"{done['output']}: {done['layers']}/{done['layers']} MLPs, {done['stocha']['activation']} in training"
     text += f", {done['stocha']['inference']} in inference"
+    if (cuts := StochaConfig.from_dict(done["stocha"]).inputs) is not None:
+        text += f"\n{cuts_told(cuts)}"
     if args.push_to_hub:
         try:
             done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()

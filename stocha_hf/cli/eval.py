@@ -6,7 +6,8 @@ example:
   stocha-eval smollm2-sparse --data text.parquet --cett 0.1 0.2 0.4 --ppl-increase 1 --json > figures.json
 
 MODEL is a Hub id or folder, converted or native. The text is cut into consecutive windows of --length tokens, and each
-is read on its own. --baseline measures a second model too, and how far MODEL's predictions are from its predictions.
+is read on its own. Inputs that MODEL cuts in decode steps are cut here at every token. --baseline measures a second
+model too, and how far MODEL's predictions are from its predictions.
 --cett C drops the neurons of smallest output in every layer, as many as add up to a share C of the layer's output
 (CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the most zeros, with one C for all layers, that
 raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it takes a dozen passes over the text.
@@ -152,6 +153,8 @@ def _model_lines(row: dict[str, Any]) -> Iterator[str]:
         f"{row['never_active']['mean']:.2%}; active at the token before as well {row['reuse']['mean']:.1%}; "
         f"active at none of {unused['tokens'][-1]} tokens {unused['mean'][-1]:.1%}"
     )
+    if cuts := row.get("inputs_cut"):
+        yield f"  inputs cut at every token: {', '.join(f'{name} {share:.1%}' for name, share in cuts.items())}"
     for point in row.get("cett", []):
         yield f"  truncated at CETT {point['cett']:g}: {_point_text(point)}"
     if point := row.get("ppl_sparsity"):

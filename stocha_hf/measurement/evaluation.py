@@ -4,13 +4,15 @@
     evaluate(load_model(folder).eval(), windows)  # Evaluation(perplexity=12.4, tokens=437248, sparsity=..., ...)
     compare(model, baseline, windows)             # Comparison(kl=0.03, top1_agreement=0.94)
 
-Zeros are counted where down_proj is given the hidden vectors, so they are those of the path that the model runs.
+Zeros are counted where down_proj is given the hidden vectors, so they are those of the path that the model runs. A
+model that cuts its projections' inputs does so at every token here, as it does in decode steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from tqdm import tqdm
 
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
-from stocha_hf.modeling_stocha import stocha_mlps
-from stocha_hf.models import patched_layers
+from stocha_hf.modeling_stocha import cut_projections, stocha_mlps
+from stocha_hf.models import cutting_everywhere, patched_layers
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
 LOGIT_ROWS = 512  # tokens whose logits are float32 at a time
@@ -41,21 +43,25 @@ def evaluate(model: Any, windows: torch.Tensor) -> Evaluation:
         StochaError: the model has no patched layers, a token id is beyond its vocabulary, or its loss is not finite.
     """
     check_vocabulary(model.config, windows)
-    activity = Activity(model)
+    activity, cuts = Activity(model), CutCounts(model)
     losses = []  # on the device: no part waits for it
     try:
-        for batch in batches(model, windows, "Evaluating"):
-            logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            for part, after in zip(logits.split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS), strict=True):
-                losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
+        with cutting_everywhere(model):
+            for batch in batches(model, windows, "Evaluating"):
+                logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+                after = batch[:, 1:].flatten().split(LOGIT_ROWS)
+                for part, expected in zip(logits.split(LOGIT_ROWS), after, strict=True):
+                    losses.append(F.cross_entropy(part.float(), expected, reduction="sum"))
     finally:
         activity.close()
+        cuts.close()
     predicted = windows.numel() - len(windows)
     return Evaluation(
         perplexity=_perplexity(_sum(losses) / predicted),
         tokens=windows.numel(),
         activation=stocha_mlps(model)[0].running,
         **activity.read(),
+        inputs_cut=cuts.read(),
     )
 
 
@@ -79,12 +85,13 @@ def compare(model: Any, baseline: Any, windows: torch.Tensor) -> Comparison:
         raise StochaError(f"the models have {sizes[0]} and {sizes[1]} tokens: expected the same vocabulary")
     check_vocabulary(model.config, windows)
     divergences, agreements = [], []
-    for batch in batches(model, windows, "Comparing"):
-        both = (some(batch, use_cache=False).logits.flatten(0, 1).split(LOGIT_ROWS) for some in (model, baseline))
-        for found, expected in zip(*both, strict=True):
-            agreements.append((found.argmax(-1) == expected.argmax(-1)).sum())
-            logs, aims = (logits.float().log_softmax(-1) for logits in (found, expected))
-            divergences.append(F.kl_div(logs, aims, reduction="sum", log_target=True))
+    with cutting_everywhere(model), cutting_everywhere(baseline):
+        for batch in batches(model, windows, "Comparing"):
+            both = (some(batch, use_cache=False).logits.flatten(0, 1).split(LOGIT_ROWS) for some in (model, baseline))
+            for found, expected in zip(*both, strict=True):
+                agreements.append((found.argmax(-1) == expected.argmax(-1)).sum())
+                logs, aims = (logits.float().log_softmax(-1) for logits in (found, expected))
+                divergences.append(F.kl_div(logs, aims, reduction="sum", log_target=True))
     kl = _sum(divergences) / windows.numel()
     if not math.isfinite(kl):
         raise StochaError(
@@ -153,6 +160,34 @@ class Activity:
             per_layer=unused,
         )
         return {**shares, "aggregated_sparsity": aggregated}
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class CutCounts:
+    """Counts which entries of a model's projections' inputs are cut, until close()."""
+
+    def __init__(self, model: Any) -> None:
+        self._counts: dict[str, list[Any]] = {}  # by the projection's name: how many were cut, of how many
+        self._hooks = []
+        named = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+        cutting = {id(module) for module in cut_projections(model)}
+        for name, module in named:
+            if id(module) in cutting:
+                counts = self._counts.setdefault(name, [0, 0])
+                self._hooks.append(module.register_forward_pre_hook(partial(self._count, counts)))
+
+    @staticmethod
+    def _count(counts: list[Any], module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if module.cuts(args[0]):
+            counts[0] += module.small(args[0]).sum()
+        counts[1] += args[0].numel()
+
+    def read(self) -> dict[str, float] | None:
+        """Return the share that was cut, by the projection's name; None of a model that cuts nothing."""
+        return {name: int(cut) / seen for name, (cut, seen) in self._counts.items()} or None
 
     def close(self) -> None:
         for hook in self._hooks:

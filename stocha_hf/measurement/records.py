@@ -56,7 +56,8 @@ class Evaluation(Record):
 
     `perplexity` is exp of the mean loss in nats; `tokens` counts the windows' tokens; `activation` is the one that
     ran. `sparsity` is the share of the FFNs' hidden entries that are zero, `never_active` of neurons that never fired,
-    `reuse` of firing neurons that had fired at the token before as well.
+    `reuse` of firing neurons that had fired at the token before as well. `inputs_cut` is the share of input entries
+    that projections cut, at every token, by the projection's name; None where none does.
     """
 
     perplexity: float
@@ -66,6 +67,7 @@ class Evaluation(Record):
     never_active: Shares
     reuse: Shares
     aggregated_sparsity: AggregatedSparsity
+    inputs_cut: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,9 @@ def _check(content: object, kind: Any, where: str, path: str) -> None:
             raise _refused(where, path, content, "a list")
         for i, item in enumerate(content):
             _check(item, typing.get_args(kind)[0], where, f"{path}{i}.")
+    elif typing.get_origin(kind) is dict:
+        names = content if isinstance(content, dict) else {}
+        _check(content, dict.fromkeys(names, typing.get_args(kind)[1]), where, path)
     elif not _is_a(content, kind):
         raise _refused(where, path, content, {str: "a text", int: "a whole number", float: "a finite number"}[kind])
 

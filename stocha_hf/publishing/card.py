@@ -18,7 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from stocha_hf.checkpoints.entry import began_random, read_entry
+from stocha_hf.checkpoints.entry import began_random, cuts_told, read_entry
 from stocha_hf.checkpoints.inspection import CARD, read_config
 from stocha_hf.checkpoints.metadata import INHERITED, source_metadata
 from stocha_hf.errors import StochaError
@@ -175,6 +175,7 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
         "inference": stocha.inference,
         "native": native,
         "native_note": note,
+        "cuts": f"Of the custom class, {cuts_told(stocha.inputs)}.\n\n" if stocha.inputs else "",
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
