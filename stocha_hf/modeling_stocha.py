@@ -578,9 +578,9 @@ class CutInput:
     The cut is the projection's own: hooks on it see what it was given, and an adapter around it reads that in full.
 
     "decode" is a call with one new token for each sequence, x [batch, 1, size]. Prompts are computed in full, and so
-    are the few tokens that assisted generation verifies at once: they would read nearly all weights anyway, and a
-    model that drafts for itself then writes what it writes without cuts. The length decides, not the cache, whose own
-    length a compiler does not know, and which also holds earlier turns of a chat when the next prompt comes.
+    are several tokens at once after a cache, as assisted generation verifies them: together they would read nearly all
+    weights anyway, and drafts with cuts are then judged without. The length decides, not the cache, whose own length a
+    compiler does not know, and which also holds earlier turns of a chat when the next prompt comes.
     """
 
     state = (
