@@ -33,22 +33,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import (
-    Gemma2ForCausalLM,
-    Gemma2Model,
-    Gemma3ForCausalLM,
-    Gemma3TextModel,
-    GenerationMixin,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralForCausalLM,
-    MistralModel,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformers import AutoConfig, GenerationMixin
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
@@ -73,7 +60,7 @@ class Architecture:
     @property
     def auto_map(self) -> dict[str, str]:
         """The `auto_map` of config.json, which makes the Auto classes find modeling_stocha.py."""
-        names = {"AutoModelForCausalLM": self.causal_lm, "AutoModel": self.model}
+        names = {"AutoConfig": "AutoConfig", "AutoModel": self.model, "AutoModelForCausalLM": self.causal_lm}
         return {auto: f"modeling_stocha.Stocha{name}" for auto, name in names.items()}
 
 
@@ -381,36 +368,6 @@ def _with_positive_side(gate: torch.Tensor, base: torch.Tensor, mixed: torch.Ten
     return torch.where(gate < 0, mixed, {"silu": base, "relu": F.relu(gate), "drawn": mixed}[positive])
 
 
-def silu(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """SwiGLU's (Shazeer, arXiv 2002.05202): what Llama and Mistral were trained with."""
-    return F.silu(gate)
-
-
-def gelu_pytorch_tanh(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """GeGLU's (Shazeer, arXiv 2002.05202) with the tanh approximation: what Gemma was trained with."""
-    return F.gelu(gate, approximate="tanh")
-
-
-def relu(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """ReGLU's (Shazeer, arXiv 2002.05202); drelu's on the gate."""
-    return F.relu(gate)
-
-
-def relu2(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """Squared ReLU (ReLU^2 Wins, arXiv 2402.03804)."""
-    return F.relu(gate).square()
-
-
-def fatrelu(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """gate where gate > threshold, else 0 (ProSparse, arXiv 2402.13516)."""
-    return F.threshold(gate, ffn.threshold, 0.0)
-
-
-def shifted_relu(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
-    """relu(gate - threshold) (ReLU Strikes Back, arXiv 2310.04564)."""
-    return F.relu(gate - ffn.threshold)
-
-
 def topk(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
     """The k largest of relu(gate) of each token, the rest 0 (Lazy Neuron, arXiv 2210.06313)."""
     largest = F.relu(gate).topk(ffn.k, dim=-1)
@@ -420,16 +377,17 @@ def topk(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
 FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "stocha": stocha,
     "mean": mean,
-    "silu": silu,
-    "gelu_pytorch_tanh": gelu_pytorch_tanh,
-    "relu": relu,
-    "relu2": relu2,
-    "drelu": relu,
-    "fatrelu": fatrelu,
-    "shifted_relu": shifted_relu,
+    # SwiGLU's and GeGLU's, the latter with the tanh approximation: what models are pretrained with (arXiv 2002.05202)
+    "silu": lambda gate, ffn: F.silu(gate),
+    "gelu_pytorch_tanh": lambda gate, ffn: F.gelu(gate, approximate="tanh"),
+    "relu": lambda gate, ffn: F.relu(gate),
+    "relu2": lambda gate, ffn: F.relu(gate).square(),  # ReLU^2 Wins, arXiv 2402.03804
+    "drelu": lambda gate, ffn: F.relu(gate),  # TurboSparse, arXiv 2406.05955; see ON_UP
+    "fatrelu": lambda gate, ffn: F.threshold(gate, ffn.threshold, 0.0),  # ProSparse, arXiv 2402.13516
+    "shifted_relu": lambda gate, ffn: F.relu(gate - ffn.threshold),  # ReLU Strikes Back, arXiv 2310.04564
     "topk": topk,
 }
-ON_UP = {"drelu": F.relu}  # what acts on the up projection too (TurboSparse, arXiv 2406.05955)
+ON_UP = {"drelu": F.relu}  # what acts on the up projection too
 BASE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     name: functools.partial(FUNCTIONS[name], ffn=None) for name in BASES
 }
@@ -559,14 +517,8 @@ class StochaMLP(nn.Module):
 
 def is_called(module: nn.Module) -> bool:
     """Return whether something hangs on a module's call, so that it must be made: a hook, or another forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or nn.modules.module._has_any_global_hook()
-    )
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
 
 
 CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
@@ -716,12 +668,8 @@ def _native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Mo
         _refuse_liger(type(module))
         _refuse_liger(module.__dict__.get("forward"))
     mlps = [module for module in model.modules() if _is_native(module, row.mlp)]
-    _require(
-        len(mlps) == config.num_hidden_layers,
-        "the number of native MLPs",
-        len(mlps),
-        f"{config.num_hidden_layers} {row.mlp}",
-    )
+    count = config.num_hidden_layers
+    _require(len(mlps) == count, "the number of native MLPs", len(mlps), f"{count} {row.mlp}")
     for mlp in mlps:
         _require_native_forward(mlp, "an MLP's forward")
     return mlps
@@ -960,56 +908,36 @@ class StochaModel:
         }
 
 
-class StochaLlamaForCausalLM(StochaModel, LlamaForCausalLM, GenerationMixin):
-    """LlamaForCausalLM with stocha MLPs."""
+class StochaAutoConfig:
+    """What `auto_map` names for AutoConfig: the native config, with this file's class among its `architectures`.
+
+    config.json names the native class there, for tools without remote code. Those with it that look the class up in
+    transformers, as trl's trainers do with a path, would get the native one; now they find none, and ask `auto_map`.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to register: the config that from_pretrained returns is the native one."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As AutoConfig.from_pretrained."""
+        found = AutoConfig.from_pretrained(*args, **kwargs | {"trust_remote_code": False})
+        config = found[0] if isinstance(found, tuple) else found  # with return_unused_kwargs
+        config.architectures = [f"Stocha{name}" for name in config.architectures or []]
+        return found
 
 
-class StochaLlamaModel(StochaModel, LlamaModel):
-    """LlamaModel with stocha MLPs."""
+def _stocha_class(name: str) -> type:
+    """The stocha class of a native one: the same with stocha MLPs."""
+    bases = (StochaModel, getattr(transformers, name), *([GenerationMixin] if name.endswith("ForCausalLM") else []))
+    return type(f"Stocha{name}", bases, {"__module__": __name__, "__doc__": f"{name} with stocha MLPs."})
 
 
-class StochaMistralForCausalLM(StochaModel, MistralForCausalLM, GenerationMixin):
-    """MistralForCausalLM with stocha MLPs."""
-
-
-class StochaMistralModel(StochaModel, MistralModel):
-    """MistralModel with stocha MLPs."""
-
-
-class StochaQwen2ForCausalLM(StochaModel, Qwen2ForCausalLM, GenerationMixin):
-    """Qwen2ForCausalLM with stocha MLPs."""
-
-
-class StochaQwen2Model(StochaModel, Qwen2Model):
-    """Qwen2Model with stocha MLPs."""
-
-
-class StochaQwen3ForCausalLM(StochaModel, Qwen3ForCausalLM, GenerationMixin):
-    """Qwen3ForCausalLM with stocha MLPs."""
-
-
-class StochaQwen3Model(StochaModel, Qwen3Model):
-    """Qwen3Model with stocha MLPs."""
-
-
-class StochaGemma2ForCausalLM(StochaModel, Gemma2ForCausalLM, GenerationMixin):
-    """Gemma2ForCausalLM with stocha MLPs."""
-
-
-class StochaGemma2Model(StochaModel, Gemma2Model):
-    """Gemma2Model with stocha MLPs."""
-
-
-class StochaGemma3ForCausalLM(StochaModel, Gemma3ForCausalLM, GenerationMixin):
-    """Gemma3ForCausalLM with stocha MLPs."""
-
-
-class StochaGemma3TextModel(StochaModel, Gemma3TextModel):
-    """Gemma3TextModel with stocha MLPs."""
-
-
-# transformers' own lists of models by class name: without these, pipeline() prints a page of "not supported",
-# Trainer's label smoothing does not shift the labels, and a base model counts as one with a loss.
+# StochaLlamaForCausalLM, StochaLlamaModel and so on. transformers' lists of models by class name know them too: else
+# pipeline() prints a page of "not supported", Trainer's label smoothing does not shift the labels, and a base model
+# counts as one with a loss.
 for model_type, row in ARCHITECTURES.items():
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"stocha_{model_type}"] = f"Stocha{row.causal_lm}"
-    MODEL_MAPPING_NAMES[f"stocha_{model_type}"] = f"Stocha{row.model}"
+    for name, known in ((row.causal_lm, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), (row.model, MODEL_MAPPING_NAMES)):
+        globals()[f"Stocha{name}"] = _stocha_class(name)
+        known[f"stocha_{model_type}"] = f"Stocha{name}"

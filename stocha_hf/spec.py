@@ -36,7 +36,7 @@ class Architecture:
     @property
     def auto_map(self) -> dict[str, str]:
         """The `auto_map` of config.json, which makes the Auto classes find modeling_stocha.py."""
-        names = {"AutoModelForCausalLM": self.causal_lm, "AutoModel": self.model}
+        names = {"AutoConfig": "AutoConfig", "AutoModel": self.model, "AutoModelForCausalLM": self.causal_lm}
         return {auto: f"modeling_stocha.Stocha{name}" for auto, name in names.items()}
 
 

@@ -1,7 +1,8 @@
 """The tests' environment and fixtures; the functions that they share are in helpers/.
 
 No network: models are made from their configs, and the Hub is helpers/loopback_hub.py. The Hub's client reads its
-settings when it is imported, so whatever talks to a Hub runs in a subprocess.
+settings when it is imported, so whatever talks to a Hub runs in a subprocess. Compiled kernels stay in the user's
+cache, named by a hash of their source: compiling takes 10 seconds, and each process of the tests would do it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ from typing import Any
 import pytest
 
 _HOME = tempfile.TemporaryDirectory(prefix="stocha-tests-")  # nothing of the user's is used, nothing is left
-os.environ |= {
-    "HF_HOME": _HOME.name,
-    "XDG_CACHE_HOME": _HOME.name,
-    "HF_HUB_OFFLINE": "1",
-}  # read when the libraries below are imported
+os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}  # read when the libraries below are imported
 
 import torch
 from helpers import tiny_model, tiny_tokenizer

@@ -38,6 +38,8 @@ def test_a_released_file_decodes_with_this_package_and_warns_at_most_once(releas
     patch(model, StochaConfig(activation="fatrelu", threshold=[0.05, 0.1]))
     folder = tmp_path / "published"
     model.save_pretrained(folder)
+    del model.config.auto_map["AutoConfig"]  # which no file of 0.1 has
+    model.config.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     shutil.copy(RELEASED / released, folder / "modeling_stocha.py")
     done = run_python(DECODE, folder, tmp_path / "found.pt")

@@ -65,6 +65,7 @@ def test_converted_folder_has_the_same_bytes_and_keys_and_loads_both_ways(
     before, after = config_of(source), config_of(out)
     assert {key: after[key] for key in before} == before
     assert after["auto_map"] == {
+        "AutoConfig": "modeling_stocha.StochaAutoConfig",
         "AutoModelForCausalLM": f"modeling_stocha.Stocha{row.causal_lm}",
         "AutoModel": f"modeling_stocha.Stocha{row.model}",
     }

@@ -112,6 +112,14 @@ def test_the_seed_draws_the_weights_and_the_config_may_choose_the_positive_side(
     assert stocha_mlps(one)[0].positive == "relu" and one.config.stocha["positive"] == "relu"
 
 
+def test_keys_of_older_config_files_are_read_as_transformers_reads_them():
+    older = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"}
+    newer = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}, "dtype": "bfloat16"}
+    configs = [fresh_model(CONFIG | keys, tiny_tokenizer(), seed=0).config for keys in (older, newer)]
+    first, second = ({key: config.rope_parameters[key] for key in newer["rope_parameters"]} for config in configs)
+    assert first == second == newer["rope_parameters"]
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

@@ -126,7 +126,8 @@ def llama3_factors(head_dim: int, base: float, factor: float, context: int = 819
 
 def scaled(kind: Any, factor: float = 4.0, context: int | None = 32) -> Callable[[gguf.GGUFWriter], None]:
     def add(writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_scaling_type(kind)
+        if kind is not None:
+            writer.add_rope_scaling_type(kind)
         writer.add_rope_scaling_factor(factor)
         if context:
             writer.add_rope_scaling_orig_ctx_len(context)
@@ -143,6 +144,9 @@ def test_scaled_rotary_embeddings_are_carried_over(tmp_path):
     write_gguf(tmp_path / "llama3.gguf", model, change=lambda t: t.update({"rope_freqs.weight": factors}))
     for kind in (gguf.RopeScalingType.YARN, gguf.RopeScalingType.LINEAR):
         write_gguf(tmp_path / f"{kind.value}.gguf", model, more=scaled(kind))
+    write_gguf(tmp_path / "unnamed.gguf", model, more=scaled(None, context=None))
+    write_gguf(tmp_path / "old.gguf", model, more=lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0))
+    write_gguf(tmp_path / "unscaled.gguf", model, more=scaled(None, 1.0))
     found = {path.stem: check_gguf(path).config["rope_parameters"] for path in tmp_path.glob("*.gguf")}
     base = {"rope_theta": 500000.0}
     assert found == {
@@ -151,6 +155,9 @@ def test_scaled_rotary_embeddings_are_carried_over(tmp_path):
         | {"original_max_position_embeddings": 8192},
         "yarn": base | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         "linear": base | {"rope_type": "linear", "factor": 4.0},
+        "unnamed": base | {"rope_type": "linear", "factor": 4.0},  # as llama.cpp reads a factor without a type
+        "old": base | {"rope_type": "linear", "factor": 4.0},
+        "unscaled": base | {"rope_type": "default"},
     }
     write_gguf(tmp_path / "ones.gguf", model, change=lambda t: t.update({"rope_freqs.weight": np.ones_like(factors)}))
     assert check_gguf(tmp_path / "ones.gguf").config["rope_parameters"] == base | {"rope_type": "default"}

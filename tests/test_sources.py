@@ -193,6 +193,10 @@ def test_only_a_modeling_file_of_ours_is_published(checkpoint, tmp_path):
     for released in (Path(__file__).parent / "released").glob("*.py"):
         (out / "modeling_stocha.py").write_bytes(released.read_bytes())
         assert is_ours(out / "modeling_stocha.py") and published() == released.read_bytes()
+        edit_json(out / "config.json", auto_map={"AutoConfig": "evil.Evil"})
+        sent = {item.path_in_repo: item.path_or_fileobj for item in _additions(out, _publishable(out), "user/model")}
+        named = json.loads(sent["config.json"])["auto_map"].values()
+        assert named and all(name.removeprefix("modeling_stocha.") in released.read_text() for name in named)
     (out / "modeling_stocha.py").write_text(MODELING_FILE.read_text() + "\nimport os\n")
     with pytest.warns(UserWarning, match="not a file that stocha_hf wrote, so the package's own"):
         assert published() == MODELING_FILE.read_bytes()

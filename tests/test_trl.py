@@ -1,11 +1,8 @@
-"""trl's own trainers: given a model, they train and compare the stocha class; docs/guides/train.md says so.
-
-Given a path they build the class that config.json's `architectures` names, which is the native one, since tools
-without remote code go by it.
-"""
+"""trl's own trainers: given a model, or a path and trust_remote_code, they train and compare the stocha class."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +31,19 @@ def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_sft_of_a_model_trains_its_activation_and_saves_a_stocha_checkpoint(fatrelu, tmp_path):
+@pytest.mark.parametrize("trusted", [True, False])
+def test_sft_by_path_trains_the_activation_where_remote_code_is_trusted(fatrelu, tmp_path, trusted):
     from trl import SFTConfig, SFTTrainer
 
     rows = Dataset.from_list([{"text": "w5 w6 w9 w8"}] * 4)
-    args = SFTConfig(output_dir=str(tmp_path / "out"), save_strategy="no", **OPTIONS)
-    trainer = SFTTrainer(model=loaded(fatrelu), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
-    trainer.train()
-    trainer.save_model()
-    again = loaded(tmp_path / "out")
-    assert type(again).__name__ == "StochaLlamaForCausalLM" and [mlp.threshold for mlp in stocha_mlps(again)] == [2, 2]
+    args = SFTConfig(output_dir=str(tmp_path / "out"), save_strategy="no", trust_remote_code=trusted, **OPTIONS)
+    trainer = SFTTrainer(model=str(fatrelu), args=args, train_dataset=rows)
+    assert type(trainer.model).__name__ == ("StochaLlamaForCausalLM" if trusted else "LlamaForCausalLM")
+    if trusted:
+        trainer.train()
+        trainer.save_model()
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        assert [mlp.threshold for mlp in stocha_mlps(loaded(tmp_path / "out"))] == [2, 2]
 
 
 def test_dpo_compares_with_a_reference_that_has_the_same_thresholds(fatrelu, tmp_path):
@@ -52,8 +52,7 @@ def test_dpo_compares_with_a_reference_that_has_the_same_thresholds(fatrelu, tmp
     policy = loaded(fatrelu)
     dpo = DPOTrainer(
         model=policy,
-        ref_model=loaded(fatrelu),
-        args=DPOConfig(output_dir=str(tmp_path / "dpo"), **OPTIONS),
+        args=DPOConfig(output_dir=str(tmp_path / "dpo"), trust_remote_code=True, **OPTIONS),
         train_dataset=Dataset.from_list([{"prompt": "w5 w6", "chosen": " w7", "rejected": " w9"}] * 4),
         processing_class=tiny_tokenizer(),
     )
@@ -62,7 +61,7 @@ def test_dpo_compares_with_a_reference_that_has_the_same_thresholds(fatrelu, tmp
 
 
 def test_a_classifier_is_patched_with_its_checkpoints_entry(fatrelu):
-    model = AutoModelForSequenceClassification.from_pretrained(fatrelu, num_labels=2).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(fatrelu, num_labels=2, trust_remote_code=True).eval()
     native = model(TOKENS).logits
     assert stocha_hf.patch(model, stocha_hf.StochaConfig.from_dict(model.config.stocha)) == 2
     assert [mlp.threshold for mlp in stocha_mlps(model)] == [2, 2]
