@@ -212,6 +212,7 @@ def test_a_projection_of_another_class_that_a_quantizer_put_in_is_cut(tmp_path: 
     assert all(isinstance(module, Quantized) and isinstance(module, CutInput) for module in cut_projections(model))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_one_graph(fresh_compiler: None) -> None:
     model = cut_model()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -232,6 +233,9 @@ def test_calibrated_thresholds_cut_the_share_that_was_asked_for() -> None:
     assert found.thresholds["q_proj"] == found.thresholds["v_proj"] and found.share == 0.4
     counts = input_sizes(model, windows, ["up_proj"])
     assert [*counts[0]] == ["gate_proj"] and int(counts[0]["gate_proj"].sum()) == 8 * 32 * 32
+    model.model.layers[1].input_layernorm.weight.data.fill_(float("nan"))
+    with pytest.raises(stocha_hf.StochaError, match="not finite on the calibration text"):
+        calibrate_inputs(model, windows, 0.4)
     assert threshold(torch.bincount(torch.tensor([0, 0, 0x3F80, 0x4000]), minlength=2**15), 0.75) == 1.0
 
 

@@ -110,7 +110,7 @@ def threshold(counts: torch.Tensor, share: float) -> float:
 
 
 def _count(x: torch.Tensor, into: torch.Tensor) -> None:
-    bits = x.detach().abs().to(torch.bfloat16).view(torch.int16)
+    bits = x.detach().to(torch.bfloat16).view(torch.int16) & 0x7FFF  # without the sign
     into += torch.bincount(bits.flatten(), minlength=SIZES)
 
 

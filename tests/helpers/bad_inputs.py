@@ -300,7 +300,6 @@ native out --inputs 0 --calibrate text.txt -> data was given; above 0
 native out --inputs 0 --inputs-prefill -> prefill was given; above 0
 native out --calibrate text.txt -> calibrate was given without inputs
 native out --inputs-train -> inputs_train was given without inputs
-nan out --inputs 0.4 --calibrate text.txt -> not finite; weights
 vocabulary out --inputs 0.4 --calibrate text.txt -> only 16 tokens
 notokenizer out --inputs 0.4 --calibrate text.txt -> no tokenizer
 cuts out --refit text.txt -> cuts its projections' inputs; --inputs 0
