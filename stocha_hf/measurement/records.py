@@ -69,6 +69,10 @@ class Evaluation(Record):
     aggregated_sparsity: AggregatedSparsity
     inputs_cut: dict[str, float] | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures; of a model that cuts no inputs, without `inputs_cut`."""
+        return {key: value for key, value in super().to_dict().items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Comparison(Record):
