@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stocha_hf.publishing.card import write_card
     from stocha_hf.publishing.upload import publish
     from stocha_hf.spec import InputCuts, __version__
+    from stocha_hf.tasks.evaluate import compare_tasks, evaluate_tasks
     from stocha_hf.training.arguments import StochaArguments
     from stocha_hf.training.run import train
     from stocha_hf.training.schedule import Schedule
@@ -30,9 +31,11 @@ _HOMES = {
     "benchmark": "measurement.speed_models",
     "calibrate_inputs": "measurement.input_thresholds",
     "compare": "measurement.evaluation",
+    "compare_tasks": "tasks.evaluate",
     "convert": "conversion.convert",
     "cut_inputs": "modeling_stocha",
     "evaluate": "measurement.evaluation",
+    "evaluate_tasks": "tasks.evaluate",
     "load_model": "models",
     "patch": "modeling_stocha",
     "publish": "publishing.upload",
@@ -63,9 +66,11 @@ __all__ = [
     "benchmark",
     "calibrate_inputs",
     "compare",
+    "compare_tasks",
     "convert",
     "cut_inputs",
     "evaluate",
+    "evaluate_tasks",
     "load_model",
     "patch",
     "publish",

@@ -1,16 +1,24 @@
-"""Measure a model: perplexity, zeros of the FFNs' hidden vectors by layer, neurons that never fire or fire again.
+"""Measure a model: what it can do (--tasks), and perplexity, zeros and neurons that never fire (--data).
 
 example:
   stocha-eval smollm2-sparse --data text.parquet
   stocha-eval smollm2-sparse --data text.parquet --baseline HuggingFaceTB/SmolLM2-135M --plot zeros.png
   stocha-eval smollm2-sparse --data text.parquet --cett 0.1 0.2 0.4 --ppl-increase 1 --json > figures.json
+  stocha-eval qwen-sparse --tasks humaneval --run-code --baseline Qwen/Qwen2.5-Coder-0.5B-Instruct --results qwen
+  stocha-eval qwen-sparse --tasks bigbench:strategyqa hellaswag --limit 500 --task-data bigbench-1.0.0.tar.gz
 
-MODEL is a Hub id or folder, converted or native. The text is cut into consecutive windows of --length tokens, and each
-is read on its own. Inputs that MODEL cuts in decode steps are cut here at every token. --baseline measures a second
-model too, and how far MODEL's predictions are from its predictions.
+MODEL is a Hub id or folder, converted or native. --baseline measures a second model too.
+
+--data: The text is cut into consecutive windows of --length tokens, and each is read on its own. Inputs that a model
+cuts in decode steps are cut here at every token. With a baseline: how far MODEL's predictions are from the other's.
 --cett C drops the neurons of smallest output in every layer, as many as add up to a share C of the layer's output
 (CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the most zeros, with one C for all layers, that
 raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it takes a dozen passes over the text.
+
+--tasks: humaneval, bigbench:NAME for BIG-bench's multiple choice, and the names of lm-evaluation-harness, which needs
+the extra `tasks`. Scores come with their standard errors, and differences from a baseline, question by question, with
+their 95% intervals. humaneval runs what the model writes, so it needs --run-code. --results keeps responses as they
+come: the same command goes on where it was killed.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ from typing import Any
 from stocha_hf.cli import (
     DTYPES,
     Parser,
+    checked,
     dtype_name,
     one_of,
     path_or_id,
@@ -36,12 +45,24 @@ from stocha_hf.errors import StochaError
 from stocha_hf.measurement.figures import evaluated, plot_evaluation
 from stocha_hf.spec import ACTIVATIONS
 
+task_name = checked(str.strip, bool, "the name of a task, such as humaneval or bigbench:strategyqa")
+NEEDS = {  # an option that makes sense beside another one only
+    "data": ("windows", "cett", "ppl_increase", "plot"),
+    "tasks": ("limit", "batch_size", "run_code", "task_data", "results"),
+}
+
 
 def parser() -> Parser:
     verb = Parser("stocha-eval", __doc__)
     verb.add_argument("model", type=path_or_id, metavar="MODEL", help="Hub id or checkpoint folder")
+    verb.add_argument("--data", type=path_or_id, help="text: parquet, jsonl or txt file, folder or Hub data set")
     verb.add_argument(
-        "--data", type=path_or_id, required=True, help="text: parquet, jsonl or txt file, folder or Hub data set"
+        "--tasks",
+        nargs="+",
+        type=task_name,
+        default=[],
+        metavar="TASK",
+        help="humaneval, bigbench:NAME, hellaswag, ...",
     )
     verb.add_argument(
         "--baseline", type=path_or_id, metavar="MODEL2", help="measure this one too, and compare predictions"
@@ -59,6 +80,20 @@ def parser() -> Parser:
     verb.add_argument(
         "--ppl-increase", type=positive_number, metavar="P", help="find the PPL-P%% sparsity, P in percent"
     )
+    verb.add_argument("--limit", type=whole_number(1), metavar="N", help="ask N evenly spaced questions of each task")
+    verb.add_argument("--batch-size", type=whole_number(1), metavar="N", help="texts of a task at a time")
+    verb.add_argument(
+        "--run-code", action="store_true", help="run the code that MODEL writes, with limits, no network"
+    )
+    verb.add_argument(
+        "--task-data",
+        type=path_or_id,
+        metavar="PLACE",
+        help="folder or archive with questions (else STOCHA_TASK_DATA)",
+    )
+    verb.add_argument(
+        "--results", type=path_or_id, metavar="FOLDER", help="keep responses, questions and figures of tasks here"
+    )
     verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print the figures as JSON, with the weights' hash")
     verb.add_argument(
@@ -75,7 +110,7 @@ def evaluate(args: argparse.Namespace) -> None:
     _check(args)
     import torch
 
-    from stocha_hf.data import text_windows
+    from stocha_hf.data import load_tokenizer, text_windows
     from stocha_hf.measurement import evaluation
     from stocha_hf.measurement.provenance import circumstances, origin
     from stocha_hf.models import load_config, load_model, tokenizer_folder
@@ -83,21 +118,51 @@ def evaluate(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name for name in (args.model, args.baseline) if name]
     configs = [load_config(name) for name in names]  # refuse a broken model before a long text is read
-    windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows)
-    for config in configs:
-        evaluation.check_vocabulary(config, windows)
+    tokenizers = [load_tokenizer(tokenizer_folder(name)) for name in names] if args.tasks else []
+    windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows) if args.data else None
+    if windows is not None:
+        for config in configs:
+            evaluation.check_vocabulary(config, windows)
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
-    origins = [origin(name, model) for name, model in zip(names, models, strict=True)]
-    figures = origins[0] | {"data": args.data, "length": args.length, "dtype": args.dtype} | circumstances()
+    rows = [origin(name, model) for name, model in zip(names, models, strict=True)]
+    figures = rows[0] | {"dtype": args.dtype} | circumstances()
     with models[0].stocha_mode(args.mode) if args.mode else nullcontext():
-        figures |= _evaluated(models[0], windows, args)
-        if args.baseline:
-            figures["baseline"] = origins[1] | _evaluated(models[1], windows, args)
-            figures |= evaluation.compare(models[0], models[1], windows).to_dict()
+        if windows is not None:
+            figures |= {"data": args.data, "length": args.length}
+            for row, model in zip((figures, *rows[1:]), models, strict=True):
+                row |= _evaluated(model, windows, args)
+            if args.baseline:
+                figures |= evaluation.compare(models[0], models[1], windows).to_dict()
+        if args.tasks:
+            figures |= _tasks(models, tokenizers, rows, args)
+    figures |= {"baseline": rows[1]} if args.baseline else {}
+    _keep(figures, args.results)
     show(figures, _as_text(figures), args.json)
     if args.plot:
         plot_evaluation(figures, args.plot)
+
+
+def _tasks(
+    models: list[Any], tokenizers: list[Any], rows: list[dict[str, Any]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """What the first model's tasks say; those of a second one go into its row."""
+    from stocha_hf.tasks.evaluate import compare_tasks, evaluate_tasks
+    from stocha_hf.tasks.kept import identity, write_questions
+
+    options = {key: getattr(args, key) for key in ("limit", "batch_size", "run_code", "task_data")}
+    kept = args.results and f"{args.results}/responses.jsonl"
+    results = []
+    for model, tokenizer, row, mode in zip(models, tokenizers, rows, (args.mode, None), strict=False):
+        name = identity(row["weights"] or row["revision"] or row["model"], model, mode)
+        results.append(evaluate_tasks(model, tokenizer, args.tasks, kept=kept, name=name, **options))
+        row["tasks"] = results[-1].to_dict()
+    if args.results:
+        write_questions(args.results, {row["model"]: found.answers for row, found in zip(rows, results, strict=True)})
+    figures = {"tasks": rows[0]["tasks"], "limit": args.limit}
+    if args.baseline:
+        figures["task_differences"] = [found.to_dict() for found in compare_tasks(*results)]
+    return figures
 
 
 def _evaluated(model: Any, windows: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -127,6 +192,14 @@ def _check_mode(model: Any, mode: str | None) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """What no option's type can see."""
+    if not args.data and not args.tasks:
+        raise StochaError("there is nothing to measure: expected --data TEXT, --tasks TASK, or both")
+    for needed, options in NEEDS.items():
+        for option in options:
+            if getattr(args, option) and not getattr(args, needed):
+                raise StochaError(
+                    f"--{option.replace('_', '-')} is given without --{needed}: expected both or neither"
+                )
     truncates = args.cett or args.ppl_increase is not None
     if truncates and args.mode and not ACTIVATIONS[args.mode].deterministic:
         raise StochaError(f"--mode is {args.mode}, which is random: expected a deterministic one for --cett")
@@ -134,10 +207,32 @@ def _check(args: argparse.Namespace) -> None:
         from stocha_hf.measurement.plots import check_plot
 
         check_plot(args.plot)
+    if args.tasks:
+        from stocha_hf.tasks.catalogue import check_names
+
+        check_names(args.tasks, args.run_code)
+    if args.results:
+        from stocha_hf.tasks.kept import check_folder
+
+        check_folder(args.results)
+
+
+def _keep(figures: dict[str, Any], folder: str | None) -> None:
+    if folder:
+        from stocha_hf.tasks.kept import write_figures
+
+        write_figures(folder, figures)
 
 
 def _as_text(figures: dict[str, Any]) -> str:
     lines = [line for row in evaluated(figures) for line in _model_lines(row)]
+    lines += [line for row in evaluated(figures) for line in _task_lines(row)]
+    for row in figures.get("task_differences", []):
+        lines.append(
+            f"{row['task']}, {row['metric']}: {row['difference']:+.1%} from the second to the first (95%: "
+            f"{row['low']:+.1%} to {row['high']:+.1%}); better at {row['won']}, worse at {row['lost']} of "
+            f"{row['questions']}"
+        )
     if "kl" in figures:
         lines.append(
             f"from the second to the first: KL {figures['kl']:.4f}, same top token {figures['top1_agreement']:.1%}"
@@ -145,7 +240,15 @@ def _as_text(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _task_lines(row: dict[str, Any]) -> Iterator[str]:
+    for score in row.get("tasks", []):
+        error = "" if score["stderr"] is None else f" +- {score['stderr']:.1%}"
+        yield f"{row['model']}: {score['task']}, {score['metric']} {score['score']:.1%}{error} of {score['questions']}"
+
+
 def _model_lines(row: dict[str, Any]) -> Iterator[str]:
+    if "perplexity" not in row:
+        return
     zeros, unused = row["sparsity"]["per_layer"], row["aggregated_sparsity"]
     yield (
         f"{row['model']} ({row['activation']}): perplexity {row['perplexity']:.3f} on {row['tokens']} tokens; "

@@ -2,6 +2,7 @@
 
     evaluation.evaluate -> Evaluation        cett.at_cett -> Truncation         sampling.sample -> Samples
     evaluation.compare  -> Comparison        speed_models.benchmark -> Benchmark
+    tasks.evaluate_tasks -> TaskScore        tasks.compare_tasks -> TaskDifference
 
 They are kept apart from what computes them, because publishing/ reads their files again and needs no torch:
 `check_record(content, Evaluation, "eval.json")` refuses a file that does not hold one.
@@ -119,6 +120,39 @@ class Samples(Record):
     distinct_2: float
     distinct_3: float
     samples: list[list[SampledText]]
+
+
+@dataclass(frozen=True)
+class TaskScore(Record):
+    """A figure of a task: `score`, for accuracies from 0 to 1, and its standard error over `questions`.
+
+    `stderr` is None where the harness tells none. `metric` is the harness's name, with its filter where it has one.
+    """
+
+    task: str
+    metric: str
+    score: float
+    stderr: float | None
+    questions: int
+
+
+@dataclass(frozen=True)
+class TaskDifference(Record):
+    """How much better a model does a task than a baseline, question by question.
+
+    `difference` is the mean over the `questions` that both were asked; `stderr` its standard error, and `low` and
+    `high` the ends of its 95% interval. `won` counts questions at which the model does better, `lost` worse.
+    """
+
+    task: str
+    metric: str
+    difference: float
+    stderr: float
+    low: float
+    high: float
+    questions: int
+    won: int
+    lost: int
 
 
 @dataclass(frozen=True)

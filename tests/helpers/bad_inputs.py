@@ -44,6 +44,17 @@ relu --data broken.csv -> broken.csv; line 3
 relu --data head.csv -> head.csv is empty
 relu --data broken.parquet -> broken.parquet is truncated or no parquet file
 relu --data empty.parquet -> empty.parquet is empty
+relu --tasks '' -> --tasks is ''; humaneval
+relu --tasks humaneval -> humaneval runs code; --run-code
+relu --tasks bigbench: -> names no task of BIG-bench
+relu --tasks bigbench:absent --task-data nothing -> BIG-bench's absent are not here; task.json
+relu --tasks bigbench:absent --task-data ./absent -> task data ./absent does not exist
+relu --tasks bigbench:absent --limit 0 -> --limit is 0; at least 1
+relu --tasks bigbench:absent --batch-size many -> --batch-size is many
+relu --tasks bigbench:absent --results text.txt -> --results text.txt cannot be written; a folder
+relu --tasks bigbench:absent --windows 2 -> --windows is given without --data
+relu --data text.txt --run-code -> --run-code is given without --tasks
+./absent --tasks bigbench:absent -> ./absent does not exist
 relu --data text.txt --length 1 -> --length is 1; at least 2
 relu --data text.txt --length -5 -> --length is -5
 relu --data text.txt --length many -> --length is many; whole number

@@ -1,0 +1,163 @@
+"""Continue many prompts, a batch of rows at a time, where a row that is done makes room for the next prompt.
+
+A decode step of a small model on a GPU takes as long for one row as for hundreds, so it must not run half empty. All
+but a prompt's last token are read in a forward without logits, together with other new prompts', padded on the right;
+its last token is its first decode step's. The tokens of STRIDE steps are looked at together, so that the device does
+not wait for Python after each of them; a row that ends in between has computed a few tokens for nothing.
+
+    for i, tokens in continue_prompts(model, prompts, new=256, ends={2}, rows=64):
+        print(tokenizer.decode(prompts[i] + tokens))
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from stocha_hf.answers.choosing import Choice
+from stocha_hf.answers.slots import SlotCache
+from stocha_hf.errors import StochaError
+
+STRIDE = 8
+PREFILL = {"cuda": 32_768, "cpu": 4_096}  # tokens of prompts that are read together
+
+
+def continue_prompts(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new: int,
+    ends: Collection[int],
+    rows: int,
+    choice: Choice | None = None,
+    generator: torch.Generator | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continue each prompt until it ends.
+
+    Args:
+        model: A CausalLM in eval mode.
+        prompts: Token ids of each, at least one.
+        new: Tokens of a continuation at most.
+        ends: Token ids that end one; it keeps them.
+        rows: Prompts in work at a time; half as many where memory does not suffice.
+        choice: How a token is chosen; None is greedy.
+        generator: Of the model's device, decides what is drawn; None takes the device's own.
+        stop: Called now and then with a row's new tokens so far; true ends the row, maybe some tokens late.
+
+    Yields:
+        The number of a prompt and its continuation's token ids, as they are done: the longest prompts first.
+
+    Raises:
+        StochaError: the model's logits are NaN or infinite.
+    """
+    left = set(range(len(prompts)))
+    while left:
+        order = sorted(left, key=lambda i: len(prompts[i]), reverse=True)
+        batch = _Batch(model, prompts, order, min(rows, len(order)), choice or Choice(), generator)
+        try:
+            for i, tokens in batch.run(new, frozenset(ends), stop):
+                yield i, tokens
+                left.discard(i)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows //= 2
+        del batch
+        if left and model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Row:
+    """A prompt in work: `position` is where its next step writes."""
+
+    def __init__(self, prompt: int, length: int) -> None:
+        self.prompt, self.position = prompt, length - 1
+        self.tokens: list[int] = []
+
+
+class _Batch:
+    def __init__(
+        self, model: Any, prompts: Any, order: list[int], rows: int, choice: Choice, generator: torch.Generator | None
+    ) -> None:
+        self.model, self.prompts, self.choice, self.generator = model, prompts, choice, generator
+        self.waiting = deque(order)
+        self.rows: list[_Row | None] = [None] * rows
+        self.cache = SlotCache(rows, model.device)
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=model.device)
+
+    def run(
+        self, new: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None
+    ) -> Iterator[tuple[int, list[int]]]:
+        while self.waiting or any(self.rows):
+            self._arrange()
+            for row, tokens in zip(list(self.rows), self._steps(), strict=True):
+                if row is not None:
+                    row.position += len(tokens)
+                    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+                    row.tokens = (row.tokens + tokens[: None if end is None else end + 1])[:new]
+                    if end is not None or len(row.tokens) == new or (stop is not None and stop(row.tokens)):
+                        self.rows[self.rows.index(row)] = None
+                        yield row.prompt, row.tokens
+
+    def _arrange(self) -> None:
+        """Give free slots to waiting prompts, or drop them where none waits."""
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        taken = len(self.rows) - len(free)
+        if not self.waiting:
+            if taken <= len(self.rows) // 2:
+                kept = [slot for slot, row in enumerate(self.rows) if row is not None]
+                slots = torch.tensor(kept, device=self.model.device)
+                self.cache.keep(slots)
+                self.ids, self.rows = self.ids[slots], [self.rows[slot] for slot in kept]
+        elif len(free) >= min(len(self.waiting), 1 + len(self.rows) // 16):  # a few at a time fill no forward
+            self._read(free[: len(self.waiting)])
+
+    @torch.no_grad()
+    def _read(self, slots: list[int]) -> None:
+        """Read the next prompts into these slots, as many in a forward as PREFILL allows."""
+        while slots:
+            longest = len(self.prompts[self.waiting[0]])
+            some = slots[: max(PREFILL[self.model.device.type] // longest, 1)]
+            slots = slots[len(some) :]
+            new = [_Row(i, len(self.prompts[i])) for i in (self.waiting.popleft() for _ in some)]
+            at = torch.tensor(some, device=self.model.device)
+            if longest > 1:
+                padded = torch.zeros(len(new), longest - 1, dtype=torch.int64)
+                for row, ids in zip(new, padded, strict=True):
+                    ids[: row.position] = torch.tensor(self.prompts[row.prompt][:-1], dtype=torch.int64)
+                prefilled = DynamicCache()
+                self.model.base_model(padded.to(self.model.device), past_key_values=prefilled, use_cache=True)
+                self.cache.put(at, prefilled)
+            self.ids[at] = torch.tensor([self.prompts[row.prompt][-1] for row in new], device=self.model.device)
+            for slot, row in zip(some, new, strict=True):
+                self.rows[slot] = row
+
+    @torch.no_grad()
+    def _steps(self) -> list[list[int]]:
+        """STRIDE steps of all rows: of each row its tokens."""
+        positions = [0 if row is None else row.position for row in self.rows]
+        self.cache.aim(positions, STRIDE)
+        found, largest = [], []
+        for _ in range(STRIDE):
+            logits = self.model(
+                self.ids[:, None],
+                attention_mask=self.cache.masks(self.model.config, self.model.dtype),
+                position_ids=self.cache.positions[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+            ).logits[:, -1]
+            largest.append(logits.amax(-1))
+            self.ids = self.choice(logits, self.generator)
+            found.append(self.ids)
+            self.cache.advance()
+        if not torch.stack(largest).isfinite().all():
+            raise StochaError(
+                "the model's logits are NaN or infinite: expected whole weights, in a dtype that their numbers fit; "
+                "try --dtype float32, or convert or train it again"
+            )
+        return torch.stack(found, 1).tolist()

@@ -1,0 +1,182 @@
+"""What a model can do, as scores of tasks; and how much better or worse than another model, question by question.
+
+Two models that are asked the same questions err on many of the same ones, so that the difference of their scores is
+known better than either score: its standard error is that of the differences by question (Miller, arXiv 2411.00640).
+
+    found = evaluate_tasks(model, tokenizer, ["humaneval", "bigbench:strategyqa"], run_code=True)
+    found.scores                       # [TaskScore(task="humaneval", metric="pass@1", score=0.543, ...), ...]
+    compare_tasks(found, of_baseline)  # [TaskDifference(task="humaneval", difference=-0.02, low=-0.06, ...), ...]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from tqdm import tqdm
+
+from stocha_hf.errors import StochaError
+from stocha_hf.measurement.records import TaskDifference, TaskScore
+
+CONFIDENCE = 1.96  # standard errors to each side of a 95% interval
+BOOTSTRAPS = 1000  # for the metrics of the harness that have no formula for their standard error
+Question = tuple[str, str, int]  # a task, a metric, the question's number
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """Scores, and what they were made of: each question's value, and what the model answered."""
+
+    scores: list[TaskScore]
+    questions: dict[Question, float] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the scores."""
+        return [score.to_dict() for score in self.scores]
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    run_code: bool = False,
+    task_data: str | None = None,
+    kept: str | Path | None = None,
+    name: str = "",
+) -> TaskResults:
+    """Measure a model's scores in tasks, with lm-evaluation-harness.
+
+    Args:
+        model: A CausalLM of `load_model`, on the device and in the dtype that it is to run in.
+        tokenizer: Its tokenizer.
+        tasks: `humaneval`, `bigbench:NAME`, or names of the harness, whose questions come from the Hub.
+        limit: Ask only so many questions of a task, evenly spaced.
+        batch_size: Texts at a time; None takes what suits the device. Half as many where memory does not suffice.
+        run_code: Allow tasks that run the code that the model writes.
+        task_data: A folder or file with questions, as stocha_hf.tasks.local_data says.
+        kept: A .jsonl file that responses are added to as they come, and taken from if they are in it.
+        name: Whose responses they are, in that file: a hash of the weights, say.
+
+    Returns:
+        The scores, in the order of the tasks.
+
+    Raises:
+        StochaError: there is no such task, its questions are nowhere, it runs code, lm-eval is missing, or the model's
+            likelihoods are not finite.
+    """
+    from stocha_hf.tasks.catalogue import CHATS, check_names, load_tasks
+
+    check_names(tasks, run_code)
+    chat = bool(tokenizer.chat_template)
+    loaded = load_tasks(tasks, chat, task_data)
+
+    import lm_eval.api.task
+    from lm_eval.evaluator import evaluate
+
+    from stocha_hf.tasks.harness import HarnessModel
+    from stocha_hf.tasks.kept import Kept
+
+    lm_eval.api.task.tqdm = partial(tqdm, disable=None, leave=False)  # its own bar also shows where nobody looks
+    lm = HarnessModel(model, tokenizer, Kept(None if kept is None else Path(kept)), name, batch_size)
+    results = TaskResults([])
+    for task, parts in loaded.items():
+        found: Any = evaluate(
+            lm,
+            parts,
+            samples=None if limit is None else _spread(parts["tasks"], limit),
+            bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=chat and task in CHATS,
+            confirm_run_unsafe_code=run_code,
+        )
+        results.scores.extend(_scores(found))
+        for part, samples in found["samples"].items():
+            for sample in samples:
+                values = {_label(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
+                numbers = {
+                    metric: float(value) for metric, value in values.items() if isinstance(value, bool | int | float)
+                }
+                results.questions.update(
+                    {(part, metric, sample["doc_id"]): value for metric, value in numbers.items()}
+                )
+                about = {"task": part, "question": sample["doc_id"], **numbers}
+                results.answers.append(about | {"answer": sample["resps"], "outcome": sample["filtered_resps"]})
+    return results
+
+
+def compare_tasks(model: TaskResults, baseline: TaskResults) -> list[TaskDifference]:
+    """Compare two models' scores question by question.
+
+    Args:
+        model: What `evaluate_tasks` found of it.
+        baseline: The same of another model, asked the same questions.
+
+    Returns:
+        A difference for each task and metric that has a value for each question.
+
+    Raises:
+        StochaError: they were not asked the same questions.
+    """
+    if model.questions.keys() != baseline.questions.keys():
+        raise StochaError("the two models were asked different questions: expected the same tasks and limit for both")
+    differences = []
+    for task, metric in dict.fromkeys((task, metric) for task, metric, _ in model.questions):
+        pairs = [
+            (value, baseline.questions[question])
+            for question, value in model.questions.items()
+            if question[:2] == (task, metric)
+        ]
+        found = [value - other for value, other in pairs]
+        mean, error = fmean(found), stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+        differences.append(
+            TaskDifference(
+                task,
+                metric,
+                difference=mean,
+                stderr=error,
+                low=mean - CONFIDENCE * error,
+                high=mean + CONFIDENCE * error,
+                questions=len(found),
+                won=sum(difference > 0 for difference in found),
+                lost=sum(difference < 0 for difference in found),
+            )
+        )
+    return differences
+
+
+def _spread(tasks: dict[str, Any], limit: int) -> dict[str, list[int]]:
+    """`limit` evenly spaced questions of each task: some list all questions of a kind together."""
+    counts = {name: len(task.eval_docs) for name, task in tasks.items()}
+    return {
+        name: [i * count // limit for i in range(limit)] if count > limit else list(range(count))
+        for name, count in counts.items()
+    }
+
+
+def _scores(found: dict[str, Any]) -> list[TaskScore]:
+    """The harness's figures: {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} of each task and group."""
+    scores = []
+    sizes = {task: len({sample["doc_id"] for sample in samples}) for task, samples in found["samples"].items()}
+    for task, figures in found["results"].items():
+        for key, value in figures.items():
+            metric, _, filtered = key.partition(",")
+            if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = figures.get(f"{metric}_stderr,{filtered}")
+                error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+                questions = sizes.get(task) or sum(
+                    sizes.get(part, 0) for part in found["group_subtasks"].get(task, [])
+                )
+                scores.append(TaskScore(task, _label(metric, filtered), float(value), error, questions))
+    return scores
+
+
+def _label(metric: str, filtered: str) -> str:
+    return metric if filtered == "none" else f"{metric}, {filtered}"

@@ -1,0 +1,215 @@
+"""A model of this package as lm-evaluation-harness asks one: likelihoods of continuations, and generated text.
+
+The harness has a class of its own for models of transformers (HFLM). This one is for models that are loaded already,
+and it has what a long evaluation needs beside: rows without padding when generating, likelihoods that are read where
+they are wanted and nowhere else, half the batch where memory does not suffice, responses kept as they come.
+
+    lm = HarnessModel(model, tokenizer, Kept(Path("results.jsonl")), "smollm2-sparse")
+    lm_eval.evaluator.evaluate(lm, ...)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from stocha_hf.answers.batches import STRIDE, continue_prompts
+from stocha_hf.answers.choosing import Choice
+from stocha_hf.errors import StochaError
+from stocha_hf.models import cutting_everywhere
+from stocha_hf.tasks.kept import Kept
+
+ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
+TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
+NEW = 256  # tokens of an answer at most where a task does not say
+TAIL = 24  # last tokens in which a text to stop at is looked for
+
+
+class HarnessModel(TemplateLM):
+    """Args: a CausalLM in eval mode; its tokenizer; where responses are kept, and under which name of the model;
+    rows of a batch, or None for as many as are usual for the device.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, kept: Kept, name: str, batch_size: int | None = None) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.kept, self.name, self.batch_size = model, tokenizer, kept, name, batch_size
+        self._device = model.device
+        self.max_length = getattr(model.config, "max_position_embeddings", 2048)
+        ends = model.generation_config.eos_token_id
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        self.ends = {*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a chat as text; without `add_generation_prompt` its last message is the beginning of an answer."""
+        begun = "" if add_generation_prompt else chat_history[-1]["content"]
+        messages = chat_history if add_generation_prompt else chat_history[:-1]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + begun
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return token ids, with what the tokenizer puts before a text unless the text has it already."""
+        if add_special_tokens is None:
+            add_special_tokens = not (self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+
+    # Requests
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        missing = self._missing(requests)
+        with tqdm(total=len(missing), desc=_title(missing), unit="choice", disable=None, leave=False) as bar:
+            for batch in self._read(self._encoded(missing)):
+                self.kept.add((self._key(missing[i]), _about(missing[i]), response) for i, response in batch)
+                bar.update(len(batch))
+        return [tuple(self.kept.found[self._key(request)]) for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        missing, pieces, owners = self._missing(requests), [], []
+        for request in missing:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            for window in map(make_disjoint_window, windows):
+                pieces.append(window)
+                owners.append(request)
+        sums: dict[str, float] = defaultdict(float)
+        for i, (likelihood, _) in chain.from_iterable(self._read(pieces)):
+            sums[self._key(owners[i])] += likelihood
+        self.kept.add((self._key(request), _about(request), sums[self._key(request)]) for request in missing)
+        return [self.kept.found[self._key(request)] for request in requests]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        groups = defaultdict(list)  # requests that are generated in the same way
+        for request in self._missing(requests):
+            groups[repr(sorted(request.args[1].items()))].append(request)
+        for group in groups.values():
+            self._generate(group, dict(group[0].args[1]))
+        return [self.kept.found[self._key(request)] for request in requests]
+
+    def _generate(self, requests: list[Any], options: dict[str, Any]) -> None:
+        until = options.get("until") or []
+        until = [until] if isinstance(until, str) else [text for text in until if text]
+        new = min(int(options.get("max_gen_toks", NEW)), self.max_length // 2)
+        temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
+        prompts = [self.tok_encode(request.args[0])[-(self.max_length - new) :] for request in requests]
+
+        def stop(tokens: list[int]) -> bool:
+            tail = self.tokenizer.decode(tokens[-TAIL - STRIDE :])
+            return any(text in tail for text in until)
+
+        answers = continue_prompts(
+            self.model,
+            prompts,
+            new=new,
+            ends=self.ends,
+            rows=self.batch_size or ROWS[self.device.type],
+            choice=Choice(temperature, float(options.get("top_p", 1.0))),
+            stop=stop if until else None,
+        )
+        for i, tokens in tqdm(answers, _title(requests), len(requests), unit="answer", disable=None, leave=False):
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
+            self.kept.add([(self._key(requests[i]), _about(requests[i]), text)])
+
+    def _encoded(self, requests: list[Any]) -> list[tuple[list[int], list[int]]]:
+        """Context and continuation of each, as the harness divides their tokens."""
+        found = []
+        for context, continuation in (request.args for request in requests):
+            if context:
+                found.append(self._encode_pair(context, continuation))
+            else:
+                found.append(([self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)))
+        return found
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        """The harness's own way in, for those who call it: [((context, continuation), ids, ids)]."""
+        found = dict(chain.from_iterable(self._read([(context, after) for _, context, after in requests])))
+        return [found[i] for i in range(len(requests))]
+
+    def _missing(self, requests: list[Any]) -> list[Any]:
+        """The requests that have no response yet, each once."""
+        missing = {key: request for request in requests if (key := self._key(request)) not in self.kept.found}
+        return list(missing.values())
+
+    def _key(self, request: Any) -> str:
+        return self.kept.key(self.name, request.request_type, request.args)
+
+    # Likelihoods
+
+    @torch.no_grad()
+    def _read(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[tuple[int, tuple[float, bool]]]]:
+        """The log-likelihood of each continuation, and whether it is what the model would say, a batch at a time.
+
+        Rows are padded on the right, which changes nothing in a causal model. Continuations of one token after the
+        same context, such as Yes and No, share a row.
+        """
+        rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (context, after) in enumerate(pairs):
+            rows[tuple([*context, *after][-self.max_length - 1 : -1])].append(i)
+        queue = sorted(rows.items(), key=lambda row: len(row[0]), reverse=True)
+        size = None
+        while queue:
+            longest = len(queue[0][0])
+            size = size or self.batch_size or max(TOKENS[self.device.type] // longest, 1)
+            batch = queue[:size]
+            try:
+                found = self._forward(batch, pairs)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                size = len(batch) // 2
+                torch.cuda.empty_cache()
+                continue
+            queue, size = queue[len(batch) :], None
+            yield found
+
+    def _forward(self, batch: Any, pairs: Any) -> list[tuple[int, tuple[float, bool]]]:
+        longest = len(batch[0][0])
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for row, (tokens, _) in zip(ids, batch, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        wanted = [
+            (at, len(row), i, pairs[i][1][-len(row) :]) for at, (row, owners) in enumerate(batch) for i in owners
+        ]
+        first = min(length - len(after) for _, length, _, after in wanted)  # of the places whose prediction is wanted
+        with cutting_everywhere(self.model):
+            logits = self.model(ids.to(self.device), use_cache=False, logits_to_keep=longest - first).logits
+        found = []
+        for at, length, _, tokens in wanted:
+            after = torch.tensor(tokens, device=self.device)
+            logs = logits[at, length - len(after) - first : length - first].float().log_softmax(-1)
+            said = logs.gather(1, after[:, None]).sum()
+            found.append(torch.stack([said, (logs.argmax(-1) == after).all().float()]))
+        answers = [(likelihood, bool(greedy)) for likelihood, greedy in torch.stack(found).tolist()]
+        if not all(abs(likelihood) < float("inf") for likelihood, _ in answers):
+            raise StochaError(
+                "a likelihood is NaN or infinite: expected whole weights, in a dtype that their numbers fit; try "
+                "--dtype float32, or convert or train the model again"
+            )
+        return [(i, answer) for (_, _, i, _), answer in zip(wanted, answers, strict=True)]
+
+
+def _about(request: Any) -> dict[str, Any]:
+    return {"task": request.task_name}
+
+
+def _title(requests: list[Any]) -> str:
+    return ", ".join(sorted({str(request.task_name) for request in requests}))[:40]
