@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from stocha_hf.conversion.refit_model import refit
     from stocha_hf.errors import StochaError
     from stocha_hf.measurement.evaluation import compare, evaluate
-    from stocha_hf.measurement.input_thresholds import calibrate_inputs
     from stocha_hf.measurement.sampling import sample
+    from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
     from stocha_hf.measurement.speed_models import benchmark
     from stocha_hf.modeling_stocha import StochaConfig, cut_inputs, patch, set_activation, stocha_mode, unpatch
     from stocha_hf.models import load_model
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "average": "conversion.averaging",
     "benchmark": "measurement.speed_models",
-    "calibrate_inputs": "measurement.input_thresholds",
+    "calibrate_inputs": "measurement.selection.input_cuts",
     "compare": "measurement.evaluation",
     "compare_tasks": "tasks.evaluate",
     "convert": "conversion.convert",

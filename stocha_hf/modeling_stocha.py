@@ -588,10 +588,10 @@ def _new_cut(native: type[nn.Module]) -> nn.Module:
 
 def cut_projections(model: nn.Module) -> list[CutInput]:
     """The projections of a model that cut their inputs, layer by layer."""
-    return [module for module in model.modules() if _is_cut(module)]  # type: ignore[misc]
+    return [module for module in model.modules() if is_cut(module)]  # type: ignore[misc]
 
 
-def _is_cut(module: nn.Module) -> bool:
+def is_cut(module: nn.Module) -> bool:
     """Whether a module is a CutInput, by name as in `stocha_mlps`."""
     return any(cls.__name__ == CutInput.__name__ for cls in type(module).__mro__)
 
@@ -613,7 +613,7 @@ def _set_cuts(native: nn.Module, cuts: InputCuts | None) -> None:
     for index, layer in enumerate(projections(native)):
         for name in cuts.thresholds:
             module = layer[name]
-            if not _is_cut(module):
+            if not is_cut(module):
                 threshold, centre = cuts.of(index, name)
                 module.__dict__.update(
                     input_threshold=threshold,

@@ -31,11 +31,12 @@ from stocha_hf.cli import (
     whole_number,
 )
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
+from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
-INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", "inputs_of", "inputs_prefill", "inputs_train")
+INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
+INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS)
 OPTIONS = ("revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
 
@@ -91,6 +92,11 @@ def parser() -> Parser:
         type=one_of(PROJECTIONS),
         metavar="NAME",
         help=f"what to cut: {', '.join(PROJECTIONS)} (default: all, or attention's where the FFN is sparse itself)",
+    )
+    verb.add_argument(
+        "--inputs-allotment",
+        type=one_of(ALLOTMENTS),
+        help="uniform: SHARE of each projection; greedy: of a layer, most where it matters least (default: uniform)",
     )
     verb.add_argument(
         "--inputs-prefill", action="store_true", help="cut at every token, not in decode steps of one token alone"

@@ -256,8 +256,8 @@ def _model_lines(row: dict[str, Any]) -> Iterator[str]:
         f"{row['never_active']['mean']:.2%}; active at the token before as well {row['reuse']['mean']:.1%}; "
         f"active at none of {unused['tokens'][-1]} tokens {unused['mean'][-1]:.1%}"
     )
-    if cuts := row.get("inputs_cut"):
-        yield f"  inputs cut at every token: {', '.join(f'{name} {share:.1%}' for name, share in cuts.items())}"
+    if bytes_read := row.get("bytes_read"):
+        yield f"  a decode step reads {bytes_read['share']:.1%} of its blocks' bytes{_cut_told(row)}"
     for point in row.get("cett", []):
         yield f"  truncated at CETT {point['cett']:g}: {_point_text(point)}"
     if point := row.get("ppl_sparsity"):

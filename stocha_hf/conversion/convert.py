@@ -71,6 +71,7 @@ def convert(
     calibrate: str | Path | None = None,
     calibrate_tokens: int | None = None,
     inputs_of: Sequence[str] | None = None,
+    inputs_allotment: str | None = None,
     inputs_prefill: bool = False,
     inputs_train: bool = False,
     revision: str | None = None,
@@ -98,6 +99,8 @@ def convert(
         calibrate_tokens: tokens of it to use (default: 16384).
         inputs_of: the projections to cut, names in PROJECTIONS (default: all, or attention's where the activation
             makes the FFN sparse).
+        inputs_allotment: "uniform" cuts the share in each projection, "greedy" on average of a layer's weights, more
+            where that changes the layer's output less (default: "uniform").
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
         revision: branch, tag or commit of a source on the Hub.
@@ -115,7 +118,8 @@ def convert(
     fields = {"activation": activation, "p": p, "positive": positive, "inference": inference}
     changes = {key: value for key, value in (fields | {"threshold": threshold, "k": k}).items() if value is not None}
     given = {"data": calibrate and str(calibrate), "tokens": calibrate_tokens, "of": inputs_of}
-    cuts = _calibration(inputs, refit, given | {"prefill": inputs_prefill, "train": inputs_train})
+    given |= {"allotment": inputs_allotment, "prefill": inputs_prefill, "train": inputs_train}
+    cuts = _calibration(inputs, refit, given)
     options = None
     if refit is not None:
         options, changes = Refit(refit, refit_tokens, target_sparsity, refit_on_disk), _refit_activation(changes)

@@ -1,7 +1,7 @@
 """Input cuts: a conversion that lets projections skip the small entries of their inputs; no weight changes.
 
 Thresholds are measured on calibration text that runs through the model as it will infer
-(measurement/input_thresholds.py), and stand in config.json under `stocha.inputs`. The custom class cuts; the native
+(measurement/selection/input_cuts.py), and stand in config.json under `stocha.inputs`. The custom class cuts; the native
 class computes every input in full.
 
     stocha-convert SOURCE OUTPUT --inputs 0.4 --calibrate text.parquet
@@ -17,7 +17,7 @@ from stocha_hf.checkpoints.entry import read_entry, with_entry
 from stocha_hf.checkpoints.names import public_name
 from stocha_hf.conversion.source import Source
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import ACTIVATIONS, ATTENTION, PROJECTIONS, StochaConfig, is_number
+from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, ATTENTION, PROJECTIONS, StochaConfig, is_number
 
 TOKENS = 16_384  # default: tens of millions of entries for each threshold
 WINDOW = 1024  # tokens
@@ -29,14 +29,15 @@ class Calibration:
 
     `share` is the share of input entries to cut; 0 takes a source's cuts off, and then nothing else is given. `data`
     is a file, folder or Hub data set (stocha_hf/data.py), `tokens` how many of its tokens to use, `of` the projections
-    to cut (None: all, or attention's where the activation makes the FFN sparse). `prefill` and `train` are those of
-    InputCuts. Raises StochaError.
+    to cut (None: all, or attention's where the activation makes the FFN sparse), `allotment` one of ALLOTMENTS. `prefill`
+    and `train` are those of InputCuts. Raises StochaError.
     """
 
     share: float
     data: str | None = None
     tokens: int | None = None
     of: Collection[str] | None = None
+    allotment: str | None = None
     prefill: bool = False
     train: bool = False
     seed: int = 0
@@ -63,9 +64,11 @@ class Calibration:
             raise StochaError(
                 f"the projections to cut are {self.of!r}: expected one or more of {', '.join(PROJECTIONS)}"
             )
+        if self.allotment not in (None, *ALLOTMENTS):
+            raise StochaError(f"the allotment is {self.allotment!r}: expected one of {', '.join(ALLOTMENTS)}")
 
 
-OPTIONS = ("data", "tokens", "of", "prefill", "train")  # that go with a share above 0
+OPTIONS = ("data", "tokens", "of", "allotment", "prefill", "train")  # that go with a share above 0
 
 
 def with_cuts(source: Source, config: dict[str, Any], options: Calibration) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
     import torch  # which copying does not need
 
     from stocha_hf.data import calibration_windows
-    from stocha_hf.measurement.input_thresholds import calibrate_inputs
+    from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
     from stocha_hf.modeling_stocha import patch, unpatch
     from stocha_hf.models import load_model
 
@@ -101,9 +104,17 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
     patch(model, entry)  # type: ignore[arg-type] # inside the package there is one StochaConfig
     sparse = ACTIVATIONS[str(entry.inference)].native not in (None, entry.base)
     of = options.of or (ATTENTION if sparse else PROJECTIONS)
+    allotment = options.allotment or ALLOTMENTS[0]
     used = {"data": public_name(str(options.data)), "tokens": windows.numel(), "seed": options.seed}
     return calibrate_inputs(
-        model.eval(), windows, options.share, of, prefill=options.prefill, train=options.train, calibration=used
+        model.eval(),
+        windows,
+        options.share,
+        of,
+        allotment,
+        prefill=options.prefill,
+        train=options.train,
+        calibration=used | {"allotment": allotment},
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from stocha_hf.errors import StochaError
+from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
-from stocha_hf.modeling_stocha import cut_projections, stocha_mlps
+from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.models import cutting_everywhere, patched_layers
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
@@ -29,12 +29,13 @@ LOGIT_ROWS = 512  # tokens whose logits are float32 at a time
 
 
 @torch.no_grad()
-def evaluate(model: Any, windows: torch.Tensor) -> Evaluation:
+def evaluate(model: Any, windows: torch.Tensor, prompt: int = 0) -> Evaluation:
     """Measure a model's perplexity and activity, in the mode and dtype that it is in.
 
     Args:
         model: A CausalLM of `load_model`, or one that `patch` was called on.
         windows: Token ids, int64 [windows, length]; each window is read on its own. `text_windows` makes them.
+        prompt: How many tokens at the start of each window are read only, and not predicted from.
 
     Returns:
         Its figures. The perplexity is of all tokens but each window's first, which has nothing before it.
@@ -43,25 +44,25 @@ def evaluate(model: Any, windows: torch.Tensor) -> Evaluation:
         StochaError: the model has no patched layers, a token id is beyond its vocabulary, or its loss is not finite.
     """
     check_vocabulary(model.config, windows)
-    activity, cuts = Activity(model), CutCounts(model)
+    activity, meter = Activity(model), ReadMeter(model)
     losses = []  # on the device: no part waits for it
     try:
         with cutting_everywhere(model):
             for batch in batches(model, windows, "Evaluating"):
-                logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-                after = batch[:, 1:].flatten().split(LOGIT_ROWS)
-                for part, expected in zip(logits.split(LOGIT_ROWS), after, strict=True):
-                    losses.append(F.cross_entropy(part.float(), expected, reduction="sum"))
+                logits = model(batch, use_cache=False).logits[:, prompt:-1].flatten(0, 1)
+                following = batch[:, prompt + 1 :].flatten()
+                for part, after in zip(logits.split(LOGIT_ROWS), following.split(LOGIT_ROWS), strict=True):
+                    losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
     finally:
         activity.close()
-        cuts.close()
-    predicted = windows.numel() - len(windows)
+        meter.close()
+    predicted = windows.numel() - (1 + prompt) * len(windows)
     return Evaluation(
         perplexity=_perplexity(_sum(losses) / predicted),
         tokens=windows.numel(),
         activation=stocha_mlps(model)[0].running,
+        bytes_read=meter.read(),
         **activity.read(),
-        inputs_cut=cuts.read(),
     )
 
 
@@ -160,34 +161,6 @@ class Activity:
             per_layer=unused,
         )
         return {**shares, "aggregated_sparsity": aggregated}
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-
-class CutCounts:
-    """Counts which entries of a model's projections' inputs are cut, until close()."""
-
-    def __init__(self, model: Any) -> None:
-        self._counts: dict[str, list[Any]] = {}  # by the projection's name: how many were cut, of how many
-        self._hooks = []
-        named = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-        cutting = {id(module) for module in cut_projections(model)}
-        for name, module in named:
-            if id(module) in cutting:
-                counts = self._counts.setdefault(name, [0, 0])
-                self._hooks.append(module.register_forward_pre_hook(partial(self._count, counts)))
-
-    @staticmethod
-    def _count(counts: list[Any], module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        if module.cuts(args[0]):
-            counts[0] += module.small(args[0]).sum()
-        counts[1] += args[0].numel()
-
-    def read(self) -> dict[str, float] | None:
-        """Return the share that was cut, by the projection's name; None of a model that cuts nothing."""
-        return {name: int(cut) / seen for name, (cut, seen) in self._counts.items()} or None
 
     def close(self) -> None:
         for hook in self._hooks:

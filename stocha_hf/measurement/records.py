@@ -52,13 +52,28 @@ class AggregatedSparsity(Record):
 
 
 @dataclass(frozen=True)
+class BytesRead(Record):
+    """Bytes of weights that a decode step of one token reads, in the dtypes that they are stored in.
+
+    `blocks` is the decoder blocks' part and `lm_head` the head's; `step` is their sum. `dense_blocks` is what the
+    blocks have, and `share` how much of that is read.
+    """
+
+    step: int
+    blocks: int
+    lm_head: int
+    dense_blocks: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Evaluation(Record):
     """What `evaluate` found of a model.
 
     `perplexity` is exp of the mean loss in nats; `tokens` counts the windows' tokens; `activation` is the one that
     ran. `sparsity` is the share of the FFNs' hidden entries that are zero, `never_active` of neurons that never fired,
-    `reuse` of firing neurons that had fired at the token before as well. `inputs_cut` is the share of input entries
-    that projections cut, at every token, by the projection's name; None where none does.
+    `reuse` of firing neurons that had fired at the token before as well. `bytes_read` is None in files that were
+    written before it was counted.
     """
 
     perplexity: float
@@ -68,11 +83,7 @@ class Evaluation(Record):
     never_active: Shares
     reuse: Shares
     aggregated_sparsity: AggregatedSparsity
-    inputs_cut: dict[str, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures; of a model that cuts no inputs, without `inputs_cut`."""
-        return {key: value for key, value in super().to_dict().items() if value is not None}
+    bytes_read: BytesRead | None = None
 
 
 @dataclass(frozen=True)
@@ -219,9 +230,6 @@ def _check(content: object, kind: Any, where: str, path: str) -> None:
             raise _refused(where, path, content, "a list")
         for i, item in enumerate(content):
             _check(item, typing.get_args(kind)[0], where, f"{path}{i}.")
-    elif typing.get_origin(kind) is dict:
-        names = content if isinstance(content, dict) else {}
-        _check(content, dict.fromkeys(names, typing.get_args(kind)[1]), where, path)
     elif not _is_a(content, kind):
         raise _refused(where, path, content, {str: "a text", int: "a whole number", float: "a finite number"}[kind])
 
