@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 import stocha_hf
 from stocha_hf.measurement.evaluation import compare, evaluate
-from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
 from stocha_hf.modeling_stocha import CutInput, StochaConfig, cut_inputs, cut_projections, patch, projections, unpatch
 from stocha_hf.models import load_model
@@ -243,6 +242,9 @@ def test_evaluation_cuts_at_every_token_and_says_how_much() -> None:
     patch(native, StochaConfig(activation="silu"))
     found, without = evaluate(model, windows), evaluate(native, windows)
     assert found.perplexity == evaluate(cut_model(prefill=True), windows).perplexity != without.perplexity
+    assert found.inputs_cut == "at every token" and without.inputs_cut is None
+    assert found.bytes_read is not None and without.bytes_read is not None
+    assert 0.2 < found.bytes_read.share < 0.9 and without.bytes_read.share == 1
     assert compare(model, native, windows).kl > 0.001
     with cut_inputs(model, "decode"):
         assert evaluate(model, windows).perplexity == found.perplexity
@@ -256,19 +258,19 @@ def test_convert_writes_thresholds_and_the_native_folder_is_the_original(
         "stocha-convert", source, out, "--inputs", 0.4, "--calibrate", text, "--calibrate-tokens", 2048
     )
     assert done.returncode == 0, done.stderr
-    assert "40% of the inputs of q_proj" in done.stdout and "loaded natively" in done.stdout
+    assert "40% of the inputs of q_proj" in done.stdout and "the native class" in done.stdout
     entry = json.loads((out / "config.json").read_text())["stocha"]
     assert entry["activation"] == entry["inference"] == "silu"
     assert entry["inputs"]["share"] == 0.4 and entry["inputs"]["calibration"]["data"] == "text.jsonl"
     assert {len(values) for values in entry["inputs"]["thresholds"].values()} == {2}
-    assert "loaded natively, the model cuts nothing" in (out / "README.md").read_text()
+    assert "cuts nothing" in (out / "README.md").read_text()
     native, original = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, source))
     remote = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert torch.equal(native(TOKENS).logits, original(TOKENS).logits)
     assert torch.equal(_step(remote, native), _step(load_model(str(out)), native))
     assert not close(_step(remote, native), _step(native, native))
     done = call_command("stocha-eval", out, "--data", text, "--length", 32, "--windows", 4)
-    assert "inputs cut at every token: q_proj 40." in done.stdout, done.stdout
+    assert "inputs are cut at every token" in done.stdout, done.stdout
 
 
 def test_converting_again_changes_what_is_asked_for(checkpoint: Any, text: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from stocha_hf.checkpoints.names import check_label, check_origin
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import ARCHITECTURES, InputCuts, StochaConfig
+from stocha_hf.quantization import QUANTIZATION_FILE
+from stocha_hf.spec import ARCHITECTURES, MODELING_FILE, InputCuts, StochaConfig
 
 SIZES = ("num_hidden_layers", "intermediate_size")
 MOST_LAYERS = 10_000
@@ -52,7 +53,15 @@ def entry_keys(model_type: str, present: Mapping[str, Any], stocha: StochaConfig
     """What a config of this model_type holds for a resolved StochaConfig; `present` are the keys that it has."""
     row = ARCHITECTURES[model_type]
     acts = dict.fromkeys(sorted({row.act_key} | {key for key in ACT_KEYS if key in present}), stocha.native_act)
-    return acts | {"auto_map": row.auto_map, "stocha": stocha.to_dict()}
+    return acts | {"auto_map": auto_map(model_type, present), "stocha": stocha.to_dict()}
+
+
+def auto_map(model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """The `auto_map` of a config: a quantized folder names the second file, which hands on the first's classes."""
+    names = ARCHITECTURES[model_type].auto_map
+    if not config.get("quantization_config"):
+        return names
+    return {auto: name.replace(MODELING_FILE.stem, QUANTIZATION_FILE.stem) for auto, name in names.items()}
 
 
 def with_entry(config: Mapping[str, Any], stocha: StochaConfig) -> dict[str, Any]:
@@ -82,6 +91,6 @@ def cuts_told(cuts: InputCuts) -> str:
     share = f"{cuts.share:.0%} of the inputs" if cuts.share else "small inputs"
     where = "at every token" if cuts.prefill else "in decode steps of one token"
     return (
-        f"{share} of {', '.join(cuts.thresholds)} are cut {where}; loaded natively, the model cuts nothing and "
-        "computes what it would without the thresholds"
+        f"{share} of {', '.join(cuts.thresholds)} are cut {where}; the native class, where it loads the folder, cuts "
+        "nothing: it runs the model as it would be without thresholds"
     )

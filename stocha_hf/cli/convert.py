@@ -5,10 +5,12 @@ example:
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-cut --inputs 0.4 --calibrate text.parquet
+  stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
-SOURCE's files are copied byte for byte (but for the FFN weights with --refit) and nothing of it is run. OUTPUT appears
-complete or not at all; a refit that was killed goes on when started again with the same command.
+SOURCE's files are copied byte for byte (but for the FFN weights with --refit, and all weights with --bits) and nothing
+of it is run. OUTPUT appears complete or not at all; a refit or quantization that was killed goes on when started again
+with the same command.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 from stocha_hf.checkpoints.entry import cuts_told
 from stocha_hf.cli import (
     Parser,
+    checked,
     dtype_name,
     hub_id,
     number_from_0,
@@ -31,13 +34,14 @@ from stocha_hf.cli import (
     whole_number,
 )
 from stocha_hf.errors import StochaError
+from stocha_hf.quantization import BITS
 from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
 INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
 INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS)
-OPTIONS = ("revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
+OPTIONS = ("bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
 
 def parser() -> Parser:
@@ -102,6 +106,9 @@ def parser() -> Parser:
         "--inputs-prefill", action="store_true", help="cut at every token, not in decode steps of one token alone"
     )
     verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
+    verb.add_argument(
+        "--bits", type=checked(int, lambda bits: bits in BITS, "4 or 8"), help="quantize the weights to 4 or 8 bits"
+    )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
     verb.add_argument(
@@ -132,6 +139,7 @@ def convert(args: argparse.Namespace) -> None:
     done = convert_folder(args.source, args.output, **options, **changes).to_dict()
     text = f"{done['output']}: {done['layers']}/{done['layers']} MLPs, {done['stocha']['activation']} in training"
     text += f", {done['stocha']['inference']} in inference"
+    text += f", {done['bits']} bits" if done["bits"] else ""
     if (cuts := StochaConfig.from_dict(done["stocha"]).inputs) is not None:
         text += f"\n{cuts_told(cuts)}"
     if args.push_to_hub:

@@ -257,7 +257,9 @@ def _model_lines(row: dict[str, Any]) -> Iterator[str]:
         f"active at none of {unused['tokens'][-1]} tokens {unused['mean'][-1]:.1%}"
     )
     if bytes_read := row.get("bytes_read"):
-        yield f"  a decode step reads {bytes_read['share']:.1%} of its blocks' bytes{_cut_told(row)}"
+        yield f"  a decode step reads {bytes_read['share']:.1%} of its blocks' bytes"
+        if cut := row.get("inputs_cut"):
+            yield f"  projections' inputs are cut {cut}"
     for point in row.get("cett", []):
         yield f"  truncated at CETT {point['cett']:g}: {_point_text(point)}"
     if point := row.get("ppl_sparsity"):

@@ -1,8 +1,8 @@
 """Input cuts: a conversion that lets projections skip the small entries of their inputs; no weight changes.
 
 Thresholds are measured on calibration text that runs through the model as it will infer
-(measurement/selection/input_cuts.py), and stand in config.json under `stocha.inputs`. The custom class cuts; the native
-class computes every input in full.
+(measurement/selection/input_cuts.py), and stand in config.json under `stocha.inputs`. The custom class cuts; the
+native class computes every input in full.
 
     stocha-convert SOURCE OUTPUT --inputs 0.4 --calibrate text.parquet
 """
@@ -29,8 +29,8 @@ class Calibration:
 
     `share` is the share of input entries to cut; 0 takes a source's cuts off, and then nothing else is given. `data`
     is a file, folder or Hub data set (stocha_hf/data.py), `tokens` how many of its tokens to use, `of` the projections
-    to cut (None: all, or attention's where the activation makes the FFN sparse), `allotment` one of ALLOTMENTS. `prefill`
-    and `train` are those of InputCuts. Raises StochaError.
+    to cut (None: all, or attention's where the activation makes the FFN sparse), `allotment` one of ALLOTMENTS.
+    `prefill` and `train` are those of InputCuts. Raises StochaError.
     """
 
     share: float

@@ -105,7 +105,7 @@ def _count(tally: Tally, values: torch.Tensor, start: Callable[[int], int]) -> N
 
 
 def _read_of(linear: Any, x: torch.Tensor) -> torch.Tensor:
-    """What of its input x [..., size] a projection reads weights for: x, with 0 where the projection cuts it itself."""
+    """What of its input x [..., size] a projection reads weights for: x, with 0 where the projection itself cuts."""
     cuts = is_cut(linear) and linear.cuts(x)
     return linear.cut(x) - linear.input_centre if cuts else x
 

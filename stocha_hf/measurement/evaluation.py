@@ -21,7 +21,7 @@ from tqdm import tqdm
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
-from stocha_hf.modeling_stocha import stocha_mlps
+from stocha_hf.modeling_stocha import cut_projections, stocha_mlps
 from stocha_hf.models import cutting_everywhere, patched_layers
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
@@ -63,6 +63,7 @@ def evaluate(model: Any, windows: torch.Tensor, prompt: int = 0) -> Evaluation:
         activation=stocha_mlps(model)[0].running,
         bytes_read=meter.read(),
         **activity.read(),
+        inputs_cut="at every token" if cut_projections(model) else None,
     )
 
 

@@ -1,7 +1,7 @@
 """TEAL's thresholds as a model's config holds them, so that its class cuts by itself: see InputCuts in spec.py.
 
-    cuts = calibrate_inputs(model, windows, 0.4)
-    patch(model, StochaConfig(activation="silu", inputs=cuts))
+cuts = calibrate_inputs(model, windows, 0.4)
+patch(model, StochaConfig(activation="silu", inputs=cuts))
 """
 
 from __future__ import annotations

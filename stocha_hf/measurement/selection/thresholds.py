@@ -109,8 +109,7 @@ def _within(
         return args[0].masked_fill(args[0].abs() <= limits[name], 0), *args[1:]
 
     hooks = [
-        block.linears[name].register_forward_pre_hook(lambda module, args, name=name: cut(args, name))
-        for name in seen
+        block.linears[name].register_forward_pre_hook(lambda module, args, name=name: cut(args, name)) for name in seen
     ]
     costs = dict.fromkeys(seen, -math.inf)  # a weight saved; not measured yet
     try:
