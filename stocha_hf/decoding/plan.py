@@ -138,6 +138,8 @@ class Plan:
         return matrix_of(module)
 
     def _weights(self, module: Any, native: type) -> None:
+        if hasattr(module, "input_threshold"):
+            raise _Refused  # it cuts its input, which is to be done by its own forward
         quantized = structs.is_quantized(module)
         self._watch(module, type(module) if quantized else native)
         if not quantized:
