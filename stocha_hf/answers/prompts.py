@@ -47,13 +47,13 @@ def read_prompts(name: str, *, split: str = "train", column: str | None = None) 
             "with --column"
         )
     return [
-        _prompt(value, f"in the column {chosen} of row {number} of {name}")
+        _prompt(value, chosen != "messages", f"in the column {chosen} of row {number} of {name}")
         for number, value in enumerate(data[chosen], 1)
     ]
 
 
-def _prompt(value: Any, where: str) -> Prompt:
-    if isinstance(value, str) and value.strip():
+def _prompt(value: Any, may_be_text: bool, where: str) -> Prompt:
+    if may_be_text and isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list) and value and all(map(_is_message, value)):
         last = max((i for i, message in enumerate(value) if message["role"] == "user"), default=None)

@@ -21,7 +21,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import compress
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,24 +96,16 @@ def write_answers(
     """
     path = local_path(path)
     made = {"new": new, "samples": samples, "temperature": temperature, "top_p": top_p} | dict(settings or {})
+    fitting = _fitting(model, tokenizer, texts, new)
     with _AnswerFile(path, made) as file:
-        wanted = [(text, sample) for text in texts for sample in range(samples)]
+        wanted = [(text, sample) for text in fitting for sample in range(samples)]
         missing = [(text, sample) for text, sample in wanted if _id(text, sample) not in file.ids]
-        prompts = token_ids(tokenizer, [text for text, _ in missing])
-        fits = [len(prompt) + new <= _positions(model) for prompt in prompts]
-        too_long = len(fits) - sum(fits)
-        if fits and not any(fits):
-            raise StochaError(
-                f"the shortest prompt has {min(map(len, prompts))} tokens, and an answer may have {new}: expected at "
-                f"most {_positions(model):g} together, which the model has positions for; give a smaller --new"
-            )
-        missing, prompts = list(compress(missing, fits)), list(compress(prompts, fits))
         generator = torch.Generator(model.device).manual_seed(seed + len(file.ids))
         ends = _ends(model, tokenizer)
         begun, tokens_written, count = time.monotonic(), 0, 0
         answers = continue_prompts(
             model,
-            prompts,
+            [fitting[text] for text, _ in missing],
             new=new,
             ends=ends,
             rows=batch_size or ROWS[model.device.type],
@@ -138,7 +129,7 @@ def write_answers(
         new=count,
         new_tokens=tokens_written,
         finished=sum(file.finished) / len(file.finished) if file.finished else 0.0,
-        too_long=too_long,
+        too_long=len(set(texts)) - len(fitting),
         tokens_per_second=tokens_written / max(seconds, 1e-9),
     )
 
@@ -235,8 +226,17 @@ def _check_settings(path: Path, made: dict[str, Any], exists: bool) -> None:
             )
 
 
-def _positions(model: Any) -> float:
-    return getattr(model.config, "max_position_embeddings", None) or float("inf")
+def _fitting(model: Any, tokenizer: Any, texts: Sequence[str], new: int) -> dict[str, list[int]]:
+    """The texts that leave the model positions for an answer, with their token ids."""
+    most = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    found = dict(zip(texts, token_ids(tokenizer, texts), strict=True))
+    fitting = {text: ids for text, ids in found.items() if len(ids) + new <= most}
+    if not fitting:
+        raise StochaError(
+            f"the shortest prompt has {min(map(len, found.values()))} tokens, and an answer may have {new}: expected at "
+            f"most {most:g} together, which the model has positions for; give a smaller --new"
+        )
+    return fitting
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

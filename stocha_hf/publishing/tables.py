@@ -63,7 +63,7 @@ def measured_metadata(measured: Measurements) -> dict[str, Any]:
 
 
 def measured_section(measured: Measurements) -> str:
-    """Return Markdown: a table of before, other rows and this model; how it was measured; pictures; tasks; diversity."""
+    """Return Markdown: a table of before, other rows and this model; how it was measured; pictures; tasks; samples."""
     parts = ["## Measured", _table(measured), *_how(measured), f"![Zeros by layer]({FOLDER}/zeros.png)"]
     if measured.tasks is not None:
         parts += _tasks(measured.tasks)
