@@ -96,41 +96,38 @@ def write_answers(
     """
     path = local_path(path)
     made = {"new": new, "samples": samples, "temperature": temperature, "top_p": top_p} | dict(settings or {})
-    fitting = _fitting(model, tokenizer, texts, new)
+    fitting, ends = _fitting(model, tokenizer, texts, new), _ends(model, tokenizer)
     with _AnswerFile(path, made) as file:
         wanted = [(text, sample) for text in fitting for sample in range(samples)]
         missing = [(text, sample) for text, sample in wanted if _id(text, sample) not in file.ids]
-        generator = torch.Generator(model.device).manual_seed(seed + len(file.ids))
-        ends = _ends(model, tokenizer)
-        begun, tokens_written, count = time.monotonic(), 0, 0
-        answers = continue_prompts(
+        found = continue_prompts(
             model,
             [fitting[text] for text, _ in missing],
             new=new,
             ends=ends,
             rows=batch_size or ROWS[model.device.type],
             choice=Choice(temperature, top_p),
-            generator=generator,
+            generator=torch.Generator(model.device).manual_seed(seed + len(file.ids)),
         )
+        begun, tokens, answered = time.monotonic(), 0, 0
         with tqdm(total=len(missing), desc="Answering", unit="answer", disable=None) as bar:
-            for i, tokens in answers:
+            for i, answer in found:
                 text, sample = missing[i]
-                answer = tokenizer.decode(tokens, skip_special_tokens=False)
-                whole = _without_bos(tokenizer, text) + answer
-                finished = tokens[-1] in ends
-                file.add({"text": whole, "tokens": len(tokens), "finished": finished, "id": _id(text, sample)})
-                count, tokens_written = count + 1, tokens_written + len(tokens)
-                bar.set_postfix_str(f"{tokens_written / (time.monotonic() - begun):,.0f} tokens/s", refresh=False)
+                whole = _without_bos(tokenizer, text) + tokenizer.decode(answer, skip_special_tokens=False)
+                about = {"tokens": len(answer), "finished": answer[-1] in ends, "id": _id(text, sample)}
+                file.add({"text": whole} | about)
+                answered, tokens = answered + 1, tokens + len(answer)
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):,.0f} tokens/s", refresh=False)
                 bar.update()
         seconds = time.monotonic() - begun
     return Written(
         str(path),
         answers=len(file.finished),
-        new=count,
-        new_tokens=tokens_written,
+        new=answered,
+        new_tokens=tokens,
         finished=sum(file.finished) / len(file.finished) if file.finished else 0.0,
         too_long=len(set(texts)) - len(fitting),
-        tokens_per_second=tokens_written / max(seconds, 1e-9),
+        tokens_per_second=tokens / max(seconds, 1e-9),
     )
 
 
@@ -233,8 +230,8 @@ def _fitting(model: Any, tokenizer: Any, texts: Sequence[str], new: int) -> dict
     fitting = {text: ids for text, ids in found.items() if len(ids) + new <= most}
     if not fitting:
         raise StochaError(
-            f"the shortest prompt has {min(map(len, found.values()))} tokens, and an answer may have {new}: expected at "
-            f"most {most:g} together, which the model has positions for; give a smaller --new"
+            f"the shortest prompt has {min(map(len, found.values()))} tokens, and an answer may have {new}: expected "
+            f"at most {most:g} together, which the model has positions for; give a smaller --new"
         )
     return fitting
 
