@@ -143,8 +143,10 @@ def test_the_figures_have_the_keys_that_files_of_measurements_have() -> None:
     found = evaluate(model, WINDOWS).to_dict()
     shares = {"mean", "per_layer"}
     assert list(found) == [
-        "perplexity", "tokens", "activation", "sparsity", "never_active", "reuse", "aggregated_sparsity"
+        "perplexity", "tokens", "activation", "sparsity", "never_active", "reuse", "aggregated_sparsity",
+        "bytes_read",
     ]  # fmt: skip
+    assert list(found["bytes_read"]) == ["step", "blocks", "lm_head", "dense_blocks", "share"]
     assert all(found[key].keys() == shares for key in ("sparsity", "never_active", "reuse"))
     assert found["aggregated_sparsity"].keys() == {"tokens", "mean", "independent", "per_layer"}
     assert compare(model, model, WINDOWS).to_dict().keys() == {"kl", "top1_agreement"}

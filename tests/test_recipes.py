@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import assert_refused, call_command
 from helpers.training import arguments
@@ -79,6 +80,16 @@ def test_a_process_takes_one_gpu_where_nothing_launched_it(tmp_path, monkeypatch
     args = StochaArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
+
+
+@pytest.mark.parametrize(("capability", "fast"), [("AVX2", False), ("AVX512", True)])
+def test_bf16_is_the_default_on_a_cpu_only_where_it_is_fast(tmp_path, monkeypatch, recwarn, capability, fast):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert StochaArguments(output_dir=str(tmp_path), use_cpu=True).bf16 is fast
+    told = [str(warning.message) for warning in recwarn]
+    assert not any("bf16" in text for text in told), "nobody asked for it"
+    assert StochaArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True).bf16
+    assert any("bf16" in str(warning.message) for warning in recwarn) is not fast
 
 
 def test_processes_are_passed_on(monkeypatch):

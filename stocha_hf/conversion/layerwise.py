@@ -65,7 +65,8 @@ class Layers:
 
         def note(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             given.append(hidden)
-            arguments.append(kwargs | {"past_key_values": None})
+            caches = {key: None for key in ("cache", "past_key_values") if key in kwargs}  # the former since 5.24
+            arguments.append(kwargs | caches)
             return hidden
 
         for layer in self.model.layers:

@@ -51,38 +51,24 @@ class FusedLayer(nn.Module):
     attention_class: Any
     norm_class: Any
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the native layer's: hidden_states [batch, length, hidden_size] to the same shape."""
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the former since transformers 5.24
+        embeddings = kwargs.get("position_embeddings")
         if (
             not torch.compiler.is_compiling()
-            and attention_mask is None  # each token sees all that is cached
-            and past_key_values is not None
-            and position_embeddings is not None
+            and not args
+            and kwargs.get("attention_mask") is None  # each token sees all that is cached
+            and cache is not None
+            and embeddings is not None
             and hidden_states.shape[1] == 1
             and hidden_states.is_cpu
             and decodes(hidden_states)
             and available()
             and self._is_plain(hidden_states)
         ):
-            return self._decode(hidden_states, past_key_values, *position_embeddings)
-        return super().forward(
-            hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+            return self._decode(hidden_states, cache, *embeddings)
+        return super().forward(hidden_states, *args, **kwargs)
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether nothing but the native modules' own computation would run."""

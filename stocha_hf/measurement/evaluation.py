@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from stocha_hf.errors import StochaError
+from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
 from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.models import patched_layers
@@ -27,12 +28,13 @@ LOGIT_ROWS = 512  # tokens whose logits are float32 at a time
 
 
 @torch.no_grad()
-def evaluate(model: Any, windows: torch.Tensor) -> Evaluation:
+def evaluate(model: Any, windows: torch.Tensor, prompt: int = 0) -> Evaluation:
     """Measure a model's perplexity and activity, in the mode and dtype that it is in.
 
     Args:
         model: A CausalLM of `load_model`, or one that `patch` was called on.
         windows: Token ids, int64 [windows, length]; each window is read on its own. `text_windows` makes them.
+        prompt: How many tokens at the start of each window are read only, and not predicted from.
 
     Returns:
         Its figures. The perplexity is of all tokens but each window's first, which has nothing before it.
@@ -41,20 +43,23 @@ def evaluate(model: Any, windows: torch.Tensor) -> Evaluation:
         StochaError: the model has no patched layers, a token id is beyond its vocabulary, or its loss is not finite.
     """
     check_vocabulary(model.config, windows)
-    activity = Activity(model)
+    activity, meter = Activity(model), ReadMeter(model)
     losses = []  # on the device: no part waits for it
     try:
         for batch in batches(model, windows, "Evaluating"):
-            logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            for part, after in zip(logits.split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS), strict=True):
+            logits = model(batch, use_cache=False).logits[:, prompt:-1].flatten(0, 1)
+            following = batch[:, prompt + 1 :].flatten()
+            for part, after in zip(logits.split(LOGIT_ROWS), following.split(LOGIT_ROWS), strict=True):
                 losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
     finally:
         activity.close()
-    predicted = windows.numel() - len(windows)
+        meter.close()
+    predicted = windows.numel() - (1 + prompt) * len(windows)
     return Evaluation(
         perplexity=_perplexity(_sum(losses) / predicted),
         tokens=windows.numel(),
         activation=stocha_mlps(model)[0].running,
+        bytes_read=meter.read(),
         **activity.read(),
     )
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from stocha_hf.errors import StochaError
 
-Lines = Mapping[str, Iterable[tuple[Any, ...]]]  # label: points (x, y), or (x, y, text beside the point)
+# label: points (x, y), (x, y, text beside the point) or (x, y, text, half the height of an error bar)
+Lines = Mapping[str, Iterable[tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,14 @@ def _draw(axis: Any, picture: Picture) -> None:
     from matplotlib.ticker import LogFormatter
 
     for label, points in picture.lines.items():
-        ordered = sorted(points)
+        ordered = sorted(points, key=lambda point: point[:2])
         if len(ordered) == 1 and picture.levels:
             axis.axhline(ordered[0][1], label=label, color="grey", linestyle="--")
         else:
-            axis.plot(*zip(*[point[:2] for point in ordered], strict=True), label=label, marker="o")
-        for x, y, text in (point for point in ordered if point[2:]):
+            errors = [point[3] or 0.0 for point in ordered] if all(point[3:] for point in ordered) else None
+            xs, ys = zip(*[point[:2] for point in ordered], strict=True)
+            axis.errorbar(xs, ys, errors, label=label, marker="o", capsize=2)
+        for x, y, text in (point[:3] for point in ordered if point[2:]):
             axis.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
     for scale in picture.log:
         getattr(axis, f"set_{scale}scale")("log")

@@ -52,12 +52,28 @@ class AggregatedSparsity(Record):
 
 
 @dataclass(frozen=True)
+class BytesRead(Record):
+    """Bytes of weights that a decode step of one token reads, in the dtypes that they are stored in.
+
+    `blocks` is the decoder blocks' part and `lm_head` the head's; `step` is their sum. `dense_blocks` is what the
+    blocks have, and `share` how much of that is read.
+    """
+
+    step: int
+    blocks: int
+    lm_head: int
+    dense_blocks: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Evaluation(Record):
     """What `evaluate` found of a model.
 
     `perplexity` is exp of the mean loss in nats; `tokens` counts the windows' tokens; `activation` is the one that
     ran. `sparsity` is the share of the FFNs' hidden entries that are zero, `never_active` of neurons that never fired,
-    `reuse` of firing neurons that had fired at the token before as well.
+    `reuse` of firing neurons that had fired at the token before as well. `bytes_read` is None in files that were
+    written before it was counted.
     """
 
     perplexity: float
@@ -67,6 +83,7 @@ class Evaluation(Record):
     never_active: Shares
     reuse: Shares
     aggregated_sparsity: AggregatedSparsity
+    bytes_read: BytesRead | None = None
 
 
 @dataclass(frozen=True)

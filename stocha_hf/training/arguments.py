@@ -6,9 +6,11 @@ They stand in a recipe's YAML, or on its command line as --KEY VALUE, together w
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from stocha_hf.errors import StochaError
@@ -29,7 +31,7 @@ LEAST = {  # of trl's and transformers' keys, which take any number and fail lat
 
 @dataclass
 class StochaArguments(SFTConfig):
-    """trl's SFTConfig and the keys of this package.
+    """trl's SFTConfig and the keys of this package. `bf16` is off by default on a CPU that is slow at it.
 
     Raises:
         StochaError: for a value out of its range, and for keys that contradict each other.
@@ -65,6 +67,13 @@ class StochaArguments(SFTConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             # one is the other's new name, of transformers 5.22 and later; said here, trl's default makes no warning
             self.activation_checkpointing = self.gradient_checkpointing
+        if (self.use_cpu or not torch.accelerator.is_available()) and not _multiplies_bf16():
+            if self.bf16:
+                warnings.warn(
+                    "bf16 is true, and float32 is many times faster on this CPU: set bf16: false", stacklevel=3
+                )
+            elif self.bf16 is None:
+                self.bf16 = False  # trl's default is true
         super().__post_init__()
         self._check_numbers()
         if self.ddp_find_unused_parameters is None:
@@ -113,3 +122,8 @@ class StochaArguments(SFTConfig):
     def n_gpu(self) -> int:
         """One: a process that nothing launched would split its batches over all GPUs (DataParallel)."""
         return min(super().n_gpu, 1)
+
+
+def _multiplies_bf16() -> bool:
+    """Whether PyTorch multiplies bfloat16 matrices on this CPU with vector instructions; without, one by one."""
+    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))

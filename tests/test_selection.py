@@ -1,0 +1,292 @@
+"""Training-free methods: exact at share 0, as sparse as asked for, as their formulas say, and bytes by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model
+
+from stocha_hf import StochaConfig, patch
+from stocha_hf.errors import StochaError
+from stocha_hf.measurement.blocks import blocks
+from stocha_hf.measurement.bytes_read import ReadMeter
+from stocha_hf.measurement.evaluation import evaluate
+from stocha_hf.measurement.selection.calibration import Calibration
+from stocha_hf.measurement.selection.distributions import Distribution
+from stocha_hf.measurement.selection.methods import GAMMA, LOW_RANK, METHODS
+from stocha_hf.measurement.selection.thresholds import greedy_shares, uniform_shares
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WINDOWS = torch.randint(3, 64, (4, 40), generator=torch.Generator().manual_seed(0))
+PROMPT = 8
+NEURONS = ("cats", "magnitude", "cett", "top_k", "top_k_gate", "core_infer", "reuse")  # which leave neurons out
+INPUTS = ("teal", "scap", "scap_median", "wina", "spon")  # which leave inputs of all projections out
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    model = native()
+    patch(model, StochaConfig())  # for CETT and evaluate; the methods are applied to native models too
+    return Calibration(model, WINDOWS)
+
+
+def native() -> Any:
+    """The same model, not patched: its decode steps need no kernel."""
+    return tiny_model(intermediate_size=96)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(WINDOWS).logits
+
+
+def seen_by(model: Any, name: str, index: int = 0) -> torch.Tensor:
+    """The inputs that a projection is given in a forward of WINDOWS."""
+    found: list[torch.Tensor] = []
+    linear = blocks(model)[index].linears[name]
+    with linear.register_forward_pre_hook(lambda module, args: found.append(args[0])):
+        logits(model)
+    return found[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_share_0_is_the_original_exactly_and_a_share_changes_it_for_a_while(calibration, name) -> None:
+    model, dense = calibration.model, logits(calibration.model)
+    with METHODS[name].select(calibration, 0.0).applied(model, prompt=PROMPT):
+        assert torch.equal(logits(model), dense)
+    with METHODS[name].select(calibration, 0.5).applied(model, prompt=PROMPT):
+        cut = logits(model)
+    assert torch.equal(cut[:, :PROMPT], dense[:, :PROMPT])  # the prompt is read whole
+    assert not torch.isclose(cut[:, PROMPT:], dense[:, PROMPT:]).all(-1).any()
+    assert torch.equal(logits(model), dense)
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_neurons_are_left_out_at_about_the_share_asked_for(calibration, name) -> None:
+    model = calibration.model
+    with METHODS[name].select(calibration, 0.6).applied(model, prompt=PROMPT):
+        zeros = (seen_by(model, "down_proj")[:, PROMPT:] == 0).double().mean().item()
+    assert zeros == pytest.approx(0.6, abs=0.06)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_left_out_at_about_the_share_asked_for(calibration, name) -> None:
+    model = calibration.model
+    selection = METHODS[name].select(calibration, 0.4)
+    with selection.applied(model) as meter:
+        evaluate(model, WINDOWS)
+    dense = sum(linear.weight.numel() for block in blocks(model) for linear in block.linears.values())
+    norms = sum(p.numel() for block in blocks(model) for p in block.module.parameters()) - dense
+    size = next(model.parameters()).element_size()
+    extra = sum(
+        cut.extra_bytes(*blocks(model)[i].linears[k].weight.shape[:1], size)
+        for i, row in enumerate(selection.inputs)
+        for k, cut in row.items()
+    )
+    left_out = 1 - (meter.read().blocks - extra - size * norms) / (size * dense)
+    assert left_out == pytest.approx(0.4, abs=0.03)
+
+
+def test_teal_cuts_each_projections_inputs_of_small_magnitude(calibration) -> None:
+    model, dense = calibration.model, seen_by(calibration.model, "q_proj")
+    with METHODS["teal"].select(calibration, 0.4).applied(model):
+        cut = seen_by(model, "q_proj")
+    limit = dense.abs().quantile(0.4)
+    assert torch.equal(cut, dense.masked_fill(dense.abs() <= limit, 0))
+
+
+def test_wina_weighs_inputs_by_their_columns_norms(calibration) -> None:
+    model, linear = calibration.model, blocks(calibration.model)[0].linears["v_proj"]
+    dense = seen_by(model, "v_proj")
+    with METHODS["wina"].select(calibration, 0.4).applied(model):
+        cut = seen_by(model, "v_proj")
+    sizes = dense.abs() * linear.weight.norm(dim=0)
+    wanted = dense.masked_fill(sizes <= sizes.quantile(0.4), 0)
+    assert (cut != wanted).double().mean() < 0.002  # at the threshold, to a bin
+
+
+def test_scap_puts_the_centre_in_the_place_of_what_is_left_out(calibration) -> None:
+    model, dense = calibration.model, seen_by(calibration.model, "down_proj")
+    selection = METHODS["scap_median"].select(calibration, 0.5)
+    centre = selection.inputs[0]["down_proj"].centre
+    assert centre == pytest.approx(dense.median().item(), abs=0.01) and centre != 0
+    cuts = {"down_proj": selection.inputs[0]["down_proj"]}
+    with type(selection)([cuts, {}]).applied(model):
+        cut = seen_by(model, "down_proj")
+    left_out = cut != dense
+    assert left_out.double().mean() == pytest.approx(0.5, abs=0.02)
+    assert (cut[left_out] == torch.tensor(centre)).all()
+    assert (dense[left_out] - centre).abs().max() <= (dense[~left_out] - centre).abs().min()
+
+
+@torch.no_grad()
+def test_constants_and_low_rank_factors_add_what_they_say(calibration) -> None:
+    model, block = calibration.model, blocks(calibration.model)[0]
+    x, weight = seen_by(model, "o_proj"), block.linears["o_proj"].weight
+    for name in ("spon", "r_sparse"):
+        cut = METHODS[name].select(calibration, 0.5).inputs[0]["o_proj"]
+        kept = cut.kept(x, cut.keep(x))
+        added, lost = cut.correction(x, kept), (x - kept) @ weight.T
+        assert added is not None
+        if name == "spon":
+            torch.testing.assert_close(added, lost.mean((0, 1)), atol=1e-5, rtol=1e-4)
+        else:
+            first, second = cut.factors
+            assert len(first) == max(round(LOW_RANK * 0.5 * weight.numel() / sum(weight.shape)), 1)
+            best = torch.linalg.svdvals(weight)[len(first) :].norm()  # the error of the best factors of this rank
+            assert (weight - second @ first).norm() < 1.02 * best
+            torch.testing.assert_close(added, (x - kept) @ (second @ first).T, atol=1e-4, rtol=1e-4)
+        with type(METHODS[name].select(calibration, 0.5))([{"o_proj": cut}, {}]).applied(model):
+            output = block.linears["o_proj"](x)
+        torch.testing.assert_close(output, kept @ weight.T + added, atol=1e-4, rtol=1e-4)
+
+
+def test_neurons_kept_by_the_gate_the_hidden_vector_and_the_prompt(calibration) -> None:
+    model, hidden = calibration.model, seen_by(calibration.model, "down_proj")
+    act = torch.nn.functional.silu(seen_by_output(model, "gate_proj"))
+    with METHODS["top_k"].select(calibration, 0.75).applied(model):
+        kept = seen_by(model, "down_proj") != 0
+    assert torch.equal(kept, hidden.abs() >= hidden.abs().topk(24).values[..., -1:])
+    with METHODS["cats"].select(calibration, 0.75).applied(model):
+        kept = seen_by(model, "down_proj") != 0
+    assert (kept == (act.abs() > act.abs().quantile(0.75))).double().mean() > 0.998
+    with METHODS["core_infer"].select(calibration, 0.75).applied(model, prompt=PROMPT):
+        kept = seen_by(model, "down_proj")[:, PROMPT:] != 0
+    votes = (hidden.abs() >= hidden.abs().topk(24).values[..., -1:])[:, :PROMPT].sum(1)
+    assert torch.equal(kept, kept[:, :1].expand_as(kept)) and (kept[:, 0].sum(-1) == 24).all()
+    for row, chosen in zip(votes, kept[:, 0], strict=True):
+        assert row[chosen].min() >= row[~chosen].max()
+
+
+def seen_by_output(model: Any, name: str) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    linear = blocks(model)[0].linears[name]
+    with linear.register_forward_hook(lambda module, args, output: found.append(output)):
+        logits(model)
+    return found[0]
+
+
+def test_reuse_takes_a_new_choice_at_every_fourth_token(calibration) -> None:
+    model, hidden = calibration.model, seen_by(calibration.model, "down_proj")
+    with METHODS["reuse"].select(calibration, 0.5).applied(model):
+        kept = seen_by(model, "down_proj") != 0
+    chosen = hidden.abs() > hidden.abs().quantile(0.5)
+    first = torch.arange(40) // (GAMMA + 1) * (GAMMA + 1)
+    assert (kept == chosen[:, first]).double().mean() > 0.998
+
+
+@pytest.mark.parametrize("name", ["teal", "cats", "core_infer", "reuse", "r_sparse"])
+def test_decode_steps_alone_are_the_same_as_a_window_after_its_prompt(calibration, name) -> None:
+    model, selection = native(), METHODS[name].select(calibration, 0.5)
+    text = WINDOWS[:2, : PROMPT + 8]
+    with selection.applied(model, prompt=PROMPT) as meter, torch.no_grad():
+        at_once = model(text).logits[:, PROMPT:]
+    read = meter.read()
+    with selection.applied(model, decoding=True) as meter, torch.no_grad():
+        cache = model(text[:, :PROMPT], use_cache=True).past_key_values
+        steps = [model(text[:, i : i + 1], past_key_values=cache).logits for i in range(PROMPT, PROMPT + 8)]
+    torch.testing.assert_close(torch.cat(steps, 1), at_once, atol=1e-4, rtol=1e-4)
+    assert meter.read().share == pytest.approx(read.share, abs=1e-3)
+
+
+def test_core_neurons_do_not_see_padding(calibration) -> None:
+    model, selection = native(), METHODS["core_infer"].select(calibration, 0.5)
+    prompts = WINDOWS[:2, :PROMPT].clone()
+    prompts[1, :4] = 0
+    mask = (prompts != 0).long()
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with selection.applied(model, decoding=True):
+        together = model.generate(prompts, attention_mask=mask, **options)[1, PROMPT:]
+        alone = model.generate(prompts[1:, 4:], attention_mask=mask[1:, 4:], **options)[0, 4:]
+    assert torch.equal(together, alone)
+
+
+def test_greedy_shares_save_what_was_asked_for_and_lose_less_than_equal_ones(calibration) -> None:
+    model = calibration.model
+    found = greedy_shares(model, WINDOWS, calibration.inputs, 0.5)
+    for block, shares in zip(blocks(model), found, strict=True):
+        sizes = {name: linear.weight.numel() for name, linear in block.linears.items()}
+        assert sum(sizes[name] * shares[name] for name in sizes) == pytest.approx(0.5 * sum(sizes.values()), rel=1e-3)
+    assert len({round(share, 3) for share in found[0].values()}) > 3
+    dense = logits(model)
+    errors = []
+    for name in ("teal", "teal_greedy"):
+        with METHODS[name].select(calibration, 0.5).applied(model):
+            errors.append((logits(model) - dense).square().mean().item())
+    assert errors[1] < errors[0]
+    assert uniform_shares(model, 0.3)[1] == dict.fromkeys(sizes, 0.3)
+
+
+def test_bytes_by_hand() -> None:
+    """A layer of 7 projections in bfloat16, its down_proj's input half zeros and its gate a quarter active."""
+    model = tiny_model().bfloat16()
+    patch(model, StochaConfig(activation="relu"))
+    meter = ReadMeter(model)
+    for block in blocks(model):
+        gate = torch.zeros(1, 4, 48, dtype=torch.bfloat16)
+        gate[..., :12] = 1
+        with torch.no_grad():
+            block.act(gate)
+            for name, linear in block.linears.items():
+                x = torch.ones(1, 4, linear.in_features, dtype=torch.bfloat16)
+                if name == "down_proj":
+                    x[..., ::2] = 0
+                linear(x)
+    meter.close()
+    attention = 32 * 32 + 2 * 16 * 32 + 32 * 32
+    ffn, norms = 32 * 48, 2 * 32
+    assert meter.read().to_dict() == {
+        "step": 2 * (2 * (attention + ffn + ffn / 4 + ffn / 2 + norms) + 64 * 32),
+        "blocks": 2 * 2 * (attention + ffn + ffn / 4 + ffn / 2 + norms),
+        "lm_head": 2 * 64 * 32,
+        "dense_blocks": 2 * 2 * (attention + 3 * ffn + norms),
+        "share": (attention + 1.75 * ffn + norms) / (attention + 3 * ffn + norms),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "up", "down"),
+    [
+        ("cats", 1, 0.25, 0.25),
+        ("top_k", 1, 1, 0.25),
+        ("core_infer", 0.25, 0.25, 0.25),
+        ("reuse", 0.4375, 0.4375, 0.25),
+    ],
+)
+def test_bytes_follow_from_when_neurons_are_chosen(calibration, name, gate, up, down) -> None:
+    model = calibration.model
+    with METHODS[name].select(calibration, 0.75).applied(model, prompt=PROMPT) as meter:
+        logits(model)
+    attention, ffn, norms = 2 * 32 * 32 + 2 * 16 * 32, 32 * 96, 2 * 32
+    share = (attention + norms + (gate + up + down) * ffn) / (attention + norms + 3 * ffn)
+    assert meter.read().share == pytest.approx(share, abs=0.02)
+
+
+def test_a_distribution_counts_what_comes_in_parts() -> None:
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) + 0.3
+    seen = Distribution()
+    for part in values.split(7000):
+        seen.add(part)
+    for share in (0.01, 0.3, 0.5, 0.99):
+        assert seen.below(seen.quantile(share)) == pytest.approx(share, abs=1e-6)
+        assert (values <= seen.quantile(share)).double().mean().item() == pytest.approx(share, abs=0.002)
+        assert ((values - 1).abs() <= seen.radius(share, 1)).double().mean().item() == pytest.approx(share, abs=0.003)
+    assert seen.median() == pytest.approx(0.3, abs=0.03) and seen.mode() == pytest.approx(0.3, abs=0.4)
+    assert seen.radius(0.0) == 0.0
+
+
+def test_mistakes_are_told(calibration) -> None:
+    with pytest.raises(StochaError, match=r"share to leave out is 1\.5: expected a number from 0 to below 1"):
+        METHODS["teal"].select(calibration, 1.5)
+    with (
+        pytest.raises(StochaError, match="expected a prompt"),
+        METHODS["core_infer"].select(calibration, 0.5).applied(calibration.model),
+    ):
+        pass
+    with (
+        pytest.raises(StochaError, match="the model has 3 blocks: expected 2"),
+        METHODS["teal"].select(calibration, 0.5).applied(tiny_model(num_hidden_layers=3)),
+    ):
+        pass
