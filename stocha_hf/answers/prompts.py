@@ -80,7 +80,7 @@ def rendered(tokenizer: Any, prompts: Sequence[Prompt], chat: bool) -> list[str]
     """
     if chat and not tokenizer.chat_template:
         raise StochaError("the tokenizer has no chat template: expected one; give --plain for prompts as they are")
-    texts = {}
+    texts: dict[str, None] = {}  # a set that keeps the order
     for number, prompt in enumerate(prompts, 1):
         if not chat and not isinstance(prompt, str):
             raise StochaError(f"prompt {number} is a list of messages: expected text with --plain")
