@@ -86,7 +86,7 @@ def rendered(tokenizer: Any, prompts: Sequence[Prompt], chat: bool) -> list[str]
             raise StochaError(f"prompt {number} is a list of messages: expected text with --plain")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            text = (
+            text: Any = (
                 tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if chat else prompt
             )
         except Exception as error:  # a template raises what it likes
