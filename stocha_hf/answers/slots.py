@@ -58,7 +58,7 @@ class SlotCache(Cache):
 
     def put(self, slots: torch.Tensor, prefilled: DynamicCache) -> None:
         """Put prompts' keys and values, of any cache with whole layers, into these slots from place 0 on."""
-        layers: list[Any] = prefilled.layers
+        layers: list[Any] = prefilled.layers  # some kinds of layers hold no keys, but whole ones do
         length = layers[0].keys.shape[2]
         self._grow(length)
         for index, layer in enumerate(layers):
