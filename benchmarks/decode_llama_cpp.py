@@ -80,7 +80,7 @@ def shim(source: Path, build: Path, folder: Path) -> ctypes.CDLL:
 
 
 def random_gguf(name: str, type_name: str, path: Path) -> None:
-    """A GGUF file of a shape with random blocks, and types as llama.cpp's quantizer gives a model with tied embeddings."""
+    """A GGUF file of random blocks, of the types that llama.cpp's quantizer chooses where embeddings are tied."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     hidden, width, layers, heads, key_heads = SIZES[name]
