@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stocha_hf.conversion.averaging import average
     from stocha_hf.conversion.convert import convert
+    from stocha_hf.conversion.export import export
     from stocha_hf.conversion.refit_model import refit
     from stocha_hf.errors import StochaError
     from stocha_hf.measurement.evaluation import compare, evaluate
@@ -34,6 +35,7 @@ _HOMES = {
     "convert": "conversion.convert",
     "evaluate": "measurement.evaluation",
     "evaluate_tasks": "tasks.evaluate",
+    "export": "conversion.export",
     "load_model": "models",
     "patch": "modeling_stocha",
     "publish": "publishing.upload",
@@ -67,6 +69,7 @@ __all__ = [
     "convert",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "load_model",
     "patch",
     "publish",
