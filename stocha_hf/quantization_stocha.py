@@ -206,6 +206,13 @@ def encode(groups: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | No
     return steps.clamp_(0, 15) if minimum is not None else steps.add_(8).clamp_(0, 15)
 
 
+def decode(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """Return the weights of codes [..., 32] that are not packed, given each group's scale and minimum [...]."""
+    steps = codes - 8 if bits == 4 and minimum is None else codes
+    weights = steps * scale.float()[..., None]
+    return weights if minimum is None else weights + minimum.float()[..., None]
+
+
 def fit(
     groups: torch.Tensor, bits: int, minimum: bool, importance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from stocha_hf import StochaError, convert, load_model, modeling_stocha, quantization_stocha
 from stocha_hf.conversion import quantize as quantizing
+from stocha_hf.conversion.error_feedback import round_with_feedback
+from stocha_hf.data import calibration_windows
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
 from stocha_hf.publishing.upload import _additions, _publishable
 from stocha_hf.quantization import Quantization
@@ -132,6 +134,41 @@ def test_a_killed_quantization_goes_on_and_ends_with_the_same_bytes(checkpoint, 
     assert not (tmp_path / ".out.quantization").exists()
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path
+
+
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_error_feedback_makes_the_error_in_outputs_smaller(transposed: bool, minimum: bool) -> None:
+    """Inputs that go together, as a model's do, can make up for each other's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 96, generator=generator)  # [outputs, inputs]
+    x = torch.randn(500, 12, generator=generator) @ torch.randn(12, 96, generator=generator)
+    x += 0.1 * torch.randn(500, 96, generator=generator)
+    matrix = weight.t() if transposed else weight
+    errors = []
+    for made in (
+        quantize(matrix, 4, minimum),
+        round_with_feedback(matrix, x.T @ x, 4, minimum, transposed),
+    ):
+        again = dequantize(*made, 4, matrix.shape[1])
+        errors.append((x @ (again.t() if transposed else again).T - x @ weight.T).norm())
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_calibrating_keeps_more_of_what_the_model_computes(model_type: str, checkpoint, text, tmp_path: Path) -> None:
+    source = checkpoint(model_type)
+    convert(source, tmp_path / "relu", activation="relu")
+    convert(tmp_path / "relu", tmp_path / "plain", bits=4)
+    done = convert(tmp_path / "relu", tmp_path / "fitted", bits=4, calibrate=str(text), calibration_tokens=2000)
+    assert done.stocha["history"][-1] == {"method": "quantize", "bits": 4, "data": "text.jsonl", "tokens": 2000}
+    windows = calibration_windows(str(text), source, 640, 64, seed=1)
+    errors = []
+    with torch.no_grad():
+        expected = load_model(str(tmp_path / "relu"), dtype=torch.float32)(windows).logits
+        for name in ("plain", "fitted"):
+            errors.append((load_model(str(tmp_path / name), dtype=torch.float32)(windows).logits - expected).norm())
+    assert errors[1] < 0.9 * errors[0]
 
 
 LOAD = """

@@ -4,7 +4,7 @@ example:
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-stocha --p 0.3
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
-  stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4
+  stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
 SOURCE's files are copied byte for byte (but for the FFN weights with --refit, and all weights with --bits) and nothing
@@ -36,7 +36,7 @@ from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
-OPTIONS = ("bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS)
+OPTIONS = ("bits", "calibrate", "calibration_tokens", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS)
 
 
 def parser() -> Parser:
@@ -78,6 +78,10 @@ def parser() -> Parser:
     verb.add_argument(
         "--bits", type=checked(int, lambda bits: bits in BITS, "4 or 8"), help="quantize the weights to 4 or 8 bits"
     )
+    verb.add_argument(
+        "--calibrate", type=path_or_id, metavar="DATA", help="quantize to 4 bits for this text, with error feedback"
+    )
+    verb.add_argument("--calibration-tokens", type=whole_number(1), help="tokens to calibrate on (default: 16384)")
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
     verb.add_argument(

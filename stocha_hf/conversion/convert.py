@@ -72,6 +72,8 @@ def convert(
     refit_tokens: int | None = None,
     refit_on_disk: bool = False,
     bits: int | None = None,
+    calibrate: str | None = None,
+    calibration_tokens: int | None = None,
     revision: str | None = None,
     base_model: str | None = None,
     dtype: str = "bfloat16",
@@ -93,6 +95,8 @@ def convert(
         refit_tokens: tokens to refit on (default: 98304, or 8 per neuron if that is more).
         refit_on_disk: keep the refit's streams on disk instead of in memory.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.
+        calibrate: data to quantize for: a file, folder or Hub data set.
+        calibration_tokens: tokens of it to use (default: 16384).
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
         dtype: what a .gguf file's tensors become, one of DTYPES.
@@ -119,12 +123,15 @@ def convert(
         given = "with refit" if options is not None else f"as {bits!r}"
         expected = "one of them; refit first, then quantize the result" if options is not None else "4 or 8"
         raise StochaError(f"bits was given {given}: expected {expected}")
+    if (calibrate is not None and bits != 4) or (calibration_tokens is not None and calibrate is None):
+        missing = "calibrate" if calibrate is None else "bits 4"
+        raise StochaError(f"data or tokens to calibrate with were given without {missing}: expected both")
     if base_model is not None:
         check_hub_id(base_model, "base_model")
     if dtype not in DTYPES:
         raise StochaError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_output(output, overwrite)
-    inputs = [local_path(name) for name in (source, refit) if name is not None]
+    inputs = [local_path(name) for name in (source, refit, calibrate) if name is not None]
     check_apart(output, [path for path in inputs if path.exists()])
     with ExitStack() as stack:
         kind = "quantization" if bits is not None else "refit"
@@ -141,7 +148,8 @@ def convert(
             from stocha_hf.conversion.quantize import Quantize, quantize_checkpoint
 
             refuse_quantized(found.config, found.id, "quantizing")
-            quantized = quantize_checkpoint(found, config, Quantize(Quantization(bits)), work)
+            chosen = {} if calibration_tokens is None else {"tokens": calibration_tokens}
+            quantized = quantize_checkpoint(found, config, Quantize(Quantization(bits), calibrate, **chosen), work)
             config, change = quantized.config, quantized.write_to
             found = replace(found, files=[name for name in found.files if not is_weight(name)])
         files = write_checkpoint(found, config, output, overwrite, change)
