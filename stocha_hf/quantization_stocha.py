@@ -128,8 +128,9 @@ def _is_named(name: str, ends: tuple[str, ...]) -> bool:
 NAMES = ("codes", "scale", "minimum")
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16}  # by safetensors' names
 ENDS = (-8.0, 8.0, -7.6, 7.6, -7.2, 7.2, -8.4, 7.0, -6.8, 6.6, -6.4)  # codes that a group's largest entry may get
-SHARES = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78)  # of a group's range that the codes may cover
-BLOCK = 2**20  # weights that are floats at one time on a CPU
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that the codes may cover
+FITTED = 2**17  # weights that are fitted at one time: what a processor's cache holds of them and of their codes
+BLOCK = 2**20  # weights that are floats at one time in a product on a CPU
 BLOCK_ON_GPU = 2**26
 
 
@@ -187,7 +188,7 @@ def quantize(
     counts = counts.clamp(min=1e-4 * counts.mean().item())  # no column's weights are free
     counts = F.pad(counts, (0, filled)).view(-1, GROUP)
     parts = []
-    for block in weight.split(max(1, BLOCK // columns)):
+    for block in weight.split(max(1, FITTED // columns)):
         groups = F.pad(block.float(), (0, filled)).view(len(block), -1, GROUP)
         scale, least = fit(groups, bits, minimum and bits == 4, counts)
         codes = encode(groups, scale, least, bits).view(len(block), -1)
