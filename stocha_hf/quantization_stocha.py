@@ -28,7 +28,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .modeling_stocha import *  # noqa: F403 - the classes that auto_map names
-from .modeling_stocha import StochaMLP
+from .modeling_stocha import StochaMLP, _cut_class, is_cut
 
 # --- stocha_hf/quantization.py, from here ---
 
@@ -481,13 +481,17 @@ def exchange(model: Any, entry: Quantization, fill: bool = False) -> int:
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     made: dict[str, Any] = {}
     for name, native in found:
-        kind = QuantizedEmbedding if isinstance(native, nn.Embedding) else QuantizedLinear
+        kind: Any = QuantizedEmbedding if isinstance(native, nn.Embedding) else QuantizedLinear
         module = kind(native, entry, name)
         parent, _, last = name.rpartition(".")
         if last == "lm_head" and tied:
             module.tie(next(other for other in made.values() if isinstance(other, QuantizedEmbedding)))
         elif fill:
             module.fill(native.weight)
+        if is_cut(native):
+            state = {key: native.__dict__[key] for key in native.state} | {"native_class": type(module)}
+            module.__dict__.update(state)
+            module.__class__ = _cut_class(type(module))
         setattr(model.get_submodule(parent), last, module)
         made[name] = module
     if tied:  # transformers ties parameters by name

@@ -160,7 +160,7 @@ def test_calibrating_keeps_more_of_what_the_model_computes(model_type: str, chec
     source = checkpoint(model_type)
     convert(source, tmp_path / "relu", activation="relu")
     convert(tmp_path / "relu", tmp_path / "plain", bits=4)
-    done = convert(tmp_path / "relu", tmp_path / "fitted", bits=4, calibrate=str(text), calibration_tokens=2000)
+    done = convert(tmp_path / "relu", tmp_path / "fitted", bits=4, calibrate=str(text), calibrate_tokens=2000)
     assert done.stocha["history"][-1] == {"method": "quantize", "bits": 4, "data": "text.jsonl", "tokens": 2000}
     windows = calibration_windows(str(text), source, 640, 64, seed=1)
     errors = []
@@ -196,6 +196,19 @@ def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path
     assert torch.equal(
         load_model(str(tmp_path / "saved"))(TOKENS).logits, load_model(str(tmp_path / "small"))(TOKENS).logits
     )
+
+
+def test_projections_that_cut_their_inputs_go_on_cutting_and_are_stored_by_input(checkpoint, text, tmp_path) -> None:
+    convert(checkpoint(), tmp_path / "cut", inputs=0.5, calibrate=str(text), inputs_prefill=True)
+    convert(tmp_path / "cut", tmp_path / "small", bits=8)
+    model, plain = load_model(str(tmp_path / "small")), load_model(str(tmp_path / "cut"))
+    query = model.model.layers[0].self_attn.q_proj
+    assert type(query).__name__ == "CutQuantizedLinear" and query.transposed and query.codes.shape == (32, 32)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, quantization_stocha.Quantized):
+                plain.get_submodule(name).weight.copy_(module.dequantized())
+    torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_publishing_sends_both_files_of_code(checkpoint, tmp_path: Path) -> None:

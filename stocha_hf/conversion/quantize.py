@@ -50,7 +50,7 @@ class Quantize:
 
     entry: Quantization
     data: str | None = None
-    tokens: int = TOKENS
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ class Quantized:
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (checkpoint / INDEX).write_text(dump(index), encoding="utf-8")
+
+
+def layout(bits: int, config: dict[str, Any]) -> Quantization:
+    """The entry for a converted config.json: projections that cut their inputs are read an input at a time."""
+    cut = (config["stocha"].get("inputs") or {}).get("thresholds", {})
+    return Quantization(bits, transposed=tuple(sorted({"down_proj", *cut})))
 
 
 def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:
@@ -96,7 +102,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
         ) from error
     stage = {"method": "quantize", "bits": options.entry.bits}
     if options.data is not None:
-        stage |= {"data": public_name(options.data), "tokens": options.tokens}
+        stage |= {"data": public_name(options.data), "tokens": options.tokens or TOKENS}
     config = config | {"quantization_config": options.entry.to_dict()}
     config = with_entry(config, with_stage(read_entry(config, source.id), stage))
     return Quantized(folder, list(parts), config)
@@ -117,7 +123,7 @@ def _calibration(source: Source, config: dict[str, Any], options: Quantize) -> C
     if options.data is None:
         return None
     length = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
-    windows = calibration_windows(options.data, source.folder, options.tokens, length, seed=0)
+    windows = calibration_windows(options.data, source.folder, options.tokens or TOKENS, length, seed=0)
     windows = windows[: len(windows) // WINDOWS * WINDOWS]
     if not len(windows):
         raise StochaError(
