@@ -189,6 +189,8 @@ unknownactivation -> activation is 'swiglu'
 """
 
 CARD = """
+relu eval.json --tasks absent.json -> absent.json cannot be read
+relu eval.json --tasks eval.json -> eval.json has no tasks
 relu -> EVAL
 relu '' -> EVAL; is empty
 '' eval.json -> FOLDER; is empty
@@ -482,7 +484,34 @@ TRAIN = """
 --config good.yaml --num_processes 2 -> --num_processes is 2; --accelerate
 """
 
+ANSWERS = """
+relu -> PROMPTS
+relu prompts.txt -> OUT
+relu text.txt out.csv -> out.csv; .parquet
+relu text.txt absent/out.jsonl -> the folder absent does not exist
+relu text.txt relu -> relu; .jsonl
+relu absent.txt out.jsonl -> absent.txt does not exist
+relu ./absent out.jsonl -> ./absent does not exist
+relu blank.txt out.jsonl -> blank.txt is empty; a prompt a line
+relu latin.txt out.jsonl -> latin.txt cannot be read
+relu columns.jsonl out.jsonl -> columns.jsonl has the columns body, id; prompt or messages; --column
+relu columns.jsonl out.jsonl --column title -> columns.jsonl has the columns body, id; expected title
+relu broken.jsonl out.jsonl -> row 3 of broken.jsonl
+relu chatword.jsonl out.jsonl -> 'hello'
+relu chatword.jsonl out.jsonl --plain --column absent -> expected absent
+'' text.txt out.jsonl -> MODEL; is empty
+absent text.txt out.jsonl -> absent
+truncated text.txt out.jsonl -> truncated or corrupt
+notokenizer text.txt out.jsonl -> notokenizer has no tokenizer
+relu text.txt out.jsonl --new 0 -> --new is 0
+relu text.txt out.jsonl --samples none -> --samples is none
+relu text.txt out.jsonl --temperature -1 -> --temperature is -1; 0 or more
+relu text.txt out.jsonl --top-p 0 -> --top-p is 0; above 0
+relu text.txt out.jsonl --limit 0 -> --limit is 0
+"""
+
 TABLES = {
+    "answers": ANSWERS,
     "eval": EVAL,
     "generate": GENERATE,
     "bench": BENCH,
