@@ -307,6 +307,7 @@ native out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
 native out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
 native out --inputs 0.4 --calibrate short.txt -> short.txt has less than 64 tokens; one window
 native out --inputs 0.4 --calibrate text.txt --calibrate-tokens 0 -> --calibrate-tokens is 0; at least 1
+native out --inputs 0.4 --calibrate text.txt --inputs-allotment fair -> --inputs-allotment is fair; uniform, greedy
 native out --inputs 0.4 --calibrate text.txt --inputs-of lm_head -> --inputs-of is lm_head; q_proj
 native out --inputs 0.4 --calibrate text.txt --refit text.txt -> with refit; convert the refitted folder again
 native out --inputs 0 --calibrate text.txt -> data was given; above 0
@@ -351,6 +352,10 @@ native /sys/stocha/out -> cannot write /sys/stocha/out
 native out --liger -> --liger
 native out --bits 3 -> --bits is 3; 4 or 8
 native out --bits four -> --bits is four; 4 or 8
+native out --bits 8 --calibrate text.txt -> calibrate was given without inputs
+native out --bits 4 --calibrate-tokens 100 -> calibrate_tokens 100 was given without calibrate
+native out --bits 4 --calibrate short.txt -> short.txt has too little text; 4 windows
+native out --bits 4 --calibrate absent.txt -> absent.txt does not exist
 native out --bits 4 --refit text.txt -> bits was given with refit; refit first
 quantized4 out --bits 4 -> quantized4 is quantized to 4 bits; quantizing
 quantized4 out --refit text.txt -> quantized4 is quantized to 4 bits; a refit
