@@ -194,6 +194,17 @@ def test_another_activation_needs_to_be_asked_for_and_the_result_says_what_it_ch
     assert done.architecture == "llama" and "silu in place of fatrelu" in str(done.approximation)
 
 
+def test_cuts_of_inputs_are_left_out_if_that_is_asked_for(tmp_path):
+    folder = relu_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["stocha"]["inputs"] = {"thresholds": {"q_proj": [0.1, 0.1]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StochaError, match=r"cuts the inputs of its projections, .*: pass --activation relu to export"):
+        stocha_hf.export(folder, tmp_path / "m.gguf")
+    done = stocha_hf.export(folder, tmp_path / "m.gguf", activation="relu")
+    assert str(done.approximation).startswith("exported without the cuts of relu's inputs")
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_byte_level_vocabulary_is_named_by_how_it_cuts_a_text(cut):
     tokenizer = byte_level_tokenizer(cut)

@@ -92,19 +92,32 @@ def export(
 def _activation(source: Source, asked: str | None) -> tuple[str, str | None]:
     """The activation to export with, and how it differs from what the checkpoint infers with."""
     base = source.architecture.act
-    own = read_entry(source.config, source.id).inference if "stocha" in source.config else base
     can = ("relu", base)
     if asked not in (None, *can):
         raise StochaError(f"activation is {asked!r}: expected one of {', '.join(can)}, which the runtime computes")
-    chosen = asked or own
-    if chosen not in can:
+    if "stocha" not in source.config:
+        return asked or base, None if asked in (None, base) else _instead(source, asked, base)
+    entry = read_entry(source.config, source.id)
+    own = str(entry.inference)
+    if asked is None and own not in can:
         raise StochaError(
             f"{source.id} infers with {own}, and llama.cpp computes {' and '.join(can)}: pass --activation relu to "
             f"export it with that, after measuring it with stocha-eval {source.id} --mode relu"
         )
-    if chosen == own:
-        return chosen, None
-    return chosen, (
+    if asked is None and entry.inputs is not None:
+        raise StochaError(
+            f"{source.id} cuts the inputs of its projections, which llama.cpp does not: pass --activation {own} to "
+            "export it without the cuts"
+        )
+    chosen = asked or own
+    changes = [_instead(source, chosen, own)] if chosen != own else []
+    if entry.inputs is not None:
+        changes.append(f"exported without the cuts of {source.id}'s inputs: no entry of them is left out")
+    return chosen, "; ".join(changes) or None
+
+
+def _instead(source: Source, chosen: str, own: str) -> str:
+    return (
         f"exported with {chosen} in place of {own}: its zeros and perplexity are not those of {source.id}; measure "
         f"them with stocha-eval {source.id} --mode {chosen}"
     )
