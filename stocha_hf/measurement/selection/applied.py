@@ -31,12 +31,19 @@ from stocha_hf.measurement.selection.cuts import InputCut, NeuronCut
 class Selection:
     """The cuts of a model's blocks: of projections' inputs by name, and of neurons, one mapping and one cut a block.
 
-    `needs_prompt` says that the choice is made on the prompt, so that there must be one.
+    `needs_prompt` says that the choice is made on the prompt, so that there must be one. `prepare` is given each
+    forward's token ids [batch, tokens] before it runs.
     """
 
     inputs: list[dict[str, InputCut]]
     neurons: list[NeuronCut | None] = field(default_factory=list)
     needs_prompt: bool = False
+    prepare: Callable[[torch.Tensor], None] | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a decode step depends on choices of steps before, so that the rows of a batch must stay the same."""
+        return any(cut is not None and cut.remembers for cut in self.neurons)
 
     @contextmanager
     def applied(self, model: nn.Module, *, decoding: bool = False, prompt: int = 0) -> Iterator[ReadMeter]:
@@ -70,7 +77,7 @@ class Selection:
         meter = ReadMeter(model, columns, {index for index, cut in enumerate(neurons) if cut and cut.rows}, start)
         hooks = _Hooks(meter, start, forward)
         try:
-            hooks.watch(model)
+            hooks.watch(model, self.prepare)
             for index, (block, cuts, cut) in enumerate(zip(found, self.inputs, neurons, strict=True)):
                 if cut is not None:  # before the inputs' cuts, whose input is what it leaves
                     hooks.add_neurons(index, block, cut, "down_proj" not in cuts)
@@ -97,15 +104,18 @@ class _Hooks:
         self._meter, self._start, self._forward = meter, start, forward
         self._handles: list[Any] = []
 
-    def watch(self, model: nn.Module) -> None:
-        """Note what each forward is given."""
+    def watch(self, model: nn.Module, prepare: Callable[[torch.Tensor], None] | None) -> None:
+        """Note what each forward is given, and let `prepare` see it."""
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             mask = kwargs.get("attention_mask")
+            if prepare is not None:
+                prepare(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
             self._forward.is_cached = kwargs.get("use_cache") is not False
             self._forward.real = mask[..., None] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
-        self._handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        inner: Any = getattr(model, "base_model", model)  # which some call alone, to read a prompt without logits
+        self._handles.append(inner.register_forward_pre_hook(before, with_kwargs=True))
 
     def add_input(self, index: int, linear: nn.Module, name: str, cut: InputCut) -> None:
         columns = self._meter.columns[index][name]

@@ -79,6 +79,8 @@ class NeuronCut:
         threshold: A number, or one for each neuron [M].
     """
 
+    remembers = False  # whether a step depends on steps before
+
     score: str
     threshold: float | torch.Tensor
 
@@ -124,6 +126,8 @@ class TopNeurons(NeuronCut):
 class CoreNeurons(NeuronCut):
     """Keeps the same neurons at all tokens: those that were most often among the largest of the prompt's tokens."""
 
+    remembers = True
+
     threshold: float | torch.Tensor = 0.0
     count: int = 0
     _core: torch.Tensor | None = field(default=None, repr=False)
@@ -145,6 +149,8 @@ class CoreNeurons(NeuronCut):
 @dataclass
 class ReusedNeurons(NeuronCut):
     """Keeps at `gamma` tokens what the token before them kept, so that nothing new is read; then chooses again."""
+
+    remembers = True
 
     gamma: int = 0
     _before: torch.Tensor | None = field(default=None, repr=False)
@@ -173,6 +179,20 @@ class ReusedNeurons(NeuronCut):
 
     def begin(self) -> None:
         self._before, self._age = None, 0
+
+
+@dataclass
+class GivenNeurons(NeuronCut):
+    """Keeps what it is told from outside to keep, at each token of a forward: `given` is bool [batch, tokens, M]."""
+
+    score: str = "given"
+    threshold: float | torch.Tensor = 0.0
+    given: torch.Tensor | None = field(default=None, repr=False)
+    rows = BEFORE
+
+    def keep(self, act: torch.Tensor, hidden: torch.Tensor, start: int) -> torch.Tensor:
+        assert self.given is not None, "told before each forward"
+        return self.given[:, start:]
 
 
 def largest(sizes: torch.Tensor, count: int) -> torch.Tensor:

@@ -22,8 +22,16 @@ import torch
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import PROJECTIONS
 from stocha_hf.measurement.selection.applied import Selection
+from stocha_hf.measurement.selection.attribution import Attribution, Score, corrected, gradient_output, snip
 from stocha_hf.measurement.selection.calibration import Calibration
-from stocha_hf.measurement.selection.cuts import CoreNeurons, InputCut, NeuronCut, ReusedNeurons, TopNeurons
+from stocha_hf.measurement.selection.cuts import (
+    CoreNeurons,
+    GivenNeurons,
+    InputCut,
+    NeuronCut,
+    ReusedNeurons,
+    TopNeurons,
+)
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
 
 NORMED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # whose inputs come from a norm
@@ -165,6 +173,12 @@ def _reuse(calibration: Calibration, share: float) -> Selection:
     return _neurons(calibration, [ReusedNeurons("hidden", limit, gamma=GAMMA if share else 0) for limit in limits])
 
 
+def _attribution(calibration: Calibration, share: float, score: Score) -> Selection:
+    cuts = [GivenNeurons() for _ in calibration.blocks]
+    prepare = Attribution(calibration.model, score, cuts, _counts(calibration, share))
+    return replace(_neurons(calibration, cuts), prepare=prepare)
+
+
 def _neurons(calibration: Calibration, cuts: list) -> Selection:
     return Selection([{} for _ in calibration.blocks], cuts)
 
@@ -205,5 +219,17 @@ METHODS = {
         _reuse,
         "ReLU Strikes Back, arXiv 2310.04564",
         f"at one token of {GAMMA + 1}: {BY_HIDDEN}; at others: {BEFOREHAND}",
+    ),
+    "attribution": Method(
+        partial(_attribution, score=corrected), "sparsing by attribution, arXiv 2406.06562", BEFOREHAND, oracle=True
+    ),
+    "attribution_gxo": Method(
+        partial(_attribution, score=gradient_output), "GxO, as in arXiv 2406.06562", BEFOREHAND, oracle=True
+    ),
+    "attribution_snip": Method(
+        partial(_attribution, score=snip),
+        "SNIP's score, arXiv 1810.02340, as in arXiv 2406.06562",
+        BEFOREHAND,
+        oracle=True,
     ),
 }
