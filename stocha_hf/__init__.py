@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stocha_hf.models import load_model
     from stocha_hf.publishing.card import write_card
     from stocha_hf.publishing.upload import publish
+    from stocha_hf.quantization_stocha import StochaQuantConfig
     from stocha_hf.spec import __version__
     from stocha_hf.tasks.evaluate import compare_tasks, evaluate_tasks
     from stocha_hf.training.arguments import StochaArguments
@@ -47,6 +48,7 @@ _HOMES = {
     "StochaArguments": "training.arguments",
     "StochaConfig": "spec",
     "StochaError": "errors",
+    "StochaQuantConfig": "quantization_stocha",
     "StochaTrainer": "training.trainer",
     "__version__": "spec",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "StochaArguments",
     "StochaConfig",
     "StochaError",
+    "StochaQuantConfig",
     "StochaTrainer",
     "__version__",
     "average",

@@ -653,6 +653,8 @@ class StochaModel:
         if kwargs.get("is_main_process", args[0] if args else True):
             self.config.save_pretrained(save_directory)
             shutil.copyfile(__file__, os.path.join(save_directory, os.path.basename(__file__)))
+            if complete := getattr(getattr(self, "hf_quantizer", None), "complete", None):  # quantization_stocha.py's
+                complete(self, save_directory)
         if push_to_hub:
             hub = {key: kwargs[key] for key in ("commit_message", "private", "token", "create_pr") if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)  # type: ignore

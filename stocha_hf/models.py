@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stocha_hf import modeling_stocha
+from stocha_hf import modeling_stocha, quantization_stocha  # noqa: F401 - the latter registers with transformers
 from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.architecture import check_loaded
 from stocha_hf.checkpoints.companions import CHAT_TEMPLATES, COMPANIONS

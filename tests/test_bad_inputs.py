@@ -85,6 +85,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_tokenizer().save_pretrained(folder / name)
     convert(folder / "native", folder / "relu", activation="relu")
     convert(folder / "native", folder / "stocha")
+    convert(folder / "native", folder / "quantized4", bits=4)
     for name, (base, spoil) in MODELS.items():
         shutil.copytree(folder / base, folder / name)
         spoil(folder / name)
@@ -129,14 +130,28 @@ def file(name: str, content: str | bytes | None, base: str = "relu") -> tuple[st
     return base, spoil
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> tuple[str, Callable[[Path], None]]:
+def quantization(**changes: Any) -> tuple[str, Callable[[Path], None]]:
+    """These keys of a quantized folder's quantization_config are changed."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "config.json"
+        content = json.loads(path.read_text())
+        content["quantization_config"] |= changes
+        path.write_text(json.dumps(content))
+
+    return "quantized4", spoil
+
+
+def tensors(
+    change: Callable[[dict[str, torch.Tensor]], object], base: str = "relu"
+) -> tuple[str, Callable[[Path], None]]:
     def spoil(folder: Path) -> None:
         path = folder / "model.safetensors"
         found = load_file(path)
         change(found)
         save_file(found, path, {"format": "pt"})
 
-    return "relu", spoil
+    return base, spoil
 
 
 def index(change: Callable[[dict[str, str]], object]) -> tuple[str, Callable[[Path], None]]:
@@ -174,6 +189,10 @@ def _to_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def _to_int8(found: dict[str, torch.Tensor]) -> None:
+    found["model.layers.0.mlp.up_proj.codes"] = found["model.layers.0.mlp.up_proj.codes"].to(torch.int8)
+
+
 def _nan(found: dict[str, torch.Tensor]) -> None:
     found["model.norm.weight"].fill_(float("nan"))
 
@@ -198,6 +217,11 @@ MODELS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "badtokenizer": file("tokenizer.json", '{"version": '),
     "emptytokenizer": file("tokenizer.json", "{}"),
     "nan": tensors(_nan),
+    "fivebits": quantization(bits=5),
+    "newformat": quantization(format=2),
+    "uncoded": tensors(lambda found: found.pop("model.layers.0.mlp.down_proj.codes"), "quantized4"),
+    "wrongcodes": tensors(_to_int8, "quantized4"),
+    "unconverted4": config("quantized4", stocha=None),
     "missing": tensors(lambda found: found.pop("model.layers.0.self_attn.q_proj.weight")),
     "extra": tensors(lambda found: found.update({"model.layers.0.mlp.gate_proj.weight": torch.zeros(4, 4)})),
     "vocabulary": ("native", _other_vocabulary),

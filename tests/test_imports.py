@@ -26,9 +26,10 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"data", "hub"},
     {"data_files"},
     {"checkpoints"},
+    {"quantization_stocha"},
     {"modeling_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
-    {"spec"},
+    {"spec", "quantization"},
     {"errors"},
 ]
 FLOOR = {unit: floor for floor, units in enumerate(ORDER) for unit in units}

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stocha_hf.checkpoints.quantized import matrix_shapes, read_quantization
 from stocha_hf.errors import StochaError
 
 # What a config class takes for a key that config.json leaves out; num_key_value_heads and head_dim may also be null.
@@ -139,8 +140,8 @@ def check_tensors(shapes: Mapping[str, list[int]], config: Mapping[str, Any], wh
     architecture does not have (a vision tower, a value head) are let pass. Raises StochaError for a tensor that is
     missing, has another shape, is there twice, or belongs to the model's own parts and would be ignored.
     """
-    sizes, found = Sizes.of(config, where), _own(shapes, where)
-    for name, shape in expected_tensors(sizes):
+    sizes, found, quantization = Sizes.of(config, where), _own(shapes, where), read_quantization(config, where)
+    for name, shape in (row for one in expected_tensors(sizes) for row in matrix_shapes(*one, quantization)):
         if name not in found:
             raise StochaError(
                 f"tensor {name} of {where} is missing: expected all that its config.json asks for; download it again"

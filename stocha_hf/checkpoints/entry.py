@@ -15,7 +15,8 @@ from typing import Any
 
 from stocha_hf.checkpoints.names import check_label, check_origin
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import ARCHITECTURES, StochaConfig
+from stocha_hf.quantization import QUANTIZATION_FILE
+from stocha_hf.spec import ARCHITECTURES, MODELING_FILE, StochaConfig
 
 SIZES = ("num_hidden_layers", "intermediate_size")
 MOST_LAYERS = 10_000
@@ -52,7 +53,15 @@ def entry_keys(model_type: str, present: Mapping[str, Any], stocha: StochaConfig
     """What a config of this model_type holds for a resolved StochaConfig; `present` are the keys that it has."""
     row = ARCHITECTURES[model_type]
     acts = dict.fromkeys(sorted({row.act_key} | {key for key in ACT_KEYS if key in present}), stocha.native_act)
-    return acts | {"auto_map": row.auto_map, "stocha": stocha.to_dict()}
+    return acts | {"auto_map": auto_map(model_type, present), "stocha": stocha.to_dict()}
+
+
+def auto_map(model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """The `auto_map` of a config: a quantized folder names the second file, which hands on the first's classes."""
+    names = ARCHITECTURES[model_type].auto_map
+    if not config.get("quantization_config"):
+        return names
+    return {auto: name.replace(MODELING_FILE.stem, QUANTIZATION_FILE.stem) for auto, name in names.items()}
 
 
 def with_entry(config: Mapping[str, Any], stocha: StochaConfig) -> dict[str, Any]:

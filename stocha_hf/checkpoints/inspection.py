@@ -17,12 +17,12 @@ from typing import Any
 from stocha_hf.checkpoints.architecture import check_tensors
 from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.headers import tensor_headers
+from stocha_hf.checkpoints.quantized import dtypes, read_quantization
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import ARCHITECTURES, Architecture
 
 CONFIG, SINGLE, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DTYPES = ("BF16", "F16", "F32")
 LONGEST = 2**26  # bytes of a JSON file; the index of a large model has one or two million
 
 
@@ -56,12 +56,8 @@ def check_config(config: dict[str, Any], where: str) -> Architecture:
     if row is None:
         known = ", ".join(ARCHITECTURES)
         raise StochaError(f"{where} has model_type {model_type!r}: expected a dense gated model of type {known}")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise StochaError(
-            f"{where} is quantized ({method}): expected bf16, fp16 or fp32 weights; convert the original model"
-        )
-    if "stocha" in config:
+    quantization = read_quantization(config, where)
+    if "stocha" in config or quantization is not None:
         read_entry(config, where)
         return row
     code = config.get("auto_map")
@@ -102,6 +98,11 @@ def weight_files(names: Collection[str], load_index: Callable[[], dict[str, Any]
     return [INDEX, *shards]
 
 
+def is_weight(name: str) -> bool:
+    """Whether a checkpoint's file of this name holds weights, or says where they are."""
+    return name == INDEX or name.endswith(".safetensors")
+
+
 def list_files(folder: Path) -> list[str]:
     """All files of a folder and of its direct subfolders, as names relative to it. Raises StochaError."""
     try:
@@ -126,9 +127,11 @@ def check_weights(folder: Path, files: Collection[str], config: dict[str, Any]) 
             raise StochaError(
                 f"{folder / INDEX} names tensor {missing[0]}, which no shard holds: download the shards again"
             )
-    foreign = sorted(f"{name} ({entry.dtype})" for name, entry in found.items() if entry.dtype not in DTYPES)
-    if foreign:
-        raise StochaError(
-            f"{folder} holds {foreign[0]}: expected tensors of dtype {', '.join(DTYPES)}, not quantized ones"
-        )
+    quantization = read_quantization(config, str(folder))
+    for name, entry in sorted(found.items()):
+        if entry.dtype not in (expected := dtypes(name, quantization)):
+            said = "" if quantization else ", not quantized ones"
+            raise StochaError(
+                f"{folder} holds {name} ({entry.dtype}): expected tensors of dtype {', '.join(expected)}{said}"
+            )
     check_tensors({name: entry.shape for name, entry in found.items()}, config, str(folder))

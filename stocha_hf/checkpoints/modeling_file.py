@@ -1,14 +1,17 @@
-"""Which modeling_stocha.py is ours: the package's own, or one that a release wrote.
+"""Which code files a checkpoint carries, and which of them are ours: the package's own, or one that a release wrote.
 
-A published file of that name runs in other people's Python. A folder may come from anywhere, so its file is published
-only if it is known, and the package's own is put in the place of any other.
+A published file of these names runs in other people's Python. A folder may come from anywhere, so its file is
+published only if it is known, and the package's own is put in the place of any other.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from stocha_hf.quantization import QUANTIZATION_FILE
 from stocha_hf.spec import MODELING_FILE
 
 RELEASED = {  # SHA-256 of the file in each release
@@ -16,7 +19,13 @@ RELEASED = {  # SHA-256 of the file in each release
 }
 
 
+def code_files(config: Mapping[str, Any]) -> list[Path]:
+    """The package's code that a checkpoint of this config carries."""
+    return [MODELING_FILE, QUANTIZATION_FILE] if config.get("quantization_config") else [MODELING_FILE]
+
+
 def is_ours(path: Path) -> bool:
-    """Whether a file is a modeling_stocha.py that this package or a release of it wrote."""
+    """Whether a file of one of these names was written by this package or a release of it."""
     data = path.read_bytes()
-    return data == MODELING_FILE.read_bytes() or hashlib.sha256(data).hexdigest() in RELEASED
+    own = next(file for file in (MODELING_FILE, QUANTIZATION_FILE) if file.name == path.name)
+    return data == own.read_bytes() or hashlib.sha256(data).hexdigest() in RELEASED

@@ -4,10 +4,12 @@ example:
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-stocha --p 0.3
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
+  stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
-SOURCE's files are copied byte for byte (but for the FFN weights with --refit) and nothing of it is run. OUTPUT appears
-complete or not at all; a refit that was killed goes on when started again with the same command.
+SOURCE's files are copied byte for byte (but for the FFN weights with --refit, and all weights with --bits) and nothing
+of it is run. OUTPUT appears complete or not at all; a refit or quantization that was killed goes on when started again
+with the same command.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 
 from stocha_hf.cli import (
     Parser,
+    checked,
     dtype_name,
     hub_id,
     number_from_0,
@@ -28,11 +31,12 @@ from stocha_hf.cli import (
     whole_number,
 )
 from stocha_hf.errors import StochaError
+from stocha_hf.quantization import BITS
 from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
-OPTIONS = ("revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS)
+OPTIONS = ("bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS)
 
 
 def parser() -> Parser:
@@ -71,6 +75,9 @@ def parser() -> Parser:
         "--refit-tokens", type=whole_number(1), help="tokens to refit on (default: 98304, or 8 a neuron if more)"
     )
     verb.add_argument("--refit-on-disk", action="store_true", help="keep the refit's streams on disk, not in memory")
+    verb.add_argument(
+        "--bits", type=checked(int, lambda bits: bits in BITS, "4 or 8"), help="quantize the weights to 4 or 8 bits"
+    )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
     verb.add_argument(
@@ -101,6 +108,7 @@ def convert(args: argparse.Namespace) -> None:
     done = convert_folder(args.source, args.output, **options, **changes).to_dict()
     text = f"{done['output']}: {done['layers']}/{done['layers']} MLPs, {done['stocha']['activation']} in training"
     text += f", {done['stocha']['inference']} in inference"
+    text += f", {done['bits']} bits" if done["bits"] else ""
     if args.push_to_hub:
         try:
             done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()

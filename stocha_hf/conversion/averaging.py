@@ -22,6 +22,7 @@ from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import behaviour, weights_hash
 from stocha_hf.checkpoints.headers import tensor_headers
 from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.convert import check_output, write_checkpoint
 from stocha_hf.conversion.source import Source, open_source
@@ -97,6 +98,7 @@ def _parts(sources: Sequence[str | Path], shares: Sequence[float] | None) -> lis
 
 def _check_alike(first: Source, other: Source) -> None:
     read_entry(other.config, other.id)
+    refuse_quantized(other.config, other.id, "an average")
     expected, given = (_comparable(source) for source in (first, other))
     for key in sorted(expected.keys() | given.keys()):
         if (have := given.get(key)) != (want := expected.get(key)):

@@ -4,6 +4,8 @@ Patching changes the activation and not one weight, so the shards are copied byt
 file system can) and only config.json, the modeling file and the card are written. Hence the time of `cp`, and memory
 independent of the model's size. Converting a converted checkpoint changes only what is asked for.
 
+With `bits` the weights are quantized on the way (quantize.py).
+
     stocha-convert org/model model-stocha --p 0.3
     stocha_hf.convert("org/model", "model-stocha", p=0.3).stocha["inference"]   # "silu"
 """
@@ -13,21 +15,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
 from stocha_hf.checkpoints.entry import began_random, checked_entry, with_entry
-from stocha_hf.checkpoints.inspection import CONFIG
+from stocha_hf.checkpoints.inspection import CONFIG, is_weight
+from stocha_hf.checkpoints.modeling_file import code_files
 from stocha_hf.checkpoints.names import check_hub_id
 from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart, copy_file, staged_folder
 from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing import card
-from stocha_hf.spec import MODELING_FILE, StochaConfig, __version__
+from stocha_hf.quantization import BITS, Quantization
+from stocha_hf.spec import StochaConfig, __version__
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -37,7 +42,7 @@ class Converted:
     """What a conversion wrote.
 
     `layers` is the number of converted feed-forward layers, `source` the id and revision of the original model,
-    `stocha` the new entry of config.json, `files` the names in the folder `output`.
+    `stocha` the new entry of config.json, `files` the names in the folder `output`, `bits` those of quantized weights.
     """
 
     layers: int
@@ -45,6 +50,7 @@ class Converted:
     source: dict[str, str | None]
     stocha: dict[str, Any]
     files: list[str]
+    bits: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as the command's --json prints them."""
@@ -65,6 +71,7 @@ def convert(
     target_sparsity: float | None = None,
     refit_tokens: int | None = None,
     refit_on_disk: bool = False,
+    bits: int | None = None,
     revision: str | None = None,
     base_model: str | None = None,
     dtype: str = "bfloat16",
@@ -85,6 +92,7 @@ def convert(
         target_sparsity: share of zeros to refit for, between 0 and 1 (default: what plain ReLU makes).
         refit_tokens: tokens to refit on (default: 98304, or 8 per neuron if that is more).
         refit_on_disk: keep the refit's streams on disk instead of in memory.
+        bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
         dtype: what a .gguf file's tensors become, one of DTYPES.
@@ -107,6 +115,10 @@ def convert(
             "target_sparsity, refit_tokens or refit_on_disk was given without refit: expected the data to refit on"
         )
     _check_fields(changes)
+    if bits is not None and (options is not None or bits not in BITS):
+        given = "with refit" if options is not None else f"as {bits!r}"
+        expected = "one of them; refit first, then quantize the result" if options is not None else "4 or 8"
+        raise StochaError(f"bits was given {given}: expected {expected}")
     if base_model is not None:
         check_hub_id(base_model, "base_model")
     if dtype not in DTYPES:
@@ -115,7 +127,8 @@ def convert(
     inputs = [local_path(name) for name in (source, refit) if name is not None]
     check_apart(output, [path for path in inputs if path.exists()])
     with ExitStack() as stack:
-        work = stack.enter_context(refit_folder(output)) if options is not None else None
+        kind = "quantization" if bits is not None else "refit"
+        work = stack.enter_context(refit_folder(output, kind)) if bits is not None or options is not None else None
         found = stack.enter_context(open_source(str(source), revision, dtype, output))
         check_apart(output, (found.folder / name for name in found.files))
         config, change = _converted_config(found, base_model, changes), None
@@ -124,8 +137,16 @@ def convert(
 
             fitted = refit_checkpoint(found, config, options, work)
             config, change = fitted.config, fitted.apply_to
+        elif bits is not None and work is not None:
+            from stocha_hf.conversion.quantize import Quantize, quantize_checkpoint
+
+            refuse_quantized(found.config, found.id, "quantizing")
+            quantized = quantize_checkpoint(found, config, Quantize(Quantization(bits)), work)
+            config, change = quantized.config, quantized.write_to
+            found = replace(found, files=[name for name in found.files if not is_weight(name)])
         files = write_checkpoint(found, config, output, overwrite, change)
-    return Converted(config["num_hidden_layers"], str(output), config["stocha"].get("source"), config["stocha"], files)
+    stocha = config["stocha"]
+    return Converted(config["num_hidden_layers"], str(output), stocha.get("source"), stocha, files, bits)
 
 
 def _check_fields(changes: dict[str, Any]) -> None:
@@ -186,7 +207,8 @@ def write_checkpoint(
             change(folder)
         if source.tokenizer is not None:
             (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")
-        copy_file(MODELING_FILE, folder / MODELING_FILE.name)
+        for file in code_files(config):
+            copy_file(file, folder / file.name)
         (folder / CONFIG).write_text(dump(config), encoding="utf-8")
         card.write_card(folder, config=config, metadata=source.metadata)
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

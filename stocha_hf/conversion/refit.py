@@ -28,6 +28,7 @@ from tqdm import tqdm
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.checkpoints.names import public_name
+from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit_ffn import BATCH, FFN, refit_ffn
@@ -107,6 +108,7 @@ def refit_checkpoint(source: Source, config: dict[str, Any], options: Refit, wor
     one. Raises StochaError for a source that does not infer with its base activation any more or has FFN biases, too
     few tokens, activations that are not finite, and normal equations without a solution.
     """
+    refuse_quantized(source.config, source.id, "a refit")
     if "stocha" in source.config:
         check_original(read_entry(source.config, source.id), source.id)
     native = source.config | {source.architecture.act_key: config["stocha"]["base"]}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from stocha_hf.checkpoints.entry import read_entry
+from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.tensors import ModelTensors
 from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit import (
@@ -95,6 +96,7 @@ def refit(
 def _native_entry(model: nn.Module) -> StochaConfig:
     """The entry that a model's refit adds to. Raises StochaError for a model that cannot be refitted."""
     config: Any = getattr(model, "config", None)
+    refuse_quantized(config.to_dict() if hasattr(config, "to_dict") else {}, "the model", "a refit")
     row = ARCHITECTURES.get(str(getattr(config, "model_type", None)))
     names = {row.causal_lm, f"Stocha{row.causal_lm}"} if row else set()
     if row is None or type(model).__name__ not in names:

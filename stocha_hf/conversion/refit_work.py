@@ -1,4 +1,4 @@
-"""A refit's options, and the hidden folder beside the output where it keeps finished layers.
+"""A refit's options, and the hidden folder beside the output where a refit or quantization keeps finished layers.
 
 A killed run finds its layers there and goes on. The folder is locked by the run that writes it, so that a second refit
 with the same output is refused at once; inside, layers lie under a hash of all that decides them, so that layers of
@@ -49,15 +49,15 @@ class Refit:
 
 
 @contextmanager
-def refit_folder(output: Path) -> Iterator[Path]:
-    """Yield the locked work folder of a refit to `output`. It stays where a run that fails leaves finished layers.
+def refit_folder(output: Path, kind: str = "refit") -> Iterator[Path]:
+    """Yield the locked work folder of a run to `output`. It stays where a run that fails leaves finished layers.
 
-    Raises StochaError where another refit to the same output is running.
+    Raises StochaError where another run of this kind to the same output is running.
     """
     output = Path(os.path.abspath(output))
-    folder = output.with_name(f".{output.name}.refit")
+    folder = output.with_name(f".{output.name}.{kind}")
     new_parents = [parent for parent in output.parents if not parent.exists()]
-    lock = _locked(folder, output)
+    lock = _locked(folder, output, kind)
     succeeded = False
     try:
         yield folder
@@ -71,13 +71,15 @@ def refit_folder(output: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _locked(folder: Path, output: Path) -> int:
+def _locked(folder: Path, output: Path, kind: str) -> int:
     try:
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             lock = try_lock(folder)
             if lock is None:
-                raise StochaError(f"another refit is writing {output}: wait until it is done or choose another output")
+                raise StochaError(
+                    f"another {kind} is writing {output}: wait until it is done or choose another output"
+                )
             if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
                 return lock
             os.close(lock)  # of a folder that another run has just removed

@@ -52,7 +52,7 @@ class CettCurve:
     @torch.no_grad()
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
         layers: list[Any] = patched_layers(model)
-        self._curves = [_LayerCurve(layer.down_proj.weight.detach()) for layer in layers]
+        self._curves = [_LayerCurve(_weight(layer.down_proj)) for layer in layers]
         hooks = [
             layer.down_proj.register_forward_pre_hook(lambda module, args, curve=curve: curve.add(args[0]))
             for layer, curve in zip(layers, self._curves, strict=True)
@@ -114,13 +114,18 @@ def truncated(model: Any, thresholds: Sequence[float]) -> Iterator[None]:
     layers: list[Any] = patched_layers(model)
     hooks = []
     for layer, threshold in zip(layers, thresholds, strict=True):
-        limit = threshold / layer.down_proj.weight.detach().float().norm(dim=0)  # [M], of |hidden|
+        limit = threshold / _weight(layer.down_proj).float().norm(dim=0)  # [M], of |hidden|
         hooks.append(layer.down_proj.register_forward_pre_hook(lambda module, args, limit=limit: _cut(args, limit)))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _weight(linear: Any) -> torch.Tensor:
+    """A projection's weight [outputs, inputs], also where it is quantized."""
+    return linear.dequantized() if hasattr(linear, "dequantized") else linear.weight.detach()
 
 
 def _cut(args: tuple[torch.Tensor, ...], limit: torch.Tensor) -> tuple[torch.Tensor, ...]:

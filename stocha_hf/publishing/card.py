@@ -21,6 +21,7 @@ from typing import Any
 from stocha_hf.checkpoints.entry import began_random, read_entry
 from stocha_hf.checkpoints.inspection import CARD, read_config
 from stocha_hf.checkpoints.metadata import INHERITED, source_metadata
+from stocha_hf.checkpoints.quantized import read_quantization
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing.markdown import code, fence, text
 from stocha_hf.publishing.measurements import HASH_KEY, Measurements, check_measurements
@@ -48,6 +49,12 @@ REFITTED_LIMITS = (
 )
 TRAINED_LIMITS = (
     "Training moves the model towards the text it was trained on; on other text it may be worse than the source."
+)
+ROUNDED = "The weights are the source's, rounded to {bits} bits in groups of 32."
+ROUNDED_AFTER = "{weights} At last all matrices were rounded to {bits} bits in groups of 32, under names of their own."
+NATIVE_USE = "2. without `trust_remote_code`: the native {architecture}, {note};"
+QUANTIZED_USE = (
+    "2. without `trust_remote_code` not at all: the weights are quantized, and `quantization_stocha.py` reads them;"
 )
 LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 
@@ -145,7 +152,12 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
     native = stocha.native_act
     note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
     history = stocha.history or []
-    weights, limits = _what_was_done(history)
+    before = [stage for stage in history if stage.get("method") != "quantize"]
+    weights, limits = _what_was_done(before)
+    native_use = NATIVE_USE.format(architecture=row.causal_lm, note=note)
+    if quantization := read_quantization(config, "the config"):
+        rounded = ROUNDED_AFTER if before else ROUNDED
+        weights, native_use = rounded.format(weights=weights, bits=quantization.bits), QUANTIZED_USE
     linked = f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else code(source_id) or "an unnamed model"
     commit = f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file"
     licence = text(kept.get("license_name") or kept.get("license") or "not stated")
@@ -170,11 +182,10 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
         "limits": limits,
         "metadata": metadata.to_yaml(),
         **made,
-        "architecture": row.causal_lm,
         "activation": stocha.activation + p,
         "inference": stocha.inference,
-        "native": native,
-        "native_note": note,
+        "native": "not possible: the weights are quantized" if quantization else native,
+        "native_use": native_use,
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 

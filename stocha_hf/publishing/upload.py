@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, check_links, companion_files, dump, without_code
-from stocha_hf.checkpoints.entry import read_entry
+from stocha_hf.checkpoints.entry import auto_map, read_entry
 from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
-from stocha_hf.checkpoints.modeling_file import is_ours
+from stocha_hf.checkpoints.modeling_file import code_files, is_ours
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
 from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
+from stocha_hf.quantization import QUANTIZATION_FILE
 from stocha_hf.spec import MODELING_FILE
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _reading(folder: Path) -> Iterator[None]:
 def _publishable(folder: Path) -> list[str]:
     """The names of a stocha checkpoint's files, after checking that they are whole."""
     names = inspection.list_files(folder)
-    check_links(folder, {CONFIG, INDEX, CARD, MODELING_FILE.name} & set(names))
+    check_links(folder, {CONFIG, INDEX, CARD, MODELING_FILE.name, QUANTIZATION_FILE.name} & set(names))
     config = card.stocha_config(folder)
     inspection.check_config(config, str(folder))
     read_entry(config, str(folder))
@@ -125,7 +126,8 @@ def _additions(folder: Path, files: list[str], repo: str) -> list[CommitOperatio
     from huggingface_hub import CommitOperationAdd
 
     additions = [CommitOperationAdd(name, _content(folder, name, files)) for name in files]
-    additions.append(CommitOperationAdd(MODELING_FILE.name, str(_modeling_file(folder))))
+    for file in code_files(inspection.read_config(folder)):
+        additions.append(CommitOperationAdd(file.name, str(_code_file(folder, file))))
     text = card.published_card(folder, repo, _tag(additions))
     return [*additions, CommitOperationAdd(CARD, text.encode())]
 
@@ -134,7 +136,7 @@ def _content(folder: Path, name: str, files: list[str]) -> str | bytes:
     """What is sent of a file: the file as it is, but no name of code in a config that could be given one."""
     if name == CONFIG:
         config = inspection.read_config(folder)
-        code, found = inspection.check_config(config, str(folder)).auto_map, config.get("auto_map")
+        code, found = auto_map(config["model_type"], config), config.get("auto_map")
         if not isinstance(found, dict) or found.get("AutoConfig") != code["AutoConfig"]:
             del code["AutoConfig"]  # the modeling file of stocha_hf 0.1 has no such class
         return str(folder / name) if found == code else dump(config | {"auto_map": code}).encode()
@@ -145,9 +147,9 @@ def _content(folder: Path, name: str, files: list[str]) -> str | bytes:
     return str(folder / name)
 
 
-def _modeling_file(folder: Path) -> Path:
-    """The folder's own modeling file if it is ours, else the package's; a native class saves none."""
-    own = folder / MODELING_FILE.name
+def _code_file(folder: Path, ours: Path) -> Path:
+    """The folder's own copy of a code file if it is ours, else the package's; a native class saves none."""
+    own = folder / ours.name
     if own.is_file() and is_ours(own):
         return own
     if own.exists():
@@ -156,7 +158,7 @@ def _modeling_file(folder: Path) -> Path:
             "the folder's stays as it is",
             stacklevel=4,
         )
-    return MODELING_FILE
+    return ours
 
 
 def _tag(additions: list[CommitOperationAdd]) -> str:

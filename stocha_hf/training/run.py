@@ -15,6 +15,7 @@ from typing import Any
 
 from stocha_hf.checkpoints.entry import RANDOM_START, with_stage
 from stocha_hf.checkpoints.metadata import public_name
+from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import StochaConfig
 
@@ -124,6 +125,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
         model = fresh_model(args.model_config, tokenizer, seed=args.seed, **options)
     else:
         model = load_model(name, revision=revision, **options)
+        refuse_quantized(model.config.to_dict(), name, "training")
     teacher = load_model(args.teacher, **options) if args.teacher else None
     if teacher is not None:
         check_teacher(model.config, teacher.config)

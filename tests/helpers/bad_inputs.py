@@ -317,6 +317,16 @@ history5 out -> history
 relu relu --overwrite -> relu
 native /sys/stocha/out -> cannot write /sys/stocha/out
 native out --liger -> --liger
+native out --bits 3 -> --bits is 3; 4 or 8
+native out --bits four -> --bits is four; 4 or 8
+native out --bits 4 --refit text.txt -> bits was given with refit; refit first
+quantized4 out --bits 4 -> quantized4 is quantized to 4 bits; quantizing
+quantized4 out --refit text.txt -> quantized4 is quantized to 4 bits; a refit
+fivebits out -> bits is 5; 4 or 8
+newformat out -> format is 2; newer stocha_hf
+uncoded out -> layers.0.mlp.down_proj.codes; missing
+wrongcodes out -> (I8); U8
+unconverted4 out -> no stocha checkpoint
 broken.gguf out -> broken.gguf
 mixtral out -> model_type 'mixtral'; dense gated
 typeless out -> model_type None
@@ -359,6 +369,7 @@ relu threethresholds out -> threshold; 3
 relu wordthreshold out -> threshold is 'low'
 relu missing out -> q_proj.weight
 relu relu LONG -> bytes: expected at most 255
+quantized4 quantized4 out -> quantized4 is quantized to 4 bits; an average
 relu relu text.txt/out -> cannot write
 """
 
@@ -379,6 +390,7 @@ unknownactivation user/x -> activation is 'swiglu'
 missing user/x -> q_proj.weight
 measured user/x -> evaluation.json was measured on weights 000000000000
 mangled user/x -> evaluation.json cannot be read
+uncoded user/x -> layers.0.mlp.down_proj.codes; missing
 relu user/x --colour -> --colour
 """
 
@@ -428,6 +440,7 @@ TRAIN = """
 --config good.yaml --model_name_or_path pickle -> only pickle weights
 --config good.yaml --model_name_or_path gpt2 -> model_type 'gpt2'
 --config good.yaml --model_name_or_path stocha5 -> stocha
+--config good.yaml --model_name_or_path quantized4 -> quantized4 is quantized to 4 bits; training
 --config good.yaml --model_name_or_path notokenizer -> notokenizer has no tokenizer
 --config good.yaml --teacher ./absent -> ./absent does not exist
 --config good.yaml --teacher vocabulary -> 16

@@ -1,0 +1,131 @@
+"""Quantizing a checkpoint: every matrix becomes codes, scales and minima, a decoder layer at a time.
+
+Scales fit the weights (quantization_stocha.fit). With a text to calibrate on they fit what the layers compute from it
+(error_feedback.py): the text runs through the model one layer at a time, and each layer is quantized before the next
+sees its output. Memory is that of a layer and of the text's hidden states.
+
+Each finished layer is a file in a work folder beside the output (refit_work.py), so that a killed run goes on there
+and ends with the same bytes. The last step joins these files into the folder's weights.
+
+    stocha-convert SOURCE OUTPUT --bits 4 [--calibrate DATA]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from stocha_hf.checkpoints.architecture import Sizes
+from stocha_hf.checkpoints.companions import dump
+from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
+from stocha_hf.checkpoints.hashing import weights_hash
+from stocha_hf.checkpoints.inspection import INDEX
+from stocha_hf.checkpoints.tensors import LAYER, Tensors
+from stocha_hf.conversion.refit_work import layers_folder
+from stocha_hf.conversion.source import Source
+from stocha_hf.errors import StochaError
+from stocha_hf.quantization import Quantization, is_matrix
+from stocha_hf.quantization_stocha import NAMES, quantize
+
+SHARD = "5GB"
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """What to quantize to: the entry, and the text to calibrate on, if any, with the number of its tokens."""
+
+    entry: Quantization
+    data: str | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The result: the quantized folder's config.json, and the finished parts of its weights."""
+
+    folder: Path
+    parts: list[str]
+    config: dict[str, Any]
+
+    def write_to(self, checkpoint: Path) -> None:
+        """Write the weights into a folder that has none."""
+        tensors = {
+            name: value for part in self.parts for name, value in load_file(self.folder / part).items()
+        }  # mapped
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
+        for file, names in split.filename_to_tensors.items():
+            save_file({name: tensors[name] for name in names}, checkpoint / file, {"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (checkpoint / INDEX).write_text(dump(index), encoding="utf-8")
+
+
+def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:
+    """Quantize the matrices of `source`, of which `config` is the converted config.json; keeps what is done in `work`.
+
+    Raises StochaError for weights that are not finite, and for what cannot be written.
+    """
+    tensors = Tensors(source.folder)
+    try:
+        folder = layers_folder(work, _key(source, config, options))
+        parts = _parts(tensors, Sizes.of(config, source.id).tied)
+        for part, names in tqdm(parts.items(), desc="Quantizing", unit="layer", disable=None):
+            if not (folder / part).exists():
+                _save(folder / part, _quantized(tensors, names, options.entry))
+    except (OSError, SafetensorError) as error:
+        raise StochaError(
+            f"cannot write {work} ({error}): free space and start again with the same command, which goes on from "
+            "the finished layers there"
+        ) from error
+    stage = {"method": "quantize", "bits": options.entry.bits}
+    config = config | {"quantization_config": options.entry.to_dict()}
+    config = with_entry(config, with_stage(read_entry(config, source.id), stage))
+    return Quantized(folder, list(parts), config)
+
+
+def _parts(tensors: Tensors, tied: bool) -> dict[str, list[str]]:
+    """The tensors of each file in the work folder: one file a layer, one for what else there is."""
+    parts: dict[str, list[str]] = {}
+    for name in sorted(tensors.names):
+        match = LAYER.search(name)
+        part = f"layer-{int(match[1]):03d}" if match else f"layer-{name}"
+        if not (tied and name == "lm_head.weight"):
+            parts.setdefault(f"{part}.safetensors", []).append(name)
+    return parts
+
+
+def _quantized(tensors: Tensors, names: list[str], entry: Quantization) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        module, _, part = name.rpartition(".")
+        value = tensors.read(name)
+        if part != "weight" or not is_matrix(module):
+            found[name] = value
+            continue
+        if not value.isfinite().all():
+            raise StochaError(f"{name} has values that are not finite: expected numbers; check the source's weights")
+        matrix = value.t() if entry.is_transposed(module) else value
+        made = zip(NAMES, quantize(matrix, entry.bits_of(module), entry.has_minimum(module)), strict=True)
+        found |= {f"{module}.{end}": one for end, one in made if one is not None}
+    return found
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    partial.rename(path)
+
+
+def _key(source: Source, config: dict[str, Any], options: Quantize) -> str:
+    """A hash of all that decides the quantized layers."""
+    told = json.dumps([config, weights_hash(source.folder), asdict(options)], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -1,0 +1,118 @@
+"""What a quantized folder may say of its matrices, without importing torch: their bits, layout, names and shapes.
+
+A matrix of a quantized folder is three tensors in the place of one: `codes`, `scale` and, where asked for, `minimum`.
+Their rows are what a decode step reads whole, so that file, memory and kernel share one layout and one copy: a neuron
+of gate_proj and up_proj, a neuron of down_proj too (hence stored transposed), an output of any other projection, a
+token of the embedding. A group is 32 neighbours in a row.
+
+    weight = code * scale                  8 bits: int8, -127 to 127
+    weight = (code - 8) * scale            4 bits: 0 to 15; byte j of a group holds code j below, code j + 16 above
+    weight = code * scale + minimum        4 bits with a minimum
+
+quantization_stocha.py, which ships with quantized folders, holds a copy of everything between the two marked lines.
+
+    Quantization(bits=4).tensors("model.layers.0.mlp.down_proj", outputs=576, inputs=1536)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+QUANTIZATION_FILE = Path(__file__).with_name("quantization_stocha.py")
+
+# --- copied into quantization_stocha.py from here ---
+
+METHOD, FORMAT, GROUP = "stocha", 1, 32
+BITS = (4, 8)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The `quantization_config` entry of a quantized folder's config.json.
+
+    Args:
+        bits: Of the codes of the projections, 4 or 8.
+        minimum: Whether groups of 4 bits have a minimum beside the scale: 5 bits a weight in place of 4.5.
+        in_8_bits: Names of matrices, or ends of them such as "self_attn.v_proj", that are stored in 8 bits.
+        transposed: Names of matrices, or ends of them, whose rows are inputs.
+        quant_method: "stocha".
+        format: The version of the format, 1.
+        group_size: 32.
+
+    Raises:
+        ValueError: For any other value; the message names the key, what was given and what was expected.
+    """
+
+    bits: int = 4
+    minimum: bool = False
+    in_8_bits: tuple[str, ...] = ("embed_tokens", "lm_head")
+    transposed: tuple[str, ...] = ("down_proj",)
+    quant_method: str = METHOD
+    format: int = FORMAT
+    group_size: int = GROUP
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("bits", BITS), ("format", (FORMAT,)), ("group_size", (GROUP,))):
+            value = getattr(self, key)
+            if type(value) is not int or value not in allowed:
+                newer = "; install a newer stocha_hf" if key == "format" else ""
+                raise ValueError(f"{key} is {value!r}: expected {' or '.join(map(str, allowed))}{newer}")
+        if type(self.minimum) is not bool:
+            raise ValueError(f"minimum is {self.minimum!r}: expected true or false")
+        if self.quant_method != METHOD:
+            raise ValueError(f"quant_method is {self.quant_method!r}: expected {METHOD!r}")
+        for key in ("in_8_bits", "transposed"):
+            names = getattr(self, key)
+            if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(f"{key} is {names!r}: expected a list of matrices' names such as 'v_proj'")
+            object.__setattr__(self, key, tuple(names))
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> Quantization:
+        """Return the entry that JSON holds. Raises ValueError for whatever is not one."""
+        if not isinstance(entry, dict):
+            raise ValueError(f"quantization_config is {entry!r}: expected a mapping")
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(str(key) for key in entry if key not in known):
+            raise ValueError(f"quantization_config has the keys {unknown}: expected no other than {', '.join(known)}")
+        return cls(**entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON holds it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def bits_of(self, name: str) -> int:
+        """Return the bits of a matrix's codes, given its module's name."""
+        return 8 if _is_named(name, self.in_8_bits) else self.bits
+
+    def has_minimum(self, name: str) -> bool:
+        """Return whether a matrix's groups have a minimum."""
+        return self.minimum and self.bits_of(name) == 4
+
+    def is_transposed(self, name: str) -> bool:
+        """Return whether a matrix's rows are inputs."""
+        return _is_named(name, self.transposed)
+
+    def tensors(self, name: str, outputs: int, inputs: int) -> dict[str, tuple[str, list[int]]]:
+        """Return what stands for a matrix: name within the module -> safetensors' dtype, and shape."""
+        rows, columns = (inputs, outputs) if self.is_transposed(name) else (outputs, inputs)
+        groups, bits = -(-columns // GROUP), self.bits_of(name)
+        found = {"codes": ("I8" if bits == 8 else "U8", [rows, groups * GROUP * bits // 8])}
+        found["scale"] = ("F16", [rows, groups])
+        return found | ({"minimum": found["scale"]} if self.has_minimum(name) else {})
+
+
+def is_matrix(name: str) -> bool:
+    """Return whether a module of this name is stored quantized."""
+    return name.rpartition(".")[2] in MATRICES
+
+
+def _is_named(name: str, ends: tuple[str, ...]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+# --- to here ---

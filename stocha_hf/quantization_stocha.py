@@ -1,0 +1,492 @@
+# Copyright 2026 the stocha_hf authors. Licensed under the Apache License, Version 2.0.
+"""Weights in 8 and 4 bits: the second file that ships with a checkpoint, with quantized ones only.
+
+transformers finds StochaQuantConfig and StochaQuantizer by the `quant_method` of config.json, as importing this file
+registers them. The folder's `auto_map` names this file, which hands on the classes of modeling_stocha.py; so loading a
+quantized folder with `trust_remote_code=True` works without stocha_hf, and folders that are not quantized carry one
+file as before. What is computed here is PyTorch: a block of rows becomes floats, is multiplied, and is gone. Where
+stocha_hf is installed, its runtime takes the decode steps.
+
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)                    # a quantized folder
+    LlamaForCausalLM.from_pretrained(FOLDER, quantization_config=StochaQuantConfig(bits=4))  # quantizes in memory
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .modeling_stocha import *  # noqa: F403 - the classes that auto_map names
+from .modeling_stocha import StochaMLP
+
+# --- stocha_hf/quantization.py, from here ---
+
+METHOD, FORMAT, GROUP = "stocha", 1, 32
+BITS = (4, 8)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The `quantization_config` entry of a quantized folder's config.json.
+
+    Args:
+        bits: Of the codes of the projections, 4 or 8.
+        minimum: Whether groups of 4 bits have a minimum beside the scale: 5 bits a weight in place of 4.5.
+        in_8_bits: Names of matrices, or ends of them such as "self_attn.v_proj", that are stored in 8 bits.
+        transposed: Names of matrices, or ends of them, whose rows are inputs.
+        quant_method: "stocha".
+        format: The version of the format, 1.
+        group_size: 32.
+
+    Raises:
+        ValueError: For any other value; the message names the key, what was given and what was expected.
+    """
+
+    bits: int = 4
+    minimum: bool = False
+    in_8_bits: tuple[str, ...] = ("embed_tokens", "lm_head")
+    transposed: tuple[str, ...] = ("down_proj",)
+    quant_method: str = METHOD
+    format: int = FORMAT
+    group_size: int = GROUP
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("bits", BITS), ("format", (FORMAT,)), ("group_size", (GROUP,))):
+            value = getattr(self, key)
+            if type(value) is not int or value not in allowed:
+                newer = "; install a newer stocha_hf" if key == "format" else ""
+                raise ValueError(f"{key} is {value!r}: expected {' or '.join(map(str, allowed))}{newer}")
+        if type(self.minimum) is not bool:
+            raise ValueError(f"minimum is {self.minimum!r}: expected true or false")
+        if self.quant_method != METHOD:
+            raise ValueError(f"quant_method is {self.quant_method!r}: expected {METHOD!r}")
+        for key in ("in_8_bits", "transposed"):
+            names = getattr(self, key)
+            if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(f"{key} is {names!r}: expected a list of matrices' names such as 'v_proj'")
+            object.__setattr__(self, key, tuple(names))
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> Quantization:
+        """Return the entry that JSON holds. Raises ValueError for whatever is not one."""
+        if not isinstance(entry, dict):
+            raise ValueError(f"quantization_config is {entry!r}: expected a mapping")
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(str(key) for key in entry if key not in known):
+            raise ValueError(f"quantization_config has the keys {unknown}: expected no other than {', '.join(known)}")
+        return cls(**entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON holds it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def bits_of(self, name: str) -> int:
+        """Return the bits of a matrix's codes, given its module's name."""
+        return 8 if _is_named(name, self.in_8_bits) else self.bits
+
+    def has_minimum(self, name: str) -> bool:
+        """Return whether a matrix's groups have a minimum."""
+        return self.minimum and self.bits_of(name) == 4
+
+    def is_transposed(self, name: str) -> bool:
+        """Return whether a matrix's rows are inputs."""
+        return _is_named(name, self.transposed)
+
+    def tensors(self, name: str, outputs: int, inputs: int) -> dict[str, tuple[str, list[int]]]:
+        """Return what stands for a matrix: name within the module -> safetensors' dtype, and shape."""
+        rows, columns = (inputs, outputs) if self.is_transposed(name) else (outputs, inputs)
+        groups, bits = -(-columns // GROUP), self.bits_of(name)
+        found = {"codes": ("I8" if bits == 8 else "U8", [rows, groups * GROUP * bits // 8])}
+        found["scale"] = ("F16", [rows, groups])
+        return found | ({"minimum": found["scale"]} if self.has_minimum(name) else {})
+
+
+def is_matrix(name: str) -> bool:
+    """Return whether a module of this name is stored quantized."""
+    return name.rpartition(".")[2] in MATRICES
+
+
+def _is_named(name: str, ends: tuple[str, ...]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+# --- to here ---
+
+NAMES = ("codes", "scale", "minimum")
+DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16}  # by safetensors' names
+ENDS = (-8.0, 8.0, -7.6, 7.6, -7.2, 7.2, -8.4, 7.0, -6.8, 6.6, -6.4)  # codes that a group's largest entry may get
+SHARES = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78)  # of a group's range that the codes may cover
+BLOCK = 2**20  # weights that are floats at one time on a CPU
+BLOCK_ON_GPU = 2**26
+
+
+# Packing: matrices [rows, columns] of weights to codes, scale and minimum, and back.
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack integer codes [rows, columns], columns a multiple of 32, into bytes [rows, columns * bits / 8]."""
+    if bits == 8:
+        return codes.to(torch.int8)
+    low, high = codes.to(torch.uint8).view(len(codes), -1, 2, GROUP // 2).unbind(2)
+    return (low | high << 4).reshape(len(codes), -1)
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None,
+    bits: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Return the weights [rows, columns] that codes, scale and minimum stand for."""
+    rows, groups = scale.shape
+    scale = scale.float()[..., None]
+    if bits == 8:
+        weights = codes.view(rows, groups, GROUP) * scale
+    else:
+        packed, weights = codes.view(rows, groups, GROUP // 2), scale.new_empty(rows, groups, GROUP)
+        halves = (packed & 15, weights[..., : GROUP // 2]), (packed >> 4, weights[..., GROUP // 2 :])
+        for half, target in halves:
+            torch.mul(half.float() if minimum is not None else half.float().sub_(8), scale, out=target)
+        if minimum is not None:
+            weights += minimum.float()[..., None]
+    return weights.view(rows, -1)[:, :columns].to(dtype)
+
+
+def quantize(
+    weight: torch.Tensor, bits: int, minimum: bool = False, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Quantize a matrix [rows, columns], each group with the scale and minimum of the least squared error.
+
+    Args:
+        weight: [rows, columns], of any float dtype.
+        bits: 4 or 8.
+        minimum: Whether groups of 4 bits have a minimum.
+        importance: [columns], what a squared error counts in each column, such as the input's mean square.
+
+    Returns:
+        Codes, packed; scale, float16 [rows, groups]; minimum, the same or None. The last group is filled with zeros.
+    """
+    columns = weight.shape[1]
+    counts = weight.new_ones(columns, dtype=torch.float32) if importance is None else importance.float()
+    filled = -columns % GROUP
+    counts = counts.clamp(min=1e-4 * counts.mean().item())  # no column's weights are free
+    counts = F.pad(counts, (0, filled)).view(-1, GROUP)
+    parts = []
+    for block in weight.split(max(1, BLOCK // columns)):
+        groups = F.pad(block.float(), (0, filled)).view(len(block), -1, GROUP)
+        scale, least = fit(groups, bits, minimum and bits == 4, counts)
+        codes = encode(groups, scale, least, bits).view(len(block), -1)
+        parts.append((pack(codes, bits), scale, least))
+    packed, scales, minima = zip(*parts, strict=True)
+    return torch.cat(packed), torch.cat(scales), torch.cat(minima) if minimum and bits == 4 else None
+
+
+def encode(groups: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """Return the codes of weights [..., 32], as floats, given each group's scale and minimum [...]."""
+    scale = scale.float()[..., None]
+    steps = groups if minimum is None else groups - minimum.float()[..., None]
+    steps = torch.where(scale == 0, 0.0, steps / scale).round_()
+    if bits == 8:
+        return steps.clamp_(-127, 127)
+    return steps.clamp_(0, 15) if minimum is not None else steps.add_(8).clamp_(0, 15)
+
+
+def fit(
+    groups: torch.Tensor, bits: int, minimum: bool, importance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scale and minimum, float16 [...], of groups [..., 32] by the least weighted squared error.
+
+    Several ranges are tried; for each, the codes are rounded, and then the scale and minimum are those that fit these
+    codes best. `importance` broadcasts to the groups.
+    """
+    if bits == 8:
+        return (groups.abs().amax(-1) / 127).half(), None
+    return _fit_range(groups, importance) if minimum else (_fit_scale(groups, importance), None)
+
+
+def _fit_scale(groups: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """The codes reach from -8 to 7, so the entry of the largest magnitude is tried at both ends and beyond them."""
+    top = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best: Any = None
+    chosen: Any = None
+    for end in ENDS:
+        codes = (groups * torch.where(top == 0, 0.0, end / top)).round_().clamp_(-8, 7)
+        weighted = codes * importance
+        scale = _half((weighted * groups).sum(-1, keepdim=True) / (weighted * codes).sum(-1, keepdim=True))
+        best, chosen = _better(
+            ((codes * scale - groups) ** 2 * importance).sum(-1, keepdim=True), [scale], best, chosen
+        )
+    return chosen[0].squeeze(-1).half()
+
+
+def _fit_range(groups: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    importance = importance.expand_as(groups)
+    total, mean = importance.sum(-1, keepdim=True), (importance * groups).sum(-1, keepdim=True)
+    best: Any = None
+    chosen: Any = None
+    for share in SHARES:
+        step, start = (high - low) * share / 15, low + (high - low) * (1 - share) / 2
+        codes = torch.where(step == 0, 0.0, (groups - start) / step).round_().clamp_(0, 15)
+        weighted = codes * importance
+        first, second = weighted.sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True)
+        cross = (weighted * groups).sum(-1, keepdim=True)
+        scale = _half((total * cross - first * mean) / (total * second - first * first))
+        least = _half((mean - scale * first) / total)
+        error = ((codes * scale + least - groups) ** 2 * importance).sum(-1, keepdim=True)
+        best, chosen = _better(error, [scale, least], best, chosen)
+    return chosen[0].squeeze(-1).half(), chosen[1].squeeze(-1).half()
+
+
+def _half(value: torch.Tensor) -> torch.Tensor:
+    """The float16 numbers nearest to a group's figure, 0 where there is none, as float32."""
+    return value.nan_to_num_(0.0, 0.0, 0.0).half().float()
+
+
+def _better(error: torch.Tensor, tried: list[torch.Tensor], best: Any, chosen: Any) -> tuple[torch.Tensor, Any]:
+    if best is None:
+        return error, tried
+    less = error < best
+    return torch.where(less, error, best), [
+        torch.where(less, new, old) for new, old in zip(tried, chosen, strict=True)
+    ]
+
+
+# Modules: codes, scale and minimum are buffers. What a matrix is tied to is not its own: it is read there.
+
+
+class Quantized(nn.Module):
+    """What QuantizedLinear and QuantizedEmbedding share: a matrix's tensors, and weights made of some rows of them."""
+
+    quantized_format = FORMAT
+    bits: int
+    transposed: bool
+    columns: int  # weights of a row
+    dtype: torch.dtype
+    codes: Any
+    scale: Any
+    minimum: Any
+
+    def _become(self, entry: Quantization, name: str, outputs: int, inputs: int, like: torch.Tensor) -> None:
+        """Take the layout of the matrix of this name, with tensors that are not filled."""
+        self.bits, self.transposed, self.dtype = entry.bits_of(name), entry.is_transposed(name), like.dtype
+        self.columns = outputs if self.transposed else inputs
+        made = {
+            part: torch.empty(shape, dtype=DTYPES[dtype], device=like.device)
+            for part, (dtype, shape) in entry.tensors(name, outputs, inputs).items()
+        }
+        for part in NAMES:
+            self.register_buffer(part, made.get(part))
+
+    def fill(self, weight: torch.Tensor) -> None:
+        """Quantize the native module's weight into the tensors."""
+        matrix = weight.detach().t() if self.transposed else weight.detach()
+        self.set(*quantize(matrix, self.bits, self.minimum is not None))
+
+    def set(self, codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None) -> None:
+        """Take these tensors."""
+        self.codes, self.scale, self.minimum = codes, scale, minimum
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weights [last - first, columns] of rows that lie together."""
+        minimum = None if self.minimum is None else self.minimum[first:last]
+        return dequantize(self.codes[first:last], self.scale[first:last], minimum, self.bits, self.columns, dtype)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the weight that the native module would have."""
+        weight = self.rows(0, len(self.codes), dtype)
+        return weight.t() if self.transposed else weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move tensors, and never cast them: a cast changes what is computed in, which is x's dtype."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        own, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)  # a bias
+        self._buffers = {part: None if tensor is None else _moved(tensor, fn) for part, tensor in own.items()}
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in NAMES and "tied_to" in self.__dict__:
+            return getattr(self.__dict__["tied_to"][0], name)
+        if name == "weight":  # for those who ask for its shape, dtype and device, as peft does; merging into it raises
+            shape = reversed(self.shape) if self.transposed else self.shape
+            return torch.full((), torch.nan, dtype=self.dtype, device=self.codes.device).expand(*shape)
+        return super().__getattr__(name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and weights of a row."""
+        return len(self.codes), self.columns
+
+
+def _moved(tensor: torch.Tensor, fn: Any) -> torch.Tensor:
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+class QuantizedLinear(Quantized, nn.Linear):
+    """A Linear layer whose weight is codes: `codes`, `scale` and `minimum` or None, `bits`, `transposed`, `bias`."""
+
+    def __init__(self, native: nn.Linear, entry: Quantization, name: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = native.in_features, native.out_features
+        self._become(entry, name, self.out_features, self.in_features, native.weight)
+        self.register_parameter("bias", native.bias)
+        self.train(native.training)
+
+    def tie(self, embedding: QuantizedEmbedding) -> None:
+        """Read the embedding's tensors in the place of own ones."""
+        for part in NAMES:
+            del self._buffers[part]
+        self.tied_to = (embedding,)  # in a tuple: no child
+        self.bits, self.transposed = embedding.bits, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute x [..., in_features] times the weight: by the runtime where it takes x, else in PyTorch."""
+        runtime = None if torch.compiler.is_compiling() else StochaMLP.runtime
+        if runtime is not None and (fast := getattr(runtime, "quantized_linear", None)) is not None:
+            found = fast(self, x)
+            if found is not None:
+                return found
+        dtype = computing_dtype(x)
+        given, parts = x.to(dtype), self._blocks(x)
+        y: Any
+        if self.transposed:
+            y = sum(given[..., first:last] @ self.rows(first, last, dtype) for first, last in parts)
+        else:
+            y = torch.cat([F.linear(given, self.rows(first, last, dtype)) for first, last in parts], -1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def _blocks(self, x: torch.Tensor) -> Iterator[tuple[int, int]]:
+        rows, size = len(self.codes), max(1, (BLOCK if x.device.type == "cpu" else BLOCK_ON_GPU) // self.columns)
+        return ((first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+class QuantizedEmbedding(Quantized):
+    """An embedding whose rows are codes, as QuantizedLinear's. `factor` is what Gemma multiplies an embedding with."""
+
+    def __init__(self, native: nn.Embedding, entry: Quantization, name: str) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = native.num_embeddings, native.embedding_dim
+        self.padding_idx, self.factor = native.padding_idx, float(getattr(native, "scalar_embed_scale", 1.0))
+        self._become(entry, name, self.num_embeddings, self.embedding_dim, native.weight)
+        self.train(native.training)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the vectors [..., embedding_dim] of token ids."""
+        flat = tokens.reshape(-1)
+        minimum = None if self.minimum is None else self.minimum[flat]
+        found = dequantize(self.codes[flat], self.scale[flat], minimum, self.bits, self.columns, self.dtype)
+        if self.factor != 1:
+            found = found * torch.tensor(self.factor, dtype=self.dtype)
+        return found.view(*tokens.shape, self.columns)
+
+
+@functools.cache
+def _has_bf16_products() -> bool:
+    """Whether this processor multiplies bfloat16 itself; where it does not, float32 is several times as fast."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def computing_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return what a product with x is computed in."""
+    if x.device.type != "cpu" or (x.dtype == torch.bfloat16 and _has_bf16_products()):
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# What transformers calls: the entry of config.json as a config class, and the quantizer.
+
+
+class StochaQuantConfig(QuantizationConfigMixin):
+    """Ask for weights in 8 or 4 bits: `from_pretrained(FOLDER, quantization_config=StochaQuantConfig(bits=4))`.
+
+    Args:
+        bits: Of the projections' codes, 4 or 8.
+        **entry: The other keys of Quantization: minimum, in_8_bits, transposed.
+
+    Raises:
+        ValueError: For a value that no quantized folder can have.
+    """
+
+    def __init__(self, bits: int = 4, **entry: Any) -> None:
+        self.__dict__.update(Quantization.from_dict({"bits": bits, **entry}).to_dict())
+
+    def entry(self) -> Quantization:
+        """Return the entry as a Quantization."""
+        return Quantization.from_dict(self.to_dict())
+
+
+class StochaQuantizer(HfQuantizer):
+    """Exchanges the modules of a model for quantized ones: before loading a quantized folder, after any other."""
+
+    quantization_config: Any  # a StochaQuantConfig, of this or another copy of the file
+    requires_calibration = False
+    is_trainable = True  # gradients pass through, so adapters can be trained
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            exchange(model, self.quantization_config.entry())
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            exchange(model, self.quantization_config.entry(), fill=True)
+        return model
+
+    @staticmethod
+    def complete(model: Any, folder: str | os.PathLike) -> None:
+        """Give a saved folder this file, and let its config name it."""
+        model.config.auto_map = {
+            auto: f"{__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}"
+            for auto, name in model.config.auto_map.items()
+        }
+        model.config.save_pretrained(folder)
+        shutil.copyfile(__file__, os.path.join(folder, os.path.basename(__file__)))
+
+
+def exchange(model: Any, entry: Quantization, fill: bool = False) -> int:
+    """Exchange a model's matrices for quantized modules, with `fill` quantized from their weights, one at a time.
+
+    Returns the number of matrices.
+    """
+    found = [(name, module) for name, module in model.named_modules() if is_matrix(name)]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    made: dict[str, Any] = {}
+    for name, native in found:
+        kind = QuantizedEmbedding if isinstance(native, nn.Embedding) else QuantizedLinear
+        module = kind(native, entry, name)
+        parent, _, last = name.rpartition(".")
+        if last == "lm_head" and tied:
+            module.tie(next(other for other in made.values() if isinstance(other, QuantizedEmbedding)))
+        elif fill:
+            module.fill(native.weight)
+        setattr(model.get_submodule(parent), last, module)
+        made[name] = module
+    if tied:  # transformers ties parameters by name
+        model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+    return len(made)
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # by another copy of this file
+    register_quantization_config(METHOD)(StochaQuantConfig)
+    register_quantizer(METHOD)(StochaQuantizer)

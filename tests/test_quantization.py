@@ -1,0 +1,223 @@
+"""Weights in 8 and 4 bits: packing, loading, saving, converting, publishing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_python, tiny_model
+from safetensors.torch import load_file
+
+from stocha_hf import StochaError, convert, load_model, modeling_stocha, quantization_stocha
+from stocha_hf.conversion import quantize as quantizing
+from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
+from stocha_hf.publishing.upload import _additions, _publishable
+from stocha_hf.quantization import Quantization
+from stocha_hf.quantization_stocha import StochaQuantConfig, dequantize, pack, quantize
+
+TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60], [1, 7, 7, 20, 41, 3, 62, 11]])
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_bytes_hold_codes_in_the_order_that_kernels_read() -> None:
+    codes = torch.arange(64).remainder(16).view(1, 64)
+    packed = pack(codes, 4)
+    assert packed.dtype == torch.uint8 and packed.shape == (1, 32)
+    for group, byte in ((0, 0), (0, 15), (1, 3)):
+        assert packed[0, 16 * group + byte] == codes[0, 32 * group + byte] + 16 * codes[0, 32 * group + byte + 16]
+    scale, minimum = torch.tensor([[0.5, 2.0]]).half(), torch.tensor([[-1.0, 3.0]]).half()
+    steps = codes.float().view(1, 2, 32)
+    plain = (steps - 8) * scale.float()[..., None]
+    assert torch.equal(dequantize(packed, scale, None, 4, 64), plain.view(1, 64))
+    assert torch.equal(
+        dequantize(packed, scale, minimum, 4, 40),
+        (steps * scale.float()[..., None] + minimum.float()[..., None]).view(1, 64)[:, :40],
+    )
+
+
+@pytest.mark.parametrize(("bits", "minimum", "most"), [(4, False, 0.11), (4, True, 0.09), (8, False, 0.007)])
+def test_the_error_is_that_of_the_bits_and_what_a_group_can_hold_is_exact(
+    bits: int, minimum: bool, most: float
+) -> None:
+    """A normal weight's range in 32 is 4.1 deviations; in 15 steps, the error is 0.27 / sqrt(12) = 0.08."""
+    weight = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    made = quantize(weight, bits, minimum)
+    assert [part is None for part in made] == [False, False, not minimum] and made[1].shape == (64, 4)
+    again = dequantize(*made, bits, 100)
+    assert (again - weight).norm() / weight.norm() < most
+    twice = dequantize(*quantize(again, bits, minimum), bits, 100)
+    assert (twice - again).norm() <= 0.01 * (again - weight).norm()
+    for flat in (torch.zeros(2, 32), torch.full((2, 32), 127 / 512)):
+        assert torch.equal(dequantize(*quantize(flat, bits, minimum), bits, 32), flat)
+
+
+def test_errors_count_by_importance() -> None:
+    weight = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+    importance = torch.ones(32)
+    importance[::4] = 100.0
+    for minimum in (False, True):
+        errors = [
+            ((dequantize(*quantize(weight, 4, minimum, counts), 4, 32) - weight) ** 2 * importance).sum()
+            for counts in (None, importance)
+        ]
+        assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_a_model_is_quantized_saved_and_loaded(model_type: str, tied: bool, tmp_path: Path) -> None:
+    native = tiny_model(model_type, tie_word_embeddings=tied)
+    native.save_pretrained(tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "relu", activation="relu")
+    kind = getattr(modeling_stocha, f"Stocha{ARCHITECTURES[model_type].causal_lm}")
+    model = kind.from_pretrained(
+        tmp_path / "relu",
+        quantization_config=StochaQuantConfig(bits=4, minimum=tied, in_8_bits=["lm_head", "v_proj", "embed_tokens"]),
+    )
+    with torch.no_grad():  # what it computes is what a model of the dequantized weights computes
+        for name, module in model.named_modules():
+            if isinstance(module, quantization_stocha.Quantized):
+                native.get_submodule(name).weight.copy_(module.dequantized())
+    patch(native, StochaConfig(activation="relu"))
+    torch.testing.assert_close(model(TOKENS).logits, native(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    again = load_model(str(tmp_path / "saved"))
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    again.save_pretrained(tmp_path / "twice")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("saved", "twice")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert (f"model.{'embed_tokens' if tied else 'layers.0.mlp.up_proj'}.codes" in files[0]) and (
+        "lm_head.codes" in files[0]
+    ) is not tied
+
+
+def test_converting_to_bits_writes_what_loading_would_compute(checkpoint, tmp_path: Path) -> None:
+    convert(checkpoint(max_shard_size="20KB"), tmp_path / "relu", activation="relu")
+    done = convert(tmp_path / "relu", tmp_path / "small", bits=4)
+    assert done.bits == 4 and done.stocha["history"][-1]["method"] == "quantize" and "LICENSE" in done.files
+    assert {"modeling_stocha.py", "quantization_stocha.py", "model.safetensors"} <= set(done.files)
+    assert not any("-of-" in name or name.endswith(".index.json") for name in done.files)
+    model = load_model(str(tmp_path / "small"))
+    loaded = modeling_stocha.StochaLlamaForCausalLM.from_pretrained(
+        tmp_path / "relu", quantization_config=StochaQuantConfig(bits=4)
+    )
+    assert torch.equal(model(TOKENS).logits, loaded(TOKENS).logits)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "rounded to 4 bits" in card and "quantization_stocha.py" in card
+    changed = convert(tmp_path / "small", tmp_path / "silu", activation="silu")  # what is no weight can still change
+    assert "quantization_stocha.py" in changed.files and load_model(str(tmp_path / "silu")).config.hidden_act == "silu"
+
+
+def test_a_killed_quantization_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    source = checkpoint()
+    convert(source, tmp_path / "whole", bits=8)
+    calls: list[Path] = []
+    save = quantizing._save
+
+    def saved(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(path, tensors)
+
+    monkeypatch.setattr(quantizing, "_save", saved)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", bits=8)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.quantization").exists()
+    convert(source, tmp_path / "out", bits=8)
+    assert [path.name for path in calls].count(calls[0].name) == 1
+    assert not (tmp_path / ".out.quantization").exists()
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path
+
+
+LOAD = """
+import json, sys
+sys.modules["stocha_hf"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokens = torch.tensor(json.loads(sys.argv[2]))
+print(json.dumps([type(model).__name__, model(tokens).logits.tolist()]))
+model.save_pretrained(sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path: Path) -> None:
+    convert(checkpoint(tie_word_embeddings=True), tmp_path / "small", activation="relu", bits=4)
+    done = run_python(LOAD, tmp_path / "small", TOKENS.tolist(), tmp_path / "saved")
+    assert done.returncode == 0, done.stderr
+    name, logits = json.loads(done.stdout.splitlines()[-1])
+    assert name == "StochaLlamaForCausalLM"
+    torch.testing.assert_close(torch.tensor(logits), load_model(str(tmp_path / "small"))(TOKENS).logits)
+    for file in ("modeling_stocha.py", "quantization_stocha.py", "config.json"):
+        assert (tmp_path / "saved" / file).is_file()
+    assert torch.equal(
+        load_model(str(tmp_path / "saved"))(TOKENS).logits, load_model(str(tmp_path / "small"))(TOKENS).logits
+    )
+
+
+def test_publishing_sends_both_files_of_code(checkpoint, tmp_path: Path) -> None:
+    convert(checkpoint(), tmp_path / "small", bits=4)
+    sent = {
+        item.path_in_repo for item in _additions(tmp_path / "small", _publishable(tmp_path / "small"), "user/model")
+    }
+    assert {"modeling_stocha.py", "quantization_stocha.py", "model.safetensors"} <= sent
+    settings = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert settings["auto_map"]["AutoModelForCausalLM"] == "quantization_stocha.StochaLlamaForCausalLM"
+
+
+def test_casts_leave_codes_and_scales_alone(checkpoint, tmp_path: Path) -> None:
+    convert(checkpoint(dtype=torch.bfloat16), tmp_path / "small", bits=4)
+    model = load_model(str(tmp_path / "small"), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model(TOKENS).logits.dtype == torch.bfloat16
+    logits = model.to(torch.float32)(TOKENS).logits
+    gate = model.model.layers[0].mlp.gate_proj
+    assert (gate.codes.dtype, gate.scale.dtype, logits.dtype) == (torch.uint8, torch.float16, torch.float32)
+    assert torch.equal(logits, load_model(str(tmp_path / "small"), dtype=torch.float32)(TOKENS).logits)
+
+
+def test_adapters_are_honoured_and_trained_and_cannot_be_merged(checkpoint, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    convert(checkpoint(), tmp_path / "small", bits=4)
+    model = load_model(str(tmp_path / "small"), dtype=torch.float32)
+    before = model(TOKENS).logits
+    adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj", "q_proj"], r=2, init_lora_weights=False))
+    assert not torch.allclose(adapted(TOKENS).logits, before)
+    adapted(TOKENS, labels=TOKENS).loss.backward()
+    grads = [parameter.grad for name, parameter in adapted.named_parameters() if "lora_B" in name]
+    assert len(grads) == 4 and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):  # and not in silence
+        adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"bits": 3}, "bits is 3: expected 4 or 8"),
+        ({"bits": True}, "bits is True"),
+        ({"minimum": 1}, "minimum is 1: expected true or false"),
+        ({"in_8_bits": "v_proj"}, "in_8_bits is 'v_proj': expected a list"),
+        ({"transposed": [5]}, "transposed is [5]"),
+        ({"format": 2}, "format is 2: expected 1; install a newer stocha_hf"),
+        ({"group_size": 64}, "group_size is 64: expected 32"),
+        ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
+        ({"colour": "red"}, "the keys ['colour']"),
+    ],
+)
+def test_a_wrong_entry_is_refused_in_one_sentence(entry: dict, words: str) -> None:
+    for make in (Quantization.from_dict, lambda given: StochaQuantConfig(**given)):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            make(entry)
+
+
+def test_the_public_function_refuses_what_the_command_refuses(checkpoint, tmp_path: Path) -> None:
+    for bits in (3, "4", True):
+        with pytest.raises(StochaError, match="expected 4 or 8"):
+            convert(checkpoint(name=f"source{bits}"), tmp_path / "out", bits=bits)
+    assert not (tmp_path / "out").exists()
