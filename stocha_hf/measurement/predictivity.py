@@ -111,12 +111,11 @@ def _trained(learned: tuple[torch.Tensor, torch.Tensor], index: int, rank: int, 
         )
     device = inputs.device
     generator = torch.Generator().manual_seed(seed)
-    sizes = [inputs.shape[1], rank, active.shape[1]]
-    predictor = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Linear(*sizes[1:]))
-    for linear in (predictor[0], predictor[2]):
+    first, last = nn.Linear(inputs.shape[1], rank), nn.Linear(rank, active.shape[1])
+    for linear in (first, last):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator)
         nn.init.zeros_(linear.bias)
-    predictor.to(device)
+    predictor = nn.Sequential(first, nn.ReLU(), last).to(device)
     optimizer = torch.optim.Adam(predictor.parameters(), RATE)
     scale = inputs.float().square().mean().sqrt().clamp_min(1e-9)  # the same for all inputs: folded in at the end
     with torch.enable_grad():
@@ -127,7 +126,7 @@ def _trained(learned: tuple[torch.Tensor, torch.Tensor], index: int, rank: int, 
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    predictor[0].weight.data /= scale
+    first.weight.data /= scale
     return predictor
 
 
