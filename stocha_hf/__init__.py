@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from stocha_hf.errors import StochaError
     from stocha_hf.measurement.evaluation import compare, evaluate
     from stocha_hf.measurement.sampling import sample
+    from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
     from stocha_hf.measurement.speed_models import benchmark
-    from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mode, unpatch
+    from stocha_hf.modeling_stocha import StochaConfig, cut_inputs, patch, set_activation, stocha_mode, unpatch
     from stocha_hf.models import load_model
     from stocha_hf.publishing.card import write_card
     from stocha_hf.publishing.upload import publish
     from stocha_hf.quantization_stocha import StochaQuantConfig
-    from stocha_hf.spec import __version__
+    from stocha_hf.spec import InputCuts, __version__
     from stocha_hf.tasks.evaluate import compare_tasks, evaluate_tasks
     from stocha_hf.training.arguments import StochaArguments
     from stocha_hf.training.run import train
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "average": "conversion.averaging",
     "benchmark": "measurement.speed_models",
+    "calibrate_inputs": "measurement.selection.input_cuts",
     "compare": "measurement.evaluation",
     "compare_tasks": "tasks.evaluate",
     "convert": "conversion.convert",
+    "cut_inputs": "modeling_stocha",
     "evaluate": "measurement.evaluation",
     "evaluate_tasks": "tasks.evaluate",
     "load_model": "models",
@@ -44,6 +47,7 @@ _HOMES = {
     "train": "training.run",
     "unpatch": "modeling_stocha",
     "write_card": "publishing.card",
+    "InputCuts": "spec",
     "Schedule": "training.schedule",
     "StochaArguments": "training.arguments",
     "StochaConfig": "spec",
@@ -53,6 +57,7 @@ _HOMES = {
     "__version__": "spec",
 }
 __all__ = [
+    "InputCuts",
     "Schedule",
     "StochaArguments",
     "StochaConfig",
@@ -62,9 +67,11 @@ __all__ = [
     "__version__",
     "average",
     "benchmark",
+    "calibrate_inputs",
     "compare",
     "compare_tasks",
     "convert",
+    "cut_inputs",
     "evaluate",
     "evaluate_tasks",
     "load_model",

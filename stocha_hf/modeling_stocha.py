@@ -3,7 +3,8 @@
 
 Llama-class models compute y = W_down(act(W_gate x) * (W_up x)). This file replaces `act` by one of FUNCTIONS: StochA
 (Lomeli et al., arXiv 2509.22358), its deterministic expectation, ReLU, and the sparse activations of neighbouring
-papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`.
+papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`. It
+can also cut small entries of projections' inputs, as `config.stocha["inputs"]` says.
 
 Why this way: patching changes the *class* of existing modules and nothing else, so parameters, state-dict keys, hooks
 and devices stay as they are, and any stocha checkpoint is a valid checkpoint of its native class. The file imports
@@ -25,7 +26,7 @@ import os
 import shutil
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,66 @@ ACTIVATIONS = {
 }
 BASES = ("silu", "gelu_pytorch_tanh")  # what models are pretrained with
 POSITIVE_SIDES = ("silu", "relu", "drawn")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+
+
+@dataclass(frozen=True)
+class InputCuts:
+    """The `inputs` of a `stocha` entry: which entries of projections' inputs are cut, so that decoding can skip them.
+
+    A projection W computes W where(|x - c| > t, x, c), with a threshold t and a centre c of its own: c = 0 is TEAL
+    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174).
+
+    Args:
+        thresholds: One per layer, 0 or more, for each projection that cuts, a name in PROJECTIONS.
+        centres: One per layer, for those of these projections whose centre is not 0.
+        share: The share of entries that the thresholds were made to cut.
+        prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
+        train: Whether train() mode cuts, at every token.
+        calibration: The text that the thresholds were measured on.
+
+    Raises:
+        ValueError: For any other value; the message names the key, what was given and what was expected.
+    """
+
+    thresholds: dict[str, list[float]]
+    centres: dict[str, list[float]] | None = None
+    share: float | None = None
+    prefill: bool = False
+    train: bool = False
+    calibration: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        known = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
+        share = self.share
+        _require(_are_lists(self.thresholds, PROJECTIONS, least=0), "inputs.thresholds", self.thresholds, known)
+        centred = self.centres is None or _are_lists(self.centres, self.thresholds)
+        _require(centred, "inputs.centres", self.centres, "a list of numbers for projections that have thresholds")
+        of_one = share is None or (is_number(share) and 0 < share < 1)
+        _require(of_one, "inputs.share", share, "a share between 0 and 1")
+        for key in ("prefill", "train"):
+            _require(isinstance(getattr(self, key), bool), f"inputs.{key}", getattr(self, key), "true or false")
+        text = self.calibration is None or isinstance(self.calibration, dict)
+        _require(text, "inputs.calibration", self.calibration, "a mapping")
+
+    def check(self, layers: int) -> None:
+        """Raise ValueError where this cannot be of a model with so many layers."""
+        for key, lists in (("thresholds", self.thresholds), ("centres", self.centres or {})):
+            for name, values in lists.items():
+                _require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
+
+    def of(self, layer: int, projection: str) -> tuple[float, float]:
+        """Return the threshold and the centre of a projection that cuts."""
+        centres = (self.centres or {}).get(projection)
+        return self.thresholds[projection][layer], centres[layer] if centres else 0.0
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> InputCuts:
+        """Return the cuts of an entry as JSON holds it. Raises ValueError for whatever is not one."""
+        _check_keys(cls, "inputs", entry)
+        _require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
+        return cls(**entry)
 
 
 @dataclass(frozen=True)
@@ -117,6 +178,7 @@ class StochaConfig:
         inference: What runs in eval() mode; None means `activation`, or the base activation if that is random.
         threshold: For fatrelu and shifted_relu, 0 or more: one number, or one per layer.
         k: For topk, the number of neurons that stay.
+        inputs: Which entries of projections' inputs are cut, if any are.
         source: {"id", "revision"} of the model that was converted.
         history: What refits and training did to the weights, stage by stage.
         stocha_version: The version of stocha_hf that wrote the entry.
@@ -132,6 +194,7 @@ class StochaConfig:
     inference: str | None = None
     threshold: float | list[float] = 0.0
     k: int | None = None
+    inputs: InputCuts | None = None
     source: dict[str, str | None] | None = None
     history: list[dict[str, Any]] | None = None
     stocha_version: str = __version__
@@ -156,6 +219,7 @@ class StochaConfig:
                 "a number of 0 or more, or a list of one per layer",
             ),
             ("k", counts or (self.k is None and not needs_k), "a number of neurons, at least 1, for topk"),
+            ("inputs", self.inputs is None or isinstance(self.inputs, InputCuts), "an InputCuts"),
             ("source", self.source is None or _is_text(self.source), "a mapping of names to text"),
             (
                 "history",
@@ -176,8 +240,11 @@ class StochaConfig:
     def thresholds(self, layers: int, width: int | None = None) -> list[float]:
         """Return one threshold per layer, for a model of `layers` FFNs of `width` neurons.
 
-        Raises ValueError where the config cannot be that model's: another number of thresholds, or k above the width.
+        Raises ValueError where the config cannot be that model's: another number of thresholds, of FFNs or of
+        inputs, or k above the width.
         """
+        if self.inputs is not None:
+            self.inputs.check(layers)
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold] * layers
         _require(len(values) == layers, "threshold", self.threshold, f"one number, or {layers}: one per layer")
         too_wide = self.k is not None and width is not None and self.k > width
@@ -193,15 +260,26 @@ class StochaConfig:
     @classmethod
     def from_dict(cls, entry: Any) -> StochaConfig:
         """Return the config of an entry as JSON holds it. Raises ValueError for whatever is not one."""
-        _require(isinstance(entry, dict), "the config's stocha entry", entry, "a mapping")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(str(key) for key in entry if key not in known)
-        _require(not unknown, "the config's stocha entry", unknown, f"no other keys than {', '.join(sorted(known))}")
+        _check_keys(cls, "the config's stocha entry", entry)
+        if entry.get("inputs") is not None:
+            entry = entry | {"inputs": InputCuts.from_dict(entry["inputs"])}
         return cls(**entry)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as JSON holds it, without keys that are left open."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.asdict(self, dict_factory=_without_none)
+
+
+def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in pairs if value is not None}
+
+
+def _check_keys(cls: Any, where: str, entry: Any) -> None:
+    """Raise ValueError where an entry as JSON holds it is no mapping, or has a key that the class does not know."""
+    _require(isinstance(entry, dict), where, entry, "a mapping")
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(str(key) for key in entry if key not in known)
+    _require(not unknown, where, unknown, f"no other keys than {', '.join(sorted(known))}")
 
 
 def is_number(value: object) -> bool:
@@ -218,6 +296,13 @@ def _is_text(value: object) -> bool:
     return all(isinstance(key, str) and isinstance(text, str | None) for key, text in pairs)
 
 
+def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
+    """Whether this is a mapping of one or more of these names to lists of numbers, each `least` or more."""
+    if not isinstance(value, dict) or not value or not all(name in names for name in value):
+        return False
+    return all(isinstance(row, list) and all(is_number(x) and x >= least for x in row) for row in value.values())
+
+
 def _require(ok: bool, key: str, given: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{key} is {repr(given)[:200]}: expected {expected}")
@@ -228,7 +313,7 @@ def _require(ok: bool, key: str, given: object, expected: str) -> None:
 if __name__ == "stocha_hf.modeling_stocha":  # inside the package there is one StochaConfig
     _spec = importlib.import_module("stocha_hf.spec")  # no import statement: transformers would ask for the package
     ACTIVATIONS, ARCHITECTURES, StochaConfig = _spec.ACTIVATIONS, _spec.ARCHITECTURES, _spec.StochaConfig  # type: ignore[misc]
-    Activation, Architecture = _spec.Activation, _spec.Architecture  # type: ignore[misc]
+    Activation, Architecture, InputCuts = _spec.Activation, _spec.Architecture, _spec.InputCuts  # type: ignore[misc]
 
 
 # Activations: functions (gate, ffn) -> act(gate), of gate's shape [..., intermediate_size] and dtype. `ffn` is the
@@ -436,6 +521,135 @@ def is_called(module: nn.Module) -> bool:
     return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
 
 
+CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
+
+
+class CutInput:
+    """Mixin before the class of a projection, which may be nn.Linear, quantized or other: it cuts its input.
+
+    The cut is the projection's own: hooks on it see what it was given, and an adapter around it reads that in full.
+
+    "decode" is a call with one new token for each sequence, x [batch, 1, size]. Prompts are computed in full, and so
+    are several tokens at once after a cache, as assisted generation verifies them: together they would read nearly all
+    weights anyway, and drafts with cuts are then judged without. The length decides, not the cache, whose own length a
+    compiler does not know, and which also holds earlier turns of a chat when the next prompt comes.
+    """
+
+    state = (
+        *("input_threshold", "input_centre"),
+        *("cut_training", "cut_inference", "cut_forced", "native_class"),
+    )
+
+    training: bool
+    input_threshold: float
+    input_centre: float
+    cut_training: str
+    cut_inference: str
+    cut_forced: str | None
+    native_class: type[nn.Module]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute the projection of x [batch, length, size], cut where that is to be, with x's shape and dtype."""
+        return super().forward(self.cut(x) if self.cuts(x) else x, *args, **kwargs)  # type: ignore[misc]
+
+    def cuts(self, x: torch.Tensor) -> bool:
+        """Return whether a forward on x [batch, length, size] now cuts."""
+        where = self.cut_forced or (self.cut_training if self.training else self.cut_inference)
+        return where == "always" or (where == "decode" and x.shape[-2] == 1)
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x with the centre in the place of all entries within the threshold of it; NaN stays."""
+        return x.masked_fill(self.small(x), self.input_centre)
+
+    def small(self, x: torch.Tensor) -> torch.Tensor:
+        """Return which entries of x are cut, bool of x's shape."""
+        centred = x - self.input_centre if self.input_centre else x
+        return centred.abs() <= self.input_threshold
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        made: Any = super().__reduce_ex__(protocol)  # a function that makes it, the function's arguments, its state
+        return _new_cut, (self.native_class,), *made[2:]
+
+
+_cut_classes: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that cuts now
+
+
+def _cut_class(native: type[nn.Module]) -> type[nn.Module]:
+    if native not in _cut_classes:
+        _cut_classes[native] = type(f"Cut{native.__name__}", (CutInput, native), {"__module__": __name__})
+    return _cut_classes[native]
+
+
+def _new_cut(native: type[nn.Module]) -> nn.Module:
+    """An empty module, for copy and pickle, which find no class that was made while running."""
+    kind = _cut_class(native)
+    return kind.__new__(kind)
+
+
+def cut_projections(model: nn.Module) -> list[CutInput]:
+    """The projections of a model that cut their inputs, layer by layer."""
+    return [module for module in model.modules() if is_cut(module)]  # type: ignore[misc]
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether a module is a CutInput, by name as in `stocha_mlps`."""
+    return any(cls.__name__ == CutInput.__name__ for cls in type(module).__mro__)
+
+
+def projections(native: nn.Module) -> list[dict[str, nn.Module]]:
+    """The projections of each decoder layer by name; of one with an adapter around it, the one inside."""
+    base: Any = native
+    parts = [(layer.self_attn, layer.mlp) for layer in base.base_model.layers]
+    return [
+        {name: getattr(module, "base_layer", module) for part in both for name, module in part.named_children()}
+        for both in parts
+    ]
+
+
+def _set_cuts(native: nn.Module, cuts: InputCuts | None) -> None:
+    """Let the projections that `cuts` names cut their inputs, those of them that do not yet."""
+    if cuts is None:
+        return
+    for index, layer in enumerate(projections(native)):
+        for name in cuts.thresholds:
+            module = layer[name]
+            if not is_cut(module):
+                threshold, centre = cuts.of(index, name)
+                module.__dict__.update(
+                    input_threshold=threshold,
+                    input_centre=centre,
+                    cut_training="always" if cuts.train else "never",
+                    cut_inference="always" if cuts.prefill else "decode",
+                    cut_forced=None,
+                    native_class=type(module),
+                )
+                _become(module, _cut_class(type(module)))
+
+
+@contextmanager
+def cut_inputs(model: nn.Module, where: str) -> Iterator[nn.Module]:
+    """Force where a model cuts its projections' inputs, in train() and eval() alike; restored on exit.
+
+    Args:
+        model: A patched model whose config has input cuts.
+        where: "always" at every token, "decode" where each sequence has one new token, "never".
+
+    Raises:
+        ValueError: For another `where`, or a model without input cuts.
+    """
+    cutting = cut_projections(model)
+    _require(bool(cutting), "the model", type(model).__name__, "one with input cuts: see stocha-convert --inputs")
+    _require(where in CUTS, "where the model cuts inputs", where, f"one of {', '.join(CUTS)}")
+    before = [module.cut_forced for module in cutting]
+    try:
+        for module in cutting:
+            module.cut_forced = where
+        yield model
+    finally:
+        for module, forced in zip(cutting, before, strict=True):
+            module.cut_forced = forced
+
+
 def _refuse_liger(thing: object) -> None:
     if str(getattr(thing, "__module__", "")).startswith("liger_kernel"):
         raise ValueError(
@@ -457,9 +671,13 @@ def _native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Mo
     count = config.num_hidden_layers
     _require(len(mlps) == count, "the number of native MLPs", len(mlps), f"{count} {row.mlp}")
     for mlp in mlps:
-        replaced = "forward" in mlp.__dict__ and "_old_forward" not in mlp.__dict__  # not by accelerate's hooks
-        _require(not replaced, "an MLP's forward", mlp.__dict__.get("forward"), "the native one, which can be patched")
+        _require_native_forward(mlp, "an MLP's forward")
     return mlps
+
+
+def _require_native_forward(module: nn.Module, what: str) -> None:
+    replaced = "forward" in module.__dict__ and "_old_forward" not in module.__dict__  # not by accelerate's hooks
+    _require(not replaced, what, module.__dict__.get("forward"), "the native one, which can be patched")
 
 
 def patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:
@@ -568,7 +786,11 @@ def patch(model: nn.Module, config: StochaConfig) -> int:
     hf_config: Any = native.config
     converted = getattr(hf_config, "stocha", None)
     config = config.resolve(row.act if converted else getattr(hf_config, row.act_key))
+    for layer in projections(native) if config.inputs is not None else []:
+        for name in config.inputs.thresholds:  # type: ignore[union-attr]
+            _require_native_forward(layer[name], f"the forward of a {name}")
     patch_mlps(_native_mlps(native, row, hf_config), config)
+    _set_cuts(native, config.inputs)
     _become(native, globals()[f"Stocha{type(native).__name__}"])
     hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map
     setattr(hf_config, row.act_key, config.native_act)
@@ -595,6 +817,10 @@ def unpatch(model: nn.Module) -> int:
         _become(mlp, mlp.native_class)
         for key in StochaMLP.state:
             del mlp.__dict__[key]
+    for projection in cut_projections(model):
+        _become(projection, projection.native_class)  # type: ignore[arg-type]
+        for key in CutInput.state:
+            del projection.__dict__[key]
     patched = next(module for module in model.modules() if hasattr(type(module), "stocha_mode"))
     native = next(cls for cls in type(patched).__mro__ if f"Stocha{cls.__name__}" == type(patched).__name__)
     _become(patched, native)
@@ -624,6 +850,13 @@ class StochaModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         patch_mlps(_native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
 
+    def train(self, mode: bool = True) -> Any:
+        """As the native one; and sets the input cuts, which thus come after from_pretrained's quantizers: these look
+        for nn.Linear, and put other modules in its place.
+        """
+        _set_cuts(self, StochaConfig.from_dict(self.config.stocha).inputs)  # type: ignore[arg-type]
+        return super().train(mode)  # type: ignore[misc]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runtime = StochaMLP.runtime
         plain = runtime is None or self.training or torch.compiler.is_compiling()
@@ -639,6 +872,10 @@ class StochaModel:
         """`with model.stocha_mode("relu"): ...`; see the function of the same name."""
         return stocha_mode(self, name, p)  # type: ignore[arg-type]
 
+    def cut_inputs(self, where: str) -> Any:
+        """`with model.cut_inputs("never"): ...`; see the function of the same name."""
+        return cut_inputs(self, where)  # type: ignore[arg-type]
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
@@ -646,6 +883,8 @@ class StochaModel:
         mlps = stocha_mlps(self)  # type: ignore[arg-type]
         if isinstance(self.config.stocha["threshold"], list):  # of the layers that there are: some may be cut out
             self.config.stocha = self.config.stocha | {"threshold": [mlp.threshold for mlp in mlps]}
+        if self.config.stocha.get("inputs"):
+            self.config.stocha = self.config.stocha | {"inputs": self._input_cuts()}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         # The native method wrote our class name, which tools without remote code do not know.
         self.config.architectures = [name.removeprefix("Stocha") for name in self.config.architectures]
@@ -658,6 +897,17 @@ class StochaModel:
         if push_to_hub:
             hub = {key: kwargs[key] for key in ("commit_message", "private", "token", "create_pr") if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)  # type: ignore
+
+    def _input_cuts(self) -> dict[str, Any]:
+        """The config's input cuts, of the layers that there are."""
+        _set_cuts(self, StochaConfig.from_dict(self.config.stocha).inputs)  # type: ignore[arg-type]
+        layers, inputs = projections(self), self.config.stocha["inputs"]  # type: ignore[arg-type]
+        kept = {"thresholds": "input_threshold", "centres": "input_centre"}
+        return inputs | {
+            key: {name: [getattr(layer[name], attribute) for layer in layers] for name in inputs[key]}
+            for key, attribute in kept.items()
+            if key in inputs
+        }
 
 
 class StochaAutoConfig:

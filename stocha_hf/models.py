@@ -9,6 +9,7 @@ is checked whole before a weight is read, and a tensor that loading would fill w
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
-from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, cut_inputs, cut_projections, patch, stocha_mlps
 from stocha_hf.spec import ARCHITECTURES
 
 
@@ -122,3 +123,12 @@ def patched_layers(model: Any) -> list[StochaMLP]:
     if not layers:
         raise StochaError(f"the {type(model).__name__} has no stochastic layers: call stocha_hf.patch on it first")
     return layers
+
+
+def cutting_everywhere(model: Any) -> AbstractContextManager[Any]:
+    """A context for reading whole windows of text, in which a model's input cuts apply at every token.
+
+    Windows are prefill, which a model computes in full unless its config says otherwise: without this, figures would
+    be those of the model without cuts. A model that cuts nothing is left alone.
+    """
+    return cut_inputs(model, "always") if cut_projections(model) else nullcontext()

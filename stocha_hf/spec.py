@@ -11,11 +11,13 @@ test compares the two. Inside the package modeling_stocha.py takes the classes f
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MODELING_FILE = Path(__file__).with_name("modeling_stocha.py")
+ALLOTMENTS = ("uniform", "greedy")  # of the share of inputs to cut to projections
 
 # --- copied into modeling_stocha.py from here ---
 
@@ -79,6 +81,66 @@ ACTIVATIONS = {
 }
 BASES = ("silu", "gelu_pytorch_tanh")  # what models are pretrained with
 POSITIVE_SIDES = ("silu", "relu", "drawn")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+
+
+@dataclass(frozen=True)
+class InputCuts:
+    """The `inputs` of a `stocha` entry: which entries of projections' inputs are cut, so that decoding can skip them.
+
+    A projection W computes W where(|x - c| > t, x, c), with a threshold t and a centre c of its own: c = 0 is TEAL
+    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174).
+
+    Args:
+        thresholds: One per layer, 0 or more, for each projection that cuts, a name in PROJECTIONS.
+        centres: One per layer, for those of these projections whose centre is not 0.
+        share: The share of entries that the thresholds were made to cut.
+        prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
+        train: Whether train() mode cuts, at every token.
+        calibration: The text that the thresholds were measured on.
+
+    Raises:
+        ValueError: For any other value; the message names the key, what was given and what was expected.
+    """
+
+    thresholds: dict[str, list[float]]
+    centres: dict[str, list[float]] | None = None
+    share: float | None = None
+    prefill: bool = False
+    train: bool = False
+    calibration: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        known = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
+        share = self.share
+        _require(_are_lists(self.thresholds, PROJECTIONS, least=0), "inputs.thresholds", self.thresholds, known)
+        centred = self.centres is None or _are_lists(self.centres, self.thresholds)
+        _require(centred, "inputs.centres", self.centres, "a list of numbers for projections that have thresholds")
+        of_one = share is None or (is_number(share) and 0 < share < 1)
+        _require(of_one, "inputs.share", share, "a share between 0 and 1")
+        for key in ("prefill", "train"):
+            _require(isinstance(getattr(self, key), bool), f"inputs.{key}", getattr(self, key), "true or false")
+        text = self.calibration is None or isinstance(self.calibration, dict)
+        _require(text, "inputs.calibration", self.calibration, "a mapping")
+
+    def check(self, layers: int) -> None:
+        """Raise ValueError where this cannot be of a model with so many layers."""
+        for key, lists in (("thresholds", self.thresholds), ("centres", self.centres or {})):
+            for name, values in lists.items():
+                _require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
+
+    def of(self, layer: int, projection: str) -> tuple[float, float]:
+        """Return the threshold and the centre of a projection that cuts."""
+        centres = (self.centres or {}).get(projection)
+        return self.thresholds[projection][layer], centres[layer] if centres else 0.0
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> InputCuts:
+        """Return the cuts of an entry as JSON holds it. Raises ValueError for whatever is not one."""
+        _check_keys(cls, "inputs", entry)
+        _require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
+        return cls(**entry)
 
 
 @dataclass(frozen=True)
@@ -93,6 +155,7 @@ class StochaConfig:
         inference: What runs in eval() mode; None means `activation`, or the base activation if that is random.
         threshold: For fatrelu and shifted_relu, 0 or more: one number, or one per layer.
         k: For topk, the number of neurons that stay.
+        inputs: Which entries of projections' inputs are cut, if any are.
         source: {"id", "revision"} of the model that was converted.
         history: What refits and training did to the weights, stage by stage.
         stocha_version: The version of stocha_hf that wrote the entry.
@@ -108,6 +171,7 @@ class StochaConfig:
     inference: str | None = None
     threshold: float | list[float] = 0.0
     k: int | None = None
+    inputs: InputCuts | None = None
     source: dict[str, str | None] | None = None
     history: list[dict[str, Any]] | None = None
     stocha_version: str = __version__
@@ -132,6 +196,7 @@ class StochaConfig:
                 "a number of 0 or more, or a list of one per layer",
             ),
             ("k", counts or (self.k is None and not needs_k), "a number of neurons, at least 1, for topk"),
+            ("inputs", self.inputs is None or isinstance(self.inputs, InputCuts), "an InputCuts"),
             ("source", self.source is None or _is_text(self.source), "a mapping of names to text"),
             (
                 "history",
@@ -152,8 +217,11 @@ class StochaConfig:
     def thresholds(self, layers: int, width: int | None = None) -> list[float]:
         """Return one threshold per layer, for a model of `layers` FFNs of `width` neurons.
 
-        Raises ValueError where the config cannot be that model's: another number of thresholds, or k above the width.
+        Raises ValueError where the config cannot be that model's: another number of thresholds, of FFNs or of
+        inputs, or k above the width.
         """
+        if self.inputs is not None:
+            self.inputs.check(layers)
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold] * layers
         _require(len(values) == layers, "threshold", self.threshold, f"one number, or {layers}: one per layer")
         too_wide = self.k is not None and width is not None and self.k > width
@@ -169,15 +237,26 @@ class StochaConfig:
     @classmethod
     def from_dict(cls, entry: Any) -> StochaConfig:
         """Return the config of an entry as JSON holds it. Raises ValueError for whatever is not one."""
-        _require(isinstance(entry, dict), "the config's stocha entry", entry, "a mapping")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(str(key) for key in entry if key not in known)
-        _require(not unknown, "the config's stocha entry", unknown, f"no other keys than {', '.join(sorted(known))}")
+        _check_keys(cls, "the config's stocha entry", entry)
+        if entry.get("inputs") is not None:
+            entry = entry | {"inputs": InputCuts.from_dict(entry["inputs"])}
         return cls(**entry)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as JSON holds it, without keys that are left open."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.asdict(self, dict_factory=_without_none)
+
+
+def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in pairs if value is not None}
+
+
+def _check_keys(cls: Any, where: str, entry: Any) -> None:
+    """Raise ValueError where an entry as JSON holds it is no mapping, or has a key that the class does not know."""
+    _require(isinstance(entry, dict), where, entry, "a mapping")
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(str(key) for key in entry if key not in known)
+    _require(not unknown, where, unknown, f"no other keys than {', '.join(sorted(known))}")
 
 
 def is_number(value: object) -> bool:
@@ -192,6 +271,13 @@ def _is_activation(value: object, steadily: bool = False) -> bool:
 def _is_text(value: object) -> bool:
     pairs = value.items() if isinstance(value, dict) else [(None, None)]
     return all(isinstance(key, str) and isinstance(text, str | None) for key, text in pairs)
+
+
+def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
+    """Whether this is a mapping of one or more of these names to lists of numbers, each `least` or more."""
+    if not isinstance(value, dict) or not value or not all(name in names for name in value):
+        return False
+    return all(isinstance(row, list) and all(is_number(x) and x >= least for x in row) for row in value.values())
 
 
 def _require(ok: bool, key: str, given: object, expected: str) -> None:

@@ -119,6 +119,11 @@ def entry(**changes: Any) -> tuple[str, Callable[[Path], None]]:
     return "relu", spoil
 
 
+def cuts(**changes: Any) -> tuple[str, Callable[[Path], None]]:
+    """These keys of the stocha entry's `inputs` are changed."""
+    return entry(activation="silu", inference="silu", inputs={"thresholds": {"q_proj": [0.1, 0.1]}} | changes)
+
+
 def file(name: str, content: str | bytes | None, base: str = "relu") -> tuple[str, Callable[[Path], None]]:
     """A file is written anew, or removed."""
 
@@ -259,6 +264,16 @@ MODELS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "unknownkey": entry(colour="red"),
     "threethresholds": entry(threshold=[0.1, 0.2, 0.3]),
     "wordthreshold": entry(threshold="low"),
+    "cuts": cuts(),
+    "cutsshape": cuts(thresholds={"q_proj": [0.1, 0.2, 0.3]}),
+    "cutsword": cuts(thresholds={"q_proj": ["low", 0.1]}),
+    "cutsname": cuts(thresholds={"lm_head": [0.1, 0.1]}),
+    "cutscentre": cuts(centres={"k_proj": [0.1, 0.1]}),
+    "cutsempty": entry(inputs={}),
+    "cuts5": entry(inputs=5),
+    "cutskey": cuts(colour="red"),
+    "cutsprefill": cuts(prefill=1),
+    "cutsshare": cuts(share=40),
     "source5": entry(source=5),
     "history5": entry(history=5),
     "base5": entry(base=5),

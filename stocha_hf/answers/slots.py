@@ -58,9 +58,10 @@ class SlotCache(Cache):
 
     def put(self, slots: torch.Tensor, prefilled: DynamicCache) -> None:
         """Put prompts' keys and values, of any cache with whole layers, into these slots from place 0 on."""
-        length = prefilled.layers[0].keys.shape[2]
+        layers: list[Any] = prefilled.layers  # some kinds of layers hold no keys, but whole ones do
+        length = layers[0].keys.shape[2]
         self._grow(length)
-        for index, layer in enumerate(prefilled.layers):
+        for index, layer in enumerate(layers):
             for held, new in zip(self._layer(index, layer.keys), (layer.keys, layer.values), strict=True):
                 held[slots, :, :length] = new
 

@@ -16,7 +16,7 @@ from typing import Any
 from stocha_hf.checkpoints.names import check_label, check_origin
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import QUANTIZATION_FILE
-from stocha_hf.spec import ARCHITECTURES, MODELING_FILE, StochaConfig
+from stocha_hf.spec import ARCHITECTURES, MODELING_FILE, InputCuts, StochaConfig
 
 SIZES = ("num_hidden_layers", "intermediate_size")
 MOST_LAYERS = 10_000
@@ -84,3 +84,13 @@ def with_stage(stocha: StochaConfig, stage: Mapping[str, Any]) -> StochaConfig:
     """This config with one more stage of its history; what a stage leaves as None is not recorded."""
     kept = {key: value for key, value in stage.items() if value is not None}
     return replace(stocha, history=[*(stocha.history or []), kept])
+
+
+def cuts_told(cuts: InputCuts) -> str:
+    """Say what input cuts do, in a sentence without its full stop."""
+    share = f"{cuts.share:.0%} of the inputs" if cuts.share else "small inputs"
+    where = "at every token" if cuts.prefill else "in decode steps of one token"
+    return (
+        f"{share} of {', '.join(cuts.thresholds)} are cut {where}; the native class, where it loads the folder, cuts "
+        "nothing: it runs the model as it would be without thresholds"
+    )

@@ -21,6 +21,7 @@ CHUNK = 2**20  # bytes read at a time
 # Keys of config.json that no figure depends on. Any other key counts, also one that is not known here.
 NEUTRAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
 NEUTRAL_STOCHA = ("activation", "source", "history", "stocha_version")  # activation is what training runs
+NEUTRAL_INPUTS = ("share", "train", "calibration")  # of the entry's `inputs`
 
 
 def weights_hash(folder: Path) -> str:
@@ -43,6 +44,8 @@ def behaviour(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in NEUTRAL}
     if isinstance(entry := kept.get("stocha"), dict):
         kept["stocha"] = {key: value for key, value in entry.items() if key not in NEUTRAL_STOCHA}
+        if isinstance(cuts := entry.get("inputs"), dict):
+            kept["stocha"]["inputs"] = {key: value for key, value in cuts.items() if key not in NEUTRAL_INPUTS}
     return kept
 
 

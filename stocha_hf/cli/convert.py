@@ -4,6 +4,7 @@ example:
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-stocha --p 0.3
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
+  stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-cut --inputs 0.4 --calibrate text.parquet
   stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 
+from stocha_hf.checkpoints.entry import cuts_told
 from stocha_hf.cli import (
     Parser,
     checked,
@@ -27,16 +29,19 @@ from stocha_hf.cli import (
     probability,
     run,
     share,
+    share_below_1,
     show,
     whole_number,
 )
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import BITS
-from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES
+from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
-OPTIONS = ("bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS)
+INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
+INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS)
+OPTIONS = ("bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
 
 def parser() -> Parser:
@@ -76,6 +81,32 @@ def parser() -> Parser:
     )
     verb.add_argument("--refit-on-disk", action="store_true", help="keep the refit's streams on disk, not in memory")
     verb.add_argument(
+        "--inputs",
+        type=share_below_1,
+        metavar="SHARE",
+        help="cut this share of projections' inputs, the smallest; 0 takes cuts off",
+    )
+    verb.add_argument(
+        "--calibrate", type=path_or_id, metavar="DATA", help="text to measure the thresholds of --inputs on"
+    )
+    verb.add_argument("--calibrate-tokens", type=whole_number(1), help="tokens of it to use (default: 16384)")
+    verb.add_argument(
+        "--inputs-of",
+        nargs="+",
+        type=one_of(PROJECTIONS),
+        metavar="NAME",
+        help=f"what to cut: {', '.join(PROJECTIONS)} (default: all, or attention's where the FFN is sparse itself)",
+    )
+    verb.add_argument(
+        "--inputs-allotment",
+        type=one_of(ALLOTMENTS),
+        help="uniform: SHARE of each projection; greedy: of a layer, most where it matters least (default: uniform)",
+    )
+    verb.add_argument(
+        "--inputs-prefill", action="store_true", help="cut at every token, not in decode steps of one token alone"
+    )
+    verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
+    verb.add_argument(
         "--bits", type=checked(int, lambda bits: bits in BITS, "4 or 8"), help="quantize the weights to 4 or 8 bits"
     )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
@@ -109,6 +140,8 @@ def convert(args: argparse.Namespace) -> None:
     text = f"{done['output']}: {done['layers']}/{done['layers']} MLPs, {done['stocha']['activation']} in training"
     text += f", {done['stocha']['inference']} in inference"
     text += f", {done['bits']} bits" if done["bits"] else ""
+    if (cuts := StochaConfig.from_dict(done["stocha"]).inputs) is not None:
+        text += f"\n{cuts_told(cuts)}"
     if args.push_to_hub:
         try:
             done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()

@@ -9,11 +9,11 @@ example:
 
 MODEL is a Hub id or folder, converted or native. --baseline measures a second model too.
 
---data: The text is cut into consecutive windows of --length tokens, and each is read on its own. With a baseline: how
-far MODEL's predictions are from its predictions. --cett C drops the neurons of smallest output in every layer, as many
-as add up to a share C of the layer's output (CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the
-most zeros, with one C for all layers, that raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law);
-it takes a dozen passes over the text.
+--data: The text is cut into consecutive windows of --length tokens, and each is read on its own. Inputs that a model
+cuts in decode steps are cut here at every token. With a baseline: how far MODEL's predictions are from the other's.
+--cett C drops the neurons of smallest output in every layer, as many as add up to a share C of the layer's output
+(CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the most zeros, with one C for all layers, that
+raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it takes a dozen passes over the text.
 
 --tasks: humaneval, bigbench:NAME for BIG-bench's multiple choice, and the names of lm-evaluation-harness, which needs
 the extra `tasks`. Scores come with their standard errors, and differences from a baseline, question by question, with
@@ -256,6 +256,10 @@ def _model_lines(row: dict[str, Any]) -> Iterator[str]:
         f"{row['never_active']['mean']:.2%}; active at the token before as well {row['reuse']['mean']:.1%}; "
         f"active at none of {unused['tokens'][-1]} tokens {unused['mean'][-1]:.1%}"
     )
+    if bytes_read := row.get("bytes_read"):
+        yield f"  a decode step reads {bytes_read['share']:.1%} of its blocks' bytes"
+        if cut := row.get("inputs_cut"):
+            yield f"  projections' inputs are cut {cut}"
     for point in row.get("cett", []):
         yield f"  truncated at CETT {point['cett']:g}: {_point_text(point)}"
     if point := row.get("ppl_sparsity"):

@@ -2,7 +2,8 @@
 
 Patching changes the activation and not one weight, so the shards are copied byte for byte (copy-on-write where the
 file system can) and only config.json, the modeling file and the card are written. Hence the time of `cp`, and memory
-independent of the model's size. Converting a converted checkpoint changes only what is asked for.
+independent of the model's size. Converting a converted checkpoint changes only what is asked for. Input cuts
+(input_cuts.py) and refits (refit.py) run text through the model first.
 
 With `bits` the weights are quantized on the way (quantize.py).
 
@@ -13,20 +14,21 @@ With `bits` the weights are quantized on the way (quantize.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
-from stocha_hf.checkpoints.entry import began_random, checked_entry, with_entry
+from stocha_hf.checkpoints.entry import began_random, checked_entry, read_entry, with_entry
 from stocha_hf.checkpoints.inspection import CONFIG, is_weight
 from stocha_hf.checkpoints.modeling_file import code_files
 from stocha_hf.checkpoints.names import check_hub_id
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart, copy_file, staged_folder
+from stocha_hf.conversion.input_cuts import Calibration, check_uncut, with_cuts
 from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
@@ -71,6 +73,13 @@ def convert(
     target_sparsity: float | None = None,
     refit_tokens: int | None = None,
     refit_on_disk: bool = False,
+    inputs: float | None = None,
+    calibrate: str | Path | None = None,
+    calibrate_tokens: int | None = None,
+    inputs_of: Sequence[str] | None = None,
+    inputs_allotment: str | None = None,
+    inputs_prefill: bool = False,
+    inputs_train: bool = False,
     bits: int | None = None,
     revision: str | None = None,
     base_model: str | None = None,
@@ -92,6 +101,15 @@ def convert(
         target_sparsity: share of zeros to refit for, between 0 and 1 (default: what plain ReLU makes).
         refit_tokens: tokens to refit on (default: 98304, or 8 per neuron if that is more).
         refit_on_disk: keep the refit's streams on disk instead of in memory.
+        inputs: share of the entries of projections' inputs to cut, by size (TEAL); 0 takes a source's cuts off.
+        calibrate: text to measure thresholds of `inputs` on: a file, folder or Hub data set.
+        calibrate_tokens: tokens of it to use (default: 16384).
+        inputs_of: the projections to cut, names in PROJECTIONS (default: all, or attention's where the activation
+            makes the FFN sparse).
+        inputs_allotment: "uniform" cuts the share in each projection, "greedy" on average of a layer's weights, more
+            where that changes the layer's output less (default: "uniform").
+        inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
+        inputs_train: cut at every token in train() mode too.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
@@ -107,6 +125,9 @@ def convert(
     output = local_path(output)
     fields = {"activation": activation, "p": p, "positive": positive, "inference": inference}
     changes = {key: value for key, value in (fields | {"threshold": threshold, "k": k}).items() if value is not None}
+    of_cuts = {"data": calibrate and str(calibrate), "tokens": calibrate_tokens, "of": inputs_of}
+    of_cuts |= {"allotment": inputs_allotment, "prefill": inputs_prefill, "train": inputs_train}
+    cuts = _calibration(inputs, refit, of_cuts)
     options = None
     if refit is not None:
         options, changes = Refit(refit, refit_tokens, target_sparsity, refit_on_disk), _refit_activation(changes)
@@ -124,17 +145,22 @@ def convert(
     if dtype not in DTYPES:
         raise StochaError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_output(output, overwrite)
-    inputs = [local_path(name) for name in (source, refit) if name is not None]
-    check_apart(output, [path for path in inputs if path.exists()])
+    read = [local_path(name) for name in (source, refit, calibrate) if name is not None]
+    check_apart(output, [path for path in read if path.exists()])
     with ExitStack() as stack:
         kind = "quantization" if bits is not None else "refit"
         work = stack.enter_context(refit_folder(output, kind)) if bits is not None or options is not None else None
         found = stack.enter_context(open_source(str(source), revision, dtype, output))
         check_apart(output, (found.folder / name for name in found.files))
+        if cuts is not None and cuts.share and "stocha" not in found.config:  # the FFN stays as it is
+            changes = {"activation": found.architecture.act} | changes
         config, change = _converted_config(found, base_model, changes), None
+        if cuts is not None:
+            config = with_cuts(found, config, cuts)
         if options is not None and work is not None:
             from stocha_hf.conversion.refit import refit_checkpoint  # needs torch, which copying does not
 
+            check_uncut(read_entry(config, found.id), found.id)
             fitted = refit_checkpoint(found, config, options, work)
             config, change = fitted.config, fitted.apply_to
         elif bits is not None and work is not None:
@@ -147,6 +173,21 @@ def convert(
         files = write_checkpoint(found, config, output, overwrite, change)
     stocha = config["stocha"]
     return Converted(config["num_hidden_layers"], str(output), stocha.get("source"), stocha, files, bits)
+
+
+def _calibration(inputs: float | None, refit: str | None, given: dict[str, Any]) -> Calibration | None:
+    """The options of input cuts, or None where none are asked for."""
+    if inputs is None:
+        if used := [key for key, value in given.items() if value]:
+            name = {"data": "calibrate", "tokens": "calibrate_tokens"}.get(used[0], f"inputs_{used[0]}")
+            raise StochaError(f"{name} was given without inputs: expected the share of inputs to cut, such as 0.4")
+        return None
+    if refit is not None:
+        raise StochaError(
+            f"inputs {inputs:g} was given with refit: expected one of them; convert the refitted folder again for the "
+            "other"
+        )
+    return Calibration(inputs, **given)
 
 
 def _check_fields(changes: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.tensors import ModelTensors
+from stocha_hf.conversion.input_cuts import check_uncut
 from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit import (
     PARTS,
@@ -107,6 +108,7 @@ def _native_entry(model: nn.Module) -> StochaConfig:
             raise StochaError(f"the model has {row.act_key} {act!r}: expected {row.act!r}, the original's")
         return StochaConfig(activation="relu").resolve(row.act)
     entry = read_entry(config.to_dict(), "the model")
+    check_uncut(entry, "the model")
     check_original(entry, "the model")
     return replace(entry, activation="relu", inference="relu", threshold=0.0)
 

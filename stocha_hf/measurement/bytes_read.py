@@ -23,6 +23,7 @@ from torch import nn
 
 from stocha_hf.measurement.blocks import PROJECTIONS, blocks
 from stocha_hf.measurement.records import BytesRead
+from stocha_hf.modeling_stocha import is_cut
 
 
 class Tally:
@@ -69,7 +70,7 @@ class ReadMeter:
                 if (index, name) not in columns_counted:
                     self._hooks.append(
                         block.linears[name].register_forward_pre_hook(
-                            lambda m, args, tally=self.columns[index][name]: _count(tally, args[0], start)
+                            lambda m, args, tally=self.columns[index][name]: _count(tally, _read_of(m, args[0]), start)
                         )
                     )
             if index not in rows_counted:
@@ -101,6 +102,12 @@ def _count(tally: Tally, values: torch.Tensor, start: Callable[[int], int]) -> N
     tail = values.detach()[..., start(values.shape[-2]) :, :]
     if tail.numel():
         tally.add(torch.count_nonzero(tail, -1) / tail.shape[-1])
+
+
+def _read_of(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """What of its input x [..., size] a projection reads weights for: x, with 0 where the projection itself cuts."""
+    cuts = is_cut(linear) and linear.cuts(x)
+    return linear.cut(x) - linear.input_centre if cuts else x
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from stocha_hf.measurement.evaluation import batches, evaluate
 from stocha_hf.measurement.records import Truncation
-from stocha_hf.models import patched_layers
+from stocha_hf.models import cutting_everywhere, patched_layers
 
 WINDOWS = 8  # that thresholds are taken from: evenly spaced ones of those measured
 POINTS = 48  # thresholds of a layer's curve
@@ -58,8 +58,9 @@ class CettCurve:
             for layer, curve in zip(layers, self._curves, strict=True)
         ]
         try:
-            for batch in batches(model, windows[:: max(len(windows) // WINDOWS, 1)][:WINDOWS], "Measuring CETT"):
-                model(batch, use_cache=False, logits_to_keep=1)
+            with cutting_everywhere(model):
+                for batch in batches(model, windows[:: max(len(windows) // WINDOWS, 1)][:WINDOWS], "Measuring CETT"):
+                    model(batch, use_cache=False, logits_to_keep=1)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -4,7 +4,8 @@
     evaluate(load_model(folder).eval(), windows)  # Evaluation(perplexity=12.4, tokens=437248, sparsity=..., ...)
     compare(model, baseline, windows)             # Comparison(kl=0.03, top1_agreement=0.94)
 
-Zeros are counted where down_proj is given the hidden vectors, so they are those of the path that the model runs.
+Zeros are counted where down_proj is given the hidden vectors, so they are those of the path that the model runs. A
+model that cuts its projections' inputs does so at every token here, as it does in decode steps.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from tqdm import tqdm
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
-from stocha_hf.modeling_stocha import stocha_mlps
-from stocha_hf.models import patched_layers
+from stocha_hf.modeling_stocha import cut_projections, stocha_mlps
+from stocha_hf.models import cutting_everywhere, patched_layers
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
 LOGIT_ROWS = 512  # tokens whose logits are float32 at a time
@@ -46,11 +47,12 @@ def evaluate(model: Any, windows: torch.Tensor, prompt: int = 0) -> Evaluation:
     activity, meter = Activity(model), ReadMeter(model)
     losses = []  # on the device: no part waits for it
     try:
-        for batch in batches(model, windows, "Evaluating"):
-            logits = model(batch, use_cache=False).logits[:, prompt:-1].flatten(0, 1)
-            following = batch[:, prompt + 1 :].flatten()
-            for part, after in zip(logits.split(LOGIT_ROWS), following.split(LOGIT_ROWS), strict=True):
-                losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
+        with cutting_everywhere(model):
+            for batch in batches(model, windows, "Evaluating"):
+                logits = model(batch, use_cache=False).logits[:, prompt:-1].flatten(0, 1)
+                following = batch[:, prompt + 1 :].flatten()
+                for part, after in zip(logits.split(LOGIT_ROWS), following.split(LOGIT_ROWS), strict=True):
+                    losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
     finally:
         activity.close()
         meter.close()
@@ -61,6 +63,7 @@ def evaluate(model: Any, windows: torch.Tensor, prompt: int = 0) -> Evaluation:
         activation=stocha_mlps(model)[0].running,
         bytes_read=meter.read(),
         **activity.read(),
+        inputs_cut="at every token" if cut_projections(model) else None,
     )
 
 
@@ -84,12 +87,13 @@ def compare(model: Any, baseline: Any, windows: torch.Tensor) -> Comparison:
         raise StochaError(f"the models have {sizes[0]} and {sizes[1]} tokens: expected the same vocabulary")
     check_vocabulary(model.config, windows)
     divergences, agreements = [], []
-    for batch in batches(model, windows, "Comparing"):
-        both = (some(batch, use_cache=False).logits.flatten(0, 1).split(LOGIT_ROWS) for some in (model, baseline))
-        for found, expected in zip(*both, strict=True):
-            agreements.append((found.argmax(-1) == expected.argmax(-1)).sum())
-            logs, aims = (logits.float().log_softmax(-1) for logits in (found, expected))
-            divergences.append(F.kl_div(logs, aims, reduction="sum", log_target=True))
+    with cutting_everywhere(model), cutting_everywhere(baseline):
+        for batch in batches(model, windows, "Comparing"):
+            both = (some(batch, use_cache=False).logits.flatten(0, 1).split(LOGIT_ROWS) for some in (model, baseline))
+            for found, expected in zip(*both, strict=True):
+                agreements.append((found.argmax(-1) == expected.argmax(-1)).sum())
+                logs, aims = (logits.float().log_softmax(-1) for logits in (found, expected))
+                divergences.append(F.kl_div(logs, aims, reduction="sum", log_target=True))
     kl = _sum(divergences) / windows.numel()
     if not math.isfinite(kl):
         raise StochaError(

@@ -74,7 +74,7 @@ class Evaluation(Record):
     `perplexity` is exp of the mean loss in nats; `tokens` counts the windows' tokens; `activation` is the one that
     ran. `sparsity` is the share of the FFNs' hidden entries that are zero, `never_active` of neurons that never fired,
     `reuse` of firing neurons that had fired at the token before as well. `bytes_read` is None in files that were
-    written before it was counted.
+    written before it was counted. `inputs_cut` says where projections cut their inputs, if they do.
     """
 
     perplexity: float
@@ -85,6 +85,12 @@ class Evaluation(Record):
     reuse: Shares
     aggregated_sparsity: AggregatedSparsity
     bytes_read: BytesRead | None = None
+    inputs_cut: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures; of a model that cuts no inputs, without `inputs_cut`."""
+        absent = ("inputs_cut",) if self.inputs_cut is None else ()
+        return {key: value for key, value in super().to_dict().items() if key not in absent}
 
 
 @dataclass(frozen=True)

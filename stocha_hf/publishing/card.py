@@ -18,7 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from stocha_hf.checkpoints.entry import began_random, read_entry
+from stocha_hf.checkpoints.entry import began_random, cuts_told, read_entry
 from stocha_hf.checkpoints.inspection import CARD, read_config
 from stocha_hf.checkpoints.metadata import INHERITED, source_metadata
 from stocha_hf.checkpoints.quantized import read_quantization
@@ -184,6 +184,7 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
         **made,
         "activation": stocha.activation + p,
         "inference": stocha.inference,
+        "cuts": f"In the custom class, {cuts_told(stocha.inputs)}.\n\n" if stocha.inputs else "",
         "native": "not possible: the weights are quantized" if quantization else native,
         "native_use": native_use,
     }

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from stocha_hf.answers.batches import STRIDE, continue_prompts
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.errors import StochaError
+from stocha_hf.models import cutting_everywhere
 from stocha_hf.tasks.kept import Kept
 
 ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
@@ -189,7 +190,8 @@ class HarnessModel(TemplateLM):
             (at, len(row), i, pairs[i][1][-len(row) :]) for at, (row, owners) in enumerate(batch) for i in owners
         ]
         first = min(length - len(after) for _, length, _, after in wanted)  # of the places whose prediction is wanted
-        logits = self.model(ids.to(self.device), use_cache=False, logits_to_keep=longest - first).logits
+        with cutting_everywhere(self.model):
+            logits = self.model(ids.to(self.device), use_cache=False, logits_to_keep=longest - first).logits
         found = []
         for at, length, _, tokens in wanted:
             after = torch.tensor(tokens, device=self.device)

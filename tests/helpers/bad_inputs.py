@@ -101,6 +101,8 @@ unknownactivation --data text.txt --length 16 -> activation is 'swiglu'
 listactivation --data text.txt --length 16 -> activation is ['relu']
 unknownkey --data text.txt --length 16 -> ['colour']
 threethresholds --data text.txt --length 16 -> threshold; 3
+cutsshape --data text.txt --length 16 -> inputs.thresholds.q_proj is [0.1, 0.2, 0.3]; 2 numbers
+cuts5 --data text.txt --length 16 -> inputs is 5; a mapping
 wordthreshold --data text.txt --length 16 -> threshold is 'low'
 source5 --data text.txt --length 16 -> source
 history5 --data text.txt --length 16 -> history
@@ -293,6 +295,34 @@ native out --refit text.txt --target-sparsity 1 -> --target-sparsity is 1; betwe
 native out --refit text.txt --activation silu -> silu; relu
 native out --refit absent.txt -> absent.txt does not exist
 native out --target-sparsity 0.5 -> without refit
+native out --inputs 1.5 --calibrate text.txt -> --inputs is 1.5; below 1
+native out --inputs nan --calibrate text.txt -> --inputs is nan
+native out --inputs -0.1 --calibrate text.txt -> --inputs is -0.1
+native out --inputs half --calibrate text.txt -> --inputs is half
+native out --inputs 0.4 -> without text; --calibrate DATA
+native out --inputs 0.4 --calibrate '' -> --calibrate; is empty
+native out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
+native out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
+native out --inputs 0.4 --calibrate short.txt -> short.txt has less than 64 tokens; one window
+native out --inputs 0.4 --calibrate text.txt --calibrate-tokens 0 -> --calibrate-tokens is 0; at least 1
+native out --inputs 0.4 --calibrate text.txt --inputs-of lm_head -> --inputs-of is lm_head; q_proj
+native out --inputs 0.4 --calibrate text.txt --refit text.txt -> with refit; convert the refitted folder again
+native out --inputs 0 --calibrate text.txt -> data was given; above 0
+native out --inputs 0 --inputs-prefill -> prefill was given; above 0
+native out --calibrate text.txt -> calibrate was given without inputs
+native out --inputs-train -> inputs_train was given without inputs
+vocabulary out --inputs 0.4 --calibrate text.txt -> only 16 tokens
+notokenizer out --inputs 0.4 --calibrate text.txt -> no tokenizer
+cuts out --refit text.txt -> cuts its projections' inputs; --inputs 0
+cutsshape out -> inputs.thresholds.q_proj is [0.1, 0.2, 0.3]; 2 numbers
+cutsword out -> inputs.thresholds is {'q_proj': ['low', 0.1]}
+cutsname out -> inputs.thresholds is {'lm_head': [0.1, 0.1]}; q_proj
+cutscentre out -> inputs.centres is {'k_proj': [0.1, 0.1]}; have thresholds
+cutsempty out -> inputs.thresholds is None
+cuts5 out -> inputs is 5; a mapping
+cutskey out -> ['colour']; share
+cutsprefill out -> inputs.prefill is 1; true or false
+cutsshare out -> inputs.share is 40
 truncated out -> truncated or corrupt
 corrupt out -> corrupt
 pickle out -> only pickle weights

@@ -14,7 +14,7 @@ reads as much less as was asked for. Every block gets the same share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,11 @@ def thresholds(seen: list[dict[str, Distribution]], shares: list[dict[str, float
 
 @torch.no_grad()
 def greedy_shares(
-    model: nn.Module, windows: torch.Tensor, seen: list[dict[str, Distribution]], share: float
+    model: nn.Module,
+    windows: torch.Tensor,
+    seen: list[dict[str, Distribution]],
+    share: float,
+    names: Sequence[str] = PROJECTIONS,
 ) -> list[dict[str, float]]:
     """Allot the inputs that are left out within each block.
 
@@ -53,9 +57,10 @@ def greedy_shares(
         windows: Token ids, int64 [windows, length]; as many of them as hold TOKENS tokens are used.
         seen: The distributions of its projections' inputs.
         share: Of each block's projection weights, that are not to be read: 0 to MOST.
+        names: The projections that leave inputs out, and of whose weights this is the share.
 
     Returns:
-        For each block the share of each projection's inputs that is left out.
+        For each block the share of each of these projections' inputs that is left out.
     """
     found: list[dict[str, float]] = []
     hooks = []
@@ -64,7 +69,7 @@ def greedy_shares(
         def search(module: Any, args: Any, kwargs: Any, output: Any, block: Block = block, row: Any = row) -> None:
             bar.update()
             again = lambda: _stream(module.forward(*args, **kwargs))  # noqa: E731
-            found.append(_within(block, row, share, again, _stream(output)))
+            found.append(_within(block, {name: row[name] for name in names}, share, again, _stream(output)))
 
         hooks.append(block.module.register_forward_hook(search, with_kwargs=True))
     most = max(TOKENS // windows.shape[1], 1)
@@ -86,8 +91,8 @@ def _within(
     A step's cost, the rise of the squared error for each weight saved, grows as more is cut. So the costs found before
     are a lower bound, and only the projection that seems cheapest is measured again.
     """
-    sizes = {name: block.linears[name].weight.numel() for name in PROJECTIONS}
-    shares, limits = dict.fromkeys(PROJECTIONS, 0.0), dict.fromkeys(PROJECTIONS, 0.0)
+    sizes = {name: block.linears[name].weight.numel() for name in seen}
+    shares, limits = dict.fromkeys(seen, 0.0), dict.fromkeys(seen, 0.0)
     now, left = 0.0, share * sum(sizes.values())
 
     def step(name: str) -> float:
@@ -104,10 +109,9 @@ def _within(
         return args[0].masked_fill(args[0].abs() <= limits[name], 0), *args[1:]
 
     hooks = [
-        block.linears[name].register_forward_pre_hook(lambda module, args, name=name: cut(args, name))
-        for name in PROJECTIONS
+        block.linears[name].register_forward_pre_hook(lambda module, args, name=name: cut(args, name)) for name in seen
     ]
-    costs = dict.fromkeys(PROJECTIONS, -math.inf)  # a weight saved; not measured yet
+    costs = dict.fromkeys(seen, -math.inf)  # a weight saved; not measured yet
     try:
         while left >= 1 and costs:
             name = min(costs, key=lambda name: costs[name])

@@ -1,0 +1,127 @@
+"""Input cuts: a conversion that lets projections skip the small entries of their inputs; no weight changes.
+
+Thresholds are measured on calibration text that runs through the model as it will infer
+(measurement/selection/input_cuts.py), and stand in config.json under `stocha.inputs`. The custom class cuts; the
+native class computes every input in full.
+
+    stocha-convert SOURCE OUTPUT --inputs 0.4 --calibrate text.parquet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stocha_hf.checkpoints.entry import read_entry, with_entry
+from stocha_hf.checkpoints.names import public_name
+from stocha_hf.conversion.source import Source
+from stocha_hf.errors import StochaError
+from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, ATTENTION, PROJECTIONS, StochaConfig, is_number
+
+TOKENS = 16_384  # default: tens of millions of entries for each threshold
+WINDOW = 1024  # tokens
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to cut, and the text to measure thresholds on.
+
+    `share` is the share of input entries to cut; 0 takes a source's cuts off, and then nothing else is given. `data`
+    is a file, folder or Hub data set (stocha_hf/data.py), `tokens` how many of its tokens to use, `of` the projections
+    to cut (None: all, or attention's where the activation makes the FFN sparse), `allotment` one of ALLOTMENTS.
+    `prefill` and `train` are those of InputCuts. Raises StochaError.
+    """
+
+    share: float
+    data: str | None = None
+    tokens: int | None = None
+    of: Collection[str] | None = None
+    allotment: str | None = None
+    prefill: bool = False
+    train: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.share) or not 0 <= self.share < 1:
+            raise StochaError(
+                f"the share of inputs to cut is {self.share!r}: expected a share between 0 and 1, or 0 to cut none"
+            )
+        if not self.share and (given := [key for key in OPTIONS if getattr(self, key)]):
+            raise StochaError(
+                f"{given[0]} was given with a share of 0 inputs to cut, which takes cuts off: expected a share above 0"
+            )
+        if self.share and (self.data is None or not str(self.data).strip()):
+            raise StochaError(
+                f"a share of {self.share:g} inputs was given without text to measure thresholds on: expected a file, "
+                "a folder or a Hub data set; give --calibrate DATA"
+            )
+        if self.tokens is not None and (type(self.tokens) is not int or self.tokens < 1):
+            raise StochaError(
+                f"the number of tokens to calibrate on is {self.tokens!r}: expected a whole number of at least 1"
+            )
+        if self.of is not None and (not self.of or isinstance(self.of, str) or not {*self.of} <= {*PROJECTIONS}):
+            raise StochaError(
+                f"the projections to cut are {self.of!r}: expected one or more of {', '.join(PROJECTIONS)}"
+            )
+        if self.allotment not in (None, *ALLOTMENTS):
+            raise StochaError(f"the allotment is {self.allotment!r}: expected one of {', '.join(ALLOTMENTS)}")
+
+
+OPTIONS = ("data", "tokens", "of", "allotment", "prefill", "train")  # that go with a share above 0
+
+
+def with_cuts(source: Source, config: dict[str, Any], options: Calibration) -> dict[str, Any]:
+    """Return a converted config.json with input cuts, calibrated on the source's weights; with a share of 0, without.
+
+    Raises StochaError for text of less than one window, and a model whose inputs are not finite.
+    """
+    entry = replace(read_entry(config, source.id), inputs=None)
+    if options.share:
+        entry = replace(entry, inputs=_calibrated(source, entry, options))
+    return with_entry(config, entry)
+
+
+def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> Any:
+    import torch  # which copying does not need
+
+    from stocha_hf.data import calibration_windows
+    from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
+    from stocha_hf.modeling_stocha import patch, unpatch
+    from stocha_hf.models import load_model
+
+    length = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
+    tokens = max(options.tokens or TOKENS, length)
+    windows = calibration_windows(str(options.data), source.folder, tokens, length, options.seed)
+    if not windows.numel():
+        raise StochaError(
+            f"{options.data} has less than {length} tokens: expected at least one window of text to calibrate "
+            "thresholds on"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(str(source.folder), dtype="auto").to(device)
+    unpatch(model)  # of what the source infers with
+    patch(model, entry)  # type: ignore[arg-type] # inside the package there is one StochaConfig
+    sparse = ACTIVATIONS[str(entry.inference)].native not in (None, entry.base)
+    of = options.of or (ATTENTION if sparse else PROJECTIONS)
+    allotment = options.allotment or ALLOTMENTS[0]
+    used = {"data": public_name(str(options.data)), "tokens": windows.numel(), "seed": options.seed}
+    return calibrate_inputs(
+        model.eval(),
+        windows,
+        options.share,
+        of,
+        allotment,
+        prefill=options.prefill,
+        train=options.train,
+        calibration=used | {"allotment": allotment},
+    )
+
+
+def check_uncut(entry: StochaConfig, where: str) -> None:
+    """Raise StochaError for an entry with input cuts, whose weights a refit would fit without them."""
+    if entry.inputs is not None:
+        raise StochaError(
+            f"{where} cuts its projections' inputs: expected a model that computes them in full; convert it with "
+            "--inputs 0 first, refit it, and convert the result with --inputs"
+        )
