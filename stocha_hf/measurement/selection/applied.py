@@ -75,7 +75,7 @@ class Selection:
         columns = {(index, name) for index, cuts in enumerate(self.inputs) for name in cuts}
         columns |= {(index, "down_proj") for index, cut in enumerate(neurons) if cut}
         meter = ReadMeter(model, columns, {index for index, cut in enumerate(neurons) if cut and cut.rows}, start)
-        hooks = _Hooks(meter, start, forward)
+        hooks = _Hooks(model, meter, start, forward)
         try:
             hooks.watch(model, self.prepare)
             for index, (block, cuts, cut) in enumerate(zip(found, self.inputs, neurons, strict=True)):
@@ -100,8 +100,9 @@ class _Forward:
 class _Hooks:
     """The hooks of an applied selection."""
 
-    def __init__(self, meter: ReadMeter, start: Callable[[int], int], forward: _Forward) -> None:
+    def __init__(self, model: Any, meter: ReadMeter, start: Callable[[int], int], forward: _Forward) -> None:
         self._meter, self._start, self._forward = meter, start, forward
+        self._size = model.dtype.itemsize
         self._handles: list[Any] = []
 
     def watch(self, model: nn.Module, prepare: Callable[[torch.Tensor], None] | None) -> None:
@@ -117,11 +118,10 @@ class _Hooks:
         inner: Any = getattr(model, "base_model", model)  # which some call alone, to read a prompt without logits
         self._handles.append(inner.register_forward_pre_hook(before, with_kwargs=True))
 
-    def add_input(self, index: int, linear: nn.Module, name: str, cut: InputCut) -> None:
+    def add_input(self, index: int, linear: Any, name: str, cut: InputCut) -> None:
         columns = self._meter.columns[index][name]
         corrections: list[tuple[int, torch.Tensor | None]] = []
-        weight: Any = linear.weight
-        self._meter.extra[index] += cut.extra_bytes(weight.shape[0], weight.element_size())
+        self._meter.extra[index] += cut.extra_bytes(linear.out_features, self._size)
 
         def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
             x = args[0]

@@ -20,7 +20,6 @@ from functools import partial
 import torch
 
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.blocks import PROJECTIONS
 from stocha_hf.measurement.selection.applied import Selection
 from stocha_hf.measurement.selection.attribution import Attribution, Score, corrected, gradient_output, snip
 from stocha_hf.measurement.selection.calibration import Calibration
@@ -33,6 +32,7 @@ from stocha_hf.measurement.selection.cuts import (
     TopNeurons,
 )
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
+from stocha_hf.spec import PROJECTIONS
 
 NORMED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # whose inputs come from a norm
 LOW_RANK = 0.1  # of the bytes that R-Sparse reads, spent on the low-rank part
@@ -107,7 +107,7 @@ def _r_sparse(calibration: Calibration, share: float) -> Selection:
     for index, block in enumerate(calibration.blocks):
         cuts.append({})
         for name in PROJECTIONS:
-            out, size = block.linears[name].weight.shape
+            out, size = (block.linears[name].out_features, block.linears[name].in_features)
             rank = max(round(LOW_RANK * (1 - share) * out * size / (out + size)), 1)
             cut = selection.inputs[index][name]
             cuts[index][name] = replace(cut, factors=calibration.factors(index, name, rank))
@@ -185,7 +185,7 @@ def _neurons(calibration: Calibration, cuts: list) -> Selection:
 
 def _counts(calibration: Calibration, share: float) -> list[int]:
     """How many neurons of each FFN stay."""
-    widths = [block.linears["down_proj"].weight.shape[1] for block in calibration.blocks]
+    widths = [block.linears["down_proj"].in_features for block in calibration.blocks]
     return [max(round((1 - share) * width), 1) for width in widths]
 
 
