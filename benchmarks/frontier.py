@@ -41,7 +41,6 @@ from stocha_hf.data import calibration_windows, load_data, text_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.acceptance import GreedyText, acceptance, greedy_text
 from stocha_hf.measurement.blocks import blocks
-from stocha_hf.measurement.bytes_read import stored_bytes
 from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.measurement.plots import Picture, check_plot, plot
 from stocha_hf.measurement.records import BytesRead
@@ -210,7 +209,7 @@ def others(args: argparse.Namespace, folder: Path) -> Iterator[tuple[dict[str, A
     for file in args.gguf:
         yield (
             {"method": file.stem, "share": 0.0, "dense": True},
-            lambda measures, file=file: converted(file, measures) | {"bytes_read": gguf_bytes(file, folder).to_dict()},
+            lambda measures, file=file: of_file(file, converted(file, measures)),
         )
 
 
@@ -218,16 +217,17 @@ def load(folder: Path, args: argparse.Namespace) -> Any:
     return load_model(str(folder), dtype=getattr(torch, args.dtype)).eval().to(DEVICE)
 
 
-def gguf_bytes(file: Path, folder: Path) -> BytesRead:
-    """What llama.cpp reads of a file for a token: the blocks, and the head, which may be the embedding."""
+def of_file(file: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the dequantized weights, with the bytes that llama.cpp reads of the file for a token: the blocks'
+    and the head's, which may be the embedding.
+    """
     tensors = sorted(read_gguf_header(file).tensors.items(), key=lambda item: item[1].begin)
     ends = [tensor.begin for _, tensor in tensors[1:]] + [file.stat().st_size]
     sizes = {name: end - tensor.begin for (name, tensor), end in zip(tensors, ends, strict=True)}
     inside = sum(size for name, size in sizes.items() if name.startswith("blk."))
     head = sizes.get("output.weight", sizes["token_embd.weight"])
-    with torch.device("meta"):
-        whole = sum(stored_bytes(block.module) for block in blocks(load_model(str(folder), dtype=torch.bfloat16)))
-    return BytesRead(inside + head, inside, head, whole, inside / whole)
+    whole = figures["bytes_read"]["dense_blocks"]
+    return figures | {"bytes_read": BytesRead(inside + head, inside, head, whole, inside / whole).to_dict()}
 
 
 def prompts(args: argparse.Namespace, tokenizer: Any, texts: dict[str, torch.Tensor]) -> list[list[int]]:
@@ -332,6 +332,8 @@ def main() -> None:
         if args.model:
             if not (args.calibrate and args.eval):
                 raise StochaError("a model is to be measured: expected --calibrate and --eval with texts")
+            if not 0 <= args.prompt_tokens < args.length - 1:
+                raise StochaError(f"--prompt-tokens is {args.prompt_tokens}: expected less than --length less 1")
             measure(args)
         if args.plot:
             draw([row for path in [args.json, *args.extra_rows] for row in read_rows(path)], args.plot)

@@ -16,8 +16,8 @@ from stocha_hf.publishing.measurements import FOLDER, HASH_KEY, Measurements
 EVALUATED = (
     "Perplexity and zeros: {tokens:,} tokens of {data} in windows of {length}, {dtype}, on {hardware} ({command}). "
     "The layers have {least:.0%} to {most:.0%} zeros; {never:.1%} of the neurons never fired, and of those that "
-    "fired, {again:.0%} had fired at the token before. Bytes read: the share of the decoder blocks' weights that a decode "
-    "step reads."
+    "fired, {again:.0%} had fired at the token before. Bytes read: the share of the decoder blocks' bytes that a "
+    "decode step reads."
 )
 COMPARED = (
     "Against the model before: KL divergence {kl:.3f} nats a token, the same most likely token at "

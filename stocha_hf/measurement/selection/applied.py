@@ -26,19 +26,22 @@ from stocha_hf.measurement.blocks import Block, blocks
 from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.selection.cuts import InputCut, NeuronCut
 
+Prepare = Callable[[torch.Tensor, dict[str, torch.Tensor]], None]
+PLACES = ("attention_mask", "position_ids")  # that say which tokens are padding, and where the others stand
+
 
 @dataclass(frozen=True)
 class Selection:
     """The cuts of a model's blocks: of projections' inputs by name, and of neurons, one mapping and one cut a block.
 
     `needs_prompt` says that the choice is made on the prompt, so that there must be one. `prepare` is given each
-    forward's token ids [batch, tokens] before it runs.
+    forward's token ids [batch, tokens] before it runs, and its attention_mask and position_ids if it has them.
     """
 
     inputs: list[dict[str, InputCut]]
     neurons: list[NeuronCut | None] = field(default_factory=list)
     needs_prompt: bool = False
-    prepare: Callable[[torch.Tensor], None] | None = None
+    prepare: Prepare | None = None
 
     @property
     def remembers(self) -> bool:
@@ -105,13 +108,14 @@ class _Hooks:
         self._size = model.dtype.itemsize
         self._handles: list[Any] = []
 
-    def watch(self, model: nn.Module, prepare: Callable[[torch.Tensor], None] | None) -> None:
+    def watch(self, model: nn.Module, prepare: Prepare | None) -> None:
         """Note what each forward is given, and let `prepare` see it."""
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             mask = kwargs.get("attention_mask")
             if prepare is not None:
-                prepare(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+                given = {key: kwargs[key] for key in PLACES if isinstance(kwargs.get(key), torch.Tensor)}
+                prepare(kwargs["input_ids"] if "input_ids" in kwargs else args[0], given)
             self._forward.is_cached = kwargs.get("use_cache") is not False
             self._forward.real = mask[..., None] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 

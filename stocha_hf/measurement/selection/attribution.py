@@ -50,12 +50,15 @@ def snip(gradient: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     return (gradient * hidden).abs()
 
 
-def own_token_gradients(model: Any, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def own_token_gradients(
+    model: Any, ids: torch.Tensor, **places: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of each block: the gradient of each token's own loss with respect to its hidden vector, and that vector.
 
     Args:
         model: A CausalLM in eval mode, without cuts.
         ids: Token ids, int64 [rows, length]; the loss at a token is that of the token after it, and 0 at the last.
+        **places: `attention_mask` and `position_ids` [rows, length], where there is padding.
 
     Yields:
         Float32 tensors [rows, length, M], block by block.
@@ -72,7 +75,7 @@ def own_token_gradients(model: Any, ids: torch.Tensor) -> Iterator[tuple[torch.T
     hooks = [block.linears["down_proj"].register_forward_pre_hook(keep) for block in blocks(model)]
     try:
         with torch.enable_grad(), own_token_attention(model), _frozen(model):
-            logits = model(ids, use_cache=False).logits[:, :-1].float()
+            logits = model(ids, use_cache=False, **places).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             gradients = torch.autograd.grad(loss, hidden)
     finally:
@@ -91,15 +94,19 @@ class Attribution:
     def __init__(self, model: Any, score: Score, cuts: list[GivenNeurons], counts: list[int]) -> None:
         self._model, self._score, self._cuts, self._counts = copy.deepcopy(model), score, cuts, counts
 
-    def __call__(self, ids: torch.Tensor) -> None:
-        """Look at token ids [rows, tokens]. Raises StochaError for a decode step, whose next token nobody knows."""
+    def __call__(self, ids: torch.Tensor, places: dict[str, torch.Tensor]) -> None:
+        """Look at token ids [rows, tokens], with attention_mask and position_ids where there is padding.
+
+        Raises StochaError for a decode step, whose next token nobody knows.
+        """
         if ids.shape[1] == 1:
             raise StochaError(
                 "attribution is an oracle that knows the next token: expected whole texts, no generation"
             )
         parts: list[list[torch.Tensor]] = [[] for _ in self._cuts]
-        for some in ids.split(ROWS):
-            found = own_token_gradients(self._model, some)
+        for rows in torch.arange(len(ids), device=ids.device).split(ROWS):
+            given = {name: tensor[rows] for name, tensor in places.items() if len(tensor) == len(ids)}
+            found = own_token_gradients(self._model, ids[rows], **given)
             for kept, count, (gradient, hidden) in zip(parts, self._counts, found, strict=True):
                 kept.append(largest(self._score(gradient, hidden), count))
         for cut, kept in zip(self._cuts, parts, strict=True):
