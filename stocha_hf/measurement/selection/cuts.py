@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from stocha_hf.errors import StochaError
+
 GATE = ("up_proj",)  # of whose rows the dropped neurons' are not read: chosen when the gate is known
 BEFORE = ("gate_proj", "up_proj")  # chosen before
 AFTER = ()  # chosen when the hidden vector is known, so that only down_proj's columns are left
@@ -139,7 +141,8 @@ class CoreNeurons(NeuronCut):
             votes = (largest(sizes, self.count) & (sizes > 0)).float().sum(1, keepdim=True)  # padding has no vote
             scale = sizes.float().mean(1, keepdim=True)
             self._core = largest(votes + scale / scale.amax(-1, keepdim=True).clamp_min(1e-9) / 2, self.count)
-        assert self._core is not None, "a prompt comes first"
+        if self._core is None:
+            raise StochaError("this method chooses neurons by the prompt: expected one that is read before others")
         return self._core.expand(-1, hidden.shape[1] - start, -1)
 
     def begin(self) -> None:
