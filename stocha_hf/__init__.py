@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stocha_hf.answers.writing import write_answers
     from stocha_hf.conversion.averaging import average
     from stocha_hf.conversion.convert import convert
     from stocha_hf.conversion.refit_model import refit
@@ -46,6 +47,7 @@ _HOMES = {
     "stocha_mode": "modeling_stocha",
     "train": "training.run",
     "unpatch": "modeling_stocha",
+    "write_answers": "answers.writing",
     "write_card": "publishing.card",
     "InputCuts": "spec",
     "Schedule": "training.schedule",
@@ -83,6 +85,7 @@ __all__ = [
     "stocha_mode",
     "train",
     "unpatch",
+    "write_answers",
     "write_card",
 ]
 

@@ -77,6 +77,20 @@ def load_data(
         return _usable(name, data.select_columns(columns), first, partial(_is_usable, columns, name, text_column))
 
 
+def load_rows(name: str, *, split: str = "train") -> Dataset:
+    """Open a data set with all its columns; `name` and `split` as in `load_data`.
+
+    Raises:
+        StochaError: there is no such data set, it cannot be read, or it is empty.
+    """
+    found = local_files(name)
+    with _reading(name, found and found[1]):
+        data = _open(name, None, split, False, found)
+    if len(data) == 0:
+        raise StochaError(f"{name} (split {split}) is empty: expected at least one row")
+    return data
+
+
 def _open(name: str, config: str | None, split: str, streaming: bool, found: tuple[str, list[Path]] | None) -> Any:
     if find_spec("datasets") is None:
         raise StochaError(

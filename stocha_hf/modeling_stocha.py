@@ -27,7 +27,7 @@ import shutil
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -859,9 +859,19 @@ class StochaModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runtime = StochaMLP.runtime
-        plain = runtime is None or self.training or torch.compiler.is_compiling()
-        with nullcontext() if plain else runtime.step(self, args, kwargs):
+        if runtime is None or self.training or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        found = runtime.call(self, args, kwargs)  # None where this is no step, or one that must call modules
+        if found is not None:
+            return found
+        with runtime.step(self, args, kwargs):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """As the native one, which generate() calls for greedy decoding and for sampling."""
+        runtime = StochaMLP.runtime
+        found = None if runtime is None or self.training else runtime.sample(self, *args, **kwargs)
+        return super()._sample(*args, **kwargs) if found is None else found  # type: ignore[misc]
 
     def get_memory_footprint(self, *args: Any, **kwargs: Any) -> int:
         """The bytes of parameters and buffers, and of what decode steps hold beside them."""

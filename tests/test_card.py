@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import assert_refused, call_command
-from helpers.measured_files import bench, evaluation, generation
+from helpers.measured_files import bench, evaluation, generation, tasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -46,6 +46,7 @@ def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> 
     files = [saved(tmp_path / f"{i}.json", content) for i, content in enumerate((own, swapped))]
     more = ["--bench", saved(tmp_path / "b.json", bench(converted))]
     more += ["--generation", saved(tmp_path / "g.json", generation(converted))]
+    more += ["--tasks", saved(tmp_path / "t.json", tasks(converted))]
     old = (converted / "README.md").read_text()
     done = call_command("stocha-card", converted, files[0], "--row", f"swapped={files[1]}", *more, "--json")
     assert done.returncode == 0, done.stderr
@@ -56,11 +57,33 @@ def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> 
     for told in ("4,096 tokens of val.txt", "75% to 88% zeros", "6.2% of the neurons", "0.219 nats", "33 GB/s"):
         assert told in card
     assert "| stocha, p 0.5 | -1.375 | 0.625 | 31.5 |" in card and "| greedy | -0.875 | 0.125 | 100.0 |" in card
+    assert "| task | questions | **this model** | before: org/source | difference |" in card
+    assert "| humaneval, pass@1 | 164 | 43.8% ± 3.9% | 50.0% ± 3.9% | -6.2% (-12.5% to +0.0%) |" in card
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert ["humaneval", 0.4375] in [
+        [result["dataset"]["type"], metric["value"]]
+        for result in metadata["model-index"][0]["results"]
+        for metric in result["metrics"]
+    ]
     assert (converted / "README.md.orig").read_text() == old
     for picture in ("zeros", "diversity"):
         assert f"(measurements/{picture}.png)" in card
         assert (converted / f"measurements/{picture}.png").read_bytes().startswith(b"\x89PNG")
     check_card(converted)
+
+
+def test_tasks_without_a_baseline_have_no_column_for_it(converted: Path, tmp_path: Path) -> None:
+    files = [
+        saved(tmp_path / "e.json", evaluation(converted)),
+        saved(tmp_path / "t.json", tasks(converted, baseline=None)),
+    ]
+    assert call_command("stocha-card", converted, files[0], "--tasks", files[1]).returncode == 0
+    assert "| humaneval, pass@1 | 164 | 43.8% ± 3.9% |\n" in (converted / "README.md").read_text()
+    check_card(converted)
+    saved(files[1], tasks(converted, tasks=[{"task": "humaneval"}]))
+    assert_refused(
+        call_command("stocha-card", converted, files[0], "--tasks", files[1]), "t.json has no tasks.0.metric"
+    )
 
 
 def test_metadata_holds_the_results_and_keeps_the_licence(converted: Path, tmp_path: Path) -> None:

@@ -231,6 +231,13 @@ def test_calibrated_thresholds_cut_the_share_that_was_asked_for() -> None:
     model(windows)
     assert (given[0] <= found.thresholds["down_proj"][1]).float().mean().item() == pytest.approx(0.4, abs=0.005)
     assert found.thresholds["q_proj"] == found.thresholds["v_proj"] and found.share == 0.4
+    greedy = calibrate_inputs(model, windows, 0.4, ["q_proj", "o_proj", "down_proj"], "greedy")
+    assert [*greedy.thresholds] == ["q_proj", "o_proj", "down_proj"]
+    patch(other := tiny_model(), StochaConfig(activation="silu", inputs=greedy))
+    share = evaluate(other, windows).bytes_read.share  # type: ignore[union-attr]
+    sizes = {name: module.weight.numel() for name, module in projections(model)[0].items() if name in PROJECTIONS}
+    cut = sum(sizes[name] for name in greedy.thresholds) / sum(sizes.values())
+    assert share == pytest.approx(1 - 0.4 * cut, abs=0.03)
     model.model.layers[1].input_layernorm.weight.data.fill_(float("nan"))
     with pytest.raises(stocha_hf.StochaError, match="not finite on the calibration text"):
         calibrate_inputs(model, windows, 0.4)

@@ -158,12 +158,12 @@ def test_differences_are_taken_question_by_question() -> None:
 def test_prompts_of_any_length_are_continued_as_if_alone(kind: str) -> None:
     model = tiny_model(kind, **({} if kind == "llama" else {"sliding_window": 6}))
     draw = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(4, 64, (size,), generator=draw).tolist() for size in (1, 5, 9, 2, 7, 12)]
-    for rows in (1, 4):
-        found = dict(continue_prompts(model, prompts, new=12, ends={2}, rows=rows))
+    prompts = [torch.randint(4, 64, (size,), generator=draw).tolist() for size in (1, 9, 2, 12)]
+    for rows in (1, 3):
+        found = dict(continue_prompts(model, prompts, new=10, ends={2}, rows=rows))
         for i, prompt in enumerate(prompts):
             ids = torch.tensor([prompt])
-            alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+            alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
             assert found[i] == alone[0, len(prompt) :].tolist()
 
 

@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from stocha_hf.answers.choosing import Choice
+from stocha_hf.answers.grouped import grouped_attention
 from stocha_hf.answers.slots import SlotCache
 from stocha_hf.errors import StochaError
 
@@ -41,7 +42,7 @@ def continue_prompts(
 
     Args:
         model: A CausalLM in eval mode.
-        prompts: Token ids of each, at least one.
+        prompts: Token ids of each, at least one. They are begun in this order.
         new: Tokens of a continuation at most.
         ends: Token ids that end one; it keeps them.
         rows: Prompts in work at a time; half as many where memory does not suffice.
@@ -50,15 +51,14 @@ def continue_prompts(
         stop: Called now and then with a row's new tokens so far; true ends the row, maybe some tokens late.
 
     Yields:
-        The number of a prompt and its continuation's token ids, as they are done: the longest prompts first.
+        The number of a prompt and its continuation's token ids, as they are done.
 
     Raises:
         StochaError: the model's logits are NaN or infinite.
     """
     left = set(range(len(prompts)))
     while left:
-        order = sorted(left, key=lambda i: len(prompts[i]), reverse=True)
-        batch = _Batch(model, prompts, order, min(rows, len(order)), choice or Choice(), generator)
+        batch = _Batch(model, prompts, sorted(left), min(rows, len(left)), choice or Choice(), generator)
         try:
             for i, tokens in batch.run(new, frozenset(ends), stop):
                 yield i, tokens
@@ -117,25 +117,28 @@ class _Batch:
         elif len(free) >= min(len(self.waiting), 1 + len(self.rows) // 16):  # a few at a time fill no forward
             self._read(free[: len(self.waiting)])
 
-    @torch.no_grad()
     def _read(self, slots: list[int]) -> None:
-        """Read the next prompts into these slots, as many in a forward as PREFILL allows."""
-        while slots:
-            longest = len(self.prompts[self.waiting[0]])
-            some = slots[: max(PREFILL[self.model.device.type] // longest, 1)]
-            slots = slots[len(some) :]
-            new = [_Row(i, len(self.prompts[i])) for i in (self.waiting.popleft() for _ in some)]
-            at = torch.tensor(some, device=self.model.device)
-            if longest > 1:
-                padded = torch.zeros(len(new), longest - 1, dtype=torch.int64)
-                for row, ids in zip(new, padded, strict=True):
-                    ids[: row.position] = torch.tensor(self.prompts[row.prompt][:-1], dtype=torch.int64)
-                prefilled = DynamicCache()
-                self.model.base_model(padded.to(self.model.device), past_key_values=prefilled, use_cache=True)
-                self.cache.put(at, prefilled)
-            self.ids[at] = torch.tensor([self.prompts[row.prompt][-1] for row in new], device=self.model.device)
-            for slot, row in zip(some, new, strict=True):
-                self.rows[slot] = row
+        """Read the next prompts into these slots, those of like lengths together, as many as PREFILL allows."""
+        new = [_Row(i, len(self.prompts[i])) for i in (self.waiting.popleft() for _ in slots)]
+        new.sort(key=lambda row: row.position, reverse=True)
+        while new:
+            count = max(PREFILL[self.model.device.type] // max(new[0].position, 1), 1)
+            self._prefill(slots[:count], new[:count])
+            slots, new = slots[count:], new[count:]
+
+    @torch.no_grad()
+    def _prefill(self, slots: list[int], rows: list[_Row]) -> None:
+        at, longest = torch.tensor(slots, device=self.model.device), rows[0].position
+        if longest > 0:
+            padded = torch.zeros(len(rows), longest, dtype=torch.int64)
+            for row, ids in zip(rows, padded, strict=True):
+                ids[: row.position] = torch.tensor(self.prompts[row.prompt][:-1], dtype=torch.int64)
+            prefilled = DynamicCache()
+            self.model.base_model(padded.to(self.model.device), past_key_values=prefilled, use_cache=True)
+            self.cache.put(at, prefilled)
+        self.ids[at] = torch.tensor([self.prompts[row.prompt][-1] for row in rows], device=self.model.device)
+        for slot, row in zip(slots, rows, strict=True):
+            self.rows[slot] = row
 
     @torch.no_grad()
     def _steps(self) -> list[list[int]]:
@@ -144,13 +147,14 @@ class _Batch:
         self.cache.aim(positions, STRIDE)
         found, largest = [], []
         for _ in range(STRIDE):
-            logits = self.model(
-                self.ids[:, None],
-                attention_mask=self.cache.masks(self.model.config, self.model.dtype),
-                position_ids=self.cache.positions[:, None],
-                past_key_values=self.cache,
-                use_cache=True,
-            ).logits[:, -1]
+            with grouped_attention(self.model.config, self.model.device):
+                logits = self.model(
+                    self.ids[:, None],
+                    attention_mask=self.cache.masks(self.model.config, self.model.dtype),
+                    position_ids=self.cache.positions[:, None],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                ).logits[:, -1]
             largest.append(logits.amax(-1))
             self.ids = self.choice(logits, self.generator)
             found.append(self.ids)

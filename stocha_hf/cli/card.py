@@ -3,7 +3,8 @@
 example:
   stocha-eval smollm2-sparse --data text.parquet --baseline HuggingFaceTB/SmolLM2-135M --json > eval.json
   stocha-bench smollm2-sparse --json > bench.json
-  stocha-card smollm2-sparse eval.json --bench bench.json
+  stocha-eval smollm2-sparse --tasks bigbench:strategyqa --baseline HuggingFaceTB/SmolLM2-135M --json > tasks.json
+  stocha-card smollm2-sparse eval.json --bench bench.json --tasks tasks.json
 
 The files and their pictures are copied to FOLDER/measurements, which stocha-publish uploads. Files that were measured
 on other weights than FOLDER's are refused, here and when it is published. A card that is there already is kept as
@@ -45,6 +46,9 @@ def parser() -> Parser:
     verb.add_argument(
         "--generation", type=path_or_id, metavar="FILE", help="what stocha-generate FOLDER --json printed"
     )
+    verb.add_argument(
+        "--tasks", type=path_or_id, metavar="FILE", help="what stocha-eval FOLDER --tasks ... --json printed"
+    )
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     return verb
 
@@ -64,7 +68,8 @@ def card(args: argparse.Namespace) -> None:
         raise StochaError("--row gives one LABEL twice: expected another label for each row of the table")
     stocha_config(folder)
     check_plot(folder / "zeros.png")
-    path = write_card(folder, evaluation=args.evaluation, rows=rows, bench=args.bench, generation=args.generation)
+    options = {key: getattr(args, key) for key in ("evaluation", "bench", "generation", "tasks")}
+    path = write_card(folder, rows=rows, **options)
     show({"card": str(path), "weights": source_metadata(folder)[HASH_KEY]}, f"wrote {path}", args.json)
 
 

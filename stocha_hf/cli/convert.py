@@ -5,7 +5,7 @@ example:
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-cut --inputs 0.4 --calibrate text.parquet
-  stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4
+  stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
 SOURCE's files are copied byte for byte (but for the FFN weights with --refit, and all weights with --bits) and nothing
@@ -87,7 +87,10 @@ def parser() -> Parser:
         help="cut this share of projections' inputs, the smallest; 0 takes cuts off",
     )
     verb.add_argument(
-        "--calibrate", type=path_or_id, metavar="DATA", help="text to measure the thresholds of --inputs on"
+        "--calibrate",
+        type=path_or_id,
+        metavar="DATA",
+        help="text to measure the thresholds of --inputs on, or to quantize to 4 bits for",
     )
     verb.add_argument("--calibrate-tokens", type=whole_number(1), help="tokens of it to use (default: 16384)")
     verb.add_argument(

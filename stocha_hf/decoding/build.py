@@ -1,4 +1,4 @@
-"""Compiling kernels.cpp: with the system's C++ compiler at the first use, for this machine's processor, then cached.
+"""Compiling cpp/kernels.cpp: with the system's C++ compiler at the first use, for this processor, then cached.
 
 The shared library has a plain C interface and no torch in it, so it builds in seconds, works with any torch and needs
 no torch when stocha_hf is installed. It lies in ~/.cache/stocha_hf (or $XDG_CACHE_HOME/stocha_hf), named by a hash of
@@ -33,15 +33,15 @@ from typing import Any
 
 import torch  # noqa: F401 - loads the OpenMP runtime with global symbols
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"  # and the headers beside it
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-fopenmp")
 TIMEOUT = 300  # seconds
-_INT, _POINTER, _SIZE, _REAL = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-FUNCTIONS: dict[str, tuple[list[Any], Any]] = {  # of kernels.cpp: argument types, type of the result
-    "stocha_ffn": ([_INT, *[_POINTER] * 7, *[_SIZE] * 3, _INT, _REAL, _REAL, _INT], _SIZE),
-    "stocha_linear": ([_INT, *[_POINTER] * 4, *[_SIZE] * 3, _INT], None),
-    "stocha_qkv": ([_INT, *[_POINTER] * 15, *[_SIZE] * 5, _REAL, _INT], None),
-    "stocha_layer": ([_INT, *[_POINTER] * 13, *[_SIZE] * 11, _INT, *[_REAL] * 4, _INT], None),
+_INT, _POINTER, _SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+FUNCTIONS: dict[str, tuple[list[Any], Any]] = {  # of cpp/kernels.cpp: argument types, type of the result
+    "stocha_ffn": ([_POINTER, _INT, _POINTER, _POINTER, _SIZE, _INT], _SIZE),
+    "stocha_linear": ([_POINTER, _INT, _POINTER, _POINTER, _SIZE, _INT], None),
+    "stocha_step": ([_POINTER, _POINTER, _INT], None),
+    "stocha_dequantize": ([_POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT], None),
     "stocha_same": ([_POINTER, _POINTER, _SIZE, _SIZE, _SIZE], _INT),
     "stocha_read": ([_POINTER, _SIZE, _INT], _SIZE),
 }
@@ -163,7 +163,8 @@ def _run(*command: str) -> None:
 
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=TIMEOUT).stdout
-    parts = [b"2", SOURCE.read_bytes(), repr(flags).encode(), version, _processor().encode()]  # 2: with a hash
+    sources = [path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    parts = [b"2", *sources, repr(flags).encode(), version, _processor().encode()]  # 2: with a hash
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

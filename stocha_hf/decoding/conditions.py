@@ -37,11 +37,16 @@ def decodes(x: torch.Tensor) -> bool:
 def is_called(module: nn.Module) -> bool:
     """Return whether something hangs on a module's call, so that it must be made: a hook, or another forward."""
     return bool(
-        module._forward_hooks
+        (module._forward_hooks and not all(map(_is_idle, module._forward_hooks.values())))
         or module._forward_pre_hooks
         or "forward" in module.__dict__
         or nn.modules.module._has_any_global_hook()
     )
+
+
+def _is_idle(hook: object) -> bool:
+    """Whether a hook is what a call with output_hidden_states left behind: it acts in such calls alone."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def is_plain(linear: nn.Module, x: torch.Tensor, kind: type[nn.Module] = nn.Linear) -> bool:

@@ -10,7 +10,8 @@ Where the kernels cannot be built, the operators are PyTorch's dense operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,9 @@ from stocha_hf.decoding import triton_ffn
 from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.state import key_of
+from stocha_hf.decoding.structs import ACTIVATIONS, DTYPES, Ffn, Matrix, matrix
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 TOKENS = 8  # at most
-ACTIVATIONS = {"relu": 0, "fatrelu": 1, "relu2": 2, "drelu": 3, "shifted_relu": 4}  # as in kernels.cpp
 HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {  # (gate, up, threshold) -> hidden
     "relu": lambda gate, up, threshold: F.relu(gate) * up,
     "fatrelu": lambda gate, up, threshold: F.threshold(gate, threshold, 0.0) * up,
@@ -77,13 +77,19 @@ def _ffn(
     library = kernels()
     if library is None:
         return _dense(x, gate, up, down_t, activation, threshold)
-    width, size = gate.shape
-    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    weights, scales, margin = _coarse(coarse, gate)
-    library.stocha_ffn(
-        DTYPES[x.dtype], x.data_ptr(), gate.data_ptr(), up.data_ptr(), down_t.data_ptr(), out.data_ptr(), weights,
-        scales, _tokens(x), size, width, ACTIVATIONS[activation], threshold, margin, torch.get_num_threads(),
+    weights = Ffn(
+        *map(matrix, (gate, up, down_t)), *_coarse(coarse, gate), ACTIVATIONS[activation], True, threshold,
+        0.0 if coarse is None else coarse.margin,
     )  # fmt: skip
+    return run_ffn(x, weights)
+
+
+def run_ffn(x: torch.Tensor, weights: Ffn) -> torch.Tensor:
+    """x [..., H], 1 to 8 tokens on a CPU, through a gated FFN."""
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernels().stocha_ffn(  # type: ignore[union-attr]
+        ctypes.byref(weights), DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), _tokens(x), torch.get_num_threads()
+    )
     return out
 
 
@@ -103,68 +109,15 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     library = kernels()
     if library is None:
         return F.linear(x, weight, bias)
-    outputs, inputs = weight.shape
+    return run_linear(x, matrix(weight, bias), len(weight))
+
+
+def run_linear(x: torch.Tensor, weights: Matrix, outputs: int) -> torch.Tensor:
+    """x [..., inputs], 1 to 8 tokens on a CPU, times a matrix: [..., outputs]."""
     x, out = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
-    library.stocha_linear(
-        DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr(),
-        _tokens(x), inputs, outputs, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def qkv(
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    projections: Sequence[Mapping[str, Any]],
-    head_norms: Sequence[torch.Tensor | None],
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    head_size: int,
-    epsilon: float,
-) -> list[torch.Tensor]:
-    """Query, key, value [B, heads, 1, head_size] of x [B, 1, H]: RMSNorm, projections, head norms, rotary embedding.
-
-    `projections` are q, k and v's parameters {"weight", "bias"}; `rotary` is (cosine, sine), [B or 1, 1, head_size].
-    """
-    batch, size = x.shape[0], x.shape[2]
-    weights, biases = [p["weight"] for p in projections], [p["bias"] for p in projections]
-    outs = [x.new_empty(batch, len(weight) // head_size, 1, head_size) for weight in weights]
-    rotary = tuple(part.expand(batch, 1, head_size).to(x.dtype).contiguous() for part in rotary)  # type: ignore
-    x = x.contiguous()
-    kernels().stocha_qkv(  # type: ignore[union-attr]
-        DTYPES[x.dtype], *map(_pointer, (x, norm, *weights, *biases, *head_norms, *rotary, *outs)),
-        batch, size, outs[0].shape[1], outs[1].shape[1], head_size, epsilon, torch.get_num_threads(),
-    )  # fmt: skip
-    return outs
-
-
-def layer(
-    residual: torch.Tensor,
-    attention: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    projection: Mapping[str, Any],
-    norm: torch.Tensor,
-    matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    activation: str,
-    threshold: float,
-    coarse: CoarseGate | None,
-    scale: float,
-    epsilon: float,
-) -> torch.Tensor:
-    """A decoder layer from its attention on, [B, 1, H]: o_proj(attention) + residual, then the FFN of its RMSNorm.
-
-    `attention` is query [B, heads, 1, D], keys and values [B, key heads, S, D]; `projection` o_proj's parameters;
-    `matrices` gate, up and the transposed down.
-    """
-    query, keys, values = attention
-    keys, values = (part if part.stride()[2:] == (query.shape[3], 1) else part.contiguous() for part in (keys, values))
-    residual, out = residual.contiguous(), torch.empty_like(residual, memory_format=torch.contiguous_format)
-    tensors = (query, keys, values, projection["weight"], projection["bias"], norm, residual, *matrices, out)
-    width, size = matrices[0].shape
-    weights, scales, margin = _coarse(coarse, matrices[0])
-    kernels().stocha_layer(  # type: ignore[union-attr]
-        DTYPES[out.dtype], *map(_pointer, tensors), weights, scales, len(query), size, width, query.shape[1],
-        keys.shape[1], keys.shape[2], query.shape[3], *keys.stride()[:2], *values.stride()[:2],
-        ACTIVATIONS[activation], threshold, margin, scale, epsilon, torch.get_num_threads(),
-    )  # fmt: skip
+    kernels().stocha_linear(  # type: ignore[union-attr]
+        ctypes.byref(weights), DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), _tokens(x), torch.get_num_threads()
+    )
     return out
 
 
@@ -175,14 +128,10 @@ def _tokens(x: torch.Tensor) -> int:
     return count
 
 
-def _coarse(coarse: CoarseGate | None, gate: torch.Tensor) -> tuple[int | None, int | None, float]:
+def _coarse(coarse: CoarseGate | None, gate: torch.Tensor) -> tuple[int | None, int | None]:
     if coarse is None or coarse.key != key_of(gate):
-        return None, None, 0.0
-    return coarse.weights.data_ptr(), coarse.scales.data_ptr(), coarse.margin
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+        return None, None
+    return coarse.weights.data_ptr(), coarse.scales.data_ptr()
 
 
 _library = torch.library.Library("stocha", "DEF")

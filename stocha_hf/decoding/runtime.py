@@ -3,9 +3,13 @@
 Every published repo carries the modeling_stocha.py of its day, so what passes between that file and this package must
 not change without a number. The file asks `for_contract(its number)` and calls what comes back:
 
+    call(model, args, kwargs)                 what a call of a causal language model in eval mode returns, or None
+    sample(model, ...)                        what GenerationMixin._sample returns, or None
     ffn(mlp, x)                               an FFN in eval mode, or None: the native path is to run
+    quantized_linear(module, x)               a quantized Linear layer, or None
+    dequantize(module, first, last, dtype)    rows of a quantized matrix, or None
     stocha(gate, up, p, base, positive)       StochA's hidden vector in training, or None
-    step(model, args, kwargs)                 a context around a model's call
+    step(model, args, kwargs)                 a context around a model's call that `call` left to its forward
     held_bytes(model)                         bytes held beside the parameters
 
 Of an MLP it relies on gate_proj, up_proj, down_proj, act_fn, running, threshold, hidden(gate, up) and a free attribute
@@ -23,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from stocha_hf.decoding import noise
+from stocha_hf.decoding import noise, quantized
 from stocha_hf.decoding.conditions import FEW
 from stocha_hf.decoding.ffn import ffn
 from stocha_hf.decoding.ops import available
@@ -36,7 +40,11 @@ CONTRACT = 1
 class Runtime(NamedTuple):
     """The functions of contract 1."""
 
+    call: Callable[..., Any]
+    sample: Callable[..., Any]
     ffn: Callable[..., torch.Tensor | None]
+    quantized_linear: Callable[..., torch.Tensor | None]
+    dequantize: Callable[..., torch.Tensor | None]
     stocha: Callable[..., torch.Tensor | None]
     step: Callable[..., AbstractContextManager[None]]
     held_bytes: Callable[[nn.Module], int]
@@ -48,7 +56,12 @@ def for_contract(number: int) -> Runtime:
         raise StochaError(
             f"modeling_stocha.py asks for contract {number}: expected {CONTRACT}; install a newer stocha_hf"
         )
-    return Runtime(ffn, noise.stocha, step, held_bytes)
+    from stocha_hf.decoding import generation
+    from stocha_hf.decoding.step import call
+
+    return Runtime(
+        call, generation.sample, ffn, quantized.linear, quantized.dequantize, noise.stocha, step, held_bytes
+    )
 
 
 class _Steps:

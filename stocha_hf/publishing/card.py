@@ -66,6 +66,7 @@ def write_card(
     rows: Mapping[str, str | Path] | None = None,
     bench: str | Path | None = None,
     generation: str | Path | None = None,
+    tasks: str | Path | None = None,
     config: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Path:
@@ -80,6 +81,7 @@ def write_card(
         rows: Other evaluations for the same table, by label.
         bench: What `stocha-bench FOLDER --json` printed.
         generation: What `stocha-generate FOLDER --json` printed.
+        tasks: What `stocha-eval FOLDER --tasks ... --json` printed.
         config: The checkpoint's config.json (default: the folder's; an adapter's folder has none).
         metadata: Hub metadata of the source's card (default: of the folder's own card, which has it from the source).
 
@@ -91,9 +93,9 @@ def write_card(
     """
     folder = Path(folder)
     config = stocha_config(folder) if config is None else config
-    if evaluation is None and (rows or bench or generation):
+    if evaluation is None and (rows or bench or generation or tasks):
         raise StochaError("a card was given measurements but no evaluation: expected what stocha-eval --json printed")
-    measured = None if evaluation is None else Measurements.read(folder, evaluation, rows, bench, generation)
+    measured = None if evaluation is None else Measurements.read(folder, evaluation, rows, bench, generation, tasks)
     card = model_card(config, source_metadata(folder) if metadata is None else metadata, measured)
     path = folder / CARD
     if measured is None:

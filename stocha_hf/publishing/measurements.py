@@ -23,7 +23,14 @@ from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.figures import VALUES
-from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, check_record
+from stocha_hf.measurement.records import (
+    AggregatedSparsity,
+    Comparison,
+    Evaluation,
+    TaskDifference,
+    TaskScore,
+    check_record,
+)
 
 FOLDER = "measurements"
 HASH_KEY = "stocha_weights"  # in the card's metadata
@@ -35,6 +42,12 @@ BENCH = HOW | {
     **{"speedup": float, "read_gbps": float},
 }
 RUN = {"decoding": str, "log_likelihood": float, "distinct_2": float, "self_bleu": float | None}
+TASKS = {
+    "tasks": list[TaskScore],
+    "task_differences": list[TaskDifference] | None,
+    "limit": int | None,
+    "dtype": str,
+} | HOW
 GENERATION = {"samples": int, "new": int, "dtype": str, "prompts": list[str], "runs": list[object]} | HOW
 
 
@@ -48,6 +61,7 @@ class Measurements:
     rows: dict[str, dict[str, Any]]  # label: another evaluation, for the same table
     bench: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
 
     @classmethod
     def read(
@@ -57,6 +71,7 @@ class Measurements:
         rows: Mapping[str, str | Path] | None = None,
         bench: str | Path | None = None,
         generation: str | Path | None = None,
+        tasks: str | Path | None = None,
     ) -> Measurements:
         """Read and check all files. Raises StochaError for malformed ones, of other weights, or not comparable."""
         weights = weights_hash(folder)
@@ -66,10 +81,11 @@ class Measurements:
             _check_comparable(label, row, own)
         decoded = None if bench is None else _bench(bench)
         generated = None if generation is None else _generation(generation)
-        for path, content in ((evaluation, own), (bench, decoded), (generation, generated)):
+        done = None if tasks is None else _tasks(tasks)
+        for path, content in ((evaluation, own), (bench, decoded), (generation, generated), (tasks, done)):
             if content is not None:
                 check_weights(str(path), content, weights, folder)
-        return cls(folder, weights, own, others, decoded, generated)
+        return cls(folder, weights, own, others, decoded, generated, done)
 
     @property
     def is_drawn(self) -> bool:
@@ -82,7 +98,7 @@ class Measurements:
         from stocha_hf.measurement.figures import plot_evaluation, plot_generation
 
         files: dict[str, Any] = {"evaluation": self.evaluation, "rows": self.rows or None}
-        files |= {"bench": self.bench and [self.bench], "generation": self.generation}
+        files |= {"bench": self.bench and [self.bench], "generation": self.generation, "tasks": self.tasks}
         try:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=f".{FOLDER}-") as name:
                 beside, target = Path(name), self.folder / FOLDER
@@ -117,7 +133,7 @@ def check_weights(path: str, content: dict[str, Any], weights: str, folder: Path
 
 def check_measurements(folder: Path, card_hash: str | None) -> None:
     """Raise StochaError where a card, or a file in measurements/, is malformed or tells of other weights."""
-    readers = {"evaluation": _evaluation, "bench": _bench, "generation": _generation}
+    readers = {"evaluation": _evaluation, "bench": _bench, "generation": _generation, "tasks": _tasks}
     files = {path: read for name, read in readers.items() if (path := folder / FOLDER / f"{name}.json").exists()}
     if card_hash is None and not files:
         return
@@ -169,6 +185,14 @@ def _generation(path: str | Path) -> dict[str, Any]:
             raise StochaError(f"{where} has decoding {run['decoding']!r}: expected one of {', '.join(VALUES)}")
         if key := VALUES[run["decoding"]]:
             check_record(run, {key: float}, where)
+    return content
+
+
+def _tasks(path: str | Path) -> dict[str, Any]:
+    content = _read(path, "stocha-eval FOLDER --tasks", "tasks")
+    check_record(content, TASKS, str(path))
+    if content.get("baseline") is not None:
+        check_record(content["baseline"], {"model": str, "tasks": list[TaskScore]}, f"the baseline in {path}")
     return content
 
 

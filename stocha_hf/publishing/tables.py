@@ -27,6 +27,11 @@ DECODED = (
     "Decoding: {dtype}, batch {batch}, {new_tokens} tokens after {prompt}, dense and sparse in turn in one run, on "
     "{hardware}, whose memory read {read_gbps:.0f} GB/s meanwhile ({command})."
 )
+TASKS = (
+    "Tasks: {dtype}, on {hardware} ({command}). `humaneval` and `bigbench:` as stocha_hf defines them, other tasks as "
+    "lm-evaluation-harness does. ± is one standard error; a difference is taken question by question, with its 95% "
+    "interval."
+)
 DIVERSITY = (
     "{samples} samples of each of {count} prompts, {new} tokens at most, {dtype} ({command}). Log-likelihood: of "
     "the samples' tokens under this model without noise. `stocha`: the most likely token at every step, with the "
@@ -49,12 +54,20 @@ def measured_metadata(measured: Measurements) -> dict[str, Any]:
         EvalResult(**shared, metric_name=name, metric_type=kind, metric_value=round(value, 4))
         for name, (kind, value) in values.items()
     ]
+    for score in (measured.tasks or {}).get("tasks", []):
+        name, metric = f"{score['task']}, {score['questions']} questions", score["metric"]
+        about: Any = {"task_type": "text-generation", "dataset_type": score["task"], "dataset_name": name}
+        results.append(
+            EvalResult(**about, metric_name=metric, metric_type=metric, metric_value=round(score["score"], 4))
+        )
     return {"model_name": measured.folder.resolve().name, "eval_results": results, HASH_KEY: measured.weights}
 
 
 def measured_section(measured: Measurements) -> str:
-    """Return Markdown: a table of before, other rows and this model; how it was measured; pictures; diversity."""
+    """Return Markdown: a table of before, other rows and this model; how it was measured; pictures; tasks; samples."""
     parts = ["## Measured", _table(measured), *_how(measured), f"![Zeros by layer]({FOLDER}/zeros.png)"]
+    if measured.tasks is not None:
+        parts += _tasks(measured.tasks)
     if measured.generation is not None:
         parts += [_diversity(measured.generation)]
         if measured.is_drawn:
@@ -100,6 +113,30 @@ def _escaped(content: dict[str, Any]) -> dict[str, Any]:
     """A file's values, those that are text safe in Markdown, the command as code."""
     safe = {key: text(value) if isinstance(value, str) else value for key, value in content.items()}
     return safe | {"command": code(content["command"])}
+
+
+def _tasks(measured: dict[str, Any]) -> list[str]:
+    """A table of scores, beside the model's before and the differences where there are such."""
+    before = {(row["task"], row["metric"]): row for row in (measured.get("baseline") or {}).get("tasks", [])}
+    differences = {(row["task"], row["metric"]): row for row in measured.get("task_differences") or []}
+    heads = ["task", "questions", "**this model**"]
+    if before:
+        heads += [text(f"before: {measured['baseline']['model']}"), "difference"]
+    rows = [heads, ["---"] * len(heads)]
+    for row in measured["tasks"]:
+        key = row["task"], row["metric"]
+        cells = [text(", ".join(key)), f"{row['questions']:,}", _score(row)]
+        if before:
+            found = differences.get(key)
+            told = f"{found['difference']:+.1%} ({found['low']:+.1%} to {found['high']:+.1%})" if found else ""
+            cells += [_score(before[key]) if key in before else "", told]
+        rows.append(cells)
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return ["### Tasks", "\n".join(lines), TASKS.format(**_escaped(measured))]
+
+
+def _score(row: dict[str, Any]) -> str:
+    return f"{row['score']:.1%}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.1%}")
 
 
 def _diversity(generation: dict[str, Any]) -> str:

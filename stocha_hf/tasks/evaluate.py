@@ -89,26 +89,33 @@ def evaluate_tasks(
     lm = HarnessModel(model, tokenizer, Kept(None if kept is None else Path(kept)), name, batch_size)
     results = TaskResults([])
     for task, parts in loaded.items():
-        found: Any = evaluate(
+        found = evaluate(
             lm,
             parts,
-            samples=None if limit is None else _spread(parts["tasks"], limit),
+            samples=None if limit is None else spread(parts["tasks"], limit),
             bootstrap_iters=BOOTSTRAPS,
             apply_chat_template=chat and task in CHATS,
             confirm_run_unsafe_code=run_code,
         )
-        results.scores.extend(_scores(found))
-        for part, samples in found["samples"].items():
-            for sample in samples:
-                values = {_label(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
-                numbers = {
-                    metric: float(value) for metric, value in values.items() if isinstance(value, bool | int | float)
-                }
-                results.questions.update(
-                    {(part, metric, sample["doc_id"]): value for metric, value in numbers.items()}
-                )
-                about = {"task": part, "question": sample["doc_id"], **numbers}
-                results.answers.append(about | {"answer": sample["resps"], "outcome": sample["filtered_resps"]})
+        some = gathered(found)
+        results.scores.extend(some.scores)
+        results.questions.update(some.questions)
+        results.answers.extend(some.answers)
+    return results
+
+
+def gathered(found: Any) -> TaskResults:
+    """Return what the harness's `evaluate` returned as this package's results."""
+    results = TaskResults(_scores(found))
+    for task, samples in found["samples"].items():
+        for sample in samples:
+            values = {_label(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
+            numbers = {
+                metric: float(value) for metric, value in values.items() if isinstance(value, bool | int | float)
+            }
+            results.questions.update({(task, metric, sample["doc_id"]): value for metric, value in numbers.items()})
+            about = {"task": task, "question": sample["doc_id"], **numbers}
+            results.answers.append(about | {"answer": sample["resps"], "outcome": sample["filtered_resps"]})
     return results
 
 
@@ -152,8 +159,8 @@ def compare_tasks(model: TaskResults, baseline: TaskResults) -> list[TaskDiffere
     return differences
 
 
-def _spread(tasks: dict[str, Any], limit: int) -> dict[str, list[int]]:
-    """`limit` evenly spaced questions of each task: some list all questions of a kind together."""
+def spread(tasks: dict[str, Any], limit: int) -> dict[str, list[int]]:
+    """Return the numbers of `limit` evenly spaced questions of each task: some list all of a kind together."""
     counts = {name: len(task.eval_docs) for name, task in tasks.items()}
     return {
         name: [i * count // limit for i in range(limit)] if count > limit else list(range(count))

@@ -189,6 +189,8 @@ unknownactivation -> activation is 'swiglu'
 """
 
 CARD = """
+relu eval.json --tasks absent.json -> absent.json cannot be read
+relu eval.json --tasks eval.json -> eval.json has no tasks
 relu -> EVAL
 relu '' -> EVAL; is empty
 '' eval.json -> FOLDER; is empty
@@ -305,6 +307,7 @@ native out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
 native out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
 native out --inputs 0.4 --calibrate short.txt -> short.txt has less than 64 tokens; one window
 native out --inputs 0.4 --calibrate text.txt --calibrate-tokens 0 -> --calibrate-tokens is 0; at least 1
+native out --inputs 0.4 --calibrate text.txt --inputs-allotment fair -> --inputs-allotment is fair; uniform, greedy
 native out --inputs 0.4 --calibrate text.txt --inputs-of lm_head -> --inputs-of is lm_head; q_proj
 native out --inputs 0.4 --calibrate text.txt --refit text.txt -> with refit; convert the refitted folder again
 native out --inputs 0 --calibrate text.txt -> data was given; above 0
@@ -349,6 +352,10 @@ native /sys/stocha/out -> cannot write /sys/stocha/out
 native out --liger -> --liger
 native out --bits 3 -> --bits is 3; 4 or 8
 native out --bits four -> --bits is four; 4 or 8
+native out --bits 8 --calibrate text.txt -> calibrate was given without inputs
+native out --bits 4 --calibrate-tokens 100 -> calibrate_tokens 100 was given without calibrate
+native out --bits 4 --calibrate short.txt -> short.txt has too little text; 4 windows
+native out --bits 4 --calibrate absent.txt -> absent.txt does not exist
 native out --bits 4 --refit text.txt -> bits was given with refit; refit first
 quantized4 out --bits 4 -> quantized4 is quantized to 4 bits; quantizing
 quantized4 out --refit text.txt -> quantized4 is quantized to 4 bits; a refit
@@ -478,7 +485,34 @@ TRAIN = """
 --config good.yaml --num_processes 2 -> --num_processes is 2; --accelerate
 """
 
+ANSWERS = """
+relu -> PROMPTS
+relu prompts.txt -> OUT
+relu text.txt out.csv -> out.csv; .parquet
+relu text.txt absent/out.jsonl -> the folder absent does not exist
+relu text.txt relu -> relu; .jsonl
+relu absent.txt out.jsonl -> absent.txt does not exist
+relu ./absent out.jsonl -> ./absent does not exist
+relu blank.txt out.jsonl -> blank.txt is empty; a prompt a line
+relu latin.txt out.jsonl -> latin.txt cannot be read
+relu columns.jsonl out.jsonl -> columns.jsonl has the columns body, id; prompt or messages; --column
+relu columns.jsonl out.jsonl --column title -> columns.jsonl has the columns body, id; expected title
+relu broken.jsonl out.jsonl -> row 3 of broken.jsonl
+relu chatword.jsonl out.jsonl -> 'hello'
+relu chatword.jsonl out.jsonl --plain --column absent -> expected absent
+'' text.txt out.jsonl -> MODEL; is empty
+absent text.txt out.jsonl -> absent
+truncated text.txt out.jsonl -> truncated or corrupt
+notokenizer text.txt out.jsonl -> notokenizer has no tokenizer
+relu text.txt out.jsonl --new 0 -> --new is 0
+relu text.txt out.jsonl --samples none -> --samples is none
+relu text.txt out.jsonl --temperature -1 -> --temperature is -1; 0 or more
+relu text.txt out.jsonl --top-p 0 -> --top-p is 0; above 0
+relu text.txt out.jsonl --limit 0 -> --limit is 0
+"""
+
 TABLES = {
+    "answers": ANSWERS,
     "eval": EVAL,
     "generate": GENERATE,
     "bench": BENCH,

@@ -29,6 +29,17 @@ def bench(folder: Path, **changes: Any) -> list[dict[str, Any]]:
     return [record | circumstances() | changes]
 
 
+def tasks(folder: Path, **changes: Any) -> dict[str, Any]:
+    score = {"task": "humaneval", "metric": "pass@1", "score": 0.4375, "stderr": 0.0390625, "questions": 164}
+    difference = {"difference": -0.0625, "stderr": 0.03125, "low": -0.125, "high": 0.0, "won": 3, "lost": 13}
+    found = {
+        "model": str(folder), "weights": weights_hash(folder), "dtype": "bfloat16", "limit": None, "tasks": [score],
+        "baseline": {"model": "org/source", "tasks": [score | {"score": 0.5}]},
+        "task_differences": [{key: score[key] for key in ("task", "metric", "questions")} | difference],
+    }  # fmt: skip
+    return found | circumstances() | changes
+
+
 def generation(folder: Path) -> dict[str, Any]:
     runs = [
         {"decoding": "stocha", "p": 0.5, "log_likelihood": -1.375, "distinct_2": 0.625, "self_bleu": 31.5},

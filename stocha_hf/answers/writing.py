@@ -1,0 +1,253 @@
+"""A model's own answers as a file of text: what a refit is calibrated on and a distillation trains on.
+
+What a chat model says after its own template is a mixture like that of the text it was tuned on, which is seldom
+public (Liu et al., LLM-QAT, arXiv 2305.17888). Each row is one text, with all special tokens, so that the tokenizer
+reads from it what the model read and wrote:
+
+    {"text": "<|im_start|>user\\n...<|im_end|>\\n", "tokens": 131, "finished": true, "id": "5f0c..."}
+
+`tokens` counts the answer's. `finished` is false where it was cut at `new`. Rows are added as they are done. `id` is
+of the prompt, so that a run that was killed goes on with those that are missing. How answers were made lies beside
+them in OUT.settings: another model or temperature cannot go on with them.
+
+    write_answers(model, tokenizer, texts, "answers.jsonl", new=512, temperature=0.8)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+
+from stocha_hf.answers.batches import continue_prompts
+from stocha_hf.answers.choosing import Choice
+from stocha_hf.answers.prompts import token_ids
+from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.errors import StochaError
+
+ROWS = {"cuda": 512, "cpu": 8}  # answers in work: a GPU has room, and a CPU's sparse kernels take so many
+KINDS = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a call of `write_answers` did: `answers` are in the file, `new` of them are from this call.
+
+    `new_tokens` counts the new answers' tokens, `finished` is the share of all that ended by themselves. `too_long`
+    counts prompts that leave the model no positions for an answer, and have none.
+    """
+
+    path: str
+    answers: int
+    new: int
+    new_tokens: int
+    finished: float
+    too_long: int
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures under the names of their fields."""
+        return asdict(self)
+
+
+def write_answers(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    path: str | Path,
+    *,
+    new: int = 512,
+    samples: int = 1,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    batch_size: int | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> Written:
+    """Let a model answer prompts, into a file that training and refits read.
+
+    Args:
+        model: A CausalLM in eval mode.
+        tokenizer: Its tokenizer.
+        texts: What comes before an answer, with the chat template and special tokens in it, as `rendered` makes them.
+        path: A .jsonl or .parquet file. Answers that it has are kept.
+        new: Tokens of an answer at most.
+        samples: Answers to each prompt; equal ones are written once.
+        temperature: That tokens are drawn at; 0 takes the most likely one.
+        top_p: Draw from the most likely tokens only, whose probabilities add up to this.
+        batch_size: Answers in work at a time; None takes what suits the device.
+        seed: Decides what is drawn.
+        settings: What else decides the answers, such as the weights' hash; kept beside the file.
+
+    Returns:
+        How many there are, and how fast they came.
+
+    Raises:
+        StochaError: the file cannot be written or holds answers made otherwise, no prompt leaves the model room for an
+            answer, or its logits are not finite.
+    """
+    path = local_path(path)
+    made = {"new": new, "samples": samples, "temperature": temperature, "top_p": top_p} | dict(settings or {})
+    fitting, ends = _fitting(model, tokenizer, texts, new), _ends(model, tokenizer)
+    with _AnswerFile(path, made) as file:
+        wanted = [(text, sample) for text in fitting for sample in range(samples)]
+        missing = [(text, sample) for text, sample in wanted if _id(text, sample) not in file.ids]
+        found = continue_prompts(
+            model,
+            [fitting[text] for text, _ in missing],
+            new=new,
+            ends=ends,
+            rows=batch_size or ROWS[model.device.type],
+            choice=Choice(temperature, top_p),
+            generator=torch.Generator(model.device).manual_seed(seed + len(file.ids)),
+        )
+        begun, tokens, answered = time.monotonic(), 0, 0
+        with tqdm(total=len(missing), desc="Answering", unit="answer", disable=None) as bar:
+            for i, answer in found:
+                text, sample = missing[i]
+                whole = _without_bos(tokenizer, text) + tokenizer.decode(answer, skip_special_tokens=False)
+                about = {"tokens": len(answer), "finished": answer[-1] in ends, "id": _id(text, sample)}
+                file.add({"text": whole} | about)
+                answered, tokens = answered + 1, tokens + len(answer)
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):,.0f} tokens/s", refresh=False)
+                bar.update()
+        seconds = time.monotonic() - begun
+    return Written(
+        str(path),
+        answers=len(file.finished),
+        new=answered,
+        new_tokens=tokens,
+        finished=sum(file.finished) / len(file.finished) if file.finished else 0.0,
+        too_long=len(set(texts)) - len(fitting),
+        tokens_per_second=tokens / max(seconds, 1e-9),
+    )
+
+
+def check_output(path: str | Path) -> None:
+    """Raise StochaError for a file that answers cannot be written to: of another kind, or in no folder."""
+    path = local_path(path)
+    if path.suffix not in KINDS:
+        raise StochaError(f"the output {path} is no {' or '.join(KINDS)} file: expected answers{KINDS[0]}, say")
+    if not path.parent.is_dir():
+        raise StochaError(f"the folder {path.parent} does not exist: expected one for {path.name}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise StochaError(f"{path} cannot be written: expected a file, in a folder that you may write to")
+
+
+class _AnswerFile:
+    """Answers on disk. A parquet file is made of a .jsonl beside it when all are there."""
+
+    def __init__(self, path: Path, made: dict[str, Any]) -> None:
+        check_output(path)
+        self.path, self.lines = path, path if path.suffix == ".jsonl" else path.with_name(path.name + ".part.jsonl")
+        self.ids: set[str] = set()
+        self.texts: set[bytes] = set()
+        self.finished: list[bool] = []
+        _check_settings(path.with_name(path.name + ".settings"), made, exists=path.exists() or self.lines.exists())
+        for row in self._rows():
+            self._note(row)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if self.path != self.lines and self.path.exists():
+            import pyarrow.parquet
+
+            yield from pyarrow.parquet.read_table(self.path).to_pylist()
+        if self.lines.exists():
+            content = self.lines.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):  # the last line of a run that was killed
+                os.truncate(self.lines, whole)
+            yield from map(json.loads, content[:whole].splitlines())
+
+    def _note(self, row: dict[str, Any]) -> bool:
+        """Whether the row's text is new."""
+        self.ids.add(row["id"])
+        digest = hashlib.sha1(row["text"].encode()).digest()
+        if digest in self.texts:
+            return False
+        self.texts.add(digest)
+        self.finished.append(row["finished"])
+        return True
+
+    def __enter__(self) -> _AnswerFile:
+        self.file: IO[str] = self.lines.open("a", encoding="utf-8")
+        return self
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self._note(row):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.file.close()
+        if kind is None and self.path != self.lines:
+            self._to_parquet()
+
+    def _to_parquet(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = list(self._rows())
+        beside = self.path.with_name(self.path.name + ".part")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
+        os.replace(beside, self.path)
+        self.lines.unlink()
+
+
+def _check_settings(path: Path, made: dict[str, Any], exists: bool) -> None:
+    """Keep how answers are made, or refuse to go on with answers that were made otherwise."""
+    made = json.loads(json.dumps(made))
+    try:
+        before = json.loads(path.read_text()) if exists else None
+    except (OSError, ValueError):
+        raise StochaError(
+            f"{path.name.removesuffix('.settings')} is there without a readable {path.name}: expected answers of this "
+            "command; name another output"
+        ) from None
+    if before is None:
+        path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        return
+    for key in made.keys() | before.keys():
+        if made.get(key) != before.get(key):
+            raise StochaError(
+                f"{path.name.removesuffix('.settings')} holds answers with {key} {before.get(key)!r}, and {key} is "
+                f"{made.get(key)!r} now: expected the same, or another output"
+            )
+
+
+def _fitting(model: Any, tokenizer: Any, texts: Sequence[str], new: int) -> dict[str, list[int]]:
+    """The texts that leave the model positions for an answer, with their token ids."""
+    most = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    found = dict(zip(texts, token_ids(tokenizer, texts), strict=True))
+    fitting = {text: ids for text, ids in found.items() if len(ids) + new <= most}
+    if not fitting:
+        raise StochaError(
+            f"the shortest prompt has {min(map(len, found.values()))} tokens, and an answer may have {new}: expected "
+            f"at most {most:g} together, which the model has positions for; give a smaller --new"
+        )
+    return fitting
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
+
+
+def _without_bos(tokenizer: Any, text: str) -> str:
+    """The text without a BOS that the tokenizer puts there itself when it reads the text again."""
+    bos = tokenizer.bos_token
+    puts_bos = bool(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if puts_bos else text
+
+
+def _id(text: str, sample: int) -> str:
+    return hashlib.sha1(f"{sample} {text}".encode()).hexdigest()

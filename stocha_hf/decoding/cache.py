@@ -1,0 +1,181 @@
+"""A transformers cache as the place where a whole decode step keeps keys and values.
+
+The cache stays what it is: after a step its layers' `keys` and `values` are tensors as they would be. Of a layer that
+grows they are views of a larger buffer, so that a token is written behind the others, where transformers copies all of
+them each time. A buffer belongs to a layer as long as the layer has the views that were given to it; whatever else
+somebody put there, such as other beams, is copied into a new one. Nothing that a view shows is ever written again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from stocha_hf.decoding import structs
+from stocha_hf.decoding.plan import Plan
+
+ROOM = 64  # tokens for which a new buffer has room beyond those that it holds, at least
+
+
+class _GrowingLayer:
+    """A DynamicLayer, with a sliding window or without: tokens `begin` to `end` of a buffer are the layer's."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.seen = layer.sliding_window - 1 if layer.is_sliding else None  # tokens that later ones may see
+        self._take()
+
+    def _take(self) -> None:
+        self.keys, self.values = self.layer.keys, self.layer.values
+        self.begin, self.end = 0, self.keys.shape[2]
+        self.capacity = self.end  # a tensor of somebody else has no room
+        self.shown = self.keys, self.values
+
+    def takes(self, new: int, is_padded: bool) -> bool:
+        """Return whether new tokens go behind the others, at places that are positions if some begin with padding."""
+        if self.seen is None:
+            return True
+        return not self.layer.record_past and not (is_padded and self.layer.cumulative_length > self.seen)
+
+    def prepare(self, new: int, expected: int) -> bool:
+        """Make room for new tokens, and for more if so many are expected; return whether the buffer is another now."""
+        if self.layer.keys is not self.shown[0] or self.layer.values is not self.shown[1]:
+            self._take()
+        if self.end + new <= self.capacity:
+            return False
+        count = self.end - self.begin
+        self.capacity = count + max(new + expected, ROOM, count // 4)
+        if self.seen is not None:
+            self.capacity = min(self.capacity, 2 * self.seen + ROOM + new)
+        self.keys, self.values = (self._moved(part) for part in (self.keys, self.values))
+        self.begin, self.end = 0, count
+        return True
+
+    def _moved(self, part: torch.Tensor) -> torch.Tensor:
+        shape = list(part.shape)
+        shape[2] = self.capacity
+        buffer = part.new_empty(shape)
+        buffer[:, :, : self.end - self.begin] = part[:, :, self.begin : self.end]
+        return buffer
+
+    def advance(self, new: int) -> None:
+        self.end += new
+        if self.seen is not None:
+            self.begin = max(self.begin, self.end - self.seen)
+            self.layer.cumulative_length += new
+
+    def show(self) -> None:
+        self.shown = tuple(part[:, :, self.begin : self.end] for part in (self.keys, self.values))
+        self.layer.keys, self.layer.values = self.shown
+
+
+class _StaticLayer:
+    """A StaticLayer, or one with a sliding window that is not full: written in place."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.pending = 0  # tokens that `cumulative_length` does not count yet
+        self.begin, self.end, self.keys, self.values = 0, int(layer.get_seq_length()), layer.keys, layer.values
+
+    def takes(self, new: int, is_padded: bool) -> bool:
+        return int(self.layer.get_seq_length()) + self.pending + new <= self.layer.max_cache_len
+
+    def prepare(self, new: int, expected: int) -> bool:
+        if not self.pending:
+            self.end = int(self.layer.get_seq_length())
+        moved = self.keys is not self.layer.keys or self.values is not self.layer.values
+        self.keys, self.values = self.layer.keys, self.layer.values
+        return moved
+
+    def advance(self, new: int) -> None:
+        self.end += new
+        self.pending += new
+
+    def show(self) -> None:
+        self.layer.cumulative_length.add_(self.pending)
+        if self.layer.is_sliding:
+            self.layer.cumulative_length_int += self.pending
+        self.pending = 0
+
+
+class CacheRows:
+    """A cache's layers beside a copy of a plan's structures that point to them: what a step writes and reads."""
+
+    def __init__(self, plan: Plan, cache: Any) -> None:
+        self.plan = plan
+        kind = _StaticLayer if type(cache) is StaticCache else _GrowingLayer
+        self.rows: list[Any] = [kind(layer) for layer in cache.layers[: len(plan.layers)]]
+        self.structs = type(plan.layers).from_buffer_copy(plan.layers)
+        self.model = structs.Model.from_buffer_copy(plan.model)
+        self.model.layers = ctypes.cast(self.structs, ctypes.POINTER(structs.Layer))
+        for row, struct in zip(self.rows, self.structs, strict=True):
+            _point(row, struct)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies and pickles of a cache do not take them along
+
+    def prepare(self, new: int, is_padded: bool, expected: int = 0) -> bool:
+        """Make room for a step's new tokens; return False where the cache would keep them in its own way."""
+        if not all(row.takes(new, is_padded) for row in self.rows):
+            return False
+        for row, struct in zip(self.rows, self.structs, strict=True):
+            if row.prepare(new, expected):
+                _point(row, struct)
+            struct.length = row.end
+        return True
+
+    def advance(self, new: int) -> None:
+        """Count tokens that a step wrote."""
+        for row in self.rows:
+            row.advance(new)
+
+    def show(self) -> None:
+        """Let the cache have what was written."""
+        for row in self.rows:
+            row.show()
+
+
+def _point(row: Any, struct: structs.Layer) -> None:
+    struct.keys, struct.values = (
+        structs.Cached(part.data_ptr(), part.stride(0), part.stride(1)) for part in (row.keys, row.values)
+    )
+
+
+def takes(plan: Plan, cache: Any) -> bool:
+    """Return whether a cache is of a kind that steps of a plan can read and write."""
+    kinds: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is StaticCache:
+        kinds = (StaticLayer, StaticSlidingWindowLayer)
+    elif type(cache) is not DynamicCache:
+        return False
+    return not cache.offloading and all(type(layer) in kinds for layer in cache.layers)
+
+
+def rows_of(plan: Plan, cache: Any, sequences: int) -> CacheRows | None:
+    """Return the rows of a cache that holds tokens of these sequences, None where a step cannot read or write it."""
+    layers = cache.layers[: len(plan.layers)]
+    if not takes(plan, cache) or len(layers) < len(plan.layers):
+        return None
+    if not all(layer.is_initialized and len(layer.keys) == sequences for layer in layers):
+        return None
+    found = cache.__dict__.get("decode_rows")
+    if found is None or found.plan is not plan:
+        if not all(_fits(plan, part) for layer in layers for part in (layer.keys, layer.values)):
+            return None
+        found = cache.__dict__["decode_rows"] = CacheRows(plan, cache)
+    return found
+
+
+def _fits(plan: Plan, part: torch.Tensor) -> bool:
+    shape = (plan.key_heads, plan.head_dim)
+    return part.is_cpu and part.dtype == plan.dtype and (part.shape[1], part.shape[3]) == shape

@@ -1,0 +1,185 @@
+// A gated FFN: all gate rows, then the up rows and down rows of active neurons only.
+//
+// down is transposed, a row a neuron, or as the parameter has it where no neuron is skipped. Rounding follows PyTorch's
+// dense path: gate, up, activation and hidden are rounded to the model's type, sums are float32. Results do not depend
+// on the number of threads: a sum is never split between them.
+#pragma once
+
+#include "matrix.h"
+
+enum Activation { kRelu, kFatRelu, kRelu2, kDRelu, kShiftedRelu, kSilu, kGelu };
+
+struct Ffn {  // as structs.py has it
+  Matrix gate, up, down;
+  const int8_t* coarse;        // gate in 8 bits [rows, columns], or null
+  const float* coarse_scales;  // [rows]: gate is about scale * coarse
+  int64_t activation, down_is_transposed;
+  float threshold;
+  float margin;  // of the coarse gate: standard deviations of the rounding error; 0: its bound, which makes results exact
+
+  bool skips() const { return activation < kSilu; }
+};
+
+struct Scratch {  // shared by a team
+  std::vector<float> hidden, acc;
+  std::vector<int64_t> active, counts;
+  void reserve(const Ffn& f, int64_t padded_tokens, int threads) {
+    hidden.resize(std::max<size_t>(hidden.size(), f.gate.rows * padded_tokens));
+    acc.resize(std::max<size_t>(acc.size(), (f.gate.columns + kGroupSize) * padded_tokens));
+    active.resize(std::max<size_t>(active.size(), f.gate.rows));
+    counts.assign(threads, 0);
+  }
+};
+
+inline bool all_finite(const float* x, int64_t size) {
+  Vector zeros = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) zeros += load(x + i) * 0.0f;
+  float total = sum(zeros);
+  for (; i < size; ++i) total += x[i] * 0.0f;
+  return total == 0;
+}
+
+// The gates' factors of hidden entries, in place; gates hold values of the type. NaN passes, as through PyTorch's ReLU.
+inline void activate(float* gates, int64_t count, const Ffn& f, int type) {
+  if (f.skips()) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float gate = gates[i];
+      const float factor = f.activation == kRelu2 ? gate * gate : f.activation == kShiftedRelu ? gate - f.threshold : gate;
+      gates[i] = gate <= f.threshold ? 0 : factor;
+    }
+  } else {
+    for (int64_t i = 0; i < count; i += kLanes) {  // `gates` has room for whole vectors
+      const Vector gate = load(gates + i);
+      Vector inner = gate;  // the factor is gate / (1 + e^-inner): tanh's form of GELU is one of these as well
+      if (f.activation == kGelu) inner = 1.5957691216f * (gate + 0.044715f * gate * gate * gate);
+      store(gate / (1.0f + exponential(-inner)), gates + i);
+    }
+  }
+  round_row(type, gates, count);
+}
+
+constexpr int kCoarseTokens = 2;  // with more, judging all rows takes longer than it saves below 95% zeros
+
+// Which of this thread's gate rows may be above the threshold for some token, judged by the coarse gate: an entry of it
+// is off by at most half its scale, so a product by at most half the scale times |x|_1; with errors that are
+// independent and uniform, by scale times |x|_2 / sqrt(12) as a standard deviation. Returns the end of the list.
+template <int T>
+int64_t candidates_for(const Ffn& f, const Inputs& x, Part mine, int64_t* active) {
+  constexpr int R = kRows;
+  const int64_t size = f.gate.columns;
+  float slack[T] = {};
+  for (int64_t t = 0; t < x.tokens; ++t) {
+    float sum_1 = 0, sum_2 = 0;
+    for (int64_t k = 0; k < size; ++k) {
+      const float value = x.values[t * size + k];
+      sum_1 += std::abs(value);
+      sum_2 += value * value;
+    }
+    slack[t] = f.margin > 0 ? f.margin * std::sqrt(sum_2 / 12) : 0.5f * sum_1;
+  }
+  // the exact gate is rounded before it is compared, and sums differ in their last bits
+  const float least = f.threshold - std::abs(f.threshold) / 128;
+  int64_t end = mine.begin;
+  for (int64_t m = mine.begin; m < mine.end; m += R) {
+    const int here = static_cast<int>(std::min<int64_t>(R, mine.end - m));
+    const int8_t *rows[R], *next[R];
+    float values[R][T];
+    for (int r = 0; r < R; ++r) {
+      rows[r] = f.coarse + (m + std::min(r, here - 1)) * size;
+      next[r] = rows[r] + kAhead;
+    }
+    dots<R, T>(rows, next, x.values.data(), size, values);
+    for (int r = 0; r < here; ++r) {
+      bool any = false;
+      for (int64_t t = 0; t < x.tokens; ++t)
+        any |= f.coarse_scales[m + r] * (values[r][t] * (values[r][t] > 0 ? 1.0001f : 0.9999f) + slack[t]) > least;
+      active[end] = m + r;
+      end += any;
+    }
+  }
+  return end;
+}
+
+inline int64_t candidates_of(const Ffn& f, const Inputs& x, Part mine, int64_t* active) {
+  return x.padded == 1 ? candidates_for<1>(f, x, mine, active) : candidates_for<2>(f, x, mine, active);
+}
+
+// A thread's part of a gated FFN of x; ends with the outputs of its columns or rows handed to keep(output, token,
+// value). Returns the number of neurons that were active for some token.
+template <class Keep>
+int64_t ffn(const Ffn& f, int type, Inputs& x, Scratch& scratch, Team team, Keep keep) {
+  const int64_t width = f.gate.rows, T = x.padded;
+  float* hidden = scratch.hidden.data();  // [T] a neuron; of a thread's neurons, those that are active come first
+  int64_t* active = scratch.active.data();
+  // 0 * inf is NaN in the dense path: where x is not finite, no neuron may be skipped
+  const bool all = !f.skips() || !all_finite(x.values.data(), x.tokens * x.size);
+  const Part mine(width, kRows, team);
+
+  // 1. Gate rows, all or those that the coarse gate leaves: `found` are those with an activation that is not zero.
+  const bool coarse = f.coarse && !all && x.tokens <= kCoarseTokens;
+  const int64_t possible = coarse ? candidates_of(f, x, mine, active) : mine.end;
+  int64_t found = mine.begin;
+  in_turn(f.gate, x, coarse ? active : nullptr, mine.begin, possible, false, [&](int64_t first, int64_t last, float* gates) {
+    round_row(type, gates, (last - first) * T);
+    activate(gates, (last - first) * T, f, type);
+    for (int64_t i = first; i < last; ++i, gates += T) {
+      const int64_t neuron = coarse ? active[i] : i;
+      bool any = all;
+      for (int64_t t = 0; t < T; ++t) {
+        hidden[found * T + t] = gates[t];
+        any |= gates[t] != 0;
+      }
+      active[found] = neuron;
+      found += any;
+    }
+  });
+
+  // 2. Their up rows.
+  int64_t kept = mine.begin;
+  in_turn(f.up, x, all ? nullptr : active, mine.begin, found, !all, [&](int64_t first, int64_t last, float* values) {
+    round_row(type, values, (last - first) * T);
+    for (int64_t i = first; i < last; ++i, values += T) {
+      bool any = !f.down_is_transposed;
+      for (int64_t t = 0; t < T; ++t) {
+        const float value = f.activation == kDRelu && values[t] <= 0 ? 0 : values[t];
+        hidden[kept * T + t] = rounded(type, hidden[i * T + t] * value);
+        any |= hidden[kept * T + t] != 0;
+      }
+      active[kept] = active[i];
+      kept += any;
+    }
+  });
+  scratch.counts[team.thread] = kept - mine.begin;
+  team.wait();
+
+  // 3. All active rows of down, in this thread's columns.
+  static thread_local std::vector<int64_t> neurons;
+  static thread_local std::vector<float> factors;
+  neurons.clear();
+  factors.clear();
+  for (int other = 0; other < team.threads; ++other) {
+    const int64_t begin = Part(width, kRows, {other, team.threads, nullptr}).begin, end = begin + scratch.counts[other];
+    neurons.insert(neurons.end(), active + begin, active + end);
+    factors.insert(factors.end(), hidden + begin * T, hidden + end * T);
+  }
+  const auto count = static_cast<int64_t>(neurons.size());
+  if (f.down_is_transposed) {
+    float* acc = scratch.acc.data();
+    const int64_t stride = f.down.format < kFormat8 ? f.down.columns : f.down.groups() * kGroupSize;
+    const Part columns = columns_of(f.down, team);
+    sum_rows(f.down, neurons.data(), factors.data(), count, T, columns, acc, stride);
+    for (int64_t t = 0; t < x.tokens; ++t)
+      for (int64_t c = columns.begin; c < std::min(columns.end, x.size); ++c)
+        keep(c, t, rounded(type, acc[t * stride + c]));
+  } else {
+    static thread_local std::vector<float> rows;
+    static thread_local Inputs hidden_x;
+    rows.resize(x.tokens * width);
+    for (int64_t i = 0; i < width; ++i)
+      for (int64_t t = 0; t < x.tokens; ++t) rows[t * width + i] = factors[i * T + t];
+    hidden_x.set(rows.data(), x.tokens, width);
+    linear(f.down, type, hidden_x, Part(f.down.rows, kRows, team), keep);
+  }
+  return count;
+}

@@ -1,0 +1,210 @@
+// A whole decode step, from token ids to logits, by one team of threads.
+//
+// Each thread keeps the residual stream for itself and computes norms and sums of it again: that takes less time than
+// waiting for another thread. What a matrix gives is divided among threads by rows, attention by heads; both are
+// shared, so six waits a layer. Where transformers rounds to the model's type, this rounds too.
+#pragma once
+
+#include "attention.h"
+#include "ffn.h"
+
+struct Layer {  // as structs.py has it
+  Matrix q, k, v, o;
+  Ffn ffn;
+  const void *input_norm, *attention_norm, *ffn_input_norm, *ffn_norm, *q_norm, *k_norm;  // null where there is none
+  const float* frequencies;  // [head_size / 2]
+  float rotary_scale, attention_scale, soft_cap;
+  int64_t window;  // tokens that one sees, itself included; 0: all
+  Cached keys, values;
+  int64_t length;  // tokens in the cache; the new ones go behind them
+};
+
+struct Model {
+  Layer* layers;
+  int64_t count;
+  Matrix embedding, head;
+  const void* norm;
+  int64_t type, size, heads, key_heads, head_size, norms_from_one;
+  float epsilon, embedding_factor, soft_cap;
+};
+
+struct Call {
+  const int64_t *ids, *positions, *starts;  // [sequences, tokens] each; [sequences], the first token that is no padding
+  int64_t sequences, tokens, kept;          // logits of the last `kept` tokens of each sequence
+  float* logits;                            // [sequences, kept, rows of the head]
+};
+
+struct Shared {  // what threads tell each other
+  Scratch scratch;
+  std::vector<float> q, k, v, attended, projected;
+};
+
+struct Pass {  // a thread's part of a step
+  const Model& model;
+  const Call& call;
+  Shared& shared;
+  Team team;
+  int type = static_cast<int>(model.type);
+  int64_t count = call.sequences * call.tokens, size = model.size, head_size = model.head_size;
+  std::vector<float>& stream = buffer<0>();
+  std::vector<float>& normed = buffer<1>();
+  std::vector<float>& angles = buffer<2>();  // [tokens][2][head_size / 2]
+  Inputs& inputs = input_buffer();
+
+  template <int>
+  static std::vector<float>& buffer() {
+    static thread_local std::vector<float> own;
+    return own;
+  }
+  static Inputs& input_buffer() {
+    static thread_local Inputs own;
+    return own;
+  }
+
+  static auto keep_in(float* out, int64_t width) {
+    return [out, width](int64_t row, int64_t token, float value) { out[token * width + row] = value; };
+  }
+
+  void run() {
+    stream.resize(count * size);
+    normed.resize(count * size);
+    for (int64_t i = 0; i < count; ++i) embed(call.ids[i], &stream[i * size]);
+    const float* frequencies = nullptr;
+    for (int64_t l = 0; l < model.count; ++l) {
+      const Layer& layer = model.layers[l];
+      if (layer.frequencies != frequencies) set_angles(layer);
+      frequencies = layer.frequencies;
+      attention(layer);
+      add(layer.attention_norm);
+      norm_stream(layer.ffn_input_norm);
+      ffn(layer.ffn, type, inputs, shared.scratch, team, keep_in(shared.projected.data(), size));
+      team.wait();
+      add(layer.ffn_norm);
+    }
+    logits();
+  }
+
+  void embed(int64_t id, float* row) const {
+    dequantize(model.embedding, id, size, row);
+    round_row(type, row, size);
+    if (model.embedding_factor == 1) return;
+    for (int64_t i = 0; i < size; ++i) row[i] *= model.embedding_factor;
+    round_row(type, row, size);
+  }
+
+  void set_angles(const Layer& layer) {
+    const int64_t half = head_size / 2;
+    angles.resize(count * head_size);
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(call.positions[t]) * layer.frequencies[i];
+        angles[t * head_size + i] = rounded(type, std::cos(angle) * layer.rotary_scale);
+        angles[t * head_size + half + i] = rounded(type, std::sin(angle) * layer.rotary_scale);
+      }
+  }
+
+  Norm norm(const void* weight) const { return {weight, model.epsilon, model.norms_from_one != 0}; }
+
+  void norm_stream(const void* weight) {
+    for (int64_t t = 0; t < count; ++t)
+      rms_norm(norm(weight), type, &stream[t * size], size, &normed[t * size]);
+    inputs.set(normed.data(), count, size);
+  }
+
+  // Adds what the threads projected, of a norm where the model has one, to the stream.
+  void add(const void* weight) {
+    for (int64_t t = 0; t < count; ++t) {
+      const float* row = &shared.projected[t * size];
+      if (weight) {
+        rms_norm(norm(weight), type, row, size, &normed[t * size]);
+        row = &normed[t * size];
+      }
+      float* to = &stream[t * size];
+      for (int64_t i = 0; i < size; ++i) to[i] += row[i];
+      round_row(type, to, size);
+    }
+  }
+
+  void multiply(const Matrix& m, float* out) {
+    linear(m, type, inputs, Part(m.rows, kRows, team), keep_in(out, m.rows));
+  }
+
+  void attention(const Layer& layer) {
+    norm_stream(layer.input_norm);
+    multiply(layer.q, shared.q.data());
+    multiply(layer.k, shared.k.data());
+    multiply(layer.v, shared.v.data());
+    team.wait();
+    with_type(type, [&](auto* element) {
+      using E = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+      remember<E>(layer);
+      team.wait();
+      attend_all<E>(layer);
+    });
+    team.wait();
+    inputs.set(shared.attended.data(), count, model.heads * head_size);
+    multiply(layer.o, shared.projected.data());
+    team.wait();
+  }
+
+  void place(float* head, int64_t token, const void* weight) const {
+    if (weight) rms_norm(norm(weight), type, head, head_size, head);
+    rotate(head, type, &angles[token * head_size], head_size);
+  }
+
+  template <class E>
+  void remember(const Layer& layer) const {
+    const Part mine(count * model.key_heads, 1, team);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t token = i / model.key_heads, head = i % model.key_heads;
+      const int64_t sequence = token / call.tokens, at = (layer.length + token % call.tokens) * head_size;
+      float* key = &shared.k[i * head_size];
+      place(key, token, layer.k_norm);
+      narrow(type, key, head_size, layer.keys.head<E>(sequence, head) + at);
+      narrow(type, &shared.v[i * head_size], head_size, layer.values.head<E>(sequence, head) + at);
+    }
+  }
+
+  template <class E>
+  void attend_all(const Layer& layer) const {
+    const Attention rule{head_size, layer.attention_scale, layer.soft_cap};
+    const Part mine(count * model.heads, 1, team);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t token = i / model.heads, sequence = token / call.tokens;
+      const int64_t key_head = i % model.heads / (model.heads / model.key_heads);
+      const int64_t last = layer.length + token % call.tokens + 1;
+      const int64_t first = std::max(call.starts[sequence], layer.window ? last - layer.window : 0);
+      float* query = &shared.q[i * head_size];
+      place(query, token, layer.q_norm);
+      attend<E>(rule, query, layer.keys.head<E>(sequence, key_head), layer.values.head<E>(sequence, key_head), first,
+                last, &shared.attended[i * head_size]);
+    }
+  }
+
+  void logits() {
+    if (call.kept == 0) return;
+    for (int64_t s = 0; s < call.sequences; ++s)
+      for (int64_t i = 0; i < call.kept; ++i)
+        rms_norm(norm(model.norm), type, &stream[((s + 1) * call.tokens - call.kept + i) * size], size,
+                 &normed[(s * call.kept + i) * size]);
+    inputs.set(normed.data(), call.sequences * call.kept, size);
+    const float cap = model.soft_cap;
+    linear(model.head, type, inputs, Part(model.head.rows, kRows, team), [&](int64_t row, int64_t token, float value) {
+      if (cap > 0) value = rounded(type, rounded(type, std::tanh(rounded(type, value / cap))) * cap);
+      call.logits[token * model.head.rows + row] = value;
+    });
+  }
+};
+
+inline void step(const Model& model, const Call& call, int threads) {
+  static thread_local Shared shared_buffer;
+  Shared& shared = shared_buffer;  // the team's, where `shared_buffer` would be each thread's
+  const int64_t count = call.sequences * call.tokens;
+  for (int64_t l = 0; l < model.count; ++l) shared.scratch.reserve(model.layers[l].ffn, 8, threads);
+  shared.q.resize(count * model.heads * model.head_size);
+  shared.attended.resize(count * model.heads * model.head_size);
+  shared.k.resize(count * model.key_heads * model.head_size);
+  shared.v.resize(count * model.key_heads * model.head_size);
+  shared.projected.resize(count * model.size);
+  with_team(threads, [&](Team team) { Pass{model, call, shared, team}.run(); });
+}

@@ -1,0 +1,129 @@
+"""A model's call in a decode step: all of it in one call of the kernels, where nothing in it must be called by itself.
+
+Whatever is not the plain case, such as output_attentions, labels, a mask of other than padding on the left, another
+kind of cache or a hook, is left to the model's own forward, and gives the same results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from stocha_hf.decoding import plan as plans
+from stocha_hf.decoding.build import kernels
+from stocha_hf.decoding.cache import CacheRows, rows_of
+from stocha_hf.decoding.conditions import FEW
+from stocha_hf.decoding.ops import available
+from stocha_hf.decoding.structs import Call
+
+UNSET = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states")
+KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+}
+
+
+def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
+    """Return what a call of a causal language model in eval mode returns; None where its forward is to run."""
+    given = _given(model, args, kwargs)
+    if given is None or not available() or (plan := plans.of(model)) is None:
+        return None
+    ids, cache = given["input_ids"], given["past_key_values"]
+    sequences, tokens = ids.shape
+    starts = padding(given.get("attention_mask"), sequences, cache.get_seq_length() + tokens)
+    if starts is None:
+        return None
+    rows = rows_of(plan, cache, sequences)
+    if rows is None:
+        return None
+    positions = given.get("position_ids")
+    if positions is None:
+        positions = torch.arange(tokens) + int(cache.get_seq_length())
+    positions = positions.expand(sequences, tokens).contiguous()
+    logits = run(rows, ids.contiguous(), positions, starts, given.get("logits_to_keep") or tokens)
+    if logits is None:
+        return None
+    rows.show()
+    return CausalLMOutputWithPast(logits=logits.to(plan.dtype), past_key_values=cache)
+
+
+def run(
+    rows: CacheRows, ids: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor, kept: int, expected: int = 0
+) -> torch.Tensor | None:
+    """Compute a step and write its tokens behind those of the cache, whose tensors show them after `rows.show()`.
+
+    Args:
+        rows: Of the cache.
+        ids: int64 [sequences, tokens], contiguous.
+        positions: The same, counted from 0.
+        starts: int64 [sequences], the first place in the cache that is no padding.
+        kept: The last so many tokens of each sequence have logits.
+        expected: Tokens that will follow, for which the cache may make room now.
+
+    Returns:
+        Logits, float32 [sequences, kept, vocabulary], rounded to the model's type. None where the cache would not keep
+        the tokens behind the others, such as a static one with a window that is full.
+    """
+    sequences, tokens = ids.shape
+    if not rows.prepare(tokens, bool(starts.any()), expected):
+        return None
+    logits = torch.empty(sequences, kept, rows.plan.vocabulary)
+    pointers = (ids.data_ptr(), positions.data_ptr(), starts.data_ptr())
+    step = Call(*pointers, sequences, tokens, kept, logits.data_ptr())
+    kernels().stocha_step(ctypes.byref(rows.model), ctypes.byref(step), torch.get_num_threads())  # type: ignore[union-attr]
+    rows.advance(tokens)
+    return logits
+
+
+def _given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """A decode step's arguments by name, None if it is none, or asks for what only the forward gives."""
+    if len(args) > 1 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+        return None
+    given = dict(kwargs, input_ids=args[0]) if args else kwargs
+    ids, cache = given.get("input_ids"), given.get("past_key_values")
+    kept, config = given.get("logits_to_keep", 0), model.config
+    plain = (
+        type(ids) is torch.Tensor
+        and ids.is_cpu
+        and ids.dim() == 2
+        and 0 < ids.numel() <= FEW
+        and ids.dtype == torch.int64
+        and cache is not None
+        and type(kept) is int
+        and 0 <= kept <= ids.shape[1]
+        and given.get("use_cache", True) is not False
+        and given.get("return_dict", True) is not False
+        and all(given.get(name) in (None, False) for name in UNSET)
+        and all(name in KNOWN or given[name] is None for name in given if name not in UNSET)
+        and not (config.output_attentions or config.output_hidden_states)
+        and config.return_dict is not False
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+    return given if plain and _fits(given, model.config.vocab_size) else None
+
+
+def _fits(given: dict[str, Any], vocabulary: int) -> bool:
+    ids, positions = given["input_ids"], given.get("position_ids")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        return False  # the embedding says so
+    return positions is None or (positions.is_cpu and positions.dim() == 2 and positions.dtype == torch.int64)
+
+
+def padding(mask: Any, sequences: int, length: int) -> torch.Tensor | None:
+    """Return how many tokens of padding each sequence begins with, int64 [sequences]; None for any other mask."""
+    if mask is None:
+        return torch.zeros(sequences, dtype=torch.int64)
+    if type(mask) is not torch.Tensor or mask.shape != (sequences, length):
+        return None
+    mask = mask != 0
+    starts = length - mask.sum(1)
+    is_left = (torch.arange(length) >= starts[:, None]) == mask
+    return starts if bool(is_left.all()) and bool((starts < length).all()) else None

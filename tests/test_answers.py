@@ -1,0 +1,154 @@
+"""A model's own answers: what is written is what it would say, and a file goes on where it was left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_refused, call_command, tiny_model, tiny_tokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from stocha_hf.answers.choosing import Choice
+from stocha_hf.answers.grouped import attend
+from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
+from stocha_hf.answers.writing import write_answers
+from stocha_hf.data import calibration_windows, load_data
+from stocha_hf.errors import StochaError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROMPTS = [f"w{4 + i} w9 w{10 + 2 * i}" for i in range(9)]
+GREEDY: dict[str, Any] = {"new": 10, "temperature": 0.0}
+
+
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_answers_are_those_of_the_model_with_template_and_special_tokens(tmp_path: Path) -> None:
+    model, tokenizer, path = tiny_model(), tiny_tokenizer(), tmp_path / "answers.jsonl"
+    asked = rendered(tokenizer, [*PROMPTS, PROMPTS[0]], chat=True)
+    assert len(asked) == 9 and asked[0] == "w4 w4 w9 w10 w5"
+    written = write_answers(model, tokenizer, asked, path, batch_size=4, **GREEDY)
+    assert (written.answers, written.new, written.too_long) == (9, 9, 0)
+    expected = set()
+    for text in asked:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)[0]
+        expected.add(text + tokenizer.decode(whole[ids.shape[1] :]))
+    assert set(texts(path)) == expected
+    assert sorted(row["text"] for row in load_data(str(path))) == sorted(expected)
+    tokenizer.save_pretrained(tmp_path)
+    assert calibration_windows(str(path), tmp_path, 64, 8, 0).shape == (8, 8)  # what a refit reads
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
+    model, tokenizer, path = tiny_model(), tiny_tokenizer(), tmp_path / "answers.jsonl"
+    write_answers(model, tokenizer, PROMPTS, path, **GREEDY)
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[:4]) + whole[4][:20])
+    written = write_answers(model, tokenizer, PROMPTS, path, **GREEDY)
+    assert (written.answers, written.new) == (9, 5)
+    assert path.read_text().splitlines(keepends=True)[:4] == whole[:4] and sorted(texts(path)) == sorted(
+        json.loads(line)["text"] for line in whole
+    )
+    with pytest.raises(StochaError, match=r"answers\.jsonl holds answers with temperature 0\.0, and temperature is 1"):
+        write_answers(model, tokenizer, PROMPTS, path, new=10, temperature=1)
+    other = tmp_path / "answers.parquet"
+    write_answers(model, tokenizer, PROMPTS[:5], other, **GREEDY)
+    assert write_answers(model, tokenizer, PROMPTS, other, **GREEDY).new == 4
+    assert sorted(row["text"] for row in load_data(str(other))) == sorted(texts(path))
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        f"answers.{kind}" for kind in ("jsonl", "jsonl.settings", "parquet", "parquet.settings")
+    )
+
+
+def test_samples_differ_by_seed_and_equal_ones_are_written_once(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    drawn = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        path = tmp_path / f"{name}.jsonl"
+        write_answers(model, tokenizer, PROMPTS[:2], path, new=6, temperature=1.0, samples=3, seed=seed)
+        drawn.append(texts(path))
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 2
+    greedy = write_answers(model, tokenizer, PROMPTS[:2], tmp_path / "d.jsonl", samples=3, **GREEDY)
+    assert (greedy.answers, greedy.new) == (2, 6)
+
+
+def test_prompts_without_room_for_an_answer_are_left_out(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()  # 64 positions
+    long = " ".join(["w7"] * 60)
+    written = write_answers(model, tokenizer, [long, "w8"], tmp_path / "a.jsonl", **GREEDY)
+    assert (written.answers, written.too_long) == (1, 1)
+    with pytest.raises(StochaError, match="the shortest prompt has 60 tokens"):
+        write_answers(model, tokenizer, [long], tmp_path / "b.jsonl", **GREEDY)
+
+
+def test_a_bos_is_neither_doubled_nor_written_where_the_tokenizer_puts_it(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = "<s> {% for message in messages %}{{ message['content'] }} {% endfor %}"
+    asked = rendered(tokenizer, ["w5 w6"], chat=True)
+    assert token_ids(tokenizer, asked) == [[1, 5, 6]]
+    write_answers(model, tokenizer, asked, tmp_path / "a.jsonl", **GREEDY)
+    (text,) = texts(tmp_path / "a.jsonl")
+    assert tokenizer(text)["input_ids"][:3] == [1, 5, 6] and not text.startswith("<s>")
+
+
+def test_prompts_come_from_files_of_any_kind(tmp_path: Path) -> None:
+    chat = [
+        {"role": "user", "content": "w5"},
+        {"role": "assistant", "content": "w6"},
+        {"role": "user", "content": "w7"},
+    ]
+    files = {
+        "a.txt": ("w5 w6\n\nw7\n", ["w5 w6", "w7"]),
+        "b.jsonl": ('{"prompt": "w5", "text": "no"}\n', ["w5"]),
+        "c.jsonl": (json.dumps({"messages": [*chat, {"role": "assistant", "content": "w8"}]}) + "\n", [chat]),
+    }
+    for name, (content, expected) in files.items():
+        (tmp_path / name).write_text(content)
+        assert read_prompts(str(tmp_path / name)) == expected
+    assert read_prompts(str(tmp_path / "b.jsonl"), column="text") == ["no"]
+    assert rendered(tiny_tokenizer(), [chat], chat=True) == ["w4 w5 w4 w6 w4 w7 w5"]
+
+
+def test_top_p_draws_from_the_nucleus_by_its_chances() -> None:
+    chances = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
+    logits = chances.log().repeat(20_000, 1)
+    for top_p, kept in ((1.0, 5), (0.75, 3), (0.7, 2), (0.2, 1)):
+        drawn = Choice(1.0, top_p)(logits, torch.Generator().manual_seed(0)).bincount(minlength=5) / 20_000
+        expected = chances * (torch.arange(5) < kept)
+        # five standard errors of a share of 20,000 draws are at most 0.018
+        assert torch.allclose(drawn, expected / expected.sum(), atol=0.018)
+        assert drawn[kept:].sum() == 0
+    cold = Choice(0.1)(logits, torch.Generator().manual_seed(0)).bincount(minlength=5) / 20_000
+    assert cold[0] == pytest.approx((chances**10 / (chances**10).sum())[0].item(), abs=0.018)
+
+
+def test_grouped_attention_is_sdpa_without_copies() -> None:
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    query, key, value = (torch.randn(4, heads, size, 8) for heads, size in ((6, 1), (2, 64), (2, 64)))
+    mask = torch.zeros(4, 1, 1, 64).masked_fill(torch.rand(4, 1, 1, 64) < 0.5, torch.finfo(torch.float32).min)
+    for some in (mask, None):
+        expected = sdpa_attention_forward(module, query, key, value, some, scaling=0.3)[0]
+        assert torch.allclose(attend(module, query, key, value, some, scaling=0.3)[0], expected, atol=1e-6)
+
+
+def test_the_command_writes_answers_and_tells_how_many(checkpoint, tmp_path: Path) -> None:
+    source, prompts = checkpoint(), tmp_path / "prompts.txt"
+    prompts.write_text("w5 w6\nw7\nw5 w6\n")
+    options = ["--new", 5, "--temperature", 0, "--dtype", "float32"]
+    done = call_command("stocha-answers", source, prompts, tmp_path / "out.jsonl", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["answers"] == figures["new"] == len(texts(tmp_path / "out.jsonl")) == 2
+    assert figures["weights"] and figures["new_tokens"] <= 10
+    done = call_command("stocha-answers", source, prompts, tmp_path / "out.jsonl", *options)
+    assert "2 answers, 0 of them new" in done.stdout
+    assert_refused(call_command("stocha-answers", source, prompts, tmp_path / "out.csv"), "out.csv", ".parquet")

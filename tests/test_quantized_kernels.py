@@ -1,0 +1,111 @@
+"""Kernels of 8- and 4-bit weights against float64: random shapes, all activations, 1 to 8 tokens.
+
+Products are of an x in 255 steps a group, so an error of about 0.4% of a result is rounding; a wrong index gives 100%.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.packing import packed
+
+from stocha_hf.decoding import build, ops
+from stocha_hf.decoding.structs import ACTIVATIONS, DTYPES, Ffn
+
+SHAPES = [(64, 96), (33, 77), (300, 530), (1, 1), (160, 32), (576, 40)]  # columns, rows
+FORMATS = [(8, False), (8, True), (4, False), (4, True)]
+# of the processor; and layouts of others on this one. Sixteen lanes and four, in plain C++.
+VARIANTS = [(), ("-DSTOCHA_LANES=16",), ("-DSTOCHA_LANES=4",)]
+ROUNDING = 0.012  # of x, and of hidden vectors
+
+
+@pytest.fixture(params=VARIANTS, ids=["native", "16 lanes", "4 lanes"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    slow = [pytest.mark.slow] if request.param else []
+    for mark in slow:
+        request.applymarker(mark)
+    found = build.load((*build.FLAGS, *request.param)) if request.param else build.kernels()
+    monkeypatch.setattr(ops, "kernels", lambda: found)
+    return found
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-3)).item()
+
+
+@pytest.mark.parametrize(("bits", "has_minimum"), FORMATS)
+def test_products_equal_those_of_the_weights(library: Any, bits: int, has_minimum: bool) -> None:
+    torch.manual_seed(0)
+    for (columns, rows), tokens in itertools.product(SHAPES, [1, 2, 3, 4, 7, 8]):
+        weights = packed(rows, columns, bits, has_minimum)
+        x, bias = torch.randn(tokens, columns), torch.randn(rows)
+        padded = F.pad(x, (0, weights.scale.shape[1] * 32 - columns))
+        found = ops.run_linear(padded, weights.matrix(bias), rows)
+        exact = x.double() @ weights.exact.T + bias.double()
+        assert error(found, exact) < ROUNDING, (columns, rows, tokens)
+
+
+def hidden_vector(gate: torch.Tensor, up: torch.Tensor, activation: str, threshold: float) -> torch.Tensor:
+    if activation in ops.HIDDEN:
+        return ops.HIDDEN[activation](gate, up, threshold)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return act * up
+
+
+@pytest.mark.parametrize(("bits", "has_minimum"), FORMATS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_ffn_equals_that_of_the_weights(library: Any, activation: str, bits: int, has_minimum: bool) -> None:
+    torch.manual_seed(0)
+    thresholds = (-1e9, 0.2, 1e9) if activation in ("fatrelu", "shifted_relu") else (0.0,)
+    for (size, width), tokens, threshold in itertools.product(SHAPES[:5], [1, 2, 3, 8], thresholds):
+        if activation == "shifted_relu" and threshold < 0:
+            continue
+        gate, up, down = (packed(width, size, bits, has_minimum) for _ in range(3))
+        x = torch.randn(tokens, size)
+        padded = F.pad(x, (0, gate.scale.shape[1] * 32 - size))
+        gates = x.double() @ gate.exact.T
+        # an x in 8 bits moves gates over the threshold: what is compared is the result of the gates found
+        matrices = (gate.matrix(), up.matrix(), down.matrix())
+        weights = Ffn(*matrices, None, None, ACTIVATIONS[activation], True, threshold, 0.0)
+        found = ops.run_ffn(padded, weights)[:, :size]
+        exact = hidden_vector(gates, x.double() @ up.exact.T, activation, threshold) @ down.exact
+        if threshold > 1e8:
+            assert not found.any()
+        else:
+            assert error(found, exact) < 4 * ROUNDING, (size, width, tokens, threshold)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(library: Any) -> None:
+    torch.manual_seed(0)
+    gate, up, down = (packed(300, 320, 4) for _ in range(3))
+    weights = Ffn(gate.matrix(), up.matrix(), down.matrix(), None, None, ACTIVATIONS["relu"], True, 0.0, 0.0)
+    x, threads, found = torch.randn(2, 320), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(ops.run_ffn(x, weights))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("bits", "has_minimum"), FORMATS)
+def test_dequantized_rows(library: Any, bits: int, has_minimum: bool) -> None:
+    weights = packed(9, 70, bits, has_minimum)
+    out = torch.empty(4, 70)
+    library.stocha_dequantize(ctypes.byref(weights.matrix()), 3, 7, 70, DTYPES[out.dtype], out.data_ptr(), 2)
+    torch.testing.assert_close(out.double(), weights.exact[3:7], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_do_not_come_out_finite(library: Any, value: float) -> None:
+    weights = packed(40, 64, 4)
+    x = torch.randn(2, 64)
+    x[1, 5] = value
+    found = ops.run_linear(x, weights.matrix(), 40)
+    assert found[0].isfinite().all() and not found[1].isfinite().any()
