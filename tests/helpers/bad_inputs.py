@@ -449,6 +449,9 @@ TRAIN = """
 --config unknown.yaml -> 'colour'
 --config nomodel.yaml -> model_name_or_path is missing
 --config nodata.yaml -> dataset is missing
+--config twodata.yaml -> datasets is; expected one of the two
+--config noshare.yaml -> a share above 0
+--config absentshare.yaml -> absent.txt does not exist
 --config noschedule.yaml -> schedule is missing
 --config activation.yaml -> swiglu
 --config activations.yaml -> relu
