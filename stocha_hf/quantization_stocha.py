@@ -312,6 +312,8 @@ class Quantized(nn.Module):
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights [last - first, columns] of rows that lie together."""
+        if (runtime := _runtime()) is not None and (made := runtime.dequantize(self, first, last, dtype)) is not None:
+            return made
         minimum = None if self.minimum is None else self.minimum[first:last]
         return dequantize(self.codes[first:last], self.scale[first:last], minimum, self.bits, self.columns, dtype)
 
@@ -342,6 +344,11 @@ class Quantized(nn.Module):
         return len(self.codes), self.columns
 
 
+def _runtime() -> Any:
+    """stocha_hf's functions for modeling_stocha.py's contract, or None."""
+    return None if torch.compiler.is_compiling() else StochaMLP.runtime
+
+
 def _moved(tensor: torch.Tensor, fn: Any) -> torch.Tensor:
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -366,19 +373,16 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x [..., in_features] times the weight: by the runtime where it takes x, else in PyTorch."""
-        runtime = None if torch.compiler.is_compiling() else StochaMLP.runtime
-        if runtime is not None and (fast := getattr(runtime, "quantized_linear", None)) is not None:
-            found = fast(self, x)
-            if found is not None:
-                return found
+        if (runtime := _runtime()) is not None and (found := runtime.quantized_linear(self, x)) is not None:
+            return found
         dtype = computing_dtype(x)
         given, parts = x.to(dtype), self._blocks(x)
         y: Any
         if self.transposed:
             y = sum(given[..., first:last] @ self.rows(first, last, dtype) for first, last in parts)
         else:
-            y = torch.cat([F.linear(given, self.rows(first, last, dtype)) for first, last in parts], -1)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+            y = torch.cat([F.linear(given, self.rows(*part, dtype)).to(x.dtype) for part in parts], -1)
+        return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias
 
     def _blocks(self, x: torch.Tensor) -> Iterator[tuple[int, int]]:
         rows, size = len(self.codes), max(1, (BLOCK if x.device.type == "cpu" else BLOCK_ON_GPU) // self.columns)

@@ -74,10 +74,10 @@ class Quantized:
             (checkpoint / INDEX).write_text(dump(index), encoding="utf-8")
 
 
-def layout(bits: int, config: dict[str, Any]) -> Quantization:
+def layout(bits: int, minimum: bool, config: dict[str, Any]) -> Quantization:
     """The entry for a converted config.json: projections that cut their inputs are read an input at a time."""
     cut = (config["stocha"].get("inputs") or {}).get("thresholds", {})
-    return Quantization(bits, transposed=tuple(sorted({"down_proj", *cut})))
+    return Quantization(bits, minimum, transposed=tuple(sorted({"down_proj", *cut})))
 
 
 def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:
