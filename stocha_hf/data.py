@@ -7,14 +7,16 @@ wrong with it. A row whose text is null is left out: null never becomes a word.
 
     load_data("HuggingFaceFW/fineweb-edu", split="train", streaming=True)
     load_data("books.parquet", text_column="body")
+    load_mixture({"answers.jsonl": 0.7, "code.parquet": 0.3}, seed=0)
     text_windows("books.parquet", Path("smollm2"), length=1024)
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from stocha_hf.data_files import explain, first_line, local_files
 from stocha_hf.errors import StochaError
+from stocha_hf.spec import is_number
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +78,43 @@ def load_data(
         first["text"] = first[text_column]
     with _reading(name, found and found[1]):
         return _usable(name, data.select_columns(columns), first, partial(_is_usable, columns, name, text_column))
+
+
+def load_mixture(shares: Mapping[str, float], seed: int, **options: Any) -> Dataset | IterableDataset:
+    """Open several data sets as one, whose rows are drawn from each with the share that it is given.
+
+    A share of the text that a model was trained on before (replay; Ibrahim et al., arXiv 2403.08763) keeps what it
+    learned there. An epoch ends when every row of every data set was drawn; rows of small ones come again until then.
+
+    Args:
+        shares: The share of rows of each data set, by a name as in `load_data`; any positive numbers.
+        seed: Of the draws.
+        **options: Of `load_data`, for each of them.
+
+    Returns:
+        The mixed rows.
+
+    Raises:
+        StochaError: a share is not a positive number, the data sets have different training columns, or one of them
+            cannot be read.
+    """
+    if not shares or not all(is_number(share) and 0 < share < math.inf for share in shares.values()):
+        raise StochaError(f"datasets is {dict(shares)!r}: expected data sets, each with a share above 0")
+    parts = {name: load_data(name, **options) for name in shares}
+    columns = {name: sorted(next(iter(part))) for name, part in parts.items()}
+    first = next(iter(columns))
+    if other := next((name for name in columns if columns[name] != columns[first]), None):
+        raise StochaError(
+            f"datasets mixes {first} ({', '.join(columns[first])}) with {other} ({', '.join(columns[other])}): "
+            "expected data sets with the same training columns"
+        )
+    from datasets import Value, interleave_datasets
+
+    if columns[first] == ["text"]:  # parquet's large strings and JSON's do not mix
+        parts = {name: part.cast_column("text", Value("string")) for name, part in parts.items()}
+    total = math.fsum(shares.values())
+    odds = [share / total for share in shares.values()]
+    return interleave_datasets([*parts.values()], odds, seed=seed, stopping_strategy="all_exhausted")
 
 
 def load_rows(name: str, *, split: str = "train") -> Dataset:

@@ -28,7 +28,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .modeling_stocha import *  # noqa: F403 - the classes that auto_map names
-from .modeling_stocha import StochaMLP
+from .modeling_stocha import StochaMLP, _cut_class, is_cut
 
 # --- stocha_hf/quantization.py, from here ---
 
@@ -128,8 +128,9 @@ def _is_named(name: str, ends: tuple[str, ...]) -> bool:
 NAMES = ("codes", "scale", "minimum")
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16}  # by safetensors' names
 ENDS = (-8.0, 8.0, -7.6, 7.6, -7.2, 7.2, -8.4, 7.0, -6.8, 6.6, -6.4)  # codes that a group's largest entry may get
-SHARES = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78)  # of a group's range that the codes may cover
-BLOCK = 2**20  # weights that are floats at one time on a CPU
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that the codes may cover
+FITTED = 2**17  # weights that are fitted at one time: what a processor's cache holds of them and of their codes
+BLOCK = 2**20  # weights that are floats at one time in a product on a CPU
 BLOCK_ON_GPU = 2**26
 
 
@@ -187,7 +188,7 @@ def quantize(
     counts = counts.clamp(min=1e-4 * counts.mean().item())  # no column's weights are free
     counts = F.pad(counts, (0, filled)).view(-1, GROUP)
     parts = []
-    for block in weight.split(max(1, BLOCK // columns)):
+    for block in weight.split(max(1, FITTED // columns)):
         groups = F.pad(block.float(), (0, filled)).view(len(block), -1, GROUP)
         scale, least = fit(groups, bits, minimum and bits == 4, counts)
         codes = encode(groups, scale, least, bits).view(len(block), -1)
@@ -204,6 +205,13 @@ def encode(groups: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | No
     if bits == 8:
         return steps.clamp_(-127, 127)
     return steps.clamp_(0, 15) if minimum is not None else steps.add_(8).clamp_(0, 15)
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """Return the weights of codes [..., 32] that are not packed, given each group's scale and minimum [...]."""
+    steps = codes - 8 if bits == 4 and minimum is None else codes
+    weights = steps * scale.float()[..., None]
+    return weights if minimum is None else weights + minimum.float()[..., None]
 
 
 def fit(
@@ -304,6 +312,8 @@ class Quantized(nn.Module):
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights [last - first, columns] of rows that lie together."""
+        if (runtime := _runtime()) is not None and (made := runtime.dequantize(self, first, last, dtype)) is not None:
+            return made
         minimum = None if self.minimum is None else self.minimum[first:last]
         return dequantize(self.codes[first:last], self.scale[first:last], minimum, self.bits, self.columns, dtype)
 
@@ -334,6 +344,11 @@ class Quantized(nn.Module):
         return len(self.codes), self.columns
 
 
+def _runtime() -> Any:
+    """stocha_hf's functions for modeling_stocha.py's contract, or None."""
+    return None if torch.compiler.is_compiling() else StochaMLP.runtime
+
+
 def _moved(tensor: torch.Tensor, fn: Any) -> torch.Tensor:
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -358,19 +373,16 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x [..., in_features] times the weight: by the runtime where it takes x, else in PyTorch."""
-        runtime = None if torch.compiler.is_compiling() else StochaMLP.runtime
-        if runtime is not None and (fast := getattr(runtime, "quantized_linear", None)) is not None:
-            found = fast(self, x)
-            if found is not None:
-                return found
+        if (runtime := _runtime()) is not None and (found := runtime.quantized_linear(self, x)) is not None:
+            return found
         dtype = computing_dtype(x)
         given, parts = x.to(dtype), self._blocks(x)
         y: Any
         if self.transposed:
             y = sum(given[..., first:last] @ self.rows(first, last, dtype) for first, last in parts)
         else:
-            y = torch.cat([F.linear(given, self.rows(first, last, dtype)) for first, last in parts], -1)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+            y = torch.cat([F.linear(given, self.rows(*part, dtype)).to(x.dtype) for part in parts], -1)
+        return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias
 
     def _blocks(self, x: torch.Tensor) -> Iterator[tuple[int, int]]:
         rows, size = len(self.codes), max(1, (BLOCK if x.device.type == "cpu" else BLOCK_ON_GPU) // self.columns)
@@ -473,13 +485,17 @@ def exchange(model: Any, entry: Quantization, fill: bool = False) -> int:
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     made: dict[str, Any] = {}
     for name, native in found:
-        kind = QuantizedEmbedding if isinstance(native, nn.Embedding) else QuantizedLinear
+        kind: Any = QuantizedEmbedding if isinstance(native, nn.Embedding) else QuantizedLinear
         module = kind(native, entry, name)
         parent, _, last = name.rpartition(".")
         if last == "lm_head" and tied:
             module.tie(next(other for other in made.values() if isinstance(other, QuantizedEmbedding)))
         elif fill:
             module.fill(native.weight)
+        if is_cut(native):
+            state = {key: native.__dict__[key] for key in native.state} | {"native_class": type(module)}
+            module.__dict__.update(state)
+            module.__class__ = _cut_class(type(module))
         setattr(model.get_submodule(parent), last, module)
         made[name] = module
     if tied:  # transformers ties parameters by name

@@ -10,9 +10,11 @@ import pytest
 import torch
 from helpers import assert_refused, call_command, tiny_model, tiny_tokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from stocha_hf.answers import batches
 from stocha_hf.answers.choosing import Choice
-from stocha_hf.answers.grouped import attend
+from stocha_hf.answers.grouped import NAME, attend, grouped_attention
 from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
 from stocha_hf.answers.writing import write_answers
 from stocha_hf.data import calibration_windows, load_data
@@ -138,6 +140,19 @@ def test_grouped_attention_is_sdpa_without_copies() -> None:
     for some in (mask, None):
         expected = sdpa_attention_forward(module, query, key, value, some, scaling=0.3)[0]
         assert torch.allclose(attend(module, query, key, value, some, scaling=0.3)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_model_uses_it_in_steps_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model(kind), [[5, 6, 7], [8], [9, 10]]
+    expected = dict(batches.continue_prompts(model, prompts, new=6, ends=(), rows=3))
+    steps = []
+    monkeypatch.setattr(
+        batches, "grouped_attention", lambda config, _: grouped_attention(config, torch.device("cuda"))
+    )
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, lambda *args, **more: steps.append(1) or attend(*args, **more))
+    assert dict(batches.continue_prompts(model, prompts, new=6, ends=(), rows=3)) == expected
+    assert len(steps) == 2 * batches.STRIDE and model.config._attn_implementation == "sdpa"
 
 
 def test_the_command_writes_answers_and_tells_how_many(checkpoint, tmp_path: Path) -> None:

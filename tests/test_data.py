@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError
 
-from stocha_hf.data import _plain_text, load_data
+from stocha_hf.data import _plain_text, load_data, load_mixture
 from stocha_hf.errors import StochaError
 
 HTTPError = HfHubHTTPError.__bases__[0]  # the root of whichever HTTP library the client uses
@@ -134,3 +135,27 @@ def test_out_of_memory_is_not_a_broken_file(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         load_data(str(tmp_path / "data.txt"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_holds_its_shares_and_every_row(tmp_path, streaming):
+    Dataset.from_dict({"text": [f"a{i}" for i in range(90)], "other": list(range(90))}).to_json(tmp_path / "a.jsonl")
+    large = pa.table({"text": pa.array([f"b{i}" for i in range(400)], pa.large_string())})
+    Dataset(large).to_parquet(tmp_path / "b.parquet")
+    shares = {str(tmp_path / "a.jsonl"): 3, str(tmp_path / "b.parquet"): 1}
+    rows, again = ([row["text"] for row in load_mixture(shares, seed=1, streaming=streaming)] for _ in range(2))
+    assert rows == again
+    assert {row for row in rows if row[0] == "b"} == {f"b{i}" for i in range(400)}
+    assert len(rows) > 1200
+    assert abs(sum(row[0] == "a" for row in rows) / len(rows) - 0.75) < 0.05
+
+
+def test_a_mixture_that_cannot_be_is_refused(tmp_path):
+    Dataset.from_dict({"text": ["a"]}).to_json(tmp_path / "a.jsonl")
+    Dataset.from_dict({"messages": [[{"role": "user", "content": "c"}]]}).to_json(tmp_path / "c.jsonl")
+    a, c = str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl")
+    for shares in ({}, {a: 0}, {a: -1}, {a: "much"}, {a: float("nan")}, {a: True}):
+        with pytest.raises(StochaError, match="each with a share above 0"):
+            load_mixture(shares, seed=0)
+    with pytest.raises(StochaError, match="the same training columns"):
+        load_mixture({a: 1, c: 1}, seed=0)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from stocha_hf import StochaError, convert, load_model, modeling_stocha, quantization_stocha
 from stocha_hf.conversion import quantize as quantizing
+from stocha_hf.conversion.error_feedback import round_with_feedback
+from stocha_hf.data import calibration_windows
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
 from stocha_hf.publishing.upload import _additions, _publishable
 from stocha_hf.quantization import Quantization
@@ -96,13 +98,13 @@ def test_a_model_is_quantized_saved_and_loaded(model_type: str, tied: bool, tmp_
 
 def test_converting_to_bits_writes_what_loading_would_compute(checkpoint, tmp_path: Path) -> None:
     convert(checkpoint(max_shard_size="20KB"), tmp_path / "relu", activation="relu")
-    done = convert(tmp_path / "relu", tmp_path / "small", bits=4)
+    done = convert(tmp_path / "relu", tmp_path / "small", bits=4, minimum=True)
     assert done.bits == 4 and done.stocha["history"][-1]["method"] == "quantize" and "LICENSE" in done.files
     assert {"modeling_stocha.py", "quantization_stocha.py", "model.safetensors"} <= set(done.files)
     assert not any("-of-" in name or name.endswith(".index.json") for name in done.files)
     model = load_model(str(tmp_path / "small"))
     loaded = modeling_stocha.StochaLlamaForCausalLM.from_pretrained(
-        tmp_path / "relu", quantization_config=StochaQuantConfig(bits=4)
+        tmp_path / "relu", quantization_config=StochaQuantConfig(bits=4, minimum=True)
     )
     assert torch.equal(model(TOKENS).logits, loaded(TOKENS).logits)
     card = (tmp_path / "small" / "README.md").read_text()
@@ -134,6 +136,41 @@ def test_a_killed_quantization_goes_on_and_ends_with_the_same_bytes(checkpoint, 
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path
 
 
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_error_feedback_makes_the_error_in_outputs_smaller(transposed: bool, minimum: bool) -> None:
+    """Inputs that go together, as a model's do, can make up for each other's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 96, generator=generator)  # [outputs, inputs]
+    x = torch.randn(500, 12, generator=generator) @ torch.randn(12, 96, generator=generator)
+    x += 0.1 * torch.randn(500, 96, generator=generator)
+    matrix = weight.t() if transposed else weight
+    errors = []
+    for made in (
+        quantize(matrix, 4, minimum),
+        round_with_feedback(matrix, x.T @ x, 4, minimum, transposed),
+    ):
+        again = dequantize(*made, 4, matrix.shape[1])
+        errors.append((x @ (again.t() if transposed else again).T - x @ weight.T).norm())
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_calibrating_keeps_more_of_what_the_model_computes(model_type: str, checkpoint, text, tmp_path: Path) -> None:
+    source = checkpoint(model_type)
+    convert(source, tmp_path / "relu", activation="relu")
+    convert(tmp_path / "relu", tmp_path / "plain", bits=4)
+    done = convert(tmp_path / "relu", tmp_path / "fitted", bits=4, calibrate=str(text), calibrate_tokens=2000)
+    assert done.stocha["history"][-1] == {"method": "quantize", "bits": 4, "data": "text.jsonl", "tokens": 2000}
+    windows = calibration_windows(str(text), source, 640, 64, seed=1)
+    errors = []
+    with torch.no_grad():
+        expected = load_model(str(tmp_path / "relu"), dtype=torch.float32)(windows).logits
+        for name in ("plain", "fitted"):
+            errors.append((load_model(str(tmp_path / name), dtype=torch.float32)(windows).logits - expected).norm())
+    assert errors[1] < 0.9 * errors[0]
+
+
 LOAD = """
 import json, sys
 sys.modules["stocha_hf"] = None
@@ -159,6 +196,19 @@ def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path
     assert torch.equal(
         load_model(str(tmp_path / "saved"))(TOKENS).logits, load_model(str(tmp_path / "small"))(TOKENS).logits
     )
+
+
+def test_projections_that_cut_their_inputs_go_on_cutting_and_are_stored_by_input(checkpoint, text, tmp_path) -> None:
+    convert(checkpoint(), tmp_path / "cut", inputs=0.5, calibrate=str(text), inputs_prefill=True)
+    convert(tmp_path / "cut", tmp_path / "small", bits=8)
+    model, plain = load_model(str(tmp_path / "small")), load_model(str(tmp_path / "cut"))
+    query = model.model.layers[0].self_attn.q_proj
+    assert type(query).__name__ == "CutQuantizedLinear" and query.transposed and query.codes.shape == (32, 32)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, quantization_stocha.Quantized):
+                plain.get_submodule(name).weight.copy_(module.dequantized())
+    torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_publishing_sends_both_files_of_code(checkpoint, tmp_path: Path) -> None:

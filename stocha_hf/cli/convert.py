@@ -5,7 +5,7 @@ example:
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-cut --inputs 0.4 --calibrate text.parquet
-  stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4
+  stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
 SOURCE's files are copied byte for byte (but for the FFN weights with --refit, and all weights with --bits) and nothing
@@ -41,7 +41,7 @@ STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
 INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
 INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS)
-OPTIONS = ("bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
+OPTIONS = ("bits", "minimum", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
 
 def parser() -> Parser:
@@ -87,7 +87,10 @@ def parser() -> Parser:
         help="cut this share of projections' inputs, the smallest; 0 takes cuts off",
     )
     verb.add_argument(
-        "--calibrate", type=path_or_id, metavar="DATA", help="text to measure the thresholds of --inputs on"
+        "--calibrate",
+        type=path_or_id,
+        metavar="DATA",
+        help="text to measure the thresholds of --inputs on, or to quantize to 4 bits for",
     )
     verb.add_argument("--calibrate-tokens", type=whole_number(1), help="tokens of it to use (default: 16384)")
     verb.add_argument(
@@ -109,6 +112,7 @@ def parser() -> Parser:
     verb.add_argument(
         "--bits", type=checked(int, lambda bits: bits in BITS, "4 or 8"), help="quantize the weights to 4 or 8 bits"
     )
+    verb.add_argument("--minimum", action="store_true", help="4 bits with a minimum beside each scale: 5 a weight")
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
     verb.add_argument(

@@ -33,7 +33,7 @@ from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing import card
-from stocha_hf.quantization import BITS, Quantization
+from stocha_hf.quantization import BITS
 from stocha_hf.spec import StochaConfig, __version__
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -81,6 +81,7 @@ def convert(
     inputs_prefill: bool = False,
     inputs_train: bool = False,
     bits: int | None = None,
+    minimum: bool = False,
     revision: str | None = None,
     base_model: str | None = None,
     dtype: str = "bfloat16",
@@ -102,7 +103,8 @@ def convert(
         refit_tokens: tokens to refit on (default: 98304, or 8 per neuron if that is more).
         refit_on_disk: keep the refit's streams on disk instead of in memory.
         inputs: share of the entries of projections' inputs to cut, by size (TEAL); 0 takes a source's cuts off.
-        calibrate: text to measure thresholds of `inputs` on: a file, folder or Hub data set.
+        calibrate: text to measure thresholds of `inputs` on, and to quantize to 4 bits for: a file, folder or Hub data
+            set.
         calibrate_tokens: tokens of it to use (default: 16384).
         inputs_of: the projections to cut, names in PROJECTIONS (default: all, or attention's where the activation
             makes the FFN sparse).
@@ -111,6 +113,7 @@ def convert(
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.
+        minimum: give groups of 4 bits a minimum beside the scale: 5 bits a weight in place of 4.5, which keeps more.
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
         dtype: what a .gguf file's tensors become, one of DTYPES.
@@ -125,8 +128,10 @@ def convert(
     output = local_path(output)
     fields = {"activation": activation, "p": p, "positive": positive, "inference": inference}
     changes = {key: value for key, value in (fields | {"threshold": threshold, "k": k}).items() if value is not None}
-    of_cuts = {"data": calibrate and str(calibrate), "tokens": calibrate_tokens, "of": inputs_of}
-    of_cuts |= {"allotment": inputs_allotment, "prefill": inputs_prefill, "train": inputs_train}
+    of_cuts: dict[str, Any] = {"of": inputs_of, "allotment": inputs_allotment}
+    of_cuts |= {"prefill": inputs_prefill, "train": inputs_train}
+    if inputs is not None or bits != 4:
+        of_cuts |= {"data": calibrate and str(calibrate), "tokens": calibrate_tokens}
     cuts = _calibration(inputs, refit, of_cuts)
     options = None
     if refit is not None:
@@ -140,6 +145,10 @@ def convert(
         given = "with refit" if options is not None else f"as {bits!r}"
         expected = "one of them; refit first, then quantize the result" if options is not None else "4 or 8"
         raise StochaError(f"bits was given {given}: expected {expected}")
+    if minimum and bits != 4:
+        raise StochaError(f"minimum was given with bits {bits}: expected bits 4, whose groups can have one")
+    if calibrate_tokens is not None and calibrate is None:
+        raise StochaError(f"calibrate_tokens {calibrate_tokens} was given without calibrate: expected text")
     if base_model is not None:
         check_hub_id(base_model, "base_model")
     if dtype not in DTYPES:
@@ -164,10 +173,13 @@ def convert(
             fitted = refit_checkpoint(found, config, options, work)
             config, change = fitted.config, fitted.apply_to
         elif bits is not None and work is not None:
-            from stocha_hf.conversion.quantize import Quantize, quantize_checkpoint
+            from stocha_hf.conversion.quantize import Quantize, layout, quantize_checkpoint
 
             refuse_quantized(found.config, found.id, "quantizing")
-            quantized = quantize_checkpoint(found, config, Quantize(Quantization(bits)), work)
+            text = str(calibrate) if calibrate is not None and bits == 4 else None
+            quantized = quantize_checkpoint(
+                found, config, Quantize(layout(bits, minimum, config), text, calibrate_tokens), work
+            )
             config, change = quantized.config, quantized.write_to
             found = replace(found, files=[name for name in found.files if not is_weight(name)])
         files = write_checkpoint(found, config, output, overwrite, change)

@@ -29,14 +29,19 @@ from stocha_hf.checkpoints.companions import dump
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.checkpoints.inspection import INDEX
+from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.tensors import LAYER, Tensors
+from stocha_hf.conversion.calibration import WINDOWS, Calibration
+from stocha_hf.conversion.error_feedback import round_with_feedback
 from stocha_hf.conversion.refit_work import layers_folder
 from stocha_hf.conversion.source import Source
+from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import Quantization, is_matrix
-from stocha_hf.quantization_stocha import NAMES, quantize
+from stocha_hf.quantization_stocha import NAMES, dequantize, quantize
 
 SHARD = "5GB"
+TOKENS, WINDOW = 16_384, 512
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,26 @@ class Quantized:
             (checkpoint / INDEX).write_text(dump(index), encoding="utf-8")
 
 
+def layout(bits: int, minimum: bool, config: dict[str, Any]) -> Quantization:
+    """The entry for a converted config.json: projections that cut their inputs are read an input at a time."""
+    cut = (config["stocha"].get("inputs") or {}).get("thresholds", {})
+    return Quantization(bits, minimum, transposed=tuple(sorted({"down_proj", *cut})))
+
+
 def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:
     """Quantize the matrices of `source`, of which `config` is the converted config.json; keeps what is done in `work`.
 
-    Raises StochaError for weights that are not finite, and for what cannot be written.
+    Raises StochaError for weights that are not finite, too little text, and for what cannot be written.
     """
-    tensors = Tensors(source.folder)
+    tensors, text = Tensors(source.folder), _calibration(source, config, options)
     try:
         folder = layers_folder(work, _key(source, config, options))
         parts = _parts(tensors, Sizes.of(config, source.id).tied)
         for part, names in tqdm(parts.items(), desc="Quantizing", unit="layer", disable=None):
-            if not (folder / part).exists():
+            match = LAYER.search(names[0])
+            if text is not None and match is not None:
+                _calibrated(tensors, names, options.entry, folder / part, text, int(match[1]))
+            elif not (folder / part).exists():
                 _save(folder / part, _quantized(tensors, names, options.entry))
     except (OSError, SafetensorError) as error:
         raise StochaError(
@@ -87,6 +101,8 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
             "the finished layers there"
         ) from error
     stage = {"method": "quantize", "bits": options.entry.bits}
+    if options.data is not None:
+        stage |= {"data": public_name(options.data), "tokens": options.tokens or TOKENS}
     config = config | {"quantization_config": options.entry.to_dict()}
     config = with_entry(config, with_stage(read_entry(config, source.id), stage))
     return Quantized(folder, list(parts), config)
@@ -100,10 +116,42 @@ def _parts(tensors: Tensors, tied: bool) -> dict[str, list[str]]:
         part = f"layer-{int(match[1]):03d}" if match else f"layer-{name}"
         if not (tied and name == "lm_head.weight"):
             parts.setdefault(f"{part}.safetensors", []).append(name)
-    return parts
+    return dict(sorted(parts.items()))
 
 
-def _quantized(tensors: Tensors, names: list[str], entry: Quantization) -> dict[str, torch.Tensor]:
+def _calibration(source: Source, config: dict[str, Any], options: Quantize) -> Calibration | None:
+    if options.data is None:
+        return None
+    length = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
+    windows = calibration_windows(options.data, source.folder, options.tokens or TOKENS, length, seed=0)
+    windows = windows[: len(windows) // WINDOWS * WINDOWS]
+    if not len(windows):
+        raise StochaError(
+            f"{options.data} has too little text to calibrate on: expected at least {WINDOWS} windows of {length} "
+            "tokens"
+        )
+    return Calibration(source, config, windows)
+
+
+def _calibrated(
+    tensors: Tensors, names: list[str], entry: Quantization, path: Path, text: Calibration, index: int
+) -> None:
+    """Quantize a layer with error feedback, unless its file is there, and run the text through the result."""
+    with text.layers.load(index) as layer:
+        if not path.exists():
+            _save(path, _quantized(tensors, names, entry, text.moments(layer, index)))
+        found = load_file(path)
+        for module in [name.removesuffix(".codes") for name in found if name.endswith(".codes")]:
+            weight = layer.get_submodule(LAYER.search(module)[2]).weight  # type: ignore[index]
+            weight = weight.t() if entry.is_transposed(module) else weight
+            codes, scale, minimum = (found.get(f"{module}.{end}") for end in NAMES)
+            weight.copy_(dequantize(codes, scale, minimum, entry.bits_of(module), weight.shape[1]))  # type: ignore[arg-type]
+        text.advance(layer, index)
+
+
+def _quantized(
+    tensors: Tensors, names: list[str], entry: Quantization, moments: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name in names:
         module, _, part = name.rpartition(".")
@@ -114,8 +162,13 @@ def _quantized(tensors: Tensors, names: list[str], entry: Quantization) -> dict[
         if not value.isfinite().all():
             raise StochaError(f"{name} has values that are not finite: expected numbers; check the source's weights")
         matrix = value.t() if entry.is_transposed(module) else value
-        made = zip(NAMES, quantize(matrix, entry.bits_of(module), entry.has_minimum(module)), strict=True)
-        found |= {f"{module}.{end}": one for end, one in made if one is not None}
+        bits, minimum = entry.bits_of(module), entry.has_minimum(module)
+        if moments is None or bits == 8:
+            made = quantize(matrix, bits, minimum)
+        else:
+            own = moments[module.rpartition(".")[2]]
+            made = round_with_feedback(matrix.to(own.device), own, bits, minimum, entry.is_transposed(module))
+        found |= {f"{module}.{end}": one.cpu() for end, one in zip(NAMES, made, strict=True) if one is not None}
     return found
 
 

@@ -27,6 +27,9 @@ class DataArguments:
     """Where the text comes from; see stocha_hf/data.py."""
 
     dataset: str | None = field(default=None, metadata={"help": "Hub data set, local file or folder."})
+    datasets: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Several in place of dataset, each with its share of rows: {name: share}."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_text_column: str = field(default="text", metadata={"help": "Name of the text column."})
@@ -96,8 +99,13 @@ def parse(
 
     data, args, model = read_recipe((DataArguments, StochaArguments, ModelConfig), argv, config)
     check_start(model.model_name_or_path, args.model_config, args.tokenizer_name_or_path, model.use_peft)
-    if data.dataset is None:
+    if data.dataset is None and data.datasets is None:
         raise StochaError("dataset is missing: expected it in the YAML file or as --dataset")
+    if data.datasets is not None and (data.dataset is not None or not isinstance(data.datasets, dict)):
+        raise StochaError(
+            f"datasets is {data.datasets!r} and dataset {data.dataset!r}: expected one of the two; datasets is a "
+            "mapping in the recipe, of each data set to its share of the rows"
+        )
     phases = args.schedule or schedule
     if phases is None:
         raise StochaError("schedule is missing: expected a list of phases {activation, p, anneal, until}")
@@ -119,7 +127,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    train_data, eval_data = _load_both(data)
+    train_data, eval_data = _load_both(data, args.seed)
     tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_name_or_path or name, revision))
     if args.model_config is not None:
         model = fresh_model(args.model_config, tokenizer, seed=args.seed, **options)
@@ -171,16 +179,15 @@ def _result(folder: Path, state: Any, seconds: float) -> TrainingResult:
     )
 
 
-def _load_both(data: DataArguments) -> tuple[Any, Any]:
-    from stocha_hf.data import load_data
+def _load_both(data: DataArguments, seed: int) -> tuple[Any, Any]:
+    from stocha_hf.data import load_data, load_mixture
 
     shared = {"config": data.dataset_config, "text_column": data.dataset_text_column}
-    train_data = load_data(
-        str(data.dataset),
-        split=data.dataset_split,
-        streaming=data.dataset_streaming,
-        **shared,  # type: ignore[arg-type]
-    )
+    of_training: Any = shared | {"split": data.dataset_split, "streaming": data.dataset_streaming}
+    if isinstance(data.datasets, dict):
+        train_data = load_mixture(data.datasets, seed, **of_training)
+    else:
+        train_data = load_data(str(data.dataset), **of_training)
     if data.eval_dataset is None:
         return train_data, None
     return train_data, load_data(data.eval_dataset, split=data.eval_split, **shared)  # type: ignore[arg-type]
@@ -220,7 +227,8 @@ def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule:
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = {
         "start": None if args.model_config is None else RANDOM_START,
-        "dataset": public_name(data.dataset),
+        "dataset": data.dataset and public_name(data.dataset),
+        "datasets": data.datasets and {public_name(name): share for name, share in data.datasets.items()},
         "steps": args.max_steps if args.max_steps > 0 else None,
         "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
         "tokens_per_step": rows * args.max_length if args.max_length else None,

@@ -352,6 +352,11 @@ native /sys/stocha/out -> cannot write /sys/stocha/out
 native out --liger -> --liger
 native out --bits 3 -> --bits is 3; 4 or 8
 native out --bits four -> --bits is four; 4 or 8
+native out --bits 8 --calibrate text.txt -> calibrate was given without inputs
+native out --bits 8 --minimum -> minimum was given with bits 8; bits 4
+native out --bits 4 --calibrate-tokens 100 -> calibrate_tokens 100 was given without calibrate
+native out --bits 4 --calibrate short.txt -> short.txt has too little text; 4 windows
+native out --bits 4 --calibrate absent.txt -> absent.txt does not exist
 native out --bits 4 --refit text.txt -> bits was given with refit; refit first
 quantized4 out --bits 4 -> quantized4 is quantized to 4 bits; quantizing
 quantized4 out --refit text.txt -> quantized4 is quantized to 4 bits; a refit
@@ -406,6 +411,34 @@ quantized4 quantized4 out -> quantized4 is quantized to 4 bits; an average
 relu relu text.txt/out -> cannot write
 """
 
+EXPORT = """
+relu -> OUT
+'' out.gguf -> FOLDER; is empty
+relu '' -> OUT; is empty
+relu LONG.gguf -> bytes: expected at most 255
+absent out.gguf -> absent
+./absent out.gguf -> absent does not exist
+relu out -> out is no name of a GGUF file; .gguf
+relu broken.gguf -> broken.gguf exists; --overwrite
+relu letters.gguf --overwrite -> letters.gguf is no GGUF file
+relu text.txt/out.gguf -> cannot write text.txt/out.gguf
+relu out.gguf --format onnx -> --format is onnx; gguf
+relu out.gguf --precision q2 -> --precision is q2; q8_0
+relu out.gguf --precision q4_0 -> llama-quantize, which is not on PATH; q8_0
+relu out.gguf --activation relu2 -> --activation is relu2; relu, silu
+relu out.gguf --activation gelu_pytorch_tanh -> activation is 'gelu_pytorch_tanh'; relu, silu
+relu out.gguf --revision main -> --revision main; leave --revision out
+relu out.gguf -> tokenizer of relu is of the type WordLevel; SmolLM
+relu2 out.gguf -> relu2 infers with relu2; --activation relu
+notokenizer out.gguf -> notokenizer has no tokenizer
+quantized4 out.gguf -> quantized4 is quantized to 4 bits; an export
+truncated out.gguf -> truncated or corrupt
+pickle out.gguf -> only pickle weights
+missing out.gguf -> q_proj.weight; missing
+stocha5 out.gguf -> stocha
+gpt2 out.gguf -> model_type 'gpt2'
+"""
+
 PUBLISH = """
 relu -> REPO
 '' user/x -> FOLDER; is empty
@@ -444,6 +477,9 @@ TRAIN = """
 --config unknown.yaml -> 'colour'
 --config nomodel.yaml -> model_name_or_path is missing
 --config nodata.yaml -> dataset is missing
+--config twodata.yaml -> datasets is; expected one of the two
+--config noshare.yaml -> a share above 0
+--config absentshare.yaml -> absent.txt does not exist
 --config noschedule.yaml -> schedule is missing
 --config activation.yaml -> swiglu
 --config activations.yaml -> relu
@@ -515,6 +551,7 @@ TABLES = {
     "card": CARD,
     "convert": CONVERT,
     "average": AVERAGE,
+    "export": EXPORT,
     "publish": PUBLISH,
     "train": TRAIN,
 }
