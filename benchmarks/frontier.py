@@ -11,7 +11,7 @@ same command. Measured are
 Of each: perplexity on each text of --eval; zeros; bytes read; acceptance, on what the original wrote greedily after
 --prompts (a data set as --eval; or after the beginnings of the first text); and --tasks with their standard errors.
 Perplexity is of the tokens after the first --prompt-tokens of each window, which are read whole, as a prompt is.
-Tasks that generate read the question whole too.
+Tasks that generate read the question whole too; those that compare likelihoods are cut at every token.
 
     python benchmarks/frontier.py MODEL --calibrate train.jsonl --eval code.jsonl prose.jsonl --json out.jsonl \\
         --plot out.png --refit 0.6 0.7 0.8 0.9 0.95 --checkpoints A B --gguf Q8_0.gguf Q4_0.gguf \\
@@ -41,7 +41,6 @@ from stocha_hf.data import calibration_windows, load_data, text_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.acceptance import GreedyText, acceptance, greedy_text
 from stocha_hf.measurement.blocks import blocks
-from stocha_hf.measurement.bytes_read import stored_bytes
 from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.measurement.plots import Picture, check_plot, plot
 from stocha_hf.measurement.records import BytesRead
@@ -52,7 +51,7 @@ from stocha_hf.models import load_model
 
 SHARES = [0.25, 0.4, 0.5, 0.6, 0.7]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Scorer = Callable[[Any], list[dict[str, Any]]]  # of a model: its tasks' scores, as TaskScore.to_dict has them
+Scorer = Callable[[Any, bool], list[dict[str, Any]]]  # of a model, and whether a text at a time: its tasks' scores
 
 
 @dataclass
@@ -77,9 +76,9 @@ class Measures:
         if self.written is not None:
             with selection.applied(model, prompt=self.written.prompt):
                 found["acceptance"] = acceptance(model, self.written)
-        if self.scorer is not None:
+        if self.scorer is not None and selection.prepare is None:  # which needs to know what will be generated
             with selection.applied(model, decoding=True):
-                found["tasks"] = self.scorer(model)
+                found["tasks"] = self.scorer(model, selection.remembers)
         return found
 
 
@@ -210,7 +209,7 @@ def others(args: argparse.Namespace, folder: Path) -> Iterator[tuple[dict[str, A
     for file in args.gguf:
         yield (
             {"method": file.stem, "share": 0.0, "dense": True},
-            lambda measures, file=file: converted(file, measures) | {"bytes_read": gguf_bytes(file, folder).to_dict()},
+            lambda measures, file=file: of_file(file, converted(file, measures)),
         )
 
 
@@ -218,16 +217,17 @@ def load(folder: Path, args: argparse.Namespace) -> Any:
     return load_model(str(folder), dtype=getattr(torch, args.dtype)).eval().to(DEVICE)
 
 
-def gguf_bytes(file: Path, folder: Path) -> BytesRead:
-    """What llama.cpp reads of a file for a token: the blocks, and the head, which may be the embedding."""
+def of_file(file: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the dequantized weights, with the bytes that llama.cpp reads of the file for a token: the blocks'
+    and the head's, which may be the embedding.
+    """
     tensors = sorted(read_gguf_header(file).tensors.items(), key=lambda item: item[1].begin)
     ends = [tensor.begin for _, tensor in tensors[1:]] + [file.stat().st_size]
     sizes = {name: end - tensor.begin for (name, tensor), end in zip(tensors, ends, strict=True)}
     inside = sum(size for name, size in sizes.items() if name.startswith("blk."))
     head = sizes.get("output.weight", sizes["token_embd.weight"])
-    with torch.device("meta"):
-        whole = sum(stored_bytes(block.module) for block in blocks(load_model(str(folder), dtype=torch.bfloat16)))
-    return BytesRead(inside + head, inside, head, whole, inside / whole)
+    whole = figures["bytes_read"]["dense_blocks"]
+    return figures | {"bytes_read": BytesRead(inside + head, inside, head, whole, inside / whole).to_dict()}
 
 
 def prompts(args: argparse.Namespace, tokenizer: Any, texts: dict[str, torch.Tensor]) -> list[list[int]]:
@@ -253,8 +253,13 @@ def scorer(args: argparse.Namespace, tokenizer: Any) -> Scorer | None:
         return None
     from stocha_hf.tasks.evaluate import evaluate_tasks
 
-    options = {"limit": args.limit, "run_code": args.run_code, "task_data": args.task_data}
-    return lambda model: evaluate_tasks(model, tokenizer, args.tasks, **options).to_dict()
+    options: dict[str, Any] = {"limit": args.limit, "run_code": args.run_code, "task_data": args.task_data}
+
+    def score(model: Any, one_by_one: bool) -> list[dict[str, Any]]:
+        size = 1 if one_by_one else args.batch_size
+        return evaluate_tasks(model, tokenizer, args.tasks, batch_size=size, **options).to_dict()
+
+    return score
 
 
 def draw(rows: list[dict[str, Any]], target: Path) -> None:
@@ -315,6 +320,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="written after each prompt; 0: no acceptance")
     parser.add_argument("--tasks", nargs="*", default=[])
     parser.add_argument("--limit", type=int, help="questions of each task")
+    parser.add_argument("--batch-size", type=int, help="texts of a task at a time (default: what suits the device)")
     parser.add_argument("--task-data", help="folder or file with the tasks' questions")
     parser.add_argument("--run-code", action="store_true", help="let tasks run the code that the model writes")
     parser.add_argument("--dtype", default="bfloat16")
@@ -326,6 +332,8 @@ def main() -> None:
         if args.model:
             if not (args.calibrate and args.eval):
                 raise StochaError("a model is to be measured: expected --calibrate and --eval with texts")
+            if not 0 <= args.prompt_tokens < args.length - 1:
+                raise StochaError(f"--prompt-tokens is {args.prompt_tokens}: expected less than --length less 1")
             measure(args)
         if args.plot:
             draw([row for path in [args.json, *args.extra_rows] for row in read_rows(path)], args.plot)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from stocha_hf.answers.writing import write_answers
     from stocha_hf.conversion.averaging import average
     from stocha_hf.conversion.convert import convert
+    from stocha_hf.conversion.export import export
     from stocha_hf.conversion.refit_model import refit
     from stocha_hf.errors import StochaError
     from stocha_hf.measurement.evaluation import compare, evaluate
@@ -38,6 +39,7 @@ _HOMES = {
     "cut_inputs": "modeling_stocha",
     "evaluate": "measurement.evaluation",
     "evaluate_tasks": "tasks.evaluate",
+    "export": "conversion.export",
     "load_model": "models",
     "patch": "modeling_stocha",
     "publish": "publishing.upload",
@@ -76,6 +78,7 @@ __all__ = [
     "cut_inputs",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "load_model",
     "patch",
     "publish",

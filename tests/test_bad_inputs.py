@@ -261,6 +261,7 @@ MODELS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "automap5": config(base="native", auto_map=5),
     "unknownactivation": entry(activation="swiglu"),
     "listactivation": entry(activation=["relu"]),
+    "relu2": entry(activation="relu2", inference="relu2"),
     "unknownkey": entry(colour="red"),
     "threethresholds": entry(threshold=[0.1, 0.2, 0.3]),
     "wordthreshold": entry(threshold="low"),
@@ -304,7 +305,7 @@ def _write_data(folder: Path) -> None:
         "broken.jsonl": '{"text": "w4"}\n{"text": "w5"}\n{"text": "w6', "latin.jsonl": b'{"text": "\xff"}\n',
         "nested.jsonl": f'{{"text": {NESTED}}}\n', "empty.jsonl": "", "empty.json": "[]", "broken.json": '[{"text"',
         "broken.csv": "text,b\nw4,1\nw5,2,3\n", "head.csv": "text\n", "broken.parquet": b"PAR1 and no more",
-        "empty.parquet": b"", "weights.bin": b"\0\0", "broken.gguf": b"GGUF" + bytes(100),
+        "empty.parquet": b"", "weights.bin": b"\0\0", "broken.gguf": b"GGUF" + bytes(100), "letters.gguf": b"letters",
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)

@@ -40,7 +40,8 @@ def saved(path: Path, content: Any) -> Path:
 
 def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> None:
     before = evaluation(converted, model="org/source", activation="silu", perplexity=12.5)
-    own = evaluation(converted, baseline=before, kl=0.21875, top1_agreement=0.6875)
+    read = {"step": 900, "blocks": 450, "lm_head": 450, "dense_blocks": 800, "share": 0.5625}
+    own = evaluation(converted, baseline=before, kl=0.21875, top1_agreement=0.6875, bytes_read=read)
     swapped = evaluation(converted, perplexity=5506.25, weights="other")
     files = [saved(tmp_path / f"{i}.json", content) for i, content in enumerate((own, swapped))]
     more = ["--bench", saved(tmp_path / "b.json", bench(converted))]
@@ -50,9 +51,9 @@ def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> 
     done = call_command("stocha-card", converted, files[0], "--row", f"swapped={files[1]}", *more, "--json")
     assert done.returncode == 0, done.stderr
     card = (converted / "README.md").read_text()
-    assert "| before: org/source | silu | 12.50 | 81.2% | 25.0 tokens/s |" in card
+    assert "| before: org/source | silu | 12.50 | 81.2% |  | 25.0 tokens/s |" in card
     assert "| swapped | relu | 5506.25 | 81.2% |" in card
-    assert "| **this model** | relu | 17.38 | 81.2% | 80.0 tokens/s, 3.2x |" in card
+    assert "| **this model** | relu | 17.38 | 81.2% | 56% | 80.0 tokens/s, 3.2x |" in card
     for told in ("4,096 tokens of val.txt", "75% to 88% zeros", "6.2% of the neurons", "0.219 nats", "33 GB/s"):
         assert told in card
     assert "| stocha, p 0.5 | -1.375 | 0.625 | 31.5 |" in card and "| greedy | -0.875 | 0.125 | 100.0 |" in card

@@ -132,7 +132,7 @@ def test_options_that_are_named_exist(page: Path) -> None:
     scripts = "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))
     known = options | set(re.findall(r'"(--[\w-]+)"', scripts)) | {"--help", "--no-deps", "--config_file", "--config"}
     for code in re.findall(r"`([^`]+)`", prose(page)):
-        if not re.match(r"(?:pip|accelerate|git|lm_eval|trl)\b", code):
+        if not re.match(r"(?:pip|accelerate|git|lm_eval|trl|vllm|transformers|llama-cli)\b", code):
             unknown = set(re.findall(r"(?<!\S)--[\w-]+", code)) - known
             assert not unknown, f"{name(page)} names {' '.join(unknown)}, which no command has"
 

@@ -43,7 +43,9 @@ def test_a_second_run_adds_what_is_missing(frontier, monkeypatch, checkpoint, te
     scored: list[Any] = []
 
     def scorer(args: Any, tokenizer: Any) -> Any:
-        return lambda model: scored.append(model) or [{"task": "quiz", "metric": "acc", "score": 0.5, "stderr": 0.1}]
+        return lambda model, one_by_one: (
+            scored.append(model) or [{"task": "quiz", "metric": "acc", "score": 0.5, "stderr": 0.1}]
+        )
 
     monkeypatch.setattr(frontier, "scorer", scorer)
     source = checkpoint()

@@ -13,6 +13,7 @@ from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.evaluation import evaluate
+from stocha_hf.measurement.selection.attribution import corrected, own_token_gradients
 from stocha_hf.measurement.selection.calibration import Calibration
 from stocha_hf.measurement.selection.distributions import Distribution
 from stocha_hf.measurement.selection.methods import GAMMA, LOW_RANK, METHODS
@@ -275,6 +276,44 @@ def test_a_distribution_counts_what_comes_in_parts() -> None:
         assert ((values - 1).abs() <= seen.radius(share, 1)).double().mean().item() == pytest.approx(share, abs=0.003)
     assert seen.median() == pytest.approx(0.3, abs=0.03) and seen.mode() == pytest.approx(0.3, abs=0.4)
     assert seen.radius(0.0) == 0.0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
+def test_own_token_gradients_are_those_of_steps_with_a_detached_cache(model_type) -> None:
+    model = tiny_model(model_type).double()
+    ids, hidden = WINDOWS[:1, :10], []
+    found = list(own_token_gradients(model, ids))
+    for block in blocks(model):
+        block.linears["down_proj"].register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    cache = None
+    for at in range(9):
+        hidden.clear()
+        output = model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+        gradients = torch.autograd.grad(output.logits[0, -1].log_softmax(-1)[ids[0, at + 1]].neg(), hidden)
+        cache = output.past_key_values
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        for (gradient, h), by_step, of_step in zip(found, gradients, hidden, strict=True):
+            torch.testing.assert_close(gradient[0, at], by_step[0, 0].float(), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(h[0, at], of_step[0, 0].float(), atol=1e-5, rtol=1e-4)
+
+
+def test_attribution_keeps_what_the_loss_rests_on(calibration) -> None:
+    """At the same number of neurons its loss is below magnitude's; and its score is the formula's."""
+    model = calibration.model
+    losses = {}
+    for name in ("attribution", "top_k"):
+        with METHODS[name].select(calibration, 0.7).applied(model):
+            losses[name] = evaluate(model, WINDOWS).perplexity
+    assert losses["attribution"] < losses["top_k"]
+    g, h = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    score = [-g[1, i] * h[1, i] + 0.5 * abs(h[1, i]) * sum(g[1] ** 2) ** 0.5 for i in range(5)]
+    torch.testing.assert_close(corrected(g, h)[1], torch.stack(score))
+    with (
+        pytest.raises(StochaError, match="no generation"),
+        METHODS["attribution"].select(calibration, 0.5).applied(model, decoding=True),
+    ):
+        model.generate(WINDOWS[:1, :1], max_new_tokens=2)
 
 
 def test_mistakes_are_told(calibration) -> None:

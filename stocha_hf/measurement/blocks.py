@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from stocha_hf.errors import StochaError
+from stocha_hf.spec import ATTENTION, PROJECTIONS
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FFN = ("gate_proj", "up_proj", "down_proj")
-PROJECTIONS = ATTENTION + FFN
+FFN = tuple(name for name in PROJECTIONS if name not in ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,8 @@ def _block(module: nn.Module) -> Block:
     owners: list[tuple[object, tuple[str, ...]]] = [(module.self_attn, ATTENTION), (module.mlp, FFN)]
     linears = {name: getattr(owner, name) for owner, names in owners for name in names}
     return Block(module, linears, module.mlp.act_fn)  # type: ignore[union-attr, arg-type]
+
+
+def weight_of(linear: Any) -> torch.Tensor:
+    """A projection's weight [outputs, inputs], in numbers also where it is quantized."""
+    return linear.dequantized() if hasattr(linear, "dequantized") else linear.weight.detach()

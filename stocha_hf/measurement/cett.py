@@ -30,6 +30,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from stocha_hf.measurement.blocks import weight_of
 from stocha_hf.measurement.evaluation import batches, evaluate
 from stocha_hf.measurement.records import Truncation
 from stocha_hf.models import cutting_everywhere, patched_layers
@@ -52,7 +53,7 @@ class CettCurve:
     @torch.no_grad()
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
         layers: list[Any] = patched_layers(model)
-        self._curves = [_LayerCurve(_weight(layer.down_proj)) for layer in layers]
+        self._curves = [_LayerCurve(weight_of(layer.down_proj)) for layer in layers]
         hooks = [
             layer.down_proj.register_forward_pre_hook(lambda module, args, curve=curve: curve.add(args[0]))
             for layer, curve in zip(layers, self._curves, strict=True)
@@ -115,18 +116,13 @@ def truncated(model: Any, thresholds: Sequence[float]) -> Iterator[None]:
     layers: list[Any] = patched_layers(model)
     hooks = []
     for layer, threshold in zip(layers, thresholds, strict=True):
-        limit = threshold / _weight(layer.down_proj).float().norm(dim=0)  # [M], of |hidden|
+        limit = threshold / weight_of(layer.down_proj).float().norm(dim=0)  # [M], of |hidden|
         hooks.append(layer.down_proj.register_forward_pre_hook(lambda module, args, limit=limit: _cut(args, limit)))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _weight(linear: Any) -> torch.Tensor:
-    """A projection's weight [outputs, inputs], also where it is quantized."""
-    return linear.dequantized() if hasattr(linear, "dequantized") else linear.weight.detach()
 
 
 def _cut(args: tuple[torch.Tensor, ...], limit: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
     evaluation.evaluate -> Evaluation        cett.at_cett -> Truncation         sampling.sample -> Samples
     evaluation.compare  -> Comparison        speed_models.benchmark -> Benchmark
+    affinity.affinity   -> Affinity          predictivity.predictivity -> Predictivity
     tasks.evaluate_tasks -> TaskScore        tasks.compare_tasks -> TaskDifference
 
 They are kept apart from what computes them, because publishing/ reads their files again and needs no torch:
@@ -112,6 +113,33 @@ class Truncation(Record):
     perplexity: float
     sparsity: Shares
     thresholds: list[float]
+
+
+@dataclass(frozen=True)
+class Predictivity(Record):
+    """How well predictors of a middle width `rank` foretell active neurons: see predictivity.py.
+
+    `recall` is the share of active neurons that were predicted to be, `predicted_sparsity` the share of all that were
+    predicted not to be, `sparsity` the share that was not.
+    """
+
+    rank: int
+    recall: Shares
+    predicted_sparsity: Shares
+    sparsity: Shares
+
+
+@dataclass(frozen=True)
+class Affinity(Record):
+    """How far active neurons stay the same and come together: see affinity.py.
+
+    `reuse` has an entry for each of `spans`: of a token's active neurons, the share that was active at one of so many
+    tokens before. `coactivation_gap` is how much more likely the likeliest companion of a neuron is than any neuron.
+    """
+
+    spans: list[int]
+    reuse: list[Shares]
+    coactivation_gap: Shares
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from stocha_hf.publishing.measurements import FOLDER, HASH_KEY, Measurements
 EVALUATED = (
     "Perplexity and zeros: {tokens:,} tokens of {data} in windows of {length}, {dtype}, on {hardware} ({command}). "
     "The layers have {least:.0%} to {most:.0%} zeros; {never:.1%} of the neurons never fired, and of those that "
-    "fired, {again:.0%} had fired at the token before."
+    "fired, {again:.0%} had fired at the token before. Bytes read: the share of the decoder blocks' bytes that a "
+    "decode step reads."
 )
 COMPARED = (
     "Against the model before: KL divergence {kl:.3f} nats a token, the same most likely token at "
@@ -77,7 +78,7 @@ def measured_section(measured: Measurements) -> str:
 def _table(measured: Measurements) -> str:
     before, bench = measured.evaluation.get("baseline"), measured.bench
     speeds = {} if bench is None else {"dense": bench["dense_ms"], "sparse": bench["sparse_ms"]}
-    lines = ["| | activation | perplexity | zeros in the FFN | decoding |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| | activation | perplexity | zeros in the FFN | bytes read | decoding |", f"|{' --- |' * 6}"]
     if before is not None:
         lines.append(_row(text(f"before: {before['model']}"), before, _speed(bench, speeds.get("dense"))))
     lines += [_row(text(label), row, "") for label, row in measured.rows.items()]
@@ -88,7 +89,8 @@ def _table(measured: Measurements) -> str:
 
 def _row(label: str, row: dict[str, Any], speed: str) -> str:
     zeros = f"{row['sparsity']['mean']:.1%}"
-    return f"| {label} | {text(row['activation'])} | {row['perplexity']:.2f} | {zeros} | {speed} |"
+    read = "" if row.get("bytes_read") is None else f"{row['bytes_read']['share']:.0%}"  # not in older files
+    return f"| {label} | {text(row['activation'])} | {row['perplexity']:.2f} | {zeros} | {read} | {speed} |"
 
 
 def _speed(bench: dict[str, Any] | None, milliseconds: float | None) -> str:

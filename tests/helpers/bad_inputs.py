@@ -411,6 +411,34 @@ quantized4 quantized4 out -> quantized4 is quantized to 4 bits; an average
 relu relu text.txt/out -> cannot write
 """
 
+EXPORT = """
+relu -> OUT
+'' out.gguf -> FOLDER; is empty
+relu '' -> OUT; is empty
+relu LONG.gguf -> bytes: expected at most 255
+absent out.gguf -> absent
+./absent out.gguf -> absent does not exist
+relu out -> out is no name of a GGUF file; .gguf
+relu broken.gguf -> broken.gguf exists; --overwrite
+relu letters.gguf --overwrite -> letters.gguf is no GGUF file
+relu text.txt/out.gguf -> cannot write text.txt/out.gguf
+relu out.gguf --format onnx -> --format is onnx; gguf
+relu out.gguf --precision q2 -> --precision is q2; q8_0
+relu out.gguf --precision q4_0 -> llama-quantize, which is not on PATH; q8_0
+relu out.gguf --activation relu2 -> --activation is relu2; relu, silu
+relu out.gguf --activation gelu_pytorch_tanh -> activation is 'gelu_pytorch_tanh'; relu, silu
+relu out.gguf --revision main -> --revision main; leave --revision out
+relu out.gguf -> tokenizer of relu is of the type WordLevel; SmolLM
+relu2 out.gguf -> relu2 infers with relu2; --activation relu
+notokenizer out.gguf -> notokenizer has no tokenizer
+quantized4 out.gguf -> quantized4 is quantized to 4 bits; an export
+truncated out.gguf -> truncated or corrupt
+pickle out.gguf -> only pickle weights
+missing out.gguf -> q_proj.weight; missing
+stocha5 out.gguf -> stocha
+gpt2 out.gguf -> model_type 'gpt2'
+"""
+
 PUBLISH = """
 relu -> REPO
 '' user/x -> FOLDER; is empty
@@ -523,6 +551,7 @@ TABLES = {
     "card": CARD,
     "convert": CONVERT,
     "average": AVERAGE,
+    "export": EXPORT,
     "publish": PUBLISH,
     "train": TRAIN,
 }

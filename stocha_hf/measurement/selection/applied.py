@@ -26,17 +26,27 @@ from stocha_hf.measurement.blocks import Block, blocks
 from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.selection.cuts import InputCut, NeuronCut
 
+Prepare = Callable[[torch.Tensor, dict[str, torch.Tensor]], None]
+PLACES = ("attention_mask", "position_ids")  # that say which tokens are padding, and where the others stand
+
 
 @dataclass(frozen=True)
 class Selection:
     """The cuts of a model's blocks: of projections' inputs by name, and of neurons, one mapping and one cut a block.
 
-    `needs_prompt` says that the choice is made on the prompt, so that there must be one.
+    `needs_prompt` says that the choice is made on the prompt, so that there must be one. `prepare` is given each
+    forward's token ids [batch, tokens] before it runs, and its attention_mask and position_ids if it has them.
     """
 
     inputs: list[dict[str, InputCut]]
     neurons: list[NeuronCut | None] = field(default_factory=list)
     needs_prompt: bool = False
+    prepare: Prepare | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a decode step depends on choices of steps before, so that the rows of a batch must stay the same."""
+        return any(cut is not None and cut.remembers for cut in self.neurons)
 
     @contextmanager
     def applied(self, model: nn.Module, *, decoding: bool = False, prompt: int = 0) -> Iterator[ReadMeter]:
@@ -68,9 +78,9 @@ class Selection:
         columns = {(index, name) for index, cuts in enumerate(self.inputs) for name in cuts}
         columns |= {(index, "down_proj") for index, cut in enumerate(neurons) if cut}
         meter = ReadMeter(model, columns, {index for index, cut in enumerate(neurons) if cut and cut.rows}, start)
-        hooks = _Hooks(meter, start, forward)
+        hooks = _Hooks(model, meter, start, forward)
         try:
-            hooks.watch(model)
+            hooks.watch(model, self.prepare)
             for index, (block, cuts, cut) in enumerate(zip(found, self.inputs, neurons, strict=True)):
                 if cut is not None:  # before the inputs' cuts, whose input is what it leaves
                     hooks.add_neurons(index, block, cut, "down_proj" not in cuts)
@@ -93,25 +103,29 @@ class _Forward:
 class _Hooks:
     """The hooks of an applied selection."""
 
-    def __init__(self, meter: ReadMeter, start: Callable[[int], int], forward: _Forward) -> None:
+    def __init__(self, model: Any, meter: ReadMeter, start: Callable[[int], int], forward: _Forward) -> None:
         self._meter, self._start, self._forward = meter, start, forward
+        self._size = model.dtype.itemsize
         self._handles: list[Any] = []
 
-    def watch(self, model: nn.Module) -> None:
-        """Note what each forward is given."""
+    def watch(self, model: nn.Module, prepare: Prepare | None) -> None:
+        """Note what each forward is given, and let `prepare` see it."""
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             mask = kwargs.get("attention_mask")
+            if prepare is not None:
+                given = {key: kwargs[key] for key in PLACES if isinstance(kwargs.get(key), torch.Tensor)}
+                prepare(kwargs["input_ids"] if "input_ids" in kwargs else args[0], given)
             self._forward.is_cached = kwargs.get("use_cache") is not False
             self._forward.real = mask[..., None] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
-        self._handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        inner: Any = getattr(model, "base_model", model)  # which some call alone, to read a prompt without logits
+        self._handles.append(inner.register_forward_pre_hook(before, with_kwargs=True))
 
-    def add_input(self, index: int, linear: nn.Module, name: str, cut: InputCut) -> None:
+    def add_input(self, index: int, linear: Any, name: str, cut: InputCut) -> None:
         columns = self._meter.columns[index][name]
         corrections: list[tuple[int, torch.Tensor | None]] = []
-        weight: Any = linear.weight
-        self._meter.extra[index] += cut.extra_bytes(weight.shape[0], weight.element_size())
+        self._meter.extra[index] += cut.extra_bytes(linear.out_features, self._size)
 
         def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
             x = args[0]

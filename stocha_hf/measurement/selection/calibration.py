@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from stocha_hf.measurement.blocks import PROJECTIONS, Block, blocks
+from stocha_hf.measurement.blocks import Block, blocks, weight_of
 from stocha_hf.measurement.cett import CettCurve
 from stocha_hf.measurement.selection.cuts import InputCut
 from stocha_hf.measurement.selection.distributions import Distribution, input_distributions, observe
+from stocha_hf.spec import PROJECTIONS
 
 
 class Calibration:
@@ -44,7 +45,9 @@ class Calibration:
     @cached_property
     def norms(self) -> list[dict[str, torch.Tensor]]:
         """The norm of each projection's columns, float32 [in], a mapping a block."""
-        return [{name: _weight(block, name).float().norm(dim=0) for name in PROJECTIONS} for block in self.blocks]
+        return [
+            {name: weight_of(block.linears[name]).float().norm(dim=0) for name in PROJECTIONS} for block in self.blocks
+        ]
 
     @cached_property
     def weighted_inputs(self) -> list[dict[str, Distribution]]:
@@ -85,13 +88,13 @@ class Calibration:
         observe(self.model, self.windows, watched)
         tokens = self.windows.numel()
         return [
-            {name: _weight(block, name).float() @ (sums[index][name] / tokens) for name in cuts[index]}
+            {name: weight_of(block.linears[name]).float() @ (sums[index][name] / tokens) for name in cuts[index]}
             for index, block in enumerate(self.blocks)
         ]
 
     def factors(self, index: int, name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, in] and B [out, rank] whose product is nearly the best of that rank for a projection's weight."""
-        weight = _weight(self.blocks[index], name)
+        weight = weight_of(self.blocks[index].linears[name])
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(0)  # the method is a randomized one
             left, values, right = torch.svd_lowrank(weight.float(), q=min(rank + OVERSAMPLED, *weight.shape), niter=4)
@@ -100,7 +103,3 @@ class Calibration:
 
 
 OVERSAMPLED = 8  # dimensions beside the rank that the randomized decomposition looks at
-
-
-def _weight(block: Block, name: str) -> torch.Tensor:
-    return block.linears[name].weight.detach()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from stocha_hf.errors import StochaError
+
 GATE = ("up_proj",)  # of whose rows the dropped neurons' are not read: chosen when the gate is known
 BEFORE = ("gate_proj", "up_proj")  # chosen before
 AFTER = ()  # chosen when the hidden vector is known, so that only down_proj's columns are left
@@ -79,6 +81,8 @@ class NeuronCut:
         threshold: A number, or one for each neuron [M].
     """
 
+    remembers = False  # whether a step depends on steps before
+
     score: str
     threshold: float | torch.Tensor
 
@@ -124,6 +128,8 @@ class TopNeurons(NeuronCut):
 class CoreNeurons(NeuronCut):
     """Keeps the same neurons at all tokens: those that were most often among the largest of the prompt's tokens."""
 
+    remembers = True
+
     threshold: float | torch.Tensor = 0.0
     count: int = 0
     _core: torch.Tensor | None = field(default=None, repr=False)
@@ -135,7 +141,8 @@ class CoreNeurons(NeuronCut):
             votes = (largest(sizes, self.count) & (sizes > 0)).float().sum(1, keepdim=True)  # padding has no vote
             scale = sizes.float().mean(1, keepdim=True)
             self._core = largest(votes + scale / scale.amax(-1, keepdim=True).clamp_min(1e-9) / 2, self.count)
-        assert self._core is not None, "a prompt comes first"
+        if self._core is None:
+            raise StochaError("this method chooses neurons by the prompt: expected one that is read before others")
         return self._core.expand(-1, hidden.shape[1] - start, -1)
 
     def begin(self) -> None:
@@ -145,6 +152,8 @@ class CoreNeurons(NeuronCut):
 @dataclass
 class ReusedNeurons(NeuronCut):
     """Keeps at `gamma` tokens what the token before them kept, so that nothing new is read; then chooses again."""
+
+    remembers = True
 
     gamma: int = 0
     _before: torch.Tensor | None = field(default=None, repr=False)
@@ -173,6 +182,20 @@ class ReusedNeurons(NeuronCut):
 
     def begin(self) -> None:
         self._before, self._age = None, 0
+
+
+@dataclass
+class GivenNeurons(NeuronCut):
+    """Keeps what it is told from outside to keep, at each token of a forward: `given` is bool [batch, tokens, M]."""
+
+    score: str = "given"
+    threshold: float | torch.Tensor = 0.0
+    given: torch.Tensor | None = field(default=None, repr=False)
+    rows = BEFORE
+
+    def keep(self, act: torch.Tensor, hidden: torch.Tensor, start: int) -> torch.Tensor:
+        assert self.given is not None, "told before each forward"
+        return self.given[:, start:]
 
 
 def largest(sizes: torch.Tensor, count: int) -> torch.Tensor:

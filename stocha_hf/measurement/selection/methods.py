@@ -20,11 +20,19 @@ from functools import partial
 import torch
 
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.blocks import PROJECTIONS
 from stocha_hf.measurement.selection.applied import Selection
+from stocha_hf.measurement.selection.attribution import Attribution, Score, corrected, gradient_output, snip
 from stocha_hf.measurement.selection.calibration import Calibration
-from stocha_hf.measurement.selection.cuts import CoreNeurons, InputCut, NeuronCut, ReusedNeurons, TopNeurons
+from stocha_hf.measurement.selection.cuts import (
+    CoreNeurons,
+    GivenNeurons,
+    InputCut,
+    NeuronCut,
+    ReusedNeurons,
+    TopNeurons,
+)
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
+from stocha_hf.spec import PROJECTIONS
 
 NORMED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # whose inputs come from a norm
 LOW_RANK = 0.1  # of the bytes that R-Sparse reads, spent on the low-rank part
@@ -99,7 +107,7 @@ def _r_sparse(calibration: Calibration, share: float) -> Selection:
     for index, block in enumerate(calibration.blocks):
         cuts.append({})
         for name in PROJECTIONS:
-            out, size = block.linears[name].weight.shape
+            out, size = (block.linears[name].out_features, block.linears[name].in_features)
             rank = max(round(LOW_RANK * (1 - share) * out * size / (out + size)), 1)
             cut = selection.inputs[index][name]
             cuts[index][name] = replace(cut, factors=calibration.factors(index, name, rank))
@@ -165,13 +173,19 @@ def _reuse(calibration: Calibration, share: float) -> Selection:
     return _neurons(calibration, [ReusedNeurons("hidden", limit, gamma=GAMMA if share else 0) for limit in limits])
 
 
+def _attribution(calibration: Calibration, share: float, score: Score) -> Selection:
+    cuts = [GivenNeurons() for _ in calibration.blocks]
+    prepare = Attribution(calibration.model, score, cuts, _counts(calibration, share))
+    return replace(_neurons(calibration, cuts), prepare=prepare)
+
+
 def _neurons(calibration: Calibration, cuts: list) -> Selection:
     return Selection([{} for _ in calibration.blocks], cuts)
 
 
 def _counts(calibration: Calibration, share: float) -> list[int]:
     """How many neurons of each FFN stay."""
-    widths = [block.linears["down_proj"].weight.shape[1] for block in calibration.blocks]
+    widths = [block.linears["down_proj"].in_features for block in calibration.blocks]
     return [max(round((1 - share) * width), 1) for width in widths]
 
 
@@ -205,5 +219,17 @@ METHODS = {
         _reuse,
         "ReLU Strikes Back, arXiv 2310.04564",
         f"at one token of {GAMMA + 1}: {BY_HIDDEN}; at others: {BEFOREHAND}",
+    ),
+    "attribution": Method(
+        partial(_attribution, score=corrected), "sparsing by attribution, arXiv 2406.06562", BEFOREHAND, oracle=True
+    ),
+    "attribution_gxo": Method(
+        partial(_attribution, score=gradient_output), "GxO, as in arXiv 2406.06562", BEFOREHAND, oracle=True
+    ),
+    "attribution_snip": Method(
+        partial(_attribution, score=snip),
+        "SNIP's score, arXiv 1810.02340, as in arXiv 2406.06562",
+        BEFOREHAND,
+        oracle=True,
     ),
 }

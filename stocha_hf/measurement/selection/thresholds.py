@@ -91,7 +91,7 @@ def _within(
     A step's cost, the rise of the squared error for each weight saved, grows as more is cut. So the costs found before
     are a lower bound, and only the projection that seems cheapest is measured again.
     """
-    sizes = {name: block.linears[name].weight.numel() for name in seen}
+    sizes = {name: block.linears[name].in_features * block.linears[name].out_features for name in seen}
     shares, limits = dict.fromkeys(seen, 0.0), dict.fromkeys(seen, 0.0)
     now, left = 0.0, share * sum(sizes.values())
 

@@ -1,0 +1,182 @@
+"""Compare exported GGUF files with the folders that they were made from, by llama.cpp itself.
+
+For each FOLDER and precision: the perplexity of the same windows, the greedy continuation, and the tokens of a text
+with numbers, spaces, emoji and other scripts. Ours is transformers' native class with the folder's config, in float32
+for f32 and in bfloat16 for the rest. llama.cpp is built from the sdist of llama-cpp-python 0.3.36, target `llama`:
+
+    python benchmarks/export_gguf.py FOLDER --precision f32 bf16 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
+    python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
+
+With --architectures, FOLDER is only where tiny random models are made: one of each architecture and activation that
+can be exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stocha_hf import export
+from stocha_hf.data import load_tokenizer
+
+PROGRAM = Path(__file__).with_name("llama_cpp_scores.cpp")
+TEXT = (
+    "I've 3 cats, 33 dogs and 3333333 birds;  we'll see  two\n\n  lines,\tTABS, don't SHOUT'LL. \u00dcber caf\u00e9, "
+    "na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 "
+    "\U0001f600\U0001f469\u200d\U0001f4bb "
+    "def f(x):\n    return x**2 # 1,234.56\n\n\n\nThe end..."
+)
+
+
+def build(llama_cpp: Path, libraries: Path, folder: Path) -> Path:
+    program = folder / "llama_cpp_scores"
+    includes = [f"-I{llama_cpp / part}" for part in ("include", "ggml/include")]
+    links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base"]
+    subprocess.run(["g++", "-O2", "-std=c++17", PROGRAM, *includes, *links, "-o", program], check=True)
+    return program
+
+
+def llama_cpp(program: Path, model: Path, windows: torch.Tensor, new: int, folder: Path) -> dict[str, Any]:
+    (folder / "ids").write_bytes(windows.numpy().astype(np.int32).tobytes())
+    (folder / "text").write_text(TEXT, encoding="utf-8")
+    threads = torch.get_num_threads()
+    arguments = [model, folder / "ids", windows.shape[1], new, threads, folder / "text"]
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"llama.cpp failed on {model}: {done.stderr}")
+    return json.loads(done.stdout)
+
+
+@torch.no_grad()
+def transformers(folder: Path, dtype: torch.dtype, windows: torch.Tensor, new: int) -> tuple[list[float], list[int]]:
+    """Mean loss of each window, and the greedy tokens after the first."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    losses = []
+    for window in windows:
+        logits = model(window[None]).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+    ids = model.generate(
+        windows[:1],
+        attention_mask=torch.ones_like(windows[:1]),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        suppress_tokens=None,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return losses, ids[0, windows.shape[1] :].tolist()
+
+
+def compare(
+    folder: Path, precision: str, activation: str | None, windows: torch.Tensor, new: int, program: Path, work: Path
+) -> dict[str, Any]:
+    done = export(folder, work / "model.gguf", precision=precision, activation=activation, overwrite=True)
+    theirs = llama_cpp(program, work / "model.gguf", windows, new, work)
+    losses, greedy = transformers(folder, torch.float32 if precision == "f32" else torch.bfloat16, windows, new)
+    ours, llama = (math.exp(sum(values) / len(values)) for values in (losses, theirs["losses"]))
+    same = next((i for i, pair in enumerate(zip(greedy, theirs["greedy"], strict=True)) if len({*pair}) > 1), new)
+    record = {
+        "model": json.loads((folder / "config.json").read_text())["model_type"],
+        "folder": folder.name,
+        "architecture": done.architecture,
+        "activation": done.activation,
+        "precision": precision,
+        "megabytes": round(done.bytes / 1e6, 1),
+        "windows": list(windows.shape),
+        "perplexity": ours,
+        "llama_cpp_perplexity": llama,
+        "difference_percent": 100 * (llama / ours - 1),
+        "greedy_tokens": new,
+        "greedy_tokens_alike": same,
+        "tokens_of_text_alike": load_tokenizer(folder)(TEXT)["input_ids"] == theirs["tokens"],
+    }
+    return record
+
+
+def tiny_folders(where: Path) -> list[Path]:
+    """A random model of each architecture and of both activations, where llama.cpp has both."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from helpers.models import tiny_model
+    from helpers.vocabularies import byte_level_tokenizer, sentencepiece_tokenizer
+
+    from stocha_hf import convert
+
+    scaled = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
+    llama3 = scaled | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    yarn, linear = (
+        scaled | {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    )
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        *((name, name, {}) for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")),
+        ("mistral", "mistral", {"sliding_window": 4096}),
+        ("biases", "llama", {"attention_bias": True, "mlp_bias": True}),
+        ("wide-heads", "llama", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("linear", "llama", {"rope_parameters": linear}),
+        ("yarn", "llama", {"rope_parameters": yarn}),
+        ("llama3", "llama", {"rope_parameters": llama3 | {"original_max_position_embeddings": 8192}, "head_dim": 64}),
+    ]
+    cuts = {"qwen2": "qwen2", "qwen3": "qwen2", "llama3": "llama-bpe", "yarn": "dbrx", "linear": "smollm"}
+    folders = []
+    for name, model_type, options in cases:
+        pieces = name in ("mistral", "gemma2", "gemma3_text", "wide-heads")
+        tokenizer = sentencepiece_tokenizer() if pieces else byte_level_tokenizer(cuts.get(name, "gpt-2"))
+        model = tiny_model(model_type, max_position_embeddings=256, vocab_size=320, **options)
+        for parameter in model.parameters():  # norms and biases too
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        for activation in ("silu", "relu") if model_type in ("llama", "mistral", "qwen2") else ("own",):
+            if activation == "relu" and name in ("biases", "llama3"):
+                continue
+            source, folder = where / f"{name}-source", where / f"{name}-{activation}"
+            model.save_pretrained(source)
+            tokenizer.save_pretrained(source)
+            if not folder.exists():
+                convert(source, folder, **({} if activation == "own" else {"activation": activation}))
+            folders.append(folder)
+    return folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", nargs="+", default=["f32"])
+    parser.add_argument("--activation", help="given to export")
+    parser.add_argument("--architectures", action="store_true")
+    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "LICENSE")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--new", type=int, default=100)
+    parser.add_argument("--llama-cpp", type=Path, required=True)
+    parser.add_argument("--libraries", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="a line is added to this file for each row")
+    args = parser.parse_args()
+    folders = tiny_folders(args.folder) if args.architectures else [args.folder]
+    with tempfile.TemporaryDirectory(prefix="stocha-export-") as name:
+        work = Path(name)
+        program = build(args.llama_cpp, args.libraries, work)
+        for folder in folders:
+            tokenizer = load_tokenizer(folder)
+            ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+            windows = ids[: args.windows * args.length].view(args.windows, args.length)
+            for precision in args.precision:
+                record = compare(folder, precision, args.activation, windows, args.new, program, work)
+                with args.json.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
