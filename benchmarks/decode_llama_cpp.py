@@ -1,139 +1,281 @@
-"""Time a sparse Llama's decoding against llama.cpp, which is dense: what a CPU user would take instead, in one run.
+"""Time decoding against llama.cpp in bfloat16, 8 and 4 bits, which is what a CPU user would take instead: in one run.
 
-The same random weights in bfloat16 on both sides, FATReLU thresholds forced to a share of zeros on ours (llama.cpp
-runs SiLU: it reads all weights either way), the same number of threads. Needs llama-cpp-python, built from source for
-this machine (`pip install llama-cpp-python`), and gguf.
+All are decoded in turn, round after round, greedily, with the same number of threads; a ratio is taken within each
+round. Ours by generate(), llama.cpp by its C API (llama_cpp.c: the Python binding takes milliseconds a token). Shapes
+of random weights have a forced share of zeros on our side; llama.cpp is dense and reads all weights either way, so its
+random weights are made directly in its formats. Real models are a converted folder, and a GGUF file that llama.cpp's
+own quantizer turns into each format.
 
-    python benchmarks/decode_llama_cpp.py --random 1b --sparsity 0.9 --json out.jsonl
+llama.cpp is built from llama-cpp-python's source, for this machine:
+
+    pip download --no-binary :all: --no-deps llama-cpp-python==0.3.36 && tar xzf llama_cpp_python-0.3.36.tar.gz
+    cmake -S llama_cpp_python-0.3.36/vendor/llama.cpp -B build -DLLAMA_BUILD_COMMON=OFF -DBUILD_SHARED_LIBS=ON
+    cmake --build build --target llama
+    python benchmarks/decode_llama_cpp.py --llama llama_cpp_python-0.3.36/vendor/llama.cpp --build build \
+        --random 1b --sparsity 0.9 --ours 4 --theirs Q4_0 --json benchmarks/results/decode_llama_cpp.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import platform
 import statistics
+import subprocess
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from stocha_hf.measurement.speed import READ
-from stocha_hf.measurement.speed_models import (
-    SHAPES,
-    VOCABULARY,
-    decode_seconds,
-    decoding_in_turn,
-    force_sparsity,
-    predict,
-    random_llama,
-)
-from stocha_hf.modeling_stocha import StochaConfig, patch
+from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, decoding_in_turn, force_sparsity
+from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps
+from stocha_hf.models import load_model
+from stocha_hf.quantization_stocha import Quantization, StochaQuantConfig, exchange
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+HERE = Path(__file__).parent
+VERSION = "llama-cpp-python 0.3.36"
+TYPES = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama_ftype
+BLOCKS = {"BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q6_K": (256, 210)}  # weights, bytes
+SCALES = {"Q8_0": 0, "Q4_0": 0, "Q6_K": 208}  # where a block's float16 scale is
+SIZES = SHAPES | {"8b": (4096, 14336, 32, 32, 8), "135m": (576, 1536, 30, 9, 3)}
+VOCABULARIES = {"135m": 49152}
 
 
-def write_gguf(model: Any, path: Path) -> None:
-    """The model's tensors as BF16 GGUF with no vocabulary; rotary order does not matter for random weights."""
+class Llama:
+    """llama.cpp with one file."""
+
+    def __init__(self, library: ctypes.CDLL, path: Path, threads: int) -> None:
+        self.library, self.handle = library, library.open_model(str(path).encode(), threads)
+        if not self.handle:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+
+    def seconds(self, prompt: list[int], steps: int, together: int) -> float:
+        """Seconds of a step of `together` tokens after a prompt."""
+        given, chosen = (ctypes.c_int32 * len(prompt))(*prompt), (ctypes.c_int32 * steps)()
+        return self.library.decode(self.handle, given, len(prompt), steps, together, chosen)
+
+
+def shim(source: Path, build: Path, folder: Path) -> ctypes.CDLL:
+    """llama_cpp.c, compiled against llama.cpp's headers and library."""
+    target, libraries = folder / "shim.so", build / "bin"
+    includes = [f"-I{source / part}" for part in ("include", "ggml/include")]
+    linked = [f"-L{libraries}", "-lllama", f"-Wl,-rpath,{libraries.resolve()}"]
+    subprocess.run(
+        ["gcc", "-O2", "-shared", "-fPIC", *includes, str(HERE / "llama_cpp.c"), "-o", str(target), *linked],
+        check=True,
+    )
+    library = ctypes.CDLL(str(target))
+    library.open_model.restype, library.open_model.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
+    library.decode.restype = ctypes.c_double
+    library.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_void_p]
+    library.quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
+    return library
+
+
+def random_gguf(name: str, type_name: str, path: Path) -> None:
+    """A GGUF file of random blocks, of the types that llama.cpp's quantizer chooses where embeddings are tied."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    config = model.config
+    hidden, width, layers, heads, key_heads = SIZES[name]
+    head, vocabulary = hidden // heads, VOCABULARIES.get(name, 128256)
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(2048)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(key_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(head)
+    writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("no_vocab")
+    random = np.random.default_rng(0)
 
-    def add(name: str, tensor: torch.Tensor) -> None:
-        if tensor.dim() == 1:
-            writer.add_tensor(name, tensor.float().numpy())
+    def add(key: str, rows: int, columns: int, kind: str) -> None:
+        if kind == "Q6_K" and columns % 256:  # as the quantizer falls back
+            kind = "Q8_0"
+        weights, size = BLOCKS[kind]
+        blocks = random.integers(0, 256, (rows * columns // weights, size), dtype=np.uint8)
+        if kind == "BF16":
+            blocks = (random.standard_normal((rows * columns, 1), dtype=np.float32) * 0.02).view(np.uint8)[:, 2:]
         else:
-            data = tensor.contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType.BF16)
+            at = SCALES[kind]
+            blocks[:, at : at + 2] = np.frombuffer(np.float16(0.002).tobytes(), dtype=np.uint8)
+        data = np.ascontiguousarray(blocks).reshape(rows, -1)
+        writer.add_tensor(key, data, raw_dtype=GGMLQuantizationType[kind])
 
-    add("token_embd.weight", model.model.embed_tokens.weight.data)
-    add("output_norm.weight", model.model.norm.weight.data)
-    for index, layer in enumerate(model.model.layers):
-        for ours, theirs in NAMES.items():
-            add(f"blk.{index}.{theirs}.weight", layer.get_submodule(ours).weight.data)
+    add("token_embd.weight", vocabulary, hidden, "Q6_K" if type_name.startswith("Q4") else type_name)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, dtype=np.float32))
+    for i in range(layers):
+        for key in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{key}.weight", np.ones(hidden, dtype=np.float32))
+        for key, rows, columns in (
+            ("attn_q", heads * head, hidden),
+            ("attn_k", key_heads * head, hidden),
+            ("attn_v", key_heads * head, hidden),
+            ("attn_output", hidden, heads * head),
+            ("ffn_gate", width, hidden),
+            ("ffn_up", width, hidden),
+            ("ffn_down", hidden, width),
+        ):
+            add(f"blk.{i}.{key}.weight", rows, columns, type_name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def llama_cpp_seconds(llama: Any, prompt: list[int], new: int) -> float:
-    """Seconds of a greedily decoded token."""
-    llama.reset()
-    llama.eval(prompt)
-    start = time.perf_counter()
-    for _ in range(new):
-        token = int(np.argmax(llama.scores[llama.n_tokens - 1]))
-        llama.eval([token])
-    return (time.perf_counter() - start) / new
+def random_model(name: str, bits: int, head_bits: int) -> Any:
+    """A patched Llama of a shape with random weights, bfloat16 or made in 8 or 4 bits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, width, layers, heads, key_heads = SIZES[name]
+    config = LlamaConfig(
+        vocab_size=VOCABULARIES.get(name, 128256), hidden_size=hidden, intermediate_size=width,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=hidden // heads,
+        tie_word_embeddings=True, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
+    if bits < 16:
+        in_8_bits = ("embed_tokens", "lm_head") if head_bits == 8 else ("nothing",)
+        exchange(model, Quantization(bits=bits, in_8_bits=in_8_bits))
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    model.model.rotary_emb.__init__(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0) if parameter.dim() == 1 else parameter.data.normal_(0, 0.02)
+    for key, buffer in model.named_buffers():
+        if key.endswith(".codes"):
+            low, high = (0, 256) if buffer.dtype == torch.uint8 else (-127, 128)
+            buffer.copy_(torch.randint(low, high, buffer.shape, dtype=buffer.dtype))
+        elif key.endswith(".scale"):
+            buffer.fill_(0.02 / (4 if model.get_submodule(key[:-6]).bits == 4 else 64))
+    patch(model, StochaConfig(activation="relu"))
+    return model.eval()
+
+
+def step_bytes(model: Any, zeros: float) -> int:
+    """Bytes of weights that a step of one token reads."""
+    total, tied = 0, model.config.tie_word_embeddings
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if not (last.endswith("_proj") or last == ("embed_tokens" if tied else "lm_head")):
+            continue
+        tensors = [module.codes, module.scale, module.minimum] if hasattr(module, "codes") else [module.weight]
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        total += round(size * (1 - zeros)) if last in ("up_proj", "down_proj") else size
+    return total
+
+
+def ours(args: argparse.Namespace, bits: int, tokens: torch.Tensor) -> Any:
+    """The model to time: of the random shape, or of the folder, quantized to 8 or 4 bits."""
+    if args.random:
+        model = random_model(args.random, bits, args.head_bits)
+    elif bits == 16:
+        model = load_model(args.folder, dtype=torch.bfloat16)
+    else:
+        minimum = {"minimum": True} if args.minimum and bits == 4 else {}
+        in_8_bits = {} if args.head_bits == 8 else {"in_8_bits": ["nothing"]}
+        config = StochaQuantConfig(bits=bits, **minimum, **in_8_bits)
+        model = load_model(args.folder, dtype=torch.bfloat16, quantization_config=config)
+    model.eval()
+    if args.sparsity is not None:
+        force_sparsity(model, args.sparsity, tokens)
+    else:
+        for mlp in stocha_mlps(model):
+            mlp.inference = mlp.base
+    return model
+
+
+def together_seconds(model: Any, tokens: torch.Tensor, steps: int, together: int) -> float:
+    """Seconds of a step of several tokens of one sequence, as verifying a draft takes."""
+    import time
+
+    with torch.inference_mode():
+        cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        start = time.perf_counter()
+        for _ in range(steps):
+            model(tokens[:, :together], past_key_values=cache)
+        return (time.perf_counter() - start) / steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random", default="1b", choices=sorted(SHAPES))
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--recall", type=float, help="skip gate rows as well, with this recall (1: exactly)")
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--llama", type=Path, required=True, help="llama.cpp's source folder")
+    parser.add_argument("--build", type=Path, required=True, help="where it was built")
+    parser.add_argument("--random", choices=sorted(SIZES), help="a shape of random weights")
+    parser.add_argument("--folder", help="a converted checkpoint")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp, of any type")
+    parser.add_argument("--ours", type=int, nargs="+", default=[4], choices=[16, 8, 4], help="bits of our weights")
+    parser.add_argument("--theirs", nargs="+", default=["Q4_0"], choices=list(TYPES))
+    parser.add_argument("--sparsity", type=float, help="zeros to force; without it the base activation runs, dense")
+    parser.add_argument("--head-bits", type=int, default=8, choices=[8, 4], help="of embeddings and lm_head")
+    parser.add_argument("--minimum", action="store_true", help="groups of 4 bits with a minimum")
+    parser.add_argument("--together", type=int, default=1, help="tokens a step")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
     args = parser.parse_args()
-    from llama_cpp import Llama, __version__
-
     torch.manual_seed(0)
-    tokens = torch.randint(VOCABULARY, (1, 64))
-    sparse = random_llama(args.random, torch.bfloat16)
-    with tempfile.TemporaryDirectory(prefix="stocha-gguf-") as folder:
-        write_gguf(sparse, Path(folder) / "model.gguf")
-        threads = torch.get_num_threads()
-        path = str(Path(folder) / "model.gguf")
-        llama = Llama(path, n_threads=threads, n_ctx=256, n_batch=256, logits_all=False, verbose=False)
-    patch(sparse, StochaConfig(activation="relu"))
-    force_sparsity(sparse, args.sparsity, tokens)
-    predict(sparse, args.recall)
-    seconds = decoding_in_turn(
-        {
-            "llama.cpp": lambda: llama_cpp_seconds(llama, tokens[0].tolist(), args.new),
-            "sparse": lambda: decode_seconds(sparse, tokens, args.new),
-        },
-        args.rounds,
-    )
+    torch.set_num_threads(args.threads)
+    tokens = torch.randint(1000, (1, 64))
+    measures: dict[str, Callable[[], float]] = {}
+    sizes: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix="stocha-gguf-", ignore_cleanup_errors=True) as folder:
+        library = shim(args.llama, args.build, Path(folder))
+        for kind in args.theirs:
+            path = Path(folder) / f"{kind}.gguf"
+            if args.random:
+                random_gguf(args.random, kind, path)
+            elif library.quantize(str(args.gguf).encode(), str(path).encode(), TYPES[kind]):
+                raise SystemExit(f"llama.cpp cannot turn {args.gguf} into {kind}")
+            sizes[kind] = path.stat().st_size
+            llama = Llama(library, path, args.threads)
+            measures[kind] = partial(llama.seconds, tokens[0].tolist(), args.new, args.together)
+        for bits in args.ours:
+            model = ours(args, bits, tokens)
+            sizes[f"ours {bits}"] = step_bytes(model, args.sparsity or 0.0)
+            if args.together == 1:
+                measures[f"ours {bits}"] = partial(decode_seconds, model, tokens, args.new)
+            else:
+                measures[f"ours {bits}"] = partial(together_seconds, model, tokens, args.new, args.together)
+        seconds = decoding_in_turn(measures, args.rounds)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
     record = {
-        "model": f"random Llama {args.random}",
+        "model": f"random Llama {args.random}" if args.random else Path(args.folder).name,
         "forced_sparsity": args.sparsity,
-        "recall": args.recall,
-        "threads": threads,
-        "llama_cpp_python": __version__,
-        "llama_cpp_ms": 1e3 * statistics.median(seconds["llama.cpp"]),
-        "sparse_ms": 1e3 * statistics.median(seconds["sparse"]),
-        "speedup": statistics.median(a / b for a, b in zip(seconds["llama.cpp"], seconds["sparse"], strict=True)),
-        "read_gbps": READ / statistics.median(seconds["read"]) / 1e9,
+        "head_bits": args.head_bits,
+        "minimum": args.minimum,
+        "tokens_a_step": args.together,
+        "threads": args.threads,
+        "ms": {name: 1e3 * medians[name] for name in measures},
+        "tokens_per_second": {name: args.together / medians[name] for name in measures},
+        "gigabytes": {name: size / 1e9 for name, size in sizes.items()},
+        "gbps": {name: sizes[name] / medians[name] / 1e9 for name in measures},
+        "read_gbps": READ / medians["read"] / 1e9,
+        "llama_cpp_over_ours": {
+            f"{theirs} / {bits}": statistics.median(
+                a / b for a, b in zip(seconds[theirs], seconds[f"ours {bits}"], strict=True)
+            )
+            for theirs in args.theirs
+            for bits in args.ours
+        },
+        "processor": platform.processor() or platform.machine(),
+        "versions": {"llama.cpp": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")
-    print(record)
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

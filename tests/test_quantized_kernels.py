@@ -20,15 +20,17 @@ from stocha_hf.decoding.structs import ACTIVATIONS, DTYPES, Ffn
 SHAPES = [(64, 96), (33, 77), (300, 530), (1, 1), (160, 32), (576, 40)]  # columns, rows
 FORMATS = [(8, False), (8, True), (4, False), (4, True)]
 # of the processor; and layouts of others on this one. Sixteen lanes and four, in plain C++.
-VARIANTS = [(), ("-DSTOCHA_LANES=16",), ("-DSTOCHA_LANES=4",)]
+VARIANTS = [
+    pytest.param((), id="native"),
+    pytest.param(("-DSTOCHA_LANES=16",), id="16 lanes", marks=pytest.mark.slow),
+    pytest.param(("-DSTOCHA_LANES=4",), id="4 lanes", marks=pytest.mark.slow),
+]
 ROUNDING = 0.012  # of x, and of hidden vectors
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=VARIANTS, ids=["native", "16 lanes", "4 lanes"])
+@pytest.fixture(params=VARIANTS)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    slow = [pytest.mark.slow] if request.param else []
-    for mark in slow:
-        request.applymarker(mark)
     found = build.load((*build.FLAGS, *request.param)) if request.param else build.kernels()
     monkeypatch.setattr(ops, "kernels", lambda: found)
     return found
@@ -44,8 +46,7 @@ def test_products_equal_those_of_the_weights(library: Any, bits: int, has_minimu
     for (columns, rows), tokens in itertools.product(SHAPES, [1, 2, 3, 4, 7, 8]):
         weights = packed(rows, columns, bits, has_minimum)
         x, bias = torch.randn(tokens, columns), torch.randn(rows)
-        padded = F.pad(x, (0, weights.scale.shape[1] * 32 - columns))
-        found = ops.run_linear(padded, weights.matrix(bias), rows)
+        found = ops.run_linear(x, weights.matrix(bias), rows)
         exact = x.double() @ weights.exact.T + bias.double()
         assert error(found, exact) < ROUNDING, (columns, rows, tokens)
 
@@ -62,17 +63,15 @@ def hidden_vector(gate: torch.Tensor, up: torch.Tensor, activation: str, thresho
 def test_the_ffn_equals_that_of_the_weights(library: Any, activation: str, bits: int, has_minimum: bool) -> None:
     torch.manual_seed(0)
     thresholds = (-1e9, 0.2, 1e9) if activation in ("fatrelu", "shifted_relu") else (0.0,)
-    for (size, width), tokens, threshold in itertools.product(SHAPES[:5], [1, 2, 3, 8], thresholds):
+    for (size, width), tokens, threshold in itertools.product(SHAPES[:4], [1, 3, 8], thresholds):
         if activation == "shifted_relu" and threshold < 0:
             continue
         gate, up, down = (packed(width, size, bits, has_minimum) for _ in range(3))
         x = torch.randn(tokens, size)
-        padded = F.pad(x, (0, gate.scale.shape[1] * 32 - size))
         gates = x.double() @ gate.exact.T
-        # an x in 8 bits moves gates over the threshold: what is compared is the result of the gates found
         matrices = (gate.matrix(), up.matrix(), down.matrix())
         weights = Ffn(*matrices, None, None, ACTIVATIONS[activation], True, threshold, 0.0)
-        found = ops.run_ffn(padded, weights)[:, :size]
+        found = ops.run_ffn(x, weights)
         exact = hidden_vector(gates, x.double() @ up.exact.T, activation, threshold) @ down.exact
         if threshold > 1e8:
             assert not found.any()

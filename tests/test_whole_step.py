@@ -12,6 +12,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 
 from stocha_hf.decoding import generation, step
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
+from stocha_hf.quantization_stocha import Quantization, exchange
 
 PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40, 11, 7]])
 TOKENS = torch.randint(4, 64, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -70,8 +71,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(monkeypatch)
 
 
-@pytest.mark.parametrize("activation", ["relu", "base"])
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize(
+    ("model_type", "activation"), [*((name, "relu") for name in CONFIGS), ("llama", "base"), ("gemma2", "base")]
+)
 def test_200_greedy_tokens_are_the_same(model_type: str, activation: str, steps: Steps, slowly: Any) -> None:
     model = model_of(model_type, activation, **sliding(model_type))
     options = {"max_new_tokens": 200, "do_sample": False}
@@ -250,3 +252,19 @@ def test_a_loop_that_is_broken_off_leaves_a_whole_cache(monkeypatch: pytest.Monk
         )  # fmt: skip
     assert cache.get_seq_length() == 14 and cache.layers[1].keys.shape[2] == 14
     assert generation.takes(model.decode_plan, cache)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("model_type", CONFIGS)
+@torch.no_grad()
+def test_quantized_models_decode_as_their_modules_do(model_type: str, bits: int, steps: Steps, slowly: Any) -> None:
+    model = model_of(model_type)
+    exchange(model, Quantization(bits=bits), fill=True)
+    cache = model(TOKENS[:, :9], use_cache=True).past_key_values
+    fast = torch.cat([model(TOKENS[:, i : i + 1], past_key_values=cache).logits for i in range(9, 20)], 1)
+    assert steps.count == 11
+    cache = model(TOKENS[:, :9], use_cache=True).past_key_values
+    slow = [slowly(model, TOKENS[:, i : i + 1], past_key_values=cache).logits for i in range(9, 20)]
+    dense = model(TOKENS).logits[:, 9:]
+    assert (fast - torch.cat(slow, 1)).norm() < 0.02 * dense.norm()
+    assert (fast - dense).norm() < 0.05 * dense.norm()

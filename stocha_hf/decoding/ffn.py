@@ -16,17 +16,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stocha_hf.decoding import ops
+from stocha_hf.decoding import ops, structs
 from stocha_hf.decoding.conditions import infers, is_called, is_few, is_plain
 from stocha_hf.decoding.state import neuron_major, sole_copy
 from stocha_hf.spec import ACTIVATIONS
 
+MATRICES = ("gate_proj", "up_proj", "down_proj")
 GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each time, which costs more than they save
 
 
 def ffn(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Compute a patched FFN on x [..., hidden_size]; None where the native path is to run."""
-    if not infers(x) or not skipping(mlp, x):
+    if not infers(x):
+        return None
+    if structs.is_quantized(mlp._modules["gate_proj"]):
+        return _quantized(mlp, x)
+    if not skipping(mlp, x):
         return None
     if is_few(x):
         return _decode(mlp, x)
@@ -37,9 +42,37 @@ def ffn(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
     return None
 
 
+def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """Compute an FFN of quantized matrices, with zeros or without, by the CPU's kernel."""
+    parts = [mlp._modules[name] for name in MATRICES]
+    takes = (
+        x.is_cpu
+        and is_few(x)
+        and not torch.compiler.is_compiling()
+        and mlp.running in structs.ACTIVATIONS
+        and not is_called(mlp._modules["act_fn"])
+        and all(
+            structs.is_quantized(part)
+            and not is_called(part)
+            and not hasattr(part, "input_threshold")
+            and part._parameters["bias"] is None
+            for part in parts
+        )
+        and parts[2].transposed
+        and ops.available()
+    )
+    return ops.run_ffn(x, quantized_ffn(mlp)) if takes else None
+
+
+def quantized_ffn(mlp: Any) -> structs.Ffn:
+    """Return the kernel's structure of an FFN of quantized matrices."""
+    matrices = [structs.matrix_of(mlp._modules[name]) for name in MATRICES]
+    return structs.Ffn(*matrices, None, None, structs.ACTIVATIONS[mlp.running], True, zero_up_to(mlp), 0.0)
+
+
 def skipping(mlp: Any, x: torch.Tensor) -> bool:
     """Return whether inactive neurons can be skipped: the activation makes zeros, and the modules are plain."""
-    linears = [mlp._modules[name] for name in ("gate_proj", "up_proj", "down_proj")]
+    linears = [mlp._modules[name] for name in MATRICES]
     rule = ACTIVATIONS.get(mlp.running)
     return (
         rule is not None

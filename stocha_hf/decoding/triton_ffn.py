@@ -6,7 +6,7 @@ one token a program masks the loads of inactive rows, which then cost no memory 
 more, tensor cores take whole tiles, so the active neurons are listed first (triton_tokens.py). Sums are split over
 programs and added in a fixed order: the same input gives the same bits.
 
-Rounding follows PyTorch's dense path, as in kernels.cpp: gate, up, activation and hidden are rounded to the weights'
+Rounding follows PyTorch's dense path, as in cpp/ffn.h: gate, up, activation and hidden are rounded to the weights'
 type, sums are in float32. Where a token holds infinities or NaN, all neurons are active, since 0 * inf is NaN.
 
     ffn(x, gate, up, down_t, "relu", 0.0)  # = W_down(act(W_gate x) * (W_up x)) on the GPU of x

@@ -22,9 +22,8 @@ class Packed:
     exact: torch.Tensor
 
     def matrix(self, bias: torch.Tensor | None = None) -> Matrix:
-        rows, groups = self.scale.shape
         pointers = map(pointer, (self.codes, self.scale, self.minimum, bias))
-        return Matrix(*pointers, rows, GROUP * groups, QUANTIZED[self.bits])
+        return Matrix(*pointers, *self.exact.shape, QUANTIZED[self.bits])
 
 
 def packed(rows: int, columns: int, bits: int, has_minimum: bool = False) -> Packed:

@@ -104,11 +104,12 @@ void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
       float(&out)[T] = *reinterpret_cast<float(*)[T]>(values);
       const int64_t r = chosen[i];
       const uint8_t* next = m.row(chosen[std::min(i + ahead, chosen.limit - 1)]);
+      const bool readable = (m.rows - 1 - r) * m.groups() >= kLanes;
       if (m.format == kFormat4)
-        dots_4<T>(m.row(r), m.row_scales(r), m.row_minimums(r), m.groups(), of_x, next, out);
+        dots_4<T>(m.row(r), m.row_scales(r), m.row_minimums(r), m.groups(), of_x, readable, next, out);
       else
         dots_8<T>(reinterpret_cast<const int8_t*>(m.row(r)), m.row_scales(r), m.row_minimums(r), m.groups(), of_x,
-                  reinterpret_cast<const int8_t*>(next), out);
+                  readable, reinterpret_cast<const int8_t*>(next), out);
     }
     return;
   }

@@ -110,19 +110,34 @@ inline void repeated(F f) {  // f with a constant 0 to n - 1
   }
 }
 
-inline Vector load_part(const fp16* p, int64_t count) {
+// The first `count` of kLanes numbers, then zeros. `readable`: there are kLanes of whatever kind.
+inline Vector load_part(const fp16* p, int64_t count, bool readable = false) {
   if (count >= kLanes) return load(p);
+  if (readable) {
+    Integers lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+    return (Vector)((Integers)load(p) & (lanes < static_cast<int>(count)));
+  }
   fp16 part[kLanes] = {};
   std::memcpy(part, p, count * sizeof *p);
   return load(part);
 }
 
 template <class Code>
-inline auto load_codes_part(const Code* p, int64_t bytes) {
-  if (bytes >= kBytes) return load_codes(p);
+inline auto load_codes_part(const Code* p, int64_t bytes, bool readable = false) {
+  if (bytes >= kBytes || readable) return load_codes(p);
   Code part[kBytes] = {};
   std::memcpy(part, p, bytes);
   return load_codes(part);
+}
+
+inline void store_bytes(Integers x, int8_t* p) {  // x from -128 to 127
+#if defined(STOCHA_AVX2)
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storeu_si64(p, _mm_packs_epi16(shorts, shorts));
+#else
+  *reinterpret_cast<LooseBytes*>(p) = __builtin_convertvector(x, LooseBytes);
+#endif
 }
 
 // x [tokens, size] in 8 bits: chunk after chunk, in the order in which codes of `bits` bits are loaded.
@@ -133,36 +148,42 @@ struct QuantizedX {
 
   void prepare(const float* x, int64_t tokens, int64_t padded_tokens, int64_t size, int bits) {
     chunks = (size + kChunk - 1) / kChunk;
-    codes.assign(padded_tokens * chunks * kChunk, 0);
-    scales.assign(padded_tokens * chunks * kLanes, 0.0f);
-    totals.assign(padded_tokens * chunks * kLanes, 0.0f);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t begin = 0; begin < size; begin += kGroupSize) {
+    codes.resize(padded_tokens * chunks * kChunk);
+    scales.resize(padded_tokens * chunks * kLanes);
+    totals.resize(padded_tokens * chunks * kLanes);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* row = x + t * size;
+      Vector zeros = {};
+      int64_t i = 0;
+      for (; i + kLanes <= size; i += kLanes) zeros += load(row + i) * 0.0f;
+      float not_finite = sum(zeros);  // NaN where x is not finite: so are all products then
+      for (; i < size; ++i) not_finite += row[i] * 0.0f;
+      for (int64_t begin = 0; begin < chunks * kChunk; begin += kGroupSize) {
         float padded[kGroupSize] = {};
-        const float* group = x + t * size + begin;
+        const float* group = row + begin;
         if (begin + kGroupSize > size) {
-          std::copy(group, x + (t + 1) * size, padded);
+          if (begin < size) std::copy(group, row + size, padded);
           group = padded;
         }
-        prepare_group(group, t * chunks + begin / kChunk, begin % kChunk / kGroupSize, bits);
+        prepare_group(group, not_finite, t * chunks + begin / kChunk, begin % kChunk / kGroupSize, bits);
       }
+    }
+    std::fill(codes.begin() + tokens * chunks * kChunk, codes.end(), 0);
+    std::fill(scales.begin() + tokens * chunks * kLanes, scales.end(), 0.0f);
+    std::fill(totals.begin() + tokens * chunks * kLanes, totals.end(), 0.0f);
   }
 
  private:
-  void prepare_group(const float* x, int64_t chunk, int64_t group, int bits) {
-    Vector most = {}, finite = {};
-    for (int i = 0; i < kGroupSize; i += kLanes) {
-      most = maximum(most, magnitude(load(x + i)));
-      finite += load(x + i) * 0.0f;
-    }
-    const float bound = largest(most) + sum(finite);  // NaN where x is not finite: so are all products then
-    const float scale = bound / 127, inverse = bound > 1e-30f ? 127 / bound : 0;
+  void prepare_group(const float* x, float not_finite, int64_t chunk, int64_t group, int bits) {
+    Vector most = {};
+    for (int i = 0; i < kGroupSize; i += kLanes) most = maximum(most, magnitude(load(x + i)));
+    const float bound = largest(most) + not_finite, inverse = bound > 1e-30f ? 127 / bound : 0;
     int8_t rounded[kGroupSize];
     Integers total = {};
     for (int i = 0; i < kGroupSize; i += kLanes) {
       const Integers near = nearest(load(x + i) * inverse);
       total += near;
-      *reinterpret_cast<LooseBytes*>(rounded + i) = __builtin_convertvector(near, LooseBytes);
+      store_bytes(near, rounded + i);
     }
     const int64_t vector = group / kPer, place = group % kPer;  // 4 bits: low halves of kPer groups, then high ones
     int8_t* to = codes.data() + chunk * kChunk;
@@ -173,21 +194,22 @@ struct QuantizedX {
       std::memcpy(to + group * kGroupSize, rounded, kGroupSize);
     }
     const int64_t lane = chunk * kLanes + (bits == 4 ? place * 4 + vector : group);
-    scales[lane] = scale;
-    totals[lane] = scale * sum(__builtin_convertvector(total, Vector));
+    scales[lane] = bound / 127;
+    totals[lane] = bound / 127 * sum(__builtin_convertvector(total, Vector));
   }
 };
 
-// A row's dot products with T tokens. Meanwhile the row at `next` is fetched.
+// A row's dot products with T tokens. Meanwhile the row at `next` is fetched. `readable`: behind the row are at least
+// kLanes more groups; codes read from there meet zeros of x.
 template <int T>
 inline void dots_4(const uint8_t* codes, const fp16* scales, const fp16* minimum, int64_t groups, const QuantizedX& x,
-                   const uint8_t* next, float (&out)[T]) {
+                   bool readable, const uint8_t* next, float (&out)[T]) {
   Vector total[T] = {};
   const int64_t stride = x.chunks;
   for (int64_t chunk = 0, g = 0; g < groups; ++chunk, g += kLanes) {
     const int64_t here = groups - g;
-    const Vector scale = arranged(load_part(scales + g, here));
-    const Vector offset = minimum ? arranged(load_part(minimum + g, here)) : scale * -8.0f;
+    const Vector scale = arranged(load_part(scales + g, here, readable));
+    const Vector offset = minimum ? arranged(load_part(minimum + g, here, readable)) : scale * -8.0f;
     Vector factor[T];
     for (int t = 0; t < T; ++t) {
       factor[t] = scale * load(&x.scales[(t * stride + chunk) * kLanes]);
@@ -208,7 +230,7 @@ inline void dots_4(const uint8_t* codes, const fp16* scales, const fp16* minimum
       repeated<0, 4>([&](auto i) { step(i, load_codes(p + i * kBytes)); });
     else
       repeated<0, 4>([&](auto i) {
-        if (i * kPer < here) step(i, load_codes_part(p + i * kBytes, (here - i * kPer) * 16));
+        if (i * kPer < here) step(i, load_codes_part(p + i * kBytes, (here - i * kPer) * 16, readable));
       });
   }
   for (int t = 0; t < T; ++t) out[t] = sum(total[t]);
@@ -216,16 +238,16 @@ inline void dots_4(const uint8_t* codes, const fp16* scales, const fp16* minimum
 
 template <int T>
 inline void dots_8(const int8_t* codes, const fp16* scales, const fp16* minimum, int64_t groups, const QuantizedX& x,
-                   const int8_t* next, float (&out)[T]) {
+                   bool readable, const int8_t* next, float (&out)[T]) {
   Vector total[T] = {};
   const int64_t stride = x.chunks;
   for (int64_t chunk = 0, g = 0; g < groups; ++chunk, g += kLanes) {
     const int64_t here = groups - g;
-    const Vector scale = load_part(scales + g, here);
+    const Vector scale = load_part(scales + g, here, readable);
     Vector factor[T];
     for (int t = 0; t < T; ++t) {
       factor[t] = scale * load(&x.scales[(t * stride + chunk) * kLanes]);
-      if (minimum) total[t] += load_part(minimum + g, here) * load(&x.totals[(t * stride + chunk) * kLanes]);
+      if (minimum) total[t] += load_part(minimum + g, here, readable) * load(&x.totals[(t * stride + chunk) * kLanes]);
     }
     const int8_t* p = codes + g * kGroupSize;
     for (int64_t i = 0; i < kChunk; i += kLine) prefetch(next + g * kGroupSize + i);
@@ -240,7 +262,8 @@ inline void dots_8(const int8_t* codes, const fp16* scales, const fp16* minimum,
       repeated<0, 8>([&](auto i) { step(i, load_codes(p + i * kBytes)); });
     else
       repeated<0, 8>([&](auto i) {
-        if (i * kBytes < here * kGroupSize) step(i, load_codes_part(p + i * kBytes, here * kGroupSize - i * kBytes));
+        if (i * kBytes < here * kGroupSize)
+          step(i, load_codes_part(p + i * kBytes, here * kGroupSize - i * kBytes, readable));
       });
   }
   for (int t = 0; t < T; ++t) out[t] = sum(total[t]);

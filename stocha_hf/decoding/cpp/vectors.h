@@ -120,9 +120,12 @@ inline float sum(const Vector& v) {
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 inline Vector magnitude(Vector x) { return (Vector)((Bits)x & 0x7fffffffu); }
 inline float largest(const Vector& v) {
-  float found = v[0];
-  for (int i = 1; i < kLanes; ++i) found = std::max(found, v[i]);
-  return found;
+  typedef float Quarter __attribute__((vector_size(16)));
+  Quarter quarters[kLanes / 4];
+  std::memcpy(quarters, &v, sizeof v);
+  Quarter found = quarters[0];
+  for (int i = 1; i < kLanes / 4; ++i) found = quarters[i] > found ? quarters[i] : found;
+  return std::max(std::max(found[0], found[1]), std::max(found[2], found[3]));
 }
 
 // To the nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves it in the mantissa.
