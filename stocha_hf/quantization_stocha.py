@@ -282,6 +282,7 @@ class Quantized(nn.Module):
     """What QuantizedLinear and QuantizedEmbedding share: a matrix's tensors, and weights made of some rows of them."""
 
     quantized_format = FORMAT
+    _is_hf_initialized = True  # transformers fills modules that are not with random numbers
     bits: int
     transposed: bool
     columns: int  # weights of a row

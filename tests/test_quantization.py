@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import run_python, tiny_model
 from safetensors.torch import load_file
 
@@ -88,6 +89,8 @@ def test_a_model_is_quantized_saved_and_loaded(model_type: str, tied: bool, tmp_
     model.save_pretrained(tmp_path / "saved")
     again = load_model(str(tmp_path / "saved"))
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    own = getattr(transformers, ARCHITECTURES[model_type].causal_lm).from_pretrained(tmp_path / "saved")
+    assert torch.equal(own(TOKENS).logits, model(TOKENS).logits)  # the native class too, once the quantizer is known
     again.save_pretrained(tmp_path / "twice")
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("saved", "twice")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][name], files[1][name]) for name in files[0])

@@ -100,7 +100,11 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
             f"cannot write {work} ({error}): free space and start again with the same command, which goes on from "
             "the finished layers there"
         ) from error
-    stage = {"method": "quantize", "bits": options.entry.bits}
+    stage: dict[str, Any] = {
+        "method": "quantize",
+        "bits": options.entry.bits,
+        "minimum": options.entry.minimum or None,
+    }
     if options.data is not None:
         stage |= {"data": public_name(options.data), "tokens": options.tokens or TOKENS}
     config = config | {"quantization_config": options.entry.to_dict()}
