@@ -230,7 +230,7 @@ def test_a_sentencepiece_vocabulary_scores_the_earliest_merge_highest():
     assert [kinds[ids[name]] for name in ("<s>", "<unk>", "<0x0A>", "th", "\u2581\u2581")] == [3, 2, 6, 1, 4]
     assert scores[ids["th"]] > scores[ids["\u2581th"]] > scores[ids["a"]]
     tokens = found["tokenizer.ggml.tokens"]
-    assert (tokens[ids["\u2581th"]], tokens[ids["\u2581\u2581"]]) == ("\u2581th", "  ")
+    assert (tokens[ids["\u2581th"]], tokens[ids["\u2581\u2581"]]) == ("\u2581th", "  ")  # found after and before
     assert vocabulary(sentencepiece_tokenizer(first=False), VOCAB, "m")["tokenizer.ggml.add_space_prefix"] is False
 
 
