@@ -24,6 +24,7 @@ import platform
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,10 +57,10 @@ class Llama:
         if not self.handle:
             raise SystemExit(f"llama.cpp cannot load {path}")
 
-    def seconds(self, prompt: list[int], steps: int, together: int) -> float:
+    def seconds(self, prompt: list[int], steps: int, together: int, of_process: bool) -> float:
         """Seconds of a step of `together` tokens after a prompt."""
         given, chosen = (ctypes.c_int32 * len(prompt))(*prompt), (ctypes.c_int32 * steps)()
-        return self.library.decode(self.handle, given, len(prompt), steps, together, chosen)
+        return self.library.decode(self.handle, given, len(prompt), steps, together, chosen, of_process)
 
 
 def shim(source: Path, build: Path, folder: Path) -> ctypes.CDLL:
@@ -74,7 +75,7 @@ def shim(source: Path, build: Path, folder: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(target))
     library.open_model.restype, library.open_model.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
     library.decode.restype = ctypes.c_double
-    library.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_void_p]
+    library.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_void_p, ctypes.c_int]
     library.quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
     return library
 
@@ -198,8 +199,6 @@ def ours(args: argparse.Namespace, bits: int, tokens: torch.Tensor) -> Any:
 
 def together_seconds(model: Any, tokens: torch.Tensor, steps: int, together: int) -> float:
     """Seconds of a step of several tokens of one sequence, as verifying a draft takes."""
-    import time
-
     with torch.inference_mode():
         cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
         start = time.perf_counter()
@@ -222,13 +221,17 @@ def main() -> None:
     parser.add_argument("--minimum", action="store_true", help="groups of 4 bits with a minimum")
     parser.add_argument("--together", type=int, default=1, help="tokens a step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu", action="store_true", help="time one thread by its CPU time: on a machine with others")
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens before")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
     args = parser.parse_args()
     torch.manual_seed(0)
+    args.threads = 1 if args.cpu else args.threads
+    now = time.process_time if args.cpu else time.perf_counter
     torch.set_num_threads(args.threads)
-    tokens = torch.randint(1000, (1, 64))
+    tokens = torch.randint(1000, (1, args.prompt))
     measures: dict[str, Callable[[], float]] = {}
     sizes: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="stocha-gguf-", ignore_cleanup_errors=True) as folder:
@@ -241,12 +244,12 @@ def main() -> None:
                 raise SystemExit(f"llama.cpp cannot turn {args.gguf} into {kind}")
             sizes[kind] = path.stat().st_size
             llama = Llama(library, path, args.threads)
-            measures[kind] = partial(llama.seconds, tokens[0].tolist(), args.new, args.together)
+            measures[kind] = partial(llama.seconds, tokens[0].tolist(), args.new, args.together, args.cpu)
         for bits in args.ours:
             model = ours(args, bits, tokens)
             sizes[f"ours {bits}"] = step_bytes(model, args.sparsity or 0.0)
             if args.together == 1:
-                measures[f"ours {bits}"] = partial(decode_seconds, model, tokens, args.new)
+                measures[f"ours {bits}"] = partial(decode_seconds, model, tokens, args.new, now)
             else:
                 measures[f"ours {bits}"] = partial(together_seconds, model, tokens, args.new, args.together)
         seconds = decoding_in_turn(measures, args.rounds)
@@ -258,6 +261,7 @@ def main() -> None:
         "minimum": args.minimum,
         "tokens_a_step": args.together,
         "threads": args.threads,
+        "clock": "of the process" if args.cpu else "wall",
         "ms": {name: 1e3 * medians[name] for name in measures},
         "tokens_per_second": {name: args.together / medians[name] for name in measures},
         "gigabytes": {name: size / 1e9 for name, size in sizes.items()},

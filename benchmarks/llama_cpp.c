@@ -14,9 +14,9 @@ struct handle {
 
 static void quiet(enum ggml_log_level level, const char *text, void *data) {}
 
-static double now(void) {
+static double now(int of_process) {
   struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
+  clock_gettime(of_process ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &t);
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
@@ -49,14 +49,16 @@ static llama_token best(struct handle *h) {
   return found;
 }
 
-// Seconds of a step of `together` tokens, greedily after a prompt; the tokens chosen go to `chosen` [steps].
-double decode(void *handle, const llama_token *prompt, int length, int steps, int together, llama_token *chosen) {
+// Seconds of a step of `together` tokens, greedily after a prompt, by the wall clock or the process's; the tokens chosen
+// go to `chosen` [steps].
+double decode(void *handle, const llama_token *prompt, int length, int steps, int together, llama_token *chosen,
+              int of_process) {
   struct handle *h = handle;
   llama_memory_clear(llama_get_memory(h->context), true);
   llama_token tokens[512];
   memcpy(tokens, prompt, length * sizeof *tokens);
   if (llama_decode(h->context, llama_batch_get_one(tokens, length))) return -1;
-  const double start = now();
+  const double start = now(of_process);
   for (int i = 0; i < steps; ++i) {
     chosen[i] = best(h);
     struct llama_batch batch = llama_batch_init(together, 0, 1);
@@ -72,7 +74,7 @@ double decode(void *handle, const llama_token *prompt, int length, int steps, in
     llama_batch_free(batch);
     if (failed) return -1;
   }
-  return (now() - start) / steps;
+  return (now(of_process) - start) / steps;
 }
 
 int quantize(const char *source, const char *target, int type) {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 MODELING_FILE = Path(__file__).with_name("modeling_stocha.py")
-ALLOTMENTS = ("uniform", "greedy")  # of the share of inputs to cut to projections
+ALLOTMENTS = ("uniform", "greedy", "output")  # of the share of inputs to cut to projections
 
 # --- copied into modeling_stocha.py from here ---
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import tiny_model
 
 from stocha_hf import StochaConfig, patch
@@ -17,6 +18,7 @@ from stocha_hf.measurement.selection.attribution import corrected, own_token_gra
 from stocha_hf.measurement.selection.calibration import Calibration
 from stocha_hf.measurement.selection.distributions import Distribution
 from stocha_hf.measurement.selection.methods import GAMMA, LOW_RANK, METHODS
+from stocha_hf.measurement.selection.output_shares import LEVELS, equal_slopes, output_shares
 from stocha_hf.measurement.selection.thresholds import greedy_shares, uniform_shares
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -218,6 +220,29 @@ def test_greedy_shares_save_what_was_asked_for_and_lose_less_than_equal_ones(cal
             errors.append((logits(model) - dense).square().mean().item())
     assert errors[1] < errors[0]
     assert uniform_shares(model, 0.3)[1] == dict.fromkeys(sizes, 0.3)
+
+
+def test_output_shares_save_what_was_asked_for_and_change_predictions_least(calibration) -> None:
+    model = calibration.model
+    found = output_shares(model, WINDOWS, calibration.inputs, 0.5)
+    sizes = [{name: linear.weight.numel() for name, linear in block.linears.items()} for block in blocks(model)]
+    saved = sum(size[name] * shares[name] for size, shares in zip(sizes, found, strict=True) for name in size)
+    assert saved == pytest.approx(0.5 * sum(sum(size.values()) for size in sizes), rel=1e-3)
+    assert all(row["q_proj"] == row["k_proj"] and row["gate_proj"] == row["up_proj"] for row in found)
+    dense = logits(model).log_softmax(-1)
+    errors = []
+    for name in ("teal", "teal_output"):
+        with METHODS[name].select(calibration, 0.5).applied(model):
+            errors.append(F.kl_div(logits(model).log_softmax(-1), dense, reduction="sum", log_target=True).item())
+    assert errors[1] < errors[0]
+
+
+def test_equal_slopes_give_most_to_what_costs_least() -> None:
+    """Losses a s^2 of inputs of sizes n: a s / n is equal, here with a = 1, 1, 4 and n = 1, 2, 1."""
+    curves = [[a * level**2 for level in (0.0, *LEVELS)] for a in (1, 1, 4)]
+    found = equal_slopes(curves, [1, 2, 1], 0.3)
+    assert found == pytest.approx([0.2286, 0.4571, 0.0571], abs=0.02)
+    assert sum(share * size for share, size in zip(found, [1, 2, 1], strict=True)) / 4 == pytest.approx(0.3)
 
 
 def test_bytes_by_hand() -> None:

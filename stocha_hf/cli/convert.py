@@ -103,7 +103,8 @@ def parser() -> Parser:
     verb.add_argument(
         "--inputs-allotment",
         type=one_of(ALLOTMENTS),
-        help="uniform: SHARE of each projection; greedy: of a layer, most where it matters least (default: uniform)",
+        help="uniform: SHARE of each projection; greedy: of each layer, output: of all layers, most where it matters "
+        "least (default: uniform)",
     )
     verb.add_argument(
         "--inputs-prefill", action="store_true", help="cut at every token, not in decode steps of one token alone"

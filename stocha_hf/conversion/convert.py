@@ -109,7 +109,8 @@ def convert(
         inputs_of: the projections to cut, names in PROJECTIONS (default: all, or attention's where the activation
             makes the FFN sparse).
         inputs_allotment: "uniform" cuts the share in each projection, "greedy" on average of a layer's weights, more
-            where that changes the layer's output less (default: "uniform").
+            where that changes the layer's output less, "output" on average of all layers, more where that changes the
+            predictions less (default: "uniform").
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.

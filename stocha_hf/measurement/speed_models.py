@@ -73,29 +73,38 @@ def force_sparsity(model: Any, share: float, tokens: torch.Tensor) -> None:
         handle.remove()
 
 
-def decode_seconds(model: Any, tokens: torch.Tensor, new: int, **options: Any) -> float:
-    """Seconds a new token takes generate(**options) once the prompt is read, greedily."""
-    times: list[float] = []
+class _Clock:
+    """A streamer that notes when each token comes; the first are the prompt's."""
 
-    def note(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if tokens.is_cuda:
+    def __init__(self, tokens: torch.Tensor, now: Callable[[], float]) -> None:
+        self.is_cuda, self.now = tokens.is_cuda, now
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if self.is_cuda:
             torch.cuda.synchronize()  # the token is computed, not only asked for
-        times.append(time.perf_counter())
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        self.times.append(self.now())
 
-    from transformers import StoppingCriteriaList
+    def end(self) -> None:
+        pass
 
+
+def decode_seconds(
+    model: Any, tokens: torch.Tensor, new: int, now: Callable[[], float] = time.perf_counter, **options: Any
+) -> float:
+    """Seconds, by the clock `now`, that a new token takes generate(**options) once the prompt is read, greedily."""
+    clock = _Clock(tokens, now)
     model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=new + 1,
-        min_new_tokens=new + 1,
+        eos_token_id=model.config.vocab_size,  # no token; a least length would search the vocabulary each time
         do_sample=False,
         pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([note]),
+        streamer=clock,
         **options,
     )
-    return (times[-1] - times[0]) / (len(times) - 1)
+    return (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
 
 
 def decoding_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -307,7 +307,7 @@ native out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
 native out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
 native out --inputs 0.4 --calibrate short.txt -> short.txt has less than 64 tokens; one window
 native out --inputs 0.4 --calibrate text.txt --calibrate-tokens 0 -> --calibrate-tokens is 0; at least 1
-native out --inputs 0.4 --calibrate text.txt --inputs-allotment fair -> --inputs-allotment is fair; uniform, greedy
+native out --inputs 0.4 --calibrate text.txt --inputs-allotment fair -> --inputs-allotment is fair; greedy, output
 native out --inputs 0.4 --calibrate text.txt --inputs-of lm_head -> --inputs-of is lm_head; q_proj
 native out --inputs 0.4 --calibrate text.txt --refit text.txt -> with refit; convert the refitted folder again
 native out --inputs 0 --calibrate text.txt -> data was given; above 0

@@ -14,6 +14,7 @@ import torch
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.evaluation import check_vocabulary
 from stocha_hf.measurement.selection.distributions import EDGES, Distribution, input_distributions
+from stocha_hf.measurement.selection.output_shares import output_shares
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
 from stocha_hf.modeling_stocha import cut_projections
 from stocha_hf.spec import ALLOTMENTS, PROJECTIONS, InputCuts
@@ -36,7 +37,8 @@ def calibrate_inputs(
         share: Of the entries to cut, between 0 and 1.
         of: The projections that shall cut, names in PROJECTIONS.
         allotment: "uniform" cuts the share in each projection, "greedy" on average of a layer's weights, more where
-            that changes the layer's output less.
+            that changes the layer's output less, "output" on average of all layers, more where that changes the
+            predictions less.
         **fields: More of InputCuts.
 
     Returns:
@@ -63,6 +65,8 @@ def calibrate_inputs(
     shares = uniform_shares(model, share)
     if allotment == "greedy":
         shares = greedy_shares(model, windows, seen, share, names)
+    elif allotment == "output":
+        shares = output_shares(model, windows, seen, share, names)
     limits = thresholds(seen, shares)
     try:
         return InputCuts({name: [row[name] for row in limits] for name in names}, share=share, **fields)

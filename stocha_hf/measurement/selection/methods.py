@@ -31,6 +31,7 @@ from stocha_hf.measurement.selection.cuts import (
     ReusedNeurons,
     TopNeurons,
 )
+from stocha_hf.measurement.selection.output_shares import output_shares
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
 from stocha_hf.spec import PROJECTIONS
 
@@ -73,6 +74,11 @@ def _teal(calibration: Calibration, share: float) -> Selection:
 
 def _teal_greedy(calibration: Calibration, share: float) -> Selection:
     shares = greedy_shares(calibration.model, calibration.windows, calibration.inputs, share)
+    return _by_thresholds(calibration, shares)
+
+
+def _teal_output(calibration: Calibration, share: float) -> Selection:
+    shares = output_shares(calibration.model, calibration.windows, calibration.inputs, share)
     return _by_thresholds(calibration, shares)
 
 
@@ -197,6 +203,7 @@ BEFOREHAND = "attention whole, the rows and columns of the neurons that stay in 
 METHODS = {
     "teal": Method(_teal, "TEAL, arXiv 2408.14690", COLUMNS),
     "teal_greedy": Method(_teal_greedy, "TEAL's allocation within blocks, arXiv 2408.14690", COLUMNS),
+    "teal_output": Method(_teal_output, "TEAL with shares allotted over all layers, by the predictions", COLUMNS),
     "scap": Method(partial(_scap, centre="mode"), "SCAP, arXiv 2412.07174", f"{COLUMNS}, and a constant for each"),
     "scap_median": Method(
         partial(_scap, centre="median"), "SCAP, arXiv 2412.07174", f"{COLUMNS}, and a constant for each"

@@ -1,0 +1,130 @@
+"""Shares of inputs to leave out, allotted over all layers by what each cut does to the model's predictions.
+
+Blocks are not alike, and the error of a block's own output does not tell how much the next token cares. So each input
+is cut alone, at a few shares, and the divergence of the predictions is measured: a curve of loss against bytes for
+every input of every block. Their sum, at a given total of bytes, is least where all curves have the same slope, a
+Lagrange multiplier that bisection finds. The sum ignores that cuts act together; docs/experiments/selection.md tells
+what that gives.
+
+Projections that read the same vector (query, key and value; gate and up) are cut together. Costs 24 forward passes a
+block, so a GPU is the place for it.
+
+    shares = output_shares(model, windows, input_distributions(model, windows), 0.4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from stocha_hf.measurement.blocks import Block, blocks
+from stocha_hf.measurement.selection.distributions import Distribution
+from stocha_hf.spec import PROJECTIONS
+
+SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # the same input
+LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
+STEP = 0.01  # of a share, to which it is interpolated
+TOKENS = 8192  # of text that the curves are measured on, at most
+
+
+@torch.no_grad()
+def output_shares(
+    model: Any,
+    windows: torch.Tensor,
+    seen: list[dict[str, Distribution]],
+    share: float,
+    names: Sequence[str] = PROJECTIONS,
+) -> list[dict[str, float]]:
+    """Allot the inputs that are left out over the whole model.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, int64 [windows, length]; as many of them as hold TOKENS tokens are used.
+        seen: The distributions of its projections' inputs.
+        share: Of the weights of these projections, that are not to be read: 0 to the last of LEVELS.
+        names: The projections that leave inputs out, and of whose weights this is the share.
+
+    Returns:
+        For each block the share of each of these projections' inputs that is left out.
+    """
+    if not share:
+        return [dict.fromkeys(names, 0.0) for _ in seen]
+    most = max(TOKENS // windows.shape[1], 1)
+    some = windows[:: max(len(windows) // most, 1)][:most].to(next(model.parameters()).device)
+    groups = [tuple(name for name in shared if name in names) for shared in SHARED]
+    places = [(i, block, group) for i, block in enumerate(blocks(model)) for group in groups if group]
+    expected = [_logits(model, row) for row in some]
+    curves = []
+    with tqdm(total=len(places) * len(LEVELS), desc="Allotting", unit="cut", disable=None, leave=False) as bar:
+        for i, block, group in places:
+            curve = [0.0]
+            for level in LEVELS:
+                with _cut(block, {name: seen[i][name].radius(level) for name in group}):
+                    curve.append(sum(_divergence(model, row, aims) for row, aims in zip(some, expected, strict=True)))
+                bar.update()
+            curves.append(curve)
+    sizes = [sum(block.linears[name].weight.numel() for name in group) for _, block, group in places]
+    found: list[dict[str, float]] = [{} for _ in seen]
+    for (i, _, group), given in zip(places, equal_slopes(curves, sizes, share), strict=True):
+        found[i] |= dict.fromkeys(group, given)
+    return found
+
+
+def equal_slopes(curves: list[list[float]], sizes: Sequence[int], share: float) -> list[float]:
+    """Return the share of each curve that saves `share` of all `sizes` with the least sum of losses.
+
+    `curves` are losses at 0 and at LEVELS. Between these the square root is interpolated, since a divergence grows
+    like the square of the error. What two neighbouring multipliers give is mixed to save just so much.
+    """
+    grid = np.arange(0, LEVELS[-1] + STEP / 2, STEP)
+    rising = [np.maximum.accumulate(np.maximum(curve, 0.0)) for curve in curves]
+    losses = np.stack([np.interp(grid, (0.0, *LEVELS), np.sqrt(curve)) ** 2 for curve in rising])
+    weights = np.asarray(sizes) / sum(sizes)
+
+    def at(multiplier: float) -> np.ndarray:
+        return grid[(losses - multiplier * np.outer(weights, grid)).argmin(1)]
+
+    low, high = 0.0, 1.0
+    while at(high) @ weights < min(share, grid[-1]) - 1e-9:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle) @ weights < share else (low, middle)
+    less, more = at(low), at(high)
+    part = (share - less @ weights) / max((more - less) @ weights, 1e-12)
+    return [float(value) for value in less + min(max(part, 0.0), 1.0) * (more - less)]
+
+
+@contextmanager
+def _cut(block: Block, limits: dict[str, float]) -> Iterator[None]:
+    """Leave out the inputs of these projections that are at most so large."""
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], limit: float) -> tuple[torch.Tensor, ...]:
+        return args[0].masked_fill(args[0].abs() <= limit, 0), *args[1:]
+
+    hooks = [
+        block.linears[name].register_forward_pre_hook(lambda module, args, limit=limit: hook(module, args, limit))
+        for name, limit in limits.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:
+    return model(row[None], use_cache=False).logits[0]
+
+
+def _divergence(model: Any, row: torch.Tensor, expected: torch.Tensor) -> float:
+    """KL from the expected predictions [length, vocabulary] to those of the model as it is, a sum over tokens."""
+    found, aims = (logits.float().log_softmax(-1) for logits in (_logits(model, row), expected))
+    return F.kl_div(found, aims, reduction="sum", log_target=True).item()
