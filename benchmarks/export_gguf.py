@@ -1,8 +1,9 @@
 """Compare exported GGUF files with the folders that they were made from, by llama.cpp itself.
 
 For each FOLDER and precision: the perplexity of the same windows, the greedy continuation, and the tokens of a text
-with numbers, spaces, emoji and other scripts. Ours is transformers' native class in float32, with
-weights and inputs of matrices rounded as the precision rounds them (not for q8_0, which is compared with f32). llama.cpp is built from the sdist of llama-cpp-python 0.3.36, target `llama`:
+with numbers, spaces, emoji and other scripts. Ours is transformers' native class in float32, with the weights and
+inputs of matrices rounded as f16 and bf16 round them; q8_0 is compared with f32. llama.cpp is built from the sdist of
+llama-cpp-python 0.3.36, target `llama`:
 
     python benchmarks/export_gguf.py FOLDER --precision f32 bf16 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
     python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
