@@ -1,8 +1,9 @@
 """Compare exported GGUF files with the folders that they were made from, by llama.cpp itself.
 
 For each FOLDER and precision: the perplexity of the same windows, the greedy continuation, and the tokens of a text
-with numbers, spaces, emoji and other scripts. Ours is transformers' native class with the folder's config, in float32
-for f32 and in bfloat16 for the rest. llama.cpp is built from the sdist of llama-cpp-python 0.3.36, target `llama`:
+with numbers, spaces, emoji and other scripts. Ours is transformers' native class in float32, with the weights and
+inputs of matrices rounded as f16 and bf16 round them; q8_0 is compared with f32. llama.cpp is built from the sdist of
+llama-cpp-python 0.3.36, target `llama`:
 
     python benchmarks/export_gguf.py FOLDER --precision f32 bf16 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
     python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
@@ -56,11 +57,17 @@ def llama_cpp(program: Path, model: Path, windows: torch.Tensor, new: int, folde
 
 
 @torch.no_grad()
-def transformers(folder: Path, dtype: torch.dtype, windows: torch.Tensor, new: int) -> tuple[list[float], list[int]]:
+def transformers(folder: Path, windows: torch.Tensor, new: int, precision: str) -> tuple[list[float], list[int]]:
     """Mean loss of each window, and the greedy tokens after the first."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if (dtype := {"f16": torch.float16, "bf16": torch.bfloat16}.get(precision)) is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float() if parameter.dim() == 2 else parameter.data
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda module, args: (args[0].to(dtype).float(),))
     losses = []
     for window in windows:
         logits = model(window[None]).logits[0, :-1].float()
@@ -79,11 +86,18 @@ def transformers(folder: Path, dtype: torch.dtype, windows: torch.Tensor, new: i
 
 
 def compare(
-    folder: Path, precision: str, activation: str | None, windows: torch.Tensor, new: int, program: Path, work: Path
+    folder: Path,
+    precision: str,
+    activation: str | None,
+    windows: torch.Tensor,
+    expected: tuple[list[float], list[int]],
+    program: Path,
+    work: Path,
 ) -> dict[str, Any]:
+    losses, greedy = expected
+    new = len(greedy)
     done = export(folder, work / "model.gguf", precision=precision, activation=activation, overwrite=True)
     theirs = llama_cpp(program, work / "model.gguf", windows, new, work)
-    losses, greedy = transformers(folder, torch.float32 if precision == "f32" else torch.bfloat16, windows, new)
     ours, llama = (math.exp(sum(values) / len(values)) for values in (losses, theirs["losses"]))
     same = next((i for i, pair in enumerate(zip(greedy, theirs["greedy"], strict=True)) if len({*pair}) > 1), new)
     record = {
@@ -172,7 +186,8 @@ def main() -> None:
             ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
             windows = ids[: args.windows * args.length].view(args.windows, args.length)
             for precision in args.precision:
-                record = compare(folder, precision, args.activation, windows, args.new, program, work)
+                expected = transformers(folder, windows, args.new, precision)
+                record = compare(folder, precision, args.activation, windows, expected, program, work)
                 with args.json.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(json.dumps(record))

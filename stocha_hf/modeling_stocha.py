@@ -924,7 +924,8 @@ class StochaAutoConfig:
     """What `auto_map` names for AutoConfig: the native config, with this file's class among its `architectures`.
 
     config.json names the native class there, for tools without remote code. Those with it that look the class up in
-    transformers, as trl's trainers do with a path, would get the native one; now they find none, and ask `auto_map`.
+    transformers, as `transformers serve` and trl's trainers do with a path, would get the native one; now they find
+    this file's there.
     """
 
     @classmethod
@@ -937,6 +938,8 @@ class StochaAutoConfig:
         found = AutoConfig.from_pretrained(*args, **kwargs | {"trust_remote_code": False})
         config = found[0] if isinstance(found, tuple) else found  # with return_unused_kwargs
         config.architectures = [f"Stocha{name}" for name in config.architectures or []]
+        for name in config.architectures:
+            setattr(transformers, name, globals().get(name))
         return found
 
 

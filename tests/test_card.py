@@ -38,6 +38,24 @@ def saved(path: Path, content: Any) -> Path:
     return path
 
 
+def test_the_card_warns_of_tools_that_run_another_activation(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    cards = {}
+    for name, options in {
+        "relu": {"activation": "relu"},
+        "stocha": {},
+        "bits": {"activation": "relu", "bits": 8},
+    }.items():
+        convert(checkpoint(), tmp_path / name, **options)  # type: ignore[arg-type]
+        cards[name] = (tmp_path / name / "README.md").read_text()
+    assert "run `relu` here" in cards["relu"] and "MLX-LM | runs `silu`: **wrong" in cards["relu"]
+    assert "trust-remote-code` runs it as it is" in cards["relu"]
+    for name in ("stocha", "bits"):  # infers with SiLU, as all tools do; holds tensors that other tools do not know
+        assert "Other tools" not in cards[name]
+    config = json.loads((tmp_path / "stocha" / "config.json").read_text())
+    config["stocha"]["inputs"] = {"thresholds": {"q_proj": [0.1, 0.1]}}
+    assert "runs it **without the cuts**" in model_card(config, {})
+
+
 def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> None:
     before = evaluation(converted, model="org/source", activation="silu", perplexity=12.5)
     read = {"step": 900, "blocks": 450, "lm_head": 450, "dense_blocks": 800, "share": 0.5625}
@@ -188,7 +206,7 @@ def test_what_others_wrote_stays_text_and_in_its_place(converted: Path, tmp_path
         parsed[name] = (kinds, inner, headings, yaml.safe_load(metadata).keys())
         assert "html_inline" not in inner and "html_block" not in dict(kinds)
     assert parsed["plain"][:2] == parsed[NASTY][:2] and len(parsed["plain"][0]) > 100
-    assert parsed["plain"][2] == parsed[NASTY][2] and len(parsed["plain"][2]) == 7
+    assert parsed["plain"][2] == parsed[NASTY][2] and len(parsed["plain"][2]) == 8
     assert parsed["plain"][3] - parsed[NASTY][3] == {"license", "license_name"}  # what is no plain line is left out
 
 

@@ -58,7 +58,8 @@ def vocabulary(tokenizer: Any, rows: int, where: str) -> dict[str, Any]:
         index: _kind(text, added.get(index), model["unk_token"] if pieces else None) for index, text in texts.items()
     }
     own["token_type"] = [kinds.get(index, UNUSED) for index in range(rows)]
-    own["tokens"] = [_spelled(texts, kinds, index, pieces) for index in range(rows)]
+    spaced = {index for index, token in added.items() if pieces and token["normalized"]}
+    own["tokens"] = [_spelled(texts.get(index, f"[PAD{index}]"), index in spaced) for index in range(rows)]
     for ours, theirs in SPECIAL.items():
         if (index := getattr(tokenizer, f"{ours}_token_id")) is not None:
             own[f"{theirs}_token_id"] = index
@@ -131,10 +132,9 @@ def _kind(text: str, added: Mapping[str, Any] | None, unknown: str | None) -> in
     return CONTROL if added["special"] else USER_DEFINED
 
 
-def _spelled(texts: Mapping[int, str], kinds: Mapping[int, int], index: int, pieces: bool) -> str:
-    """A token's text; llama.cpp finds those that a user defined in the text as it is, before spaces are marked."""
-    text = texts.get(index, f"[PAD{index}]")
-    return text.replace(SPACE, " ") if pieces and kinds.get(index) == USER_DEFINED else text
+def _spelled(text: str, spaced: bool) -> str:
+    """A token's text. llama.cpp finds added tokens before it marks spaces; `spaced` are found after it here."""
+    return text.replace(SPACE, " ") if spaced else text
 
 
 def _joined(merge: str | list[str]) -> str:

@@ -26,9 +26,9 @@ from stocha_hf.errors import StochaError
 from stocha_hf.publishing.markdown import code, fence, text
 from stocha_hf.publishing.measurements import HASH_KEY, Measurements, check_measurements
 from stocha_hf.publishing.tables import measured_metadata, measured_section
-from stocha_hf.spec import ARCHITECTURES
+from stocha_hf.spec import ARCHITECTURES, StochaConfig
 
-TEMPLATE = Path(__file__).with_name("model_card.md")
+TEMPLATE, TOOLS = (Path(__file__).with_name(name) for name in ("model_card.md", "other_tools.md"))
 COPIED = "Converting leaves every weight, its name and its shape as they are."
 REFITTED = (
     "The feed-forward weights were refitted layer by layer on {tokens} of {data}, without training; every other "
@@ -189,6 +189,7 @@ def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Meas
         "cuts": f"In the custom class, {cuts_told(stocha.inputs)}.\n\n" if stocha.inputs else "",
         "native": "not possible: the weights are quantized" if quantization else native,
         "native_use": native_use,
+        "tools": "" if quantization else _other_tools(stocha, str(stocha.base)),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
@@ -216,6 +217,19 @@ def _what_changed(history: list[dict[str, Any]]) -> tuple[str, str]:
     tokens = history[-1].get("tokens")
     said = f"{tokens:,} tokens" if isinstance(tokens, int) else "tokens"
     return REFITTED.format(tokens=said, data=text(history[-1].get("data", "a text"))), REFITTED_LIMITS
+
+
+def _other_tools(stocha: StochaConfig, base: str) -> str:
+    """Which tools run a checkpoint as something else; nothing where it infers as its source does."""
+    if stocha.inference == base and stocha.inputs is None:
+        return ""
+    cuts = stocha.inputs is not None
+    told = {
+        "act": code(str(stocha.inference)) + (" and cut the inputs of projections" if cuts else ""),
+        "base": code(base),
+        "vllm": "it **without the cuts**" if cuts else "it as it is",
+    }
+    return Template(TOOLS.read_text(encoding="utf-8")).substitute(told)
 
 
 def _recipe(history: list[dict[str, Any]]) -> str:

@@ -55,7 +55,7 @@ def sentencepiece_tokenizer(first: bool = True) -> Any:
     spaces = [normalizers.Prepend("\u2581")] if first else []
     tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_tokens([AddedToken("\u2581\u2581", normalized=False)])
+    tokenizer.add_tokens([AddedToken("[x]", normalized=False)])
     return _whole(tokenizer, unk_token="<unk>")
 
 
