@@ -22,8 +22,8 @@ FORMATS = [(8, False), (8, True), (4, False), (4, True)]
 # of the processor; and layouts of others on this one. Sixteen lanes and four, in plain C++.
 VARIANTS = [
     pytest.param((), id="native"),
-    pytest.param(("-DSTOCHA_LANES=16",), id="16 lanes", marks=pytest.mark.slow),
-    pytest.param(("-DSTOCHA_LANES=4",), id="4 lanes", marks=pytest.mark.slow),
+    pytest.param(("-O1", "-DSTOCHA_LANES=16"), id="16 lanes", marks=pytest.mark.slow),
+    pytest.param(("-O1", "-DSTOCHA_LANES=4"), id="4 lanes", marks=pytest.mark.slow),
 ]
 ROUNDING = 0.012  # of x, and of hidden vectors
 pytestmark = pytest.mark.usefixtures("one_thread")
