@@ -6,10 +6,16 @@ a quantized or offloaded layer, is called: then these functions say no.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 FEW = 8  # tokens of a decode step, at most: as many as the kernels take
+_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+OLD_CACHE = "past_key_values"  # the argument, to which transformers 5.24 gave a new name
+CACHE = "cache" if "cache" in _FIELDS else OLD_CACHE
 DEVICES = ("cpu", "cuda")  # that have kernels
 
 

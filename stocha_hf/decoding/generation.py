@@ -18,10 +18,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from stocha_hf.decoding import plan as plans
 from stocha_hf.decoding import step
 from stocha_hf.decoding.cache import rows_of, takes
-from stocha_hf.decoding.conditions import FEW
+from stocha_hf.decoding.conditions import CACHE, FEW
 from stocha_hf.decoding.ops import available
 
-KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+KNOWN = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
 def sample(
@@ -38,7 +38,7 @@ def sample(
     if synced_gpus or not available() or not _is_plain(model, input_ids, generation_config, model_kwargs):
         return None
     plan = plans.of(model)
-    if plan is None or not takes(plan, model_kwargs["past_key_values"]):
+    if plan is None or not takes(plan, model_kwargs[CACHE]):
         return None
     loop = _Loop(model, plan, input_ids, generation_config, model_kwargs)
     return loop.run(logits_processor, stopping_criteria, streamer)
@@ -53,7 +53,7 @@ def _is_plain(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str
         and not (config.output_attentions or config.output_hidden_states or config.prefill_chunk_size)
         and not (model.config.output_attentions or model.config.output_hidden_states)
         and bool(kwargs.get("use_cache"))
-        and kwargs.get("past_key_values") is not None
+        and kwargs.get(CACHE) is not None
         and (mask is None or (type(mask) is torch.Tensor and mask.dim() == 2))
         and all(name in KNOWN or value is None for name, value in kwargs.items())
     )
@@ -109,7 +109,7 @@ class _Loop:
             self.ids[:, : self.length], self.config, kwargs, is_first_iteration=not self.config.is_assistant
         )
         self.first = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-        cache, mask, positions = outputs.past_key_values, kwargs.get("attention_mask"), kwargs.get("position_ids")
+        cache, mask, positions = getattr(outputs, CACHE), kwargs.get("attention_mask"), kwargs.get("position_ids")
         at = torch.full((self.sequences, 1), self.length) if positions is None else positions[:, -1:] + 1
         at = at.expand(self.sequences, 1).contiguous()
         starts = step.padding(mask, self.sequences, self.length)
@@ -134,7 +134,7 @@ class _Loop:
         mask = self.kwargs.get("attention_mask")
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(self.sequences, self.length - mask.shape[1])], 1)
-        known = {"attention_mask": mask, "position_ids": at, "past_key_values": cache}
+        known = {"attention_mask": mask, "position_ids": at, CACHE: cache}
         return self.model(chosen[:, None], use_cache=True, logits_to_keep=1, **known).logits.float()
 
     def _append(self, chosen: torch.Tensor) -> None:
@@ -153,7 +153,7 @@ class _Loop:
             sequences=sequences,  # type: ignore[arg-type]
             scores=self.scores,
             logits=self.logits,
-            past_key_values=self.kwargs.get("past_key_values"),
+            **{CACHE: self.kwargs.get(CACHE)},
         )
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from stocha_hf.decoding import plan as plans
 from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.cache import CacheRows, rows_of
-from stocha_hf.decoding.conditions import FEW
+from stocha_hf.decoding.conditions import CACHE, FEW, OLD_CACHE
 from stocha_hf.decoding.ops import available
 from stocha_hf.decoding.structs import Call
 
@@ -24,7 +24,7 @@ KNOWN = {
     "input_ids",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE,
     "use_cache",
     "logits_to_keep",
     "return_dict",
@@ -36,7 +36,7 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     given = _given(model, args, kwargs)
     if given is None or not available() or (plan := plans.of(model)) is None:
         return None
-    ids, cache = given["input_ids"], given["past_key_values"]
+    ids, cache = given["input_ids"], given[CACHE]
     sequences, tokens = ids.shape
     starts = padding(given.get("attention_mask"), sequences, cache.get_seq_length() + tokens)
     if starts is None:
@@ -52,7 +52,7 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     if logits is None:
         return None
     rows.show()
-    return CausalLMOutputWithPast(logits=logits.to(plan.dtype), past_key_values=cache)
+    return CausalLMOutputWithPast(logits=logits.to(plan.dtype), **{CACHE: cache})
 
 
 def run(
@@ -87,8 +87,10 @@ def _given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     """A decode step's arguments by name, None if it is none, or asks for what only the forward gives."""
     if len(args) > 1 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return None
-    given = dict(kwargs, input_ids=args[0]) if args else kwargs
-    ids, cache = given.get("input_ids"), given.get("past_key_values")
+    given = {CACHE if name == OLD_CACHE else name: value for name, value in kwargs.items()}
+    if args:
+        given["input_ids"] = args[0]
+    ids, cache = given.get("input_ids"), given.get(CACHE)
     kept, config = given.get("logits_to_keep", 0), model.config
     plain = (
         type(ids) is torch.Tensor
