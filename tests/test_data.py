@@ -139,15 +139,15 @@ def test_out_of_memory_is_not_a_broken_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_mixture_holds_its_shares_and_every_row(tmp_path, streaming):
-    Dataset.from_dict({"text": [f"a{i}" for i in range(90)], "other": list(range(90))}).to_json(tmp_path / "a.jsonl")
-    large = pa.table({"text": pa.array([f"b{i}" for i in range(400)], pa.large_string())})
+    Dataset.from_dict({"text": [f"a{i}" for i in range(30)], "other": list(range(30))}).to_json(tmp_path / "a.jsonl")
+    large = pa.table({"text": pa.array([f"b{i}" for i in range(100)], pa.large_string())})
     Dataset(large).to_parquet(tmp_path / "b.parquet")
     shares = {str(tmp_path / "a.jsonl"): 3, str(tmp_path / "b.parquet"): 1}
     rows, again = ([row["text"] for row in load_mixture(shares, seed=1, streaming=streaming)] for _ in range(2))
     assert rows == again
-    assert {row for row in rows if row[0] == "b"} == {f"b{i}" for i in range(400)}
-    assert len(rows) > 1200
-    assert abs(sum(row[0] == "a" for row in rows) / len(rows) - 0.75) < 0.05
+    assert {row for row in rows if row[0] == "b"} == {f"b{i}" for i in range(100)}
+    assert len(rows) > 300
+    assert abs(sum(row[0] == "a" for row in rows) / len(rows) - 0.75) < 0.1
 
 
 def test_a_mixture_that_cannot_be_is_refused(tmp_path):
