@@ -14,18 +14,17 @@ block, so a GPU is the place for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from stocha_hf.measurement.blocks import Block, blocks
+from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.distributions import Distribution
+from stocha_hf.measurement.selection.thresholds import cutting, spread
 from stocha_hf.spec import PROJECTIONS
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # the same input
@@ -56,8 +55,7 @@ def output_shares(
     """
     if not share:
         return [dict.fromkeys(names, 0.0) for _ in seen]
-    most = max(TOKENS // windows.shape[1], 1)
-    some = windows[:: max(len(windows) // most, 1)][:most].to(next(model.parameters()).device)
+    some = spread(windows, TOKENS).to(next(model.parameters()).device)
     groups = [tuple(name for name in shared if name in names) for shared in SHARED]
     places = [(i, block, group) for i, block in enumerate(blocks(model)) for group in groups if group]
     expected = [_logits(model, row) for row in some]
@@ -66,7 +64,7 @@ def output_shares(
         for i, block, group in places:
             curve = [0.0]
             for level in LEVELS:
-                with _cut(block, {name: seen[i][name].radius(level) for name in group}):
+                with cutting(block, {name: seen[i][name].radius(level) for name in group}):
                     curve.append(sum(_divergence(model, row, aims) for row, aims in zip(some, expected, strict=True)))
                 bar.update()
             curves.append(curve)
@@ -100,24 +98,6 @@ def equal_slopes(curves: list[list[float]], sizes: Sequence[int], share: float) 
     less, more = at(low), at(high)
     part = (share - less @ weights) / max((more - less) @ weights, 1e-12)
     return [float(value) for value in less + min(max(part, 0.0), 1.0) * (more - less)]
-
-
-@contextmanager
-def _cut(block: Block, limits: dict[str, float]) -> Iterator[None]:
-    """Leave out the inputs of these projections that are at most so large."""
-
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], limit: float) -> tuple[torch.Tensor, ...]:
-        return args[0].masked_fill(args[0].abs() <= limit, 0), *args[1:]
-
-    hooks = [
-        block.linears[name].register_forward_pre_hook(lambda module, args, limit=limit: hook(module, args, limit))
-        for name, limit in limits.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ reads as much less as was asked for. Every block gets the same share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,8 +73,7 @@ def greedy_shares(
             found.append(_within(block, {name: row[name] for name in names}, share, again, _stream(output)))
 
         hooks.append(block.module.register_forward_hook(search, with_kwargs=True))
-    most = max(TOKENS // windows.shape[1], 1)
-    some = windows[:: max(len(windows) // most, 1)][:most].to(next(model.parameters()).device)
+    some = spread(windows, TOKENS).to(next(model.parameters()).device)
     try:
         with tqdm(total=len(seen), desc="Allotting", unit="block", disable=None, leave=False) as bar:
             model(some, use_cache=False, logits_to_keep=1)
@@ -81,6 +81,30 @@ def greedy_shares(
         for hook in hooks:
             hook.remove()
     return found
+
+
+def spread(windows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return as many of the windows, evenly spaced, as hold so many tokens; at least one."""
+    most = max(tokens // windows.shape[1], 1)
+    return windows[:: max(len(windows) // most, 1)][:most]
+
+
+@contextmanager
+def cutting(block: Block, limits: dict[str, float]) -> Iterator[None]:
+    """Leave out the inputs of these projections that are at most so large, by `limits` as they are at each call."""
+
+    def cut(args: tuple[torch.Tensor, ...], name: str) -> tuple[torch.Tensor, ...]:
+        return args[0].masked_fill(args[0].abs() <= limits[name], 0), *args[1:]
+
+    hooks = [
+        block.linears[name].register_forward_pre_hook(lambda module, args, name=name: cut(args, name))
+        for name in limits
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _within(
@@ -105,14 +129,8 @@ def _within(
         limits[name] = before
         return found
 
-    def cut(args: tuple[torch.Tensor, ...], name: str) -> tuple[torch.Tensor, ...]:
-        return args[0].masked_fill(args[0].abs() <= limits[name], 0), *args[1:]
-
-    hooks = [
-        block.linears[name].register_forward_pre_hook(lambda module, args, name=name: cut(args, name)) for name in seen
-    ]
     costs = dict.fromkeys(seen, -math.inf)  # a weight saved; not measured yet
-    try:
+    with cutting(block, limits):
         while left >= 1 and costs:
             name = min(costs, key=lambda name: costs[name])
             if step(name) * sizes[name] < 1:  # it has no more to give
@@ -124,9 +142,6 @@ def _within(
                 given = step(name)
                 shares[name], now, left = shares[name] + given, after, left - given * sizes[name]
                 limits[name] = seen[name].radius(shares[name])
-    finally:
-        for hook in hooks:
-            hook.remove()
     return shares
 
 
