@@ -537,7 +537,7 @@ class CutInput:
 
     state = (
         *("input_threshold", "input_centre"),
-        *("cut_training", "cut_inference", "cut_forced", "native_class"),
+        *("cut_training", "cut_inference", "cut_forced", "native_class", "input_major"),
     )
 
     training: bool
@@ -547,10 +547,21 @@ class CutInput:
     cut_inference: str
     cut_forced: str | None
     native_class: type[nn.Module]
+    input_major: Any  # the runtime's
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute the projection of x [batch, length, size], cut where that is to be, with x's shape and dtype."""
-        return super().forward(self.cut(x) if self.cuts(x) else x, *args, **kwargs)  # type: ignore[misc]
+        x = self.cut(x) if self.cuts(x) else x
+        if StochaMLP.runtime is not None and not self.training:
+            found = StochaMLP.runtime.cut_linear(self, x)  # None where the native class is to compute it
+            if found is not None:
+                return found
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:  # as a StochaMLP's
+            self.input_major = None
+        return super().train(mode)  # type: ignore[misc]
 
     def cuts(self, x: torch.Tensor) -> bool:
         """Return whether a forward on x [batch, length, size] now cuts."""
@@ -622,6 +633,7 @@ def _set_cuts(native: nn.Module, cuts: InputCuts | None) -> None:
                     cut_inference="always" if cuts.prefill else "decode",
                     cut_forced=None,
                     native_class=type(module),
+                    input_major=None,
                 )
                 _become(module, _cut_class(type(module)))
 

@@ -462,7 +462,9 @@ class StochaQuantizer(HfQuantizer):
             exchange(model, self.quantization_config.entry())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
+        if not self.pre_quantized:  # projections that cut their inputs are read an input at a time
+            cut = (getattr(model.config, "stocha", {}).get("inputs") or {}).get("thresholds", ())
+            self.quantization_config.transposed = sorted({*self.quantization_config.transposed, *cut})
             exchange(model, self.quantization_config.entry(), fill=True)
         return model
 
@@ -494,7 +496,10 @@ def exchange(model: Any, entry: Quantization, fill: bool = False) -> int:
         elif fill:
             module.fill(native.weight)
         if is_cut(native):
-            state = {key: native.__dict__[key] for key in native.state} | {"native_class": type(module)}
+            state = {key: native.__dict__[key] for key in native.state} | {
+                "native_class": type(module),
+                "input_major": None,
+            }
             module.__dict__.update(state)
             module.__class__ = _cut_class(type(module))
         setattr(model.get_submodule(parent), last, module)

@@ -46,7 +46,7 @@ def test_products_equal_those_of_the_weights(library: Any, bits: int, has_minimu
     for (columns, rows), tokens in itertools.product(SHAPES, [1, 2, 3, 4, 7, 8]):
         weights = packed(rows, columns, bits, has_minimum)
         x, bias = torch.randn(tokens, columns), torch.randn(rows)
-        found = ops.run_linear(x, weights.matrix(bias), rows)
+        found = ops.run_linear(x, weights.matrix(bias))
         exact = x.double() @ weights.exact.T + bias.double()
         assert error(found, exact) < ROUNDING, (columns, rows, tokens)
 
@@ -69,8 +69,8 @@ def test_the_ffn_equals_that_of_the_weights(library: Any, activation: str, bits:
         gate, up, down = (packed(width, size, bits, has_minimum) for _ in range(3))
         x = torch.randn(tokens, size)
         gates = x.double() @ gate.exact.T
-        matrices = (gate.matrix(), up.matrix(), down.matrix())
-        weights = Ffn(*matrices, None, None, ACTIVATIONS[activation], True, threshold, 0.0)
+        matrices = (gate.matrix(), up.matrix(), down.matrix(rows_are_inputs=True))
+        weights = Ffn(*matrices, None, None, ACTIVATIONS[activation], threshold, 0.0)
         found = ops.run_ffn(x, weights)
         exact = hidden_vector(gates, x.double() @ up.exact.T, activation, threshold) @ down.exact
         if threshold > 1e8:
@@ -82,7 +82,8 @@ def test_the_ffn_equals_that_of_the_weights(library: Any, activation: str, bits:
 def test_results_do_not_depend_on_the_number_of_threads(library: Any) -> None:
     torch.manual_seed(0)
     gate, up, down = (packed(300, 320, 4) for _ in range(3))
-    weights = Ffn(gate.matrix(), up.matrix(), down.matrix(), None, None, ACTIVATIONS["relu"], True, 0.0, 0.0)
+    matrices = (gate.matrix(), up.matrix(), down.matrix(rows_are_inputs=True))
+    weights = Ffn(*matrices, None, None, ACTIVATIONS["relu"], 0.0, 0.0)
     x, threads, found = torch.randn(2, 320), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -106,5 +107,5 @@ def test_numbers_that_are_not_finite_do_not_come_out_finite(library: Any, value:
     weights = packed(40, 64, 4)
     x = torch.randn(2, 64)
     x[1, 5] = value
-    found = ops.run_linear(x, weights.matrix(), 40)
+    found = ops.run_linear(x, weights.matrix())
     assert found[0].isfinite().all() and not found[1].isfinite().any()

@@ -249,7 +249,7 @@ def test_a_model_decodes_to_the_dense_logits(model_type: str, dtype: torch.dtype
     assert not calls
     found = decoded(model, TOKENS)
     assert calls == [2] * 4 * len(stocha_mlps(model))
-    assert stocha_mlps(model)[0].decode_state.down_t is not None, "copied in prefill"
+    assert stocha_mlps(model)[0].decode_state.transposed is not None, "copied in prefill"
     close = {torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
     assert (found - expected).norm() <= close * expected.norm()
     with torch.autocast("cuda", torch.bfloat16):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from stocha_hf.decoding import ops, structs
 from stocha_hf.decoding.conditions import infers, is_called, is_few, is_plain
+from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.state import neuron_major, sole_copy
 from stocha_hf.spec import ACTIVATIONS
 
@@ -54,11 +55,10 @@ def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
         and all(
             structs.is_quantized(part)
             and not is_called(part)
-            and not hasattr(part, "input_threshold")
+            and not is_cut(part)
             and part._parameters["bias"] is None
             for part in parts
         )
-        and parts[2].transposed
         and ops.available()
     )
     return ops.run_ffn(x, quantized_ffn(mlp)) if takes else None
@@ -67,7 +67,7 @@ def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
 def quantized_ffn(mlp: Any) -> structs.Ffn:
     """Return the kernel's structure of an FFN of quantized matrices."""
     matrices = [structs.matrix_of(mlp._modules[name]) for name in MATRICES]
-    return structs.Ffn(*matrices, None, None, structs.ACTIVATIONS[mlp.running], True, zero_up_to(mlp), 0.0)
+    return structs.Ffn(*matrices, None, None, structs.ACTIVATIONS[mlp.running], zero_up_to(mlp), 0.0)
 
 
 def skipping(mlp: Any, x: torch.Tensor) -> bool:

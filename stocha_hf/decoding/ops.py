@@ -78,8 +78,8 @@ def _ffn(
     if library is None:
         return _dense(x, gate, up, down_t, activation, threshold)
     weights = Ffn(
-        *map(matrix, (gate, up, down_t)), *_coarse(coarse, gate), ACTIVATIONS[activation], True, threshold,
-        0.0 if coarse is None else coarse.margin,
+        matrix(gate), matrix(up), matrix(down_t, rows_are_inputs=True), *_coarse(coarse, gate),
+        ACTIVATIONS[activation], threshold, 0.0 if coarse is None else coarse.margin,
     )  # fmt: skip
     return run_ffn(x, weights)
 
@@ -109,12 +109,12 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     library = kernels()
     if library is None:
         return F.linear(x, weight, bias)
-    return run_linear(x, matrix(weight, bias), len(weight))
+    return run_linear(x, matrix(weight, bias))
 
 
-def run_linear(x: torch.Tensor, weights: Matrix, outputs: int) -> torch.Tensor:
+def run_linear(x: torch.Tensor, weights: Matrix) -> torch.Tensor:
     """x [..., inputs], 1 to 8 tokens on a CPU, times a matrix: [..., outputs]."""
-    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
+    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], weights.outputs)
     kernels().stocha_linear(  # type: ignore[union-attr]
         ctypes.byref(weights), DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), _tokens(x), torch.get_num_threads()
     )

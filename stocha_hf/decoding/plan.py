@@ -1,14 +1,13 @@
 """A model's modules as the structures that a whole decode step reads, made once and checked before each use.
 
 A plan exists where each module is the native one, or a quantized one, and nothing hangs on its call. Architectures are
-rows of a table. What a plan was made from is listed in it: modules with their classes, tensors with their addresses.
-`of` compares these lists, which takes tenths of a millisecond, and makes a new plan when anything differs.
+rows of a table (families.py). What a plan was made from is listed in it: modules with their classes, tensors with
+their addresses. `of` compares these lists, which takes tenths of a millisecond, and makes a new plan when anything
+differs.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,41 +15,16 @@ from torch import nn
 
 from stocha_hf.decoding import structs
 from stocha_hf.decoding.conditions import is_called
+from stocha_hf.decoding.cuts import cut_matrix, is_cut, where, with_cut
+from stocha_hf.decoding.families import FAMILIES
 from stocha_hf.decoding.ffn import zero_up_to
 from stocha_hf.decoding.layers import IN_A_STEP
-from stocha_hf.decoding.state import key_of, neuron_major
+from stocha_hf.decoding.state import input_major, key_of, neuron_major
 from stocha_hf.decoding.structs import matrix, matrix_of, pointer
 from stocha_hf.spec import ACTIVATIONS
 
 ATTENTION = ("sdpa", "eager")  # what transformers may be asked to compute attention with
 CHANGING_ROTARY = ("dynamic", "longrope")  # whose frequencies depend on the length
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a model_type's classes are, and their prefix. Gemma's have norms around both halves of a layer, whose
-    weights count from 1. Mistral has one sliding window for all layers, which its attention reads in the config.
-    """
-
-    module: str
-    prefix: str
-    is_gemma: bool = False
-    has_one_window: bool = False
-
-    def kind(self, name: str) -> Any:
-        """Return a class of the native file, such as DecoderLayer, or None."""
-        native = importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}")
-        return getattr(native, self.prefix + name, None)
-
-
-FAMILIES = {
-    "llama": Family("llama", "Llama"),
-    "mistral": Family("mistral", "Mistral", has_one_window=True),
-    "qwen2": Family("qwen2", "Qwen2"),
-    "qwen3": Family("qwen3", "Qwen3"),
-    "gemma2": Family("gemma2", "Gemma2", is_gemma=True),
-    "gemma3_text": Family("gemma3", "Gemma3", is_gemma=True),
-}
 
 
 class _Refused(Exception):
@@ -66,7 +40,8 @@ class Plan:
         self.children: list[tuple[Any, str, Any]] = []  # a module's table, a name in it, the child
         self.tensors: list[tuple[Any, str, Any, int]] = []  # the same of a tensor, and its address
         self.rules: list[tuple[Any, str, float]] = []  # an MLP, its activation and threshold
-        self.gates: list[tuple[Any, Any]] = []  # an MLP that skips neurons, and its transposed down
+        self.copies: list[tuple[Any, Any, Any]] = []  # a function of a module, the module, the transposed copy it gave
+        self.cutting: list[tuple[Any, float, float]] = []  # a projection that cuts its input, its threshold and centre
         self.kept: list[Any] = []  # what structures point to and nobody else may hold
         config = self.config = model.config
         family = FAMILIES.get(config.model_type)
@@ -88,9 +63,13 @@ class Plan:
         layers = [self._layer(layer) for layer in parts["layers"][: config.num_hidden_layers]]
         self.layers = (structs.Layer * len(layers))(*layers)
         attention = parts["layers"][0].self_attn
-        heads = layers[0].q.rows // attention.head_dim
-        self.head_dim, self.key_heads = attention.head_dim, layers[0].k.rows // attention.head_dim
+        heads = layers[0].q.outputs // attention.head_dim
+        self.head_dim, self.key_heads = attention.head_dim, layers[0].k.outputs // attention.head_dim
         self.vocabulary, self.windows = head.rows, [layer.window for layer in layers]
+        places = {where(module) for module, _, _ in self.cutting}
+        if len(places) > 1:
+            raise _Refused
+        self.where = places.pop() if places else "never"
         self.model = structs.Model(
             None, len(layers), embedding, head, self._norm(parts["norm"]), structs.DTYPES[self.dtype],
             config.hidden_size, heads, self.key_heads, self.head_dim, family.is_gemma, config.rms_norm_eps, factor,
@@ -107,9 +86,17 @@ class Plan:
             and all(table.get(name) is child for table, name, child in self.children)
             and all(table.get(name) is tensor and tensor.data_ptr() == at for table, name, tensor, at in self.tensors)
             and all(mlp.running == name and zero_up_to(mlp) == cut for mlp, name, cut in self.rules)
-            and all(neuron_major(mlp) is down_t for mlp, down_t in self.gates)
+            and all(function(module) is copy for function, module, copy in self.copies)
+            and all(
+                where(module) == self.where and module.input_threshold == threshold and module.input_centre == centre
+                for module, threshold, centre in self.cutting
+            )
             and self.config._attn_implementation in ATTENTION
         )
+
+    def cuts(self, tokens: int) -> bool:
+        """Return whether a step of so many tokens a sequence cuts inputs, as the model says now."""
+        return self.where == "always" or (self.where == "decode" and tokens == 1)
 
     def _watch(self, module: nn.Module, kind: type | None) -> None:
         """Note a module that must stay of this class, with its children, without anything that hangs on its call."""
@@ -135,13 +122,19 @@ class Plan:
         self._weights(module, nn.Linear)
         if module._parameters.get("bias") is not None:
             self._tensor(module, "bias")
-        return matrix_of(module)
+        if not is_cut(module):
+            return matrix_of(module)
+        found, copy = cut_matrix(module, self.dtype)
+        if copy is not None:
+            self.copies.append((input_major, module, copy))
+        return found
 
     def _weights(self, module: Any, native: type) -> None:
-        if hasattr(module, "input_threshold"):
-            raise _Refused  # it cuts its input, which is to be done by its own forward
         quantized = structs.is_quantized(module)
-        self._watch(module, type(module) if quantized else native)
+        own = module.native_class if is_cut(module) else type(module)
+        self._watch(module, type(module) if quantized or (is_cut(module) and own is native) else native)
+        if is_cut(module):
+            self.cutting.append((module, module.input_threshold, module.input_centre))
         if not quantized:
             self._tensor(module, "weight")
             return
@@ -202,26 +195,33 @@ class Plan:
         self._watch(mlp, type(mlp))
         self._watch(mlp.act_fn, type(mlp.act_fn))
         gate, up, down = (mlp._modules[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        matrices = [self._linear(part) for part in (gate, up, down)]
+        matrices = [self._linear(part) for part in (gate, up)]
         skips = ACTIVATIONS[mlp.running].cut is not None
+        matrices.append(self._linear(down) if structs.is_quantized(down) else self._down(mlp, down, skips))
         threshold = zero_up_to(mlp)
         self.rules.append((mlp, mlp.running, threshold))
-        is_transposed = getattr(down, "transposed", False)
-        if any(m.bias for m in matrices) or (structs.is_quantized(down) and not is_transposed):
+        if any(m.bias for m in matrices):
             raise _Refused
-        if skips and not structs.is_quantized(down):
-            down_t = neuron_major(mlp)
-            if down_t is None:
-                raise _Refused
-            self.gates.append((mlp, down_t))
-            matrices[2], is_transposed = matrix(down_t), True
         coarse = None if mlp.decode_state is None else mlp.decode_state.coarse
         pointers: list[int | None] = [None, None]
         margin = 0.0
-        if coarse is not None and not structs.is_quantized(gate) and coarse.key == key_of(gate.weight):
+        is_plain = not structs.is_quantized(gate) and not is_cut(gate)
+        if coarse is not None and is_plain and coarse.key == key_of(gate.weight):
             pointers, margin = [pointer(coarse.weights), pointer(coarse.scales)], coarse.margin
             self.kept.append(coarse)
-        return structs.Ffn(*matrices, *pointers, structs.ACTIVATIONS[mlp.running], is_transposed, threshold, margin)
+        return structs.Ffn(*matrices, *pointers, structs.ACTIVATIONS[mlp.running], threshold, margin)
+
+    def _down(self, mlp: Any, down: Any, skips: bool) -> structs.Matrix:
+        """The matrix of a down_proj of floats: one copy serves neurons that are skipped and inputs that are cut."""
+        self._weights(down, nn.Linear)
+        if not skips and not is_cut(down):
+            return self._linear(down)
+        function, holder = (input_major, down) if is_cut(down) else (neuron_major, mlp)
+        copy = function(holder)
+        if copy is None:
+            raise _Refused
+        self.copies.append((function, holder, copy))
+        return with_cut(matrix(copy, down._parameters.get("bias"), rows_are_inputs=True), down, self.dtype)
 
 
 def _is(module: nn.Module, kind: type) -> bool:

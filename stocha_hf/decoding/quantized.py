@@ -10,16 +10,17 @@ import torch
 from stocha_hf.decoding import ops
 from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.conditions import decodes
+from stocha_hf.decoding.cuts import skipping_zeros
 from stocha_hf.decoding.structs import DTYPES, is_quantized, matrix_of
 
 
 def linear(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Compute a quantized Linear layer on x [..., in_features]; None where PyTorch is to compute it."""
     bias = module._parameters.get("bias")
-    plain = is_quantized(module) and not module.transposed and (bias is None or bias.dtype == x.dtype)
+    plain = is_quantized(module) and (bias is None or bias.dtype == x.dtype)
     if not plain or not x.is_cpu or not decodes(x) or not ops.available():
         return None
-    return ops.run_linear(x, matrix_of(module), len(module.codes))
+    return ops.run_linear(x, skipping_zeros(matrix_of(module), module, x))
 
 
 def dequantize(module: Any, first: int, last: int, dtype: torch.dtype) -> torch.Tensor | None:

@@ -8,12 +8,14 @@ not change without a number. The file asks `for_contract(its number)` and calls 
     ffn(mlp, x)                               an FFN in eval mode, or None: the native path is to run
     quantized_linear(module, x)               a quantized Linear layer, or None
     dequantize(module, first, last, dtype)    rows of a quantized matrix, or None
+    cut_linear(module, x)                     a Linear layer on an x that it has cut, or None
     stocha(gate, up, p, base, positive)       StochA's hidden vector in training, or None
     step(model, args, kwargs)                 a context around a model's call that `call` left to its forward
     held_bytes(model)                         bytes held beside the parameters
 
 Of an MLP it relies on gate_proj, up_proj, down_proj, act_fn, running, threshold, hidden(gate, up) and a free attribute
-decode_state. Contract 0, of stocha_hf 0.1, is served by stocha_hf/sparse.
+decode_state; of a projection that cuts its input on what cuts.py reads, and a free attribute input_major. Contract 0,
+of stocha_hf 0.1, is served by stocha_hf/sparse.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import nn
 
 from stocha_hf.decoding import noise, quantized
 from stocha_hf.decoding.conditions import FEW
+from stocha_hf.decoding.cuts import cut_linear
 from stocha_hf.decoding.ffn import ffn
 from stocha_hf.decoding.ops import available
 from stocha_hf.decoding.state import held_bytes
@@ -45,6 +48,7 @@ class Runtime(NamedTuple):
     ffn: Callable[..., torch.Tensor | None]
     quantized_linear: Callable[..., torch.Tensor | None]
     dequantize: Callable[..., torch.Tensor | None]
+    cut_linear: Callable[..., torch.Tensor | None]
     stocha: Callable[..., torch.Tensor | None]
     step: Callable[..., AbstractContextManager[None]]
     held_bytes: Callable[[nn.Module], int]
@@ -60,7 +64,15 @@ def for_contract(number: int) -> Runtime:
     from stocha_hf.decoding.step import call
 
     return Runtime(
-        call, generation.sample, ffn, quantized.linear, quantized.dequantize, noise.stocha, step, held_bytes
+        call,
+        generation.sample,
+        ffn,
+        quantized.linear,
+        quantized.dequantize,
+        cut_linear,
+        noise.stocha,
+        step,
+        held_bytes,
     )
 
 

@@ -56,7 +56,13 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
 
 
 def run(
-    rows: CacheRows, ids: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor, kept: int, expected: int = 0
+    rows: CacheRows,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    kept: int,
+    expected: int = 0,
+    cuts: bool | None = None,
 ) -> torch.Tensor | None:
     """Compute a step and write its tokens behind those of the cache, whose tensors show them after `rows.show()`.
 
@@ -67,6 +73,7 @@ def run(
         starts: int64 [sequences], the first place in the cache that is no padding.
         kept: The last so many tokens of each sequence have logits.
         expected: Tokens that will follow, for which the cache may make room now.
+        cuts: Whether projections cut their inputs; None: as the model says.
 
     Returns:
         Logits, float32 [sequences, kept, vocabulary], rounded to the model's type. None where the cache would not keep
@@ -77,7 +84,8 @@ def run(
         return None
     logits = torch.empty(sequences, kept, rows.plan.vocabulary)
     pointers = (ids.data_ptr(), positions.data_ptr(), starts.data_ptr())
-    step = Call(*pointers, sequences, tokens, kept, logits.data_ptr())
+    cuts = rows.plan.cuts(tokens) if cuts is None else cuts
+    step = Call(*pointers, sequences, tokens, kept, logits.data_ptr(), cuts)
     kernels().stocha_step(ctypes.byref(rows.model), ctypes.byref(step), torch.get_num_threads())  # type: ignore[union-attr]
     rows.advance(tokens)
     return logits

@@ -28,8 +28,13 @@ class Matrix(ctypes.Structure):
 
     _fields_ = [
         *((name, _POINTER) for name in ("weights", "scales", "minimums", "bias")),
-        *((name, _SIZE) for name in ("rows", "columns", "format")),
+        *((name, _SIZE) for name in ("rows", "columns", "format", "rows_are_inputs")),
+        *((name, _REAL) for name in ("threshold", "centre")),
     ]
+
+    @property
+    def outputs(self) -> int:
+        return self.columns if self.rows_are_inputs else self.rows
 
 
 class Ffn(ctypes.Structure):
@@ -38,7 +43,7 @@ class Ffn(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("gate", "up", "down")),
         *((name, _POINTER) for name in ("coarse", "coarse_scales")),
-        *((name, _SIZE) for name in ("activation", "down_is_transposed")),
+        ("activation", _SIZE),
         *((name, _REAL) for name in ("threshold", "margin")),
     ]
 
@@ -86,6 +91,7 @@ class Call(ctypes.Structure):
         *((name, _POINTER) for name in ("ids", "positions", "starts")),
         *((name, _SIZE) for name in ("sequences", "tokens", "kept")),
         ("logits", _POINTER),
+        ("cuts", _SIZE),
     ]
 
 
@@ -102,9 +108,9 @@ def is_quantized(module: nn.Module) -> bool:
     return getattr(module, "quantized_format", None) == 1
 
 
-def matrix(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Matrix:
+def matrix(weight: torch.Tensor, bias: torch.Tensor | None = None, rows_are_inputs: bool = False) -> Matrix:
     """Return a float matrix [rows, columns], contiguous."""
-    return Matrix(weight.data_ptr(), None, None, pointer(bias), *weight.shape, DTYPES[weight.dtype])
+    return Matrix(weight.data_ptr(), None, None, pointer(bias), *weight.shape, DTYPES[weight.dtype], rows_are_inputs)
 
 
 def matrix_of(module: Any) -> Matrix:
@@ -114,5 +120,6 @@ def matrix_of(module: Any) -> Matrix:
         return matrix(module._parameters["weight"], bias)
     codes = module.codes
     return Matrix(
-        *map(pointer, (codes, module.scale, module.minimum, bias)), len(codes), module.columns, QUANTIZED[module.bits]
-    )
+        *map(pointer, (codes, module.scale, module.minimum, bias)), len(codes), module.columns, QUANTIZED[module.bits],
+        module.transposed,
+    )  # fmt: skip

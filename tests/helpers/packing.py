@@ -21,9 +21,11 @@ class Packed:
     bits: int
     exact: torch.Tensor
 
-    def matrix(self, bias: torch.Tensor | None = None) -> Matrix:
+    def matrix(
+        self, bias: torch.Tensor | None = None, rows_are_inputs: bool = False, threshold: float = 0.0
+    ) -> Matrix:
         pointers = map(pointer, (self.codes, self.scale, self.minimum, bias))
-        return Matrix(*pointers, *self.exact.shape, QUANTIZED[self.bits])
+        return Matrix(*pointers, *self.exact.shape, QUANTIZED[self.bits], rows_are_inputs, threshold)
 
 
 def packed(rows: int, columns: int, bits: int, has_minimum: bool = False) -> Packed:

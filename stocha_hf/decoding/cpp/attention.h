@@ -4,7 +4,7 @@
 // their softmax are float32.
 #pragma once
 
-#include "matrix.h"
+#include "sums.h"
 
 struct Norm {
   const void* weight;  // [size], of the model's type; null for none

@@ -5,7 +5,7 @@
 // on the number of threads: a sum is never split between them.
 #pragma once
 
-#include "matrix.h"
+#include "linear.h"
 
 enum Activation { kRelu, kFatRelu, kRelu2, kDRelu, kShiftedRelu, kSilu, kGelu };
 
@@ -13,7 +13,7 @@ struct Ffn {  // as structs.py has it
   Matrix gate, up, down;
   const int8_t* coarse;        // gate in 8 bits [rows, columns], or null
   const float* coarse_scales;  // [rows]: gate is about scale * coarse
-  int64_t activation, down_is_transposed;
+  int64_t activation;
   float threshold;
   float margin;  // of the coarse gate: standard deviations of the rounding error; 0: its bound, which makes results exact
 
@@ -21,12 +21,11 @@ struct Ffn {  // as structs.py has it
 };
 
 struct Scratch {  // shared by a team
-  std::vector<float> hidden, acc;
+  std::vector<float> hidden;
   std::vector<int64_t> active, counts;
   void reserve(const Ffn& f, int64_t padded_tokens, int threads) {
-    hidden.resize(std::max<size_t>(hidden.size(), f.gate.rows * padded_tokens));
-    acc.resize(std::max<size_t>(acc.size(), (f.gate.columns + kGroupSize) * padded_tokens));
-    active.resize(std::max<size_t>(active.size(), f.gate.rows));
+    hidden.resize(std::max<size_t>(hidden.size(), f.gate.outputs() * padded_tokens));
+    active.resize(std::max<size_t>(active.size(), f.gate.outputs()));
     counts.assign(threads, 0);
   }
 };
@@ -67,7 +66,7 @@ constexpr int kCoarseTokens = 2;  // with more, judging all rows takes longer th
 template <int T>
 int64_t candidates_for(const Ffn& f, const Inputs& x, Part mine, int64_t* active) {
   constexpr int R = kRows;
-  const int64_t size = f.gate.columns;
+  const int64_t size = f.gate.inputs();
   float slack[T] = {};
   for (int64_t t = 0; t < x.tokens; ++t) {
     float sum_1 = 0, sum_2 = 0;
@@ -108,13 +107,14 @@ inline int64_t candidates_of(const Ffn& f, const Inputs& x, Part mine, int64_t* 
 // A thread's part of a gated FFN of x; ends with the outputs of its columns or rows handed to keep(output, token,
 // value). Returns the number of neurons that were active for some token.
 template <class Keep>
-int64_t ffn(const Ffn& f, int type, Inputs& x, Scratch& scratch, Team team, Keep keep) {
-  const int64_t width = f.gate.rows, T = x.padded;
+int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
+  const int type = x.type;
+  const int64_t width = f.gate.outputs(), T = x.padded;
   float* hidden = scratch.hidden.data();  // [T] a neuron; of a thread's neurons, those that are active come first
   int64_t* active = scratch.active.data();
   // 0 * inf is NaN in the dense path: where x is not finite, no neuron may be skipped
   const bool all = !f.skips() || !all_finite(x.values.data(), x.tokens * x.size);
-  const Part mine(width, kRows, team);
+  const Part mine = part_of(f.gate, team);
 
   // 1. Gate rows, all or those that the coarse gate leaves: `found` are those with an activation that is not zero.
   const bool coarse = f.coarse && !all && x.tokens <= kCoarseTokens;
@@ -135,22 +135,24 @@ int64_t ffn(const Ffn& f, int type, Inputs& x, Scratch& scratch, Team team, Keep
     }
   });
 
-  // 2. Their up rows.
-  int64_t kept = mine.begin;
+  // 2. Their up rows, and what of hidden down takes.
+  const bool cut = cuts(f.down, x);
+  int64_t kept_end = mine.begin;
   in_turn(f.up, x, all ? nullptr : active, mine.begin, found, !all, [&](int64_t first, int64_t last, float* values) {
     round_row(type, values, (last - first) * T);
     for (int64_t i = first; i < last; ++i, values += T) {
-      bool any = !f.down_is_transposed;
+      bool any = !f.down.rows_are_inputs || (!f.skips() && !cut);
       for (int64_t t = 0; t < T; ++t) {
         const float value = f.activation == kDRelu && values[t] <= 0 ? 0 : values[t];
-        hidden[kept * T + t] = rounded(type, hidden[i * T + t] * value);
-        any |= hidden[kept * T + t] != 0;
+        const float product = rounded(type, hidden[i * T + t] * value);
+        hidden[kept_end * T + t] = cut && t < x.tokens ? kept(f.down, type, product) : product;
+        any |= hidden[kept_end * T + t] != 0;
       }
-      active[kept] = active[i];
-      kept += any;
+      active[kept_end] = active[i];
+      kept_end += any;
     }
   });
-  scratch.counts[team.thread] = kept - mine.begin;
+  scratch.counts[team.thread] = kept_end - mine.begin;
   team.wait();
 
   // 3. All active rows of down, in this thread's columns.
@@ -159,27 +161,25 @@ int64_t ffn(const Ffn& f, int type, Inputs& x, Scratch& scratch, Team team, Keep
   neurons.clear();
   factors.clear();
   for (int other = 0; other < team.threads; ++other) {
-    const int64_t begin = Part(width, kRows, {other, team.threads, nullptr}).begin, end = begin + scratch.counts[other];
+    const int64_t begin = part_of(f.gate, {other, team.threads, nullptr}).begin, end = begin + scratch.counts[other];
     neurons.insert(neurons.end(), active + begin, active + end);
     factors.insert(factors.end(), hidden + begin * T, hidden + end * T);
   }
   const auto count = static_cast<int64_t>(neurons.size());
-  if (f.down_is_transposed) {
-    float* acc = scratch.acc.data();
-    const int64_t stride = f.down.format < kFormat8 ? f.down.columns : f.down.groups() * kGroupSize;
-    const Part columns = columns_of(f.down, team);
-    sum_rows(f.down, neurons.data(), factors.data(), count, T, columns, acc, stride);
+  if (f.down.rows_are_inputs) {
+    const Part columns = part_of(f.down, team);
+    const Sums sums = sums_of(f.down, neurons.data(), factors.data(), count, T, x.tokens, columns);
     for (int64_t t = 0; t < x.tokens; ++t)
-      for (int64_t c = columns.begin; c < std::min(columns.end, x.size); ++c)
-        keep(c, t, rounded(type, acc[t * stride + c]));
+      for (int64_t c = columns.begin; c < columns.end; ++c) keep(c, t, rounded(type, sums(c, t)));
   } else {
     static thread_local std::vector<float> rows;
     static thread_local Inputs hidden_x;
-    rows.resize(x.tokens * width);
-    for (int64_t i = 0; i < width; ++i)
-      for (int64_t t = 0; t < x.tokens; ++t) rows[t * width + i] = factors[i * T + t];
+    rows.assign(x.tokens * width, 0.0f);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t t = 0; t < x.tokens; ++t) rows[t * width + neurons[i]] = factors[i * T + t];
+    hidden_x.type = type;
     hidden_x.set(rows.data(), x.tokens, width);
-    linear(f.down, type, hidden_x, Part(f.down.rows, kRows, team), keep);
+    linear(f.down, hidden_x, team, keep);
   }
   return count;
 }

@@ -7,8 +7,9 @@
 //   vectors.h    vectors of float32, types in and out of them
 //   team.h       threads, and what they wait with
 //   floats.h     rows of bfloat16, float16, float32
-//   quantized.h  rows of 8 and 4 bits
-//   matrix.h     a matrix in any of these formats
+//   quantized.h  rows of 8 and 4 bits; quantized_sums.h  sums of them
+//   matrix.h     a matrix in any of these formats; sums.h  sums of its rows
+//   linear.h     its products with x, in either layout
 //   ffn.h        a gated FFN
 //   attention.h  attention to a cache
 //   step.h       all of a model
@@ -25,7 +26,7 @@ int64_t ffn_call(const Ffn& f, int type, const void* x, void* out, int64_t token
   static thread_local std::vector<float> x_own, y_own;
   Scratch& scratch = own;  // the team's, where `own` would be each thread's
   std::vector<float>&given = x_own, &y = y_own;
-  const int64_t size = f.gate.columns;
+  const int64_t size = f.gate.inputs();
   given.resize(tokens * size);
   y.resize(tokens * size);
   widen(type, x, tokens * size, given.data());
@@ -33,9 +34,11 @@ int64_t ffn_call(const Ffn& f, int type, const void* x, void* out, int64_t token
   scratch.reserve(f, 8, threads);
   with_team(threads, [&](Team team) {
     static thread_local Inputs inputs;
+    inputs.type = type;
+    inputs.cuts = true;
     inputs.set(given.data(), tokens, size);
     const auto keep = [&](int64_t c, int64_t t, float value) { y[t * size + c] = value; };
-    const int64_t found = ffn(f, type, inputs, scratch, team, keep);
+    const int64_t found = ffn(f, inputs, scratch, team, keep);
     if (team.thread == 0) active = found;
   });
   narrow(type, y.data(), tokens * size, out);
@@ -45,16 +48,18 @@ int64_t ffn_call(const Ffn& f, int type, const void* x, void* out, int64_t token
 void linear_call(const Matrix& m, int type, const void* x, void* out, int64_t tokens, int threads) {
   static thread_local std::vector<float> x_own, y_own;
   std::vector<float>&given = x_own, &y = y_own;
-  given.resize(tokens * m.columns);
-  y.resize(tokens * m.rows);
-  widen(type, x, tokens * m.columns, given.data());
+  const int64_t size = m.inputs(), outputs = m.outputs();
+  given.resize(tokens * size);
+  y.resize(tokens * outputs);
+  widen(type, x, tokens * size, given.data());
   with_team(threads, [&](Team team) {
     static thread_local Inputs inputs;
-    inputs.set(given.data(), tokens, m.columns);
-    linear(m, type, inputs, Part(m.rows, kRows, team),
-           [&](int64_t row, int64_t t, float value) { y[t * m.rows + row] = value; });
+    inputs.type = type;
+    inputs.cuts = true;
+    inputs.set(given.data(), tokens, size);
+    linear(m, inputs, team, [&](int64_t o, int64_t t, float value) { y[t * outputs + o] = value; });
   });
-  narrow(type, y.data(), tokens * m.rows, out);
+  narrow(type, y.data(), tokens * outputs, out);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A matrix of weights in any format, its products with x, and sums of its rows.
+// A matrix of weights in any format, and its rows' products with x.
 #pragma once
 
 #include <type_traits>
@@ -11,9 +11,13 @@ enum Format { kFormatBf16 = kBf16, kFormatFp16 = kFp16, kFormatFloat = kFloat, k
 struct Matrix {  // as structs.py has it
   const void* weights;  // [rows, columns], or their codes; columns are a multiple of 32 where they are codes
   const fp16 *scales, *minimums;  // [rows, columns / 32], of codes; minimums may be null
-  const void* bias;  // [rows] or null, of the model's type
+  const void* bias;  // [outputs] or null, of the model's type
   int64_t rows, columns, format;
+  int64_t rows_are_inputs;  // or outputs: y is a sum of rows, or rows' products with x
+  float threshold, centre;  // x's entries within the threshold of the centre are cut to it; 0: none
 
+  int64_t inputs() const { return rows_are_inputs ? rows : columns; }
+  int64_t outputs() const { return rows_are_inputs ? columns : rows; }
   int64_t groups() const { return (columns + kGroupSize - 1) / kGroupSize; }
   int64_t row_bytes() const {
     if (format == kFormat4) return groups() * 16;
@@ -34,6 +38,8 @@ struct Inputs {
 #endif
   QuantizedX of_4, of_8;
   bool has_4 = false, has_8 = false;
+  int type = kFloat;  // of the model
+  bool cuts = false;  // whether matrices with a threshold cut it
 
   void set(const float* x, int64_t count, int64_t width) {
     tokens = count;
@@ -133,116 +139,6 @@ void with_tokens(int64_t padded, F f) {
 // values [rows, x.padded] of the products of these rows.
 inline void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
   with_tokens(x.padded, [&](auto T) { products<decltype(T)::value>(m, x, chosen, values); });
-}
-
-constexpr int64_t kAtOnce = 64;  // rows, whose products are then looked at
-
-// f(first, last, values) for the rows of a list, some at a time.
-template <class F>
-void in_turn(const Matrix& m, Inputs& x, const int64_t* list, int64_t begin, int64_t end, bool side_by_side, F f) {
-  float values[kAtOnce * 8];
-  for (int64_t i = begin; i < end; i += kAtOnce) {
-    const int64_t last = std::min(i + kAtOnce, end);
-    products(m, x, {list, i, last, end, side_by_side}, values);
-    f(i, last, values);
-  }
-}
-
-// y = W x + bias, each output rounded to `type` and handed to keep(row, token, value); this thread's rows.
-template <class Keep>
-void linear(const Matrix& m, int type, Inputs& x, Part mine, Keep keep) {
-  in_turn(m, x, nullptr, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
-    float biases[kAtOnce] = {};
-    if (m.bias) widen(type, static_cast<const char*>(m.bias) + first * (type == kFloat ? 4 : 2), last - first, biases);
-    for (int64_t row = first; row < last; ++row, values += x.padded)
-      for (int64_t t = 0; t < x.tokens; ++t) keep(row, t, rounded(type, values[t] + biases[row - first]));
-  });
-}
-
-constexpr int kGroup = 8;  // rows added at a time where each is exact
-
-// A part of the columns, whole cache lines or vectors of codes.
-inline Part columns_of(const Matrix& m, Team team) {
-  if (m.format < kFormat8) return Part(m.columns, kLine / (m.format == kFormatFloat ? 4 : 2), team);
-  Part groups(m.groups(), kPer, team);
-  groups.begin *= kGroupSize;
-  groups.end *= kGroupSize;
-  return groups;
-}
-
-// acc[t * stride + columns] = sum over i of hidden[i * T + t] * row neurons[i], `count` rows. stride is at least the
-// columns, for codes rounded up to whole groups.
-template <int T>
-void sum_rows_of(const Matrix& m, const int64_t* neurons, const float* hidden, int64_t count, Part columns, float* acc,
-              int64_t stride) {
-  if (columns.begin >= columns.end) return;
-  for (int t = 0; t < T; ++t) std::fill(acc + t * stride + columns.begin, acc + t * stride + columns.end, 0.0f);
-  const auto fetch = [&](int64_t from, int64_t rows, int64_t begin_byte, int64_t end_byte) {
-    for (int64_t i = from; i < std::min(from + rows, count); ++i)
-      for (int64_t byte = begin_byte; byte < end_byte; byte += kLine) prefetch(m.row(neurons[i]) + byte);
-  };
-  const int64_t first = columns.begin / kGroupSize, last = columns.end / kGroupSize;
-  if (m.format == kFormat4) {
-    BlockOf4 block[T];
-    for (int64_t i = 0; i < count; i += kBlock) {
-      fetch(i + kBlock, kBlock, first * 16, last * 16);
-      for (int t = 0; t < T; ++t)
-        for (int64_t r = 0; r < kBlock; ++r) {
-          const int64_t from = std::min(i + r, count - 1), neuron = neurons[from];
-          block[t].rows[r] = m.row(neuron);
-          block[t].scales[r] = m.row_scales(neuron);
-          block[t].minimums[r] = m.row_minimums(neuron);
-          block[t].hidden[r] = i + r < count ? hidden[from * T + t] : 0.0f;
-        }
-      for (int64_t g = first; g < last; g += kLanes)
-        for (int t = 0; t < T; ++t)
-          add_block_4(block[t], g, std::min<int64_t>(kLanes, last - g), m.minimums, acc + t * stride + g * kGroupSize);
-    }
-  } else if (m.format == kFormat8) {
-    const int8_t* rows[kGroup];
-    const fp16 *scales[kGroup], *minimums[kGroup];
-    const auto set = [&](int64_t i, int g) {
-      rows[g] = reinterpret_cast<const int8_t*>(m.row(neurons[i]));
-      scales[g] = m.row_scales(neurons[i]);
-      minimums[g] = m.row_minimums(neurons[i]);
-    };
-    int64_t i = 0;
-    for (; i + kGroup <= count; i += kGroup) {
-      fetch(i + kGroup, kGroup, first * kGroupSize, last * kGroupSize);
-      for (int g = 0; g < kGroup; ++g) set(i + g, g);
-      for (int64_t g = first; g < last; g += kLanes)
-        add_block_8<kGroup, T>(rows, scales, minimums, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
-                               acc + g * kGroupSize, stride);
-    }
-    for (; i < count; ++i) {
-      set(i, 0);
-      for (int64_t g = first; g < last; g += kLanes)
-        add_block_8<1, T>(rows, scales, minimums, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
-                          acc + g * kGroupSize, stride);
-    }
-  } else {
-    with_type(static_cast<int>(m.format), [&](auto* element) {
-      using E = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-      const E *weights = static_cast<const E*>(m.weights), *rows[kGroup], *next[kGroup];
-      int64_t i = 0;
-      for (; i + kGroup <= count; i += kGroup) {
-        for (int g = 0; g < kGroup; ++g) {
-          rows[g] = weights + neurons[i + g] * m.columns;
-          next[g] = weights + neurons[std::min(i + kGroup + g, count - 1)] * m.columns;
-        }
-        add_rows<kGroup, T>(rows, next, hidden + i * T, acc, stride, columns.begin, columns.end);
-      }
-      for (; i < count; ++i) {
-        rows[0] = weights + neurons[i] * m.columns;
-        add_rows<1, T>(rows, rows, hidden + i * T, acc, stride, columns.begin, columns.end);
-      }
-    });
-  }
-}
-
-inline void sum_rows(const Matrix& m, const int64_t* neurons, const float* hidden, int64_t count, int64_t tokens,
-                     Part columns, float* acc, int64_t stride) {
-  with_tokens(tokens, [&](auto T) { sum_rows_of<decltype(T)::value>(m, neurons, hidden, count, columns, acc, stride); });
 }
 
 inline void dequantize(const Matrix& m, int64_t row, int64_t size, float* out) {

@@ -32,6 +32,7 @@ struct Call {
   const int64_t *ids, *positions, *starts;  // [sequences, tokens] each; [sequences], the first token that is no padding
   int64_t sequences, tokens, kept;          // logits of the last `kept` tokens of each sequence
   float* logits;                            // [sequences, kept, rows of the head]
+  int64_t cuts;                             // whether matrices with a threshold cut their inputs
 };
 
 struct Shared {  // what threads tell each other
@@ -66,6 +67,8 @@ struct Pass {  // a thread's part of a step
   }
 
   void run() {
+    inputs.type = type;
+    inputs.cuts = call.cuts != 0;
     stream.resize(count * size);
     normed.resize(count * size);
     for (int64_t i = 0; i < count; ++i) embed(call.ids[i], &stream[i * size]);
@@ -77,7 +80,7 @@ struct Pass {  // a thread's part of a step
       attention(layer);
       add(layer.attention_norm);
       norm_stream(layer.ffn_input_norm);
-      ffn(layer.ffn, type, inputs, shared.scratch, team, keep_in(shared.projected.data(), size));
+      ffn(layer.ffn, inputs, shared.scratch, team, keep_in(shared.projected.data(), size));
       team.wait();
       add(layer.ffn_norm);
     }
@@ -126,7 +129,7 @@ struct Pass {  // a thread's part of a step
   }
 
   void multiply(const Matrix& m, float* out) {
-    linear(m, type, inputs, Part(m.rows, kRows, team), keep_in(out, m.rows));
+    linear(m, inputs, team, keep_in(out, m.outputs()));
   }
 
   void attention(const Layer& layer) {
@@ -189,7 +192,7 @@ struct Pass {  // a thread's part of a step
                  &normed[(s * call.kept + i) * size]);
     inputs.set(normed.data(), call.sequences * call.kept, size);
     const float cap = model.soft_cap;
-    linear(model.head, type, inputs, Part(model.head.rows, kRows, team), [&](int64_t row, int64_t token, float value) {
+    linear(model.head, inputs, team, [&](int64_t row, int64_t token, float value) {
       if (cap > 0) value = rounded(type, rounded(type, std::tanh(rounded(type, value / cap))) * cap);
       call.logits[token * model.head.rows + row] = value;
     });

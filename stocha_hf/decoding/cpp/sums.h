@@ -1,0 +1,107 @@
+// Sums of a matrix's rows, which are neurons or inputs: only those are read that some token needs.
+#pragma once
+
+#include "matrix.h"
+#include "quantized_sums.h"
+
+constexpr int kGroup = 8;  // rows added at a time where each is exact
+
+// Columns begin to end - 1 as whole cache lines or vectors of codes, in which threads divide them.
+constexpr int64_t kUnit = kPer * kGroupSize;
+
+// acc[t * stride + columns] = sum over i of hidden[i * T + t] * row list[i], `count` rows, for `tokens` <= T. stride is at
+// least the columns rounded up to whole groups, which acc has room for.
+template <int T>
+void sum_rows_of(const Matrix& m, const int64_t* list, const float* hidden, int64_t count, int tokens, Part columns,
+                 float* acc, int64_t stride) {
+  if (columns.begin >= columns.end) return;
+  for (int t = 0; t < T; ++t) std::fill(acc + t * stride + columns.begin, acc + t * stride + columns.end, 0.0f);
+  const int64_t first = columns.begin / kGroupSize, last = (columns.end + kGroupSize - 1) / kGroupSize;
+  if (m.format == kFormat4) {
+    BlockOf4 block;
+    block.tokens = tokens;
+    for (int t = 0; t < tokens; ++t) {
+      block.not_finite[t] = 0;
+      for (int64_t i = 0; i < count; ++i) block.not_finite[t] += hidden[i * T + t] * 0.0f;
+    }
+    for (int64_t i = 0; i < count; i += kBlock) {
+      const int rows = static_cast<int>(std::min<int64_t>(kBlock, count - i));
+      block.pairs = (rows + 1) / 2;
+      for (int r = 0; r < 2 * block.pairs; ++r) {
+        const int64_t at = i + std::min(r, rows - 1), row = list[at], next = list[std::min(at + kBlock, count - 1)];
+        block.rows[r] = m.row(row);
+        block.scales[r] = m.row_scales(row);
+        block.minimums[r] = m.row_minimums(row);
+        block.readable[r] = (m.rows - 1 - row) * m.groups() >= kLanes;
+        block.next[r] = m.row(next);
+        block.next_scales[r] = m.row_scales(next);
+        for (int t = 0; t < tokens; ++t) block.hidden[r][t] = r < rows ? hidden[at * T + t] : 0.0f;
+      }
+      for (int64_t g = first; g < last; g += kLanes)
+        add_block_4(block, g, std::min<int64_t>(kLanes, last - g), m.minimums, acc + g * kGroupSize, stride);
+    }
+  } else if (m.format == kFormat8) {
+    const int8_t* rows[kGroup];
+    const fp16 *scales[kGroup], *minimums[kGroup];
+    const auto set = [&](int64_t i, int g) {
+      rows[g] = reinterpret_cast<const int8_t*>(m.row(list[i]));
+      scales[g] = m.row_scales(list[i]);
+      minimums[g] = m.row_minimums(list[i]);
+    };
+    int64_t i = 0;
+    for (; i + kGroup <= count; i += kGroup) {
+      for (int64_t next = i + kGroup; next < std::min(i + 2 * kGroup, count); ++next)
+        for (int64_t byte = first * kGroupSize; byte < last * kGroupSize; byte += kLine) prefetch(m.row(list[next]) + byte);
+      for (int g = 0; g < kGroup; ++g) set(i + g, g);
+      for (int64_t g = first; g < last; g += kLanes)
+        add_block_8<kGroup, T>(rows, scales, minimums, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
+                               acc + g * kGroupSize, stride);
+    }
+    for (; i < count; ++i) {
+      set(i, 0);
+      for (int64_t g = first; g < last; g += kLanes)
+        add_block_8<1, T>(rows, scales, minimums, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
+                          acc + g * kGroupSize, stride);
+    }
+  } else {
+    with_type(static_cast<int>(m.format), [&](auto* element) {
+      using E = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+      const E *weights = static_cast<const E*>(m.weights), *rows[kGroup], *next[kGroup];
+      int64_t i = 0;
+      for (; i + kGroup <= count; i += kGroup) {
+        for (int g = 0; g < kGroup; ++g) {
+          rows[g] = weights + list[i + g] * m.columns;
+          next[g] = weights + list[std::min(i + kGroup + g, count - 1)] * m.columns;
+        }
+        add_rows<kGroup, T>(rows, next, hidden + i * T, acc, stride, columns.begin, columns.end);
+      }
+      for (; i < count; ++i) {
+        rows[0] = weights + list[i] * m.columns;
+        add_rows<1, T>(rows, rows, hidden + i * T, acc, stride, columns.begin, columns.end);
+      }
+    });
+  }
+}
+
+inline void sum_rows(const Matrix& m, const int64_t* list, const float* hidden, int64_t count, int64_t padded,
+                     int64_t tokens, Part columns, float* acc, int64_t stride) {
+  with_tokens(padded, [&](auto T) {
+    sum_rows_of<decltype(T)::value>(m, list, hidden, count, static_cast<int>(tokens), columns, acc, stride);
+  });
+}
+
+// Of several tokens, thread by thread.
+struct Sums {
+  const float* values;
+  int64_t stride;
+  float operator()(int64_t column, int64_t token) const { return values[token * stride + column]; }
+};
+
+inline Sums sums_of(const Matrix& m, const int64_t* list, const float* hidden, int64_t count, int64_t padded,
+                    int64_t tokens, Part columns) {
+  static thread_local std::vector<float> acc;
+  const int64_t stride = m.groups() * kGroupSize;
+  acc.resize(std::max<size_t>(acc.size(), padded * stride));
+  sum_rows(m, list, hidden, count, padded, tokens, columns, acc.data(), stride);
+  return {acc.data(), stride};
+}

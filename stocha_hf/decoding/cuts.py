@@ -1,0 +1,71 @@
+"""Projections that cut their inputs: what the kernels are told of them, and their calls outside whole steps.
+
+A cut saves reading where the matrix lies an input a row. A quantized folder stores it so; of floats a step makes a
+copy (state.py). A centre other than 0 is computed in full: what is cut counts there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from stocha_hf.decoding import ops
+from stocha_hf.decoding.conditions import decodes, infers, is_called
+from stocha_hf.decoding.state import input_major, sole
+from stocha_hf.decoding.structs import Matrix, is_quantized, matrix, matrix_of
+
+SMALLEST = 1e-40  # a threshold of what is cut already: less than any number but 0
+
+
+def is_cut(module: Any) -> bool:
+    """Return whether a module cuts its input, by an attribute: each folder's modeling file has classes of its own."""
+    return "input_threshold" in module.__dict__
+
+
+def where(module: Any) -> str:
+    """Return where a module in eval mode cuts: "always", "decode" (one new token a sequence) or "never"."""
+    return module.cut_forced or module.cut_inference
+
+
+def cut_matrix(module: Any, dtype: torch.dtype) -> tuple[Matrix, torch.Tensor | None]:
+    """Return the matrix of a projection that cuts, with its threshold, and the copy that it points to, or None."""
+    copy = None
+    if not is_quantized(module) and module.input_centre == 0 and module.input_threshold > 0:
+        copy = input_major(module)
+    found = matrix_of(module) if copy is None else matrix(copy, module._parameters["bias"], rows_are_inputs=True)
+    return with_cut(found, module, dtype), copy
+
+
+def with_cut(found: Matrix, module: Any, dtype: torch.dtype) -> Matrix:
+    """Return a matrix with the threshold and centre of a module, rounded as PyTorch rounds what x is compared with."""
+    if is_cut(module):
+        found.threshold = torch.tensor(module.input_threshold, dtype=dtype).item()
+        found.centre = torch.tensor(module.input_centre, dtype=dtype).item()
+    return found
+
+
+def skipping_zeros(found: Matrix, module: Any, x: torch.Tensor) -> Matrix:
+    """Return a matrix that does not read what multiplies zeros, for an x that its module has cut."""
+    if is_cut(module) and module.cuts(x):
+        found.threshold = SMALLEST
+    return found
+
+
+def cut_linear(module: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """Compute a Linear layer on an x [..., in_features] that it has cut where it cuts; None for the native path."""
+    if module.native_class is not nn.Linear or not x.is_cpu or torch.compiler.is_compiling() or not infers(x):
+        return None
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if type(weight) is not nn.Parameter or weight.dtype != x.dtype or not weight.is_cpu:
+        return None
+    if decodes(x) and module.cuts(x) and weight.is_contiguous() and not is_called(module) and ops.available():
+        copy = input_major(module)
+        if copy is not None:
+            found = matrix(copy, bias, rows_are_inputs=True)
+            return ops.run_linear(x, skipping_zeros(found, module, x))
+    copy = sole(module.input_major, weight)
+    if copy is None:
+        return None
+    return x @ copy if bias is None else x @ copy + bias
