@@ -74,6 +74,13 @@ class _GrowingLayer:
             self.begin = max(self.begin, self.end - self.seen)
             self.layer.cumulative_length += new
 
+    def rewind(self, count: int) -> None:
+        """Forget the last tokens, of steps since the buffer was made."""
+        self.end -= count
+        if self.seen is not None:
+            self.begin = max(0, self.end - self.seen)
+            self.layer.cumulative_length -= count
+
     def show(self) -> None:
         self.shown = tuple(part[:, :, self.begin : self.end] for part in (self.keys, self.values))
         self.layer.keys, self.layer.values = self.shown
@@ -100,6 +107,10 @@ class _StaticLayer:
     def advance(self, new: int) -> None:
         self.end += new
         self.pending += new
+
+    def rewind(self, count: int) -> None:
+        self.end -= count
+        self.pending -= count
 
     def show(self) -> None:
         self.layer.cumulative_length.add_(self.pending)
@@ -138,6 +149,11 @@ class CacheRows:
         """Count tokens that a step wrote."""
         for row in self.rows:
             row.advance(new)
+
+    def rewind(self, count: int) -> None:
+        """Forget the last tokens, which steps wrote since `prepare` made room for them all."""
+        for row in self.rows:
+            row.rewind(count)
 
     def show(self) -> None:
         """Let the cache have what was written."""

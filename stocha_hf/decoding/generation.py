@@ -35,13 +35,19 @@ def sample(
     **model_kwargs: Any,
 ) -> Any:
     """Return what GenerationMixin._sample returns for these arguments; None where its own loop is to run."""
-    if synced_gpus or not available() or not _is_plain(model, input_ids, generation_config, model_kwargs):
+    plan = None if synced_gpus else plan_of(model, input_ids, generation_config, model_kwargs)
+    if plan is None:
+        return None
+    loop = Loop(model, plan, input_ids, generation_config, model_kwargs)
+    return loop.run(logits_processor, stopping_criteria, streamer)
+
+
+def plan_of(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the plan of a model whose steps from this prompt on a loop here can take, or None."""
+    if not available() or not _is_plain(model, input_ids, config, kwargs):
         return None
     plan = plans.of(model)
-    if plan is None or not takes(plan, model_kwargs[CACHE]):
-        return None
-    loop = _Loop(model, plan, input_ids, generation_config, model_kwargs)
-    return loop.run(logits_processor, stopping_criteria, streamer)
+    return plan if plan is not None and takes(plan, kwargs[CACHE]) else None
 
 
 def _is_plain(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
@@ -59,93 +65,109 @@ def _is_plain(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str
     )
 
 
-class _Loop:
+class Loop:
+    """One call of generate(): the ids so far, and the cache as rows that steps write."""
+
     def __init__(self, model: Any, plan: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:
         self.model, self.plan, self.config, self.kwargs = model, plan, config, kwargs
         self.sequences, self.length = input_ids.shape
         self.ids = torch.empty(self.sequences, max(config.max_length or 0, self.length + 256), dtype=torch.int64)
         self.ids[:, : self.length] = input_ids
+        self.unfinished = torch.ones(self.sequences, dtype=torch.int64)
         self.scores: Any = () if config.return_dict_in_generate and config.output_scores else None
         self.logits: Any = () if config.return_dict_in_generate and config.output_logits else None
 
     def run(self, processors: Any, criteria: Any, streamer: Any) -> Any:
-        decode = self._prefilled()
-        has_end = any(hasattr(rule, "eos_token_id") for rule in criteria)
-        ended = _ended(criteria, self.sequences)
-        unfinished = torch.ones(self.sequences, dtype=torch.int64)
-        logits = self.first
+        """Decode until the criteria say stop; return what generate() returns."""
+        self.begin(processors, criteria, streamer)
+        logits = self.prefilled()
         try:
-            while True:
-                given = self.ids[:, : self.length]
-                scores = processors(given, logits) if len(processors) else logits
-                if self.scores is not None:
-                    self.scores += (scores,)
-                if self.logits is not None:
-                    self.logits += (logits,)
-                if self.config.do_sample:
-                    chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-                else:
-                    chosen = scores.argmax(-1)
-                if has_end and self.sequences > 1:
-                    chosen = chosen * unfinished + self.config._pad_token_tensor * (1 - unfinished)
-                self._append(chosen)
-                done = ended(self.ids[:, : self.length], self.scores)
-                if streamer is not None:
-                    streamer.put(chosen)
-                if isinstance(done, torch.Tensor):
-                    unfinished &= ~done
-                    done = not unfinished.any()
-                if done:
-                    break
-                logits = decode(chosen)
+            while not self.take(logits):
+                logits = self.decode()
         finally:
             self.finish()
-        return self._result(streamer)
+        return self.result()
 
-    def _prefilled(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Read the prompt; return what gives the logits [sequences, vocabulary] after one more token each."""
+    def begin(self, processors: Any, criteria: Any, streamer: Any) -> None:
+        self.processors, self.streamer = processors, streamer
+        self.has_end = any(hasattr(rule, "eos_token_id") for rule in criteria)
+        self.ended = _ended(criteria, self.sequences)
+
+    def processed(self, logits: torch.Tensor, length: int) -> torch.Tensor:
+        """Return the scores of logits [sequences, vocabulary] behind so many ids."""
+        return self.processors(self.ids[:, :length], logits) if len(self.processors) else logits
+
+    def take(self, logits: torch.Tensor) -> bool:
+        """Choose the next token of each sequence by logits [sequences, vocabulary]; return whether it is the last."""
+        scores = self.processed(logits, self.length)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.config.do_sample:
+            chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            chosen = scores.argmax(-1)
+        if self.has_end and self.sequences > 1:
+            chosen = chosen * self.unfinished + self.config._pad_token_tensor * (1 - self.unfinished)
+        self.make_room(1)
+        self.ids[:, self.length] = chosen
+        self.length += 1
+        done = self.ended(self.ids[:, : self.length], self.scores)
+        if self.streamer is not None:
+            self.streamer.put(chosen)
+        if isinstance(done, torch.Tensor):
+            self.unfinished &= ~done
+            done = not self.unfinished.any()
+        return bool(done)
+
+    def prefilled(self) -> torch.Tensor:
+        """Read the prompt; return the logits [sequences, vocabulary] of what follows."""
         kwargs = self.kwargs
         outputs = self.model._prefill(
             self.ids[:, : self.length], self.config, kwargs, is_first_iteration=not self.config.is_assistant
         )
-        self.first = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-        cache, mask, positions = getattr(outputs, CACHE), kwargs.get("attention_mask"), kwargs.get("position_ids")
+        self.cache, positions = getattr(outputs, CACHE), kwargs.get("position_ids")
         at = torch.full((self.sequences, 1), self.length) if positions is None else positions[:, -1:] + 1
-        at = at.expand(self.sequences, 1).contiguous()
-        starts = step.padding(mask, self.sequences, self.length)
-        rows = None if starts is None else rows_of(self.plan, cache, self.sequences)
-        self.finish: Callable[[], None] = (lambda: None) if rows is None else rows.show
-        expected = self.ids.shape[1] - self.length
+        self.at = at.expand(self.sequences, 1).contiguous()
+        self.starts = step.padding(kwargs.get("attention_mask"), self.sequences, self.length)
+        self.rows = None if self.starts is None else rows_of(self.plan, self.cache, self.sequences)
+        return outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
 
-        def decode(chosen: torch.Tensor) -> torch.Tensor:
-            found = None
-            if rows is not None and starts is not None:
-                found = step.run(rows, chosen[:, None], at, starts, 1, expected)
-            if found is None:
-                self.finish()
-                found = self._by_call(chosen, at, cache)
-            at.add_(1)
-            return found[:, 0]
+    def decode(self) -> torch.Tensor:
+        """Return the logits [sequences, vocabulary] behind the last token of each sequence."""
+        chosen, found = self.ids[:, self.length - 1 : self.length].contiguous(), None
+        if self.rows is not None and self.starts is not None:
+            expected = self.ids.shape[1] - self.length
+            found = step.run(self.rows, chosen, self.at, self.starts, 1, expected)
+        if found is None:
+            self.finish()
+            found = self._by_call(chosen)
+        self.at.add_(1)
+        return found[:, 0]
 
-        return decode
+    def finish(self) -> None:
+        """Let the cache show what was written."""
+        if self.rows is not None:
+            self.rows.show()
 
-    def _by_call(self, chosen: torch.Tensor, at: torch.Tensor, cache: Any) -> torch.Tensor:
+    def make_room(self, tokens: int) -> None:
+        """Let `ids` have room for more tokens."""
+        if self.length + tokens > self.ids.shape[1]:
+            self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], 1)
+
+    def _by_call(self, chosen: torch.Tensor) -> torch.Tensor:
         """The same by the model's own call."""
         mask = self.kwargs.get("attention_mask")
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(self.sequences, self.length - mask.shape[1])], 1)
-        known = {"attention_mask": mask, "position_ids": at, CACHE: cache}
-        return self.model(chosen[:, None], use_cache=True, logits_to_keep=1, **known).logits.float()
+        known = {"attention_mask": mask, "position_ids": self.at, CACHE: self.cache}
+        return self.model(chosen, use_cache=True, logits_to_keep=1, **known).logits.float()
 
-    def _append(self, chosen: torch.Tensor) -> None:
-        if self.length == self.ids.shape[1]:
-            self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], 1)
-        self.ids[:, self.length] = chosen
-        self.length += 1
-
-    def _result(self, streamer: Any) -> Any:
-        if streamer is not None:
-            streamer.end()
+    def result(self) -> Any:
+        """Return what generate() returns."""
+        if self.streamer is not None:
+            self.streamer.end()
         sequences = self.ids[:, : self.length].clone()
         if not self.config.return_dict_in_generate:
             return sequences

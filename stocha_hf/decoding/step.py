@@ -63,6 +63,7 @@ def run(
     kept: int,
     expected: int = 0,
     cuts: bool | None = None,
+    listed: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Compute a step and write its tokens behind those of the cache, whose tensors show them after `rows.show()`.
 
@@ -74,18 +75,20 @@ def run(
         kept: The last so many tokens of each sequence have logits.
         expected: Tokens that will follow, for which the cache may make room now.
         cuts: Whether projections cut their inputs; None: as the model says.
+        listed: int64, rising and contiguous: tokens whose logits are computed; None: all.
 
     Returns:
-        Logits, float32 [sequences, kept, vocabulary], rounded to the model's type. None where the cache would not keep
-        the tokens behind the others, such as a static one with a window that is full.
+        Logits, float32 [sequences, kept, vocabulary or number of `listed`], rounded to the model's type. None where
+        the cache would not keep the tokens behind the others, such as a static one with a window that is full.
     """
     sequences, tokens = ids.shape
     if not rows.prepare(tokens, bool(starts.any()), expected):
         return None
-    logits = torch.empty(sequences, kept, rows.plan.vocabulary)
+    logits = torch.empty(sequences, kept, rows.plan.vocabulary if listed is None else len(listed))
     pointers = (ids.data_ptr(), positions.data_ptr(), starts.data_ptr())
     cuts = rows.plan.cuts(tokens) if cuts is None else cuts
-    step = Call(*pointers, sequences, tokens, kept, logits.data_ptr(), cuts)
+    told = (None, 0) if listed is None else (listed.data_ptr(), len(listed))
+    step = Call(*pointers, sequences, tokens, kept, logits.data_ptr(), cuts, *told)
     kernels().stocha_step(ctypes.byref(rows.model), ctypes.byref(step), torch.get_num_threads())  # type: ignore[union-attr]
     rows.advance(tokens)
     return logits

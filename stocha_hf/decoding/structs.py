@@ -92,6 +92,8 @@ class Call(ctypes.Structure):
         *((name, _SIZE) for name in ("sequences", "tokens", "kept")),
         ("logits", _POINTER),
         ("cuts", _SIZE),
+        ("listed", _POINTER),
+        ("listed_count", _SIZE),
     ]
 
 

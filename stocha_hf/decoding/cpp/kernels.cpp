@@ -7,7 +7,7 @@
 //   vectors.h    vectors of float32, types in and out of them
 //   team.h       threads, and what they wait with
 //   floats.h     rows of bfloat16, float16, float32
-//   quantized.h  rows of 8 and 4 bits; quantized_sums.h  sums of them
+//   codes.h      codes of 8 and 4 bits; quantized.h  rows of them; quantized_sums.h  sums of rows
 //   matrix.h     a matrix in any of these formats; sums.h  sums of its rows
 //   linear.h     its products with x, in either layout
 //   ffn.h        a gated FFN

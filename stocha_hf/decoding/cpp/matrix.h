@@ -101,24 +101,51 @@ void float_products(const Matrix& m, const Inputs& x, Rows chosen, float* values
   }
 }
 
+// values [rows, stride] of T tokens from the first one on, of kRows rows from i on, of which there are `here`.
+template <int T, class Code>
+void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i, int64_t here, int64_t first, float* values,
+                   int64_t stride) {
+  constexpr int R = kRows / T;
+  const int64_t ahead = first ? 0 : std::max<int64_t>(kAheadAlone / m.row_bytes(), kRows);
+  for (int64_t from = 0; from < here; from += R) {
+    CodeRows<R, Code> rows;
+    rows.groups = m.groups();
+    rows.has_minimum = m.minimums;
+    rows.readable = true;
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = i + std::min(from + r, here - 1), row = chosen[at];
+      rows.codes[r] = reinterpret_cast<const Code*>(m.row(row));
+      rows.next[r] = reinterpret_cast<const Code*>(m.row(chosen[std::min(at + ahead, chosen.limit - 1)]));
+      rows.scales[r] = m.row_scales(row);
+      rows.minimums[r] = m.row_minimums(row);
+      rows.readable &= (m.rows - 1 - row) * m.groups() >= kLanes;
+    }
+    float found[R][T];
+    if constexpr (std::is_same_v<Code, uint8_t>)
+      dots_4<R, T>(rows, x, first, found);
+    else
+      dots_8<R, T>(rows, x, first, found);
+    for (int64_t r = 0; r < std::min<int64_t>(R, here - from); ++r)
+      for (int t = 0; t < T; ++t) values[(from + r) * stride + first + t] = found[r][t];
+  }
+}
+
+// The same of all tokens and rows: kRows rows at a time, for as many tokens as the registers hold.
+template <class Code>
+void code_products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
+  const QuantizedX& of_x = x.quantized(m.format == kFormat4 ? 4 : 8);
+  for (int64_t i = chosen.begin; i < chosen.end; i += kRows, values += kRows * x.padded) {
+    const int64_t here = std::min<int64_t>(kRows, chosen.end - i);
+    int64_t t = 0;
+    for (; t + 4 <= x.tokens; t += 4) code_products<4, Code>(m, of_x, chosen, i, here, t, values, x.padded);
+    for (; t + 2 <= x.tokens; t += 2) code_products<2, Code>(m, of_x, chosen, i, here, t, values, x.padded);
+    for (; t < x.tokens; ++t) code_products<1, Code>(m, of_x, chosen, i, here, t, values, x.padded);
+    for (int64_t r = 0; r < here; ++r) std::fill(values + r * x.padded + x.tokens, values + (r + 1) * x.padded, 0.0f);
+  }
+}
+
 template <int T>
 void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
-  if (m.format >= kFormat8) {
-    const QuantizedX& of_x = x.quantized(m.format == kFormat4 ? 4 : 8);
-    const int64_t ahead = std::max<int64_t>(kAheadAlone / m.row_bytes(), 1);
-    for (int64_t i = chosen.begin; i < chosen.end; ++i, values += T) {
-      float(&out)[T] = *reinterpret_cast<float(*)[T]>(values);
-      const int64_t r = chosen[i];
-      const uint8_t* next = m.row(chosen[std::min(i + ahead, chosen.limit - 1)]);
-      const bool readable = (m.rows - 1 - r) * m.groups() >= kLanes;
-      if (m.format == kFormat4)
-        dots_4<T>(m.row(r), m.row_scales(r), m.row_minimums(r), m.groups(), of_x, readable, next, out);
-      else
-        dots_8<T>(reinterpret_cast<const int8_t*>(m.row(r)), m.row_scales(r), m.row_minimums(r), m.groups(), of_x,
-                  readable, reinterpret_cast<const int8_t*>(next), out);
-    }
-    return;
-  }
   with_type(static_cast<int>(m.format), [&](auto* element) {
     using E = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
     if (T <= 2 && !chosen.side_by_side)
@@ -138,6 +165,8 @@ void with_tokens(int64_t padded, F f) {
 
 // values [rows, x.padded] of the products of these rows.
 inline void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
+  if (m.format == kFormat4) return code_products<uint8_t>(m, x, chosen, values);
+  if (m.format == kFormat8) return code_products<int8_t>(m, x, chosen, values);
   with_tokens(x.padded, [&](auto T) { products<decltype(T)::value>(m, x, chosen, values); });
 }
 

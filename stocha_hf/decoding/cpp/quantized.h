@@ -1,144 +1,10 @@
 // Rows of 8- and 4-bit weights: their dot products with an x in 8 bits.
 //
-// Weights come in groups of 32 along a row, w = code * scale, or code * scale + minimum. 8 bits: int8. 4 bits: byte j of
-// a group's 16 holds element j in its low half and element j + 16 in its high half, with zero at 8 if there is no
-// minimum. x is rounded to 255 steps in groups of 32 too, so that products are of bytes; everything after that is
-// float32. `kLanes` groups make a chunk: as many as a Vector holds scales.
+// x is rounded to 255 steps in groups of 32, as weights are, so that products are of bytes; everything after that is
+// float32.
 #pragma once
 
-#include <vector>
-
-#include "floats.h"
-
-constexpr int kGroupSize = 32;
-constexpr int kBytes = 4 * kLanes;  // of a vector
-constexpr int kPer = kLanes / 4;    // groups of 4 bits in a vector
-constexpr int kChunk = kLanes * kGroupSize;
-
-typedef int8_t Signed __attribute__((vector_size(kBytes)));
-typedef uint8_t Unsigned __attribute__((vector_size(kBytes)));
-typedef int16_t Shorts __attribute__((vector_size(kBytes)));
-typedef uint16_t Words __attribute__((vector_size(kBytes)));
-typedef Unsigned LooseUnsigned __attribute__((aligned(1), may_alias));
-typedef Signed LooseSigned __attribute__((aligned(1), may_alias));
-
-inline Unsigned load_codes(const uint8_t* p) { return *reinterpret_cast<const LooseUnsigned*>(p); }
-inline Signed load_codes(const int8_t* p) { return *reinterpret_cast<const LooseSigned*>(p); }
-inline Unsigned low_halves(Unsigned codes) { return codes & 15; }
-inline Unsigned high_halves(Unsigned codes) { return (Unsigned)((Words)codes >> 4) & 15; }
-
-// Each lane's sum of four products, of codes 0 to 15 in two vectors, and of signed ones from -127 to 127.
-inline Integers dot(Unsigned low, Signed x_low, Unsigned high, Signed x_high) {
-#if defined(__AVX512VNNI__) && defined(STOCHA_AVX512)
-  return (Integers)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)low, (__m512i)x_low),
-                                       (__m512i)high, (__m512i)x_high);
-#elif defined(STOCHA_AVX512)
-  const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)low, (__m512i)x_low),
-                                         _mm512_maddubs_epi16((__m512i)high, (__m512i)x_high));
-  return (Integers)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#elif defined(__AVXVNNI__) && defined(STOCHA_AVX2)
-  return (Integers)_mm256_dpbusd_avx_epi32(
-      _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), (__m256i)low, (__m256i)x_low), (__m256i)high, (__m256i)x_high);
-#elif defined(STOCHA_AVX2)
-  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)low, (__m256i)x_low),
-                                         _mm256_maddubs_epi16((__m256i)high, (__m256i)x_high));
-  return (Integers)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#elif defined(STOCHA_NEON)
-  return (Integers)vdotq_s32(vdotq_s32(vdupq_n_s32(0), (int8x16_t)low, (int8x16_t)x_low), (int8x16_t)high,
-                             (int8x16_t)x_high);
-#else
-  Integers total = {};
-  for (int i = 0; i < kBytes; ++i) total[i / 4] += low[i] * x_low[i] + high[i] * x_high[i];
-  return total;
-#endif
-}
-
-inline Integers dot(Signed w, Signed x) {
-#if defined(STOCHA_AVX512)
-  const __m512i size = _mm512_abs_epi8((__m512i)w);
-  const __m512i turned = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), (__m512i)x);
-#if defined(__AVX512VNNI__)
-  return (Integers)_mm512_dpbusd_epi32(_mm512_setzero_si512(), size, turned);
-#else
-  return (Integers)_mm512_madd_epi16(_mm512_maddubs_epi16(size, turned), _mm512_set1_epi16(1));
-#endif
-#elif defined(STOCHA_AVX2)
-  const __m256i size = _mm256_sign_epi8((__m256i)w, (__m256i)w), turned = _mm256_sign_epi8((__m256i)x, (__m256i)w);
-#if defined(__AVXVNNI__)
-  return (Integers)_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), size, turned);
-#else
-  return (Integers)_mm256_madd_epi16(_mm256_maddubs_epi16(size, turned), _mm256_set1_epi16(1));
-#endif
-#elif defined(STOCHA_NEON)
-  return (Integers)vdotq_s32(vdupq_n_s32(0), (int8x16_t)w, (int8x16_t)x);
-#else
-  Integers total = {};
-  for (int i = 0; i < kBytes; ++i) total[i / 4] += w[i] * x[i];
-  return total;
-#endif
-}
-
-// A chunk's numbers, one a group, in the order that `spread` wants: of each 128 bits' lanes, lane i is for vector i.
-template <class V>
-inline V arranged(V v) {
-  Integers order;
-  for (int i = 0; i < kLanes; ++i) order[i] = i % 4 * kPer + i / 4;
-  return __builtin_shuffle(v, order);
-}
-
-// Each group's number in the four lanes of its sums in vector i of a chunk.
-template <int i, class V>
-inline V spread(V arranged) {
-  Integers order;
-  for (int lane = 0; lane < kLanes; ++lane) order[lane] = lane / 4 * 4 + i;
-  return __builtin_shuffle(arranged, order);
-}
-
-// The same in a chunk of 8-bit codes, of eight vectors.
-template <int i, class V>
-inline V spread_8(V v) {
-  Integers order;
-  for (int lane = 0; lane < kLanes; ++lane) order[lane] = (i * kLanes + lane) / 8;
-  return __builtin_shuffle(v, order);
-}
-
-template <int i, int n, class F>
-inline void repeated(F f) {  // f with a constant 0 to n - 1
-  if constexpr (i < n) {
-    f(std::integral_constant<int, i>());
-    repeated<i + 1, n>(f);
-  }
-}
-
-// The first `count` of kLanes numbers, then zeros. `readable`: there are kLanes of whatever kind.
-inline Vector load_part(const fp16* p, int64_t count, bool readable = false) {
-  if (count >= kLanes) return load(p);
-  if (readable) {
-    Integers lanes;
-    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-    return (Vector)((Integers)load(p) & (lanes < static_cast<int>(count)));
-  }
-  fp16 part[kLanes] = {};
-  std::memcpy(part, p, count * sizeof *p);
-  return load(part);
-}
-
-template <class Code>
-inline auto load_codes_part(const Code* p, int64_t bytes, bool readable = false) {
-  if (bytes >= kBytes || readable) return load_codes(p);
-  Code part[kBytes] = {};
-  std::memcpy(part, p, bytes);
-  return load_codes(part);
-}
-
-inline void store_bytes(Integers x, int8_t* p) {  // x from -128 to 127
-#if defined(STOCHA_AVX2)
-  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
-  _mm_storeu_si64(p, _mm_packs_epi16(shorts, shorts));
-#else
-  *reinterpret_cast<LooseBytes*>(p) = __builtin_convertvector(x, LooseBytes);
-#endif
-}
+#include "codes.h"
 
 // x [tokens, size] in 8 bits: chunk after chunk, in the order in which codes of `bits` bits are loaded.
 struct QuantizedX {
@@ -199,74 +65,104 @@ struct QuantizedX {
   }
 };
 
-// A row's dot products with T tokens. Meanwhile the row at `next` is fetched. `readable`: behind the row are at least
-// kLanes more groups; codes read from there meet zeros of x.
-template <int T>
-inline void dots_4(const uint8_t* codes, const fp16* scales, const fp16* minimum, int64_t groups, const QuantizedX& x,
-                   bool readable, const uint8_t* next, float (&out)[T]) {
-  Vector total[T] = {};
-  const int64_t stride = x.chunks;
-  for (int64_t chunk = 0, g = 0; g < groups; ++chunk, g += kLanes) {
-    const int64_t here = groups - g;
-    const Vector scale = arranged(load_part(scales + g, here, readable));
-    const Vector offset = minimum ? arranged(load_part(minimum + g, here, readable)) : scale * -8.0f;
-    Vector factor[T];
-    for (int t = 0; t < T; ++t) {
-      factor[t] = scale * load(&x.scales[(t * stride + chunk) * kLanes]);
-      total[t] += offset * load(&x.totals[(t * stride + chunk) * kLanes]);
-    }
-    const uint8_t* p = codes + g * 16;
-    for (int64_t i = 0; i < kChunk / 2; i += kLine) prefetch(next + g * 16 + i);
-    const auto step = [&](auto i, Unsigned loaded) {
-      const Unsigned low = low_halves(loaded), high = high_halves(loaded);
-#pragma GCC unroll 8
+// R rows of codes, and what is fetched meanwhile. `readable`: behind each row are at least kLanes more groups; codes read
+// from there meet zeros of x.
+template <int R, class Code>
+struct CodeRows {
+  const Code *codes[R], *next[R];
+  const fp16 *scales[R], *minimums[R];
+  int64_t groups;
+  bool has_minimum, readable;
+};
+
+// Dot products of R rows with T tokens of x from the first one on. Sums are independent of R and T, so that a row gives
+// a token the same number in any company; R * T of them keep the processor busy.
+template <int R, int T>
+inline void dots_4(const CodeRows<R, uint8_t>& rows, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+  Vector total[R][T] = {};
+  for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
+    const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
+    Vector factor[R][T];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vector scale = arranged(load_part(rows.scales[r] + g, here, rows.readable));
+      const Vector offset = rows.has_minimum ? arranged(load_part(rows.minimums[r] + g, here, rows.readable)) : scale * -8.0f;
+#pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        const int8_t* part = &x.codes[(t * stride + chunk) * kChunk + i * 2 * kBytes];
-        const Integers products = dot(low, load_codes(part), high, load_codes(part + kBytes));
-        total[t] += __builtin_convertvector(products, Vector) * spread<i>(factor[t]);
+        factor[r][t] = scale * load(&x.scales[(t * x.chunks + at) * kLanes]);
+        total[r][t] += offset * load(&x.totals[(t * x.chunks + at) * kLanes]);
+      }
+      for (int64_t i = 0; i < kChunk / 2; i += kLine) prefetch(rows.next[r] + g * 16 + i);
+    }
+    const auto step = [&](auto i, bool whole) {
+      const int8_t* part = &x.codes[at * kChunk + i * 2 * kBytes];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* p = rows.codes[r] + g * 16 + i * kBytes;
+        const Unsigned codes = load_codes_part(p, (here - i * kPer) * 16, whole);
+        const Unsigned low = low_halves(codes), high = high_halves(codes);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const int8_t* of_t = part + t * x.chunks * kChunk;
+          const Integers products = dot(low, load_codes(of_t), high, load_codes(of_t + kBytes));
+          total[r][t] += __builtin_convertvector(products, Vector) * spread<i>(factor[r][t]);
+        }
       }
     };
     if (here >= kLanes)
-      repeated<0, 4>([&](auto i) { step(i, load_codes(p + i * kBytes)); });
+      repeated<0, 4>([&](auto i) { step(i, true); });
     else
       repeated<0, 4>([&](auto i) {
-        if (i * kPer < here) step(i, load_codes_part(p + i * kBytes, (here - i * kPer) * 16, readable));
+        if (i * kPer < here) step(i, rows.readable);
       });
   }
-  for (int t = 0; t < T; ++t) out[t] = sum(total[t]);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) out[r][t] = sum(total[r][t]);
 }
 
-template <int T>
-inline void dots_8(const int8_t* codes, const fp16* scales, const fp16* minimum, int64_t groups, const QuantizedX& x,
-                   bool readable, const int8_t* next, float (&out)[T]) {
-  Vector total[T] = {};
-  const int64_t stride = x.chunks;
-  for (int64_t chunk = 0, g = 0; g < groups; ++chunk, g += kLanes) {
-    const int64_t here = groups - g;
-    const Vector scale = load_part(scales + g, here, readable);
-    Vector factor[T];
-    for (int t = 0; t < T; ++t) {
-      factor[t] = scale * load(&x.scales[(t * stride + chunk) * kLanes]);
-      if (minimum) total[t] += load_part(minimum + g, here, readable) * load(&x.totals[(t * stride + chunk) * kLanes]);
-    }
-    const int8_t* p = codes + g * kGroupSize;
-    for (int64_t i = 0; i < kChunk; i += kLine) prefetch(next + g * kGroupSize + i);
-    const auto step = [&](auto i, Signed loaded) {
-#pragma GCC unroll 8
+template <int R, int T>
+inline void dots_8(const CodeRows<R, int8_t>& rows, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+  Vector total[R][T] = {};
+  for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
+    const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
+    Vector factor[R][T];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vector scale = load_part(rows.scales[r] + g, here, rows.readable);
+      const Vector offset = rows.has_minimum ? load_part(rows.minimums[r] + g, here, rows.readable) : Vector{};
+#pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        const int8_t* part = &x.codes[(t * stride + chunk) * kChunk + i * kBytes];
-        total[t] += __builtin_convertvector(dot(loaded, load_codes(part)), Vector) * spread_8<i>(factor[t]);
+        factor[r][t] = scale * load(&x.scales[(t * x.chunks + at) * kLanes]);
+        if (rows.has_minimum) total[r][t] += offset * load(&x.totals[(t * x.chunks + at) * kLanes]);
+      }
+      for (int64_t i = 0; i < kChunk; i += kLine) prefetch(rows.next[r] + g * kGroupSize + i);
+    }
+    const auto step = [&](auto i, bool whole) {
+      const int8_t* part = &x.codes[at * kChunk + i * kBytes];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const int8_t* p = rows.codes[r] + g * kGroupSize + i * kBytes;
+        const Signed codes = load_codes_part(p, here * kGroupSize - i * kBytes, whole);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const Integers products = dot(codes, load_codes(part + t * x.chunks * kChunk));
+          total[r][t] += __builtin_convertvector(products, Vector) * spread_8<i>(factor[r][t]);
+        }
       }
     };
     if (here >= kLanes)
-      repeated<0, 8>([&](auto i) { step(i, load_codes(p + i * kBytes)); });
+      repeated<0, 8>([&](auto i) { step(i, true); });
     else
       repeated<0, 8>([&](auto i) {
-        if (i * kBytes < here * kGroupSize)
-          step(i, load_codes_part(p + i * kBytes, here * kGroupSize - i * kBytes, readable));
+        if (i * kBytes < here * kGroupSize) step(i, rows.readable);
       });
   }
-  for (int t = 0; t < T; ++t) out[t] = sum(total[t]);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) out[r][t] = sum(total[r][t]);
 }
 
 // A row as float32, for embeddings and prefill.

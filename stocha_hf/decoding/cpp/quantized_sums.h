@@ -61,12 +61,10 @@ typedef int16_t EightShorts __attribute__((vector_size(16), may_alias));
 
 struct BlockOf4 {  // a block's rows, and what each is multiplied with
   const uint8_t* rows[kBlock];
-  const uint8_t* next[kBlock];  // rows to fetch meanwhile
-  const fp16 *scales[kBlock], *minimums[kBlock], *next_scales[kBlock];
-  bool readable[kBlock];  // behind the row are at least kLanes more groups
-  float hidden[kBlock][kTokens];
-  float not_finite[kTokens];  // 0, or NaN for a token with hidden entries that are not finite
-  int pairs, tokens;          // rows are an even number: the last may have hidden entries of 0
+  const fp16 *scales[kBlock], *minimums[kBlock];
+  float hidden[kTokens][kBlock];
+  int pairs;      // rows are an even number: the last may have hidden entries of 0
+  bool readable;  // behind each row are at least kLanes more groups
 };
 
 struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 255 steps
@@ -74,20 +72,19 @@ struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 2
   float step[kLanes], offset[kLanes];
 };
 
-inline void set_factors(const BlockOf4& block, const Vector* scales, int64_t group, int64_t here, bool has_minimum, int t,
-                        FactorsOf4& to) {
+inline void set_factors(const BlockOf4& block, const Vector* scales, int64_t group, int64_t here, bool has_minimum,
+                        const float* hidden, float not_finite, FactorsOf4& to) {
   const int rows = 2 * block.pairs;
   Vector most = {}, offset = {};
-  for (int r = 0; r < rows; ++r) {
-    most = maximum(most, magnitude(scales[r] * block.hidden[r][t]));
-    if (has_minimum) offset += load_part(block.minimums[r] + group, here, block.readable[r]) * block.hidden[r][t];
-  }
+  for (int r = 0; r < rows; ++r) most = maximum(most, magnitude(scales[r] * hidden[r]));
+  if (has_minimum)
+    for (int r = 0; r < rows; ++r) offset += load_part(block.minimums[r] + group, here, block.readable) * hidden[r];
   const Vector inverse = most > 1e-30f ? 127.0f / most : Vector{};
-  const Vector step = (most + block.not_finite[t]) * (1.0f / 127);
+  const Vector step = (most + not_finite) * (1.0f / 127);
   Integers total = {};
   for (int p = 0; p < block.pairs; ++p) {
-    const Integers a = nearest(scales[2 * p] * (inverse * block.hidden[2 * p][t]));
-    const Integers b = nearest(scales[2 * p + 1] * (inverse * block.hidden[2 * p + 1][t]));
+    const Integers a = nearest(scales[2 * p] * (inverse * hidden[2 * p]));
+    const Integers b = nearest(scales[2 * p + 1] * (inverse * hidden[2 * p + 1]));
     total += a + b;
     const Integers both = (a & 0xff) | ((b & 0xff) << 8);
     to.pairs[p] = arranged(both | (both << 16));
@@ -98,66 +95,75 @@ inline void set_factors(const BlockOf4& block, const Vector* scales, int64_t gro
   store(has_minimum ? offset + __builtin_convertvector(total, Vector) * step * 8.0f : offset, to.offset);
 }
 
-// acc[t * stride : t * stride + 32 * kPer] of vector i of a chunk, for T of the block's tokens.
-template <int i, int T>
-inline void add_vector_4(const BlockOf4& block, const FactorsOf4* factors, int64_t from, int64_t here, bool fetches, float* acc,
-                         int64_t stride) {
-  Words sums[T][4];  // which wrap around on the way to what fits
-#pragma GCC unroll 2
-  for (int t = 0; t < T; ++t)
-    for (Words& s : sums[t]) s = (Words)spread<i>(factors[t].start);
-  const int64_t bytes = (here - i * kPer) * 16;
-  const auto add = [&](int p, Unsigned a, Unsigned b) {
-    const PairOf4 codes(a, b);
-#pragma GCC unroll 2
-    for (int t = 0; t < T; ++t) codes.add_to(sums[t], spread<i>(factors[t].pairs[p]));
-  };
-  if (here - i * kPer >= kPer) {
-    for (int p = 0; p < block.pairs; ++p) {
-      if (fetches) {
-        prefetch(block.next[2 * p] + from);
-        prefetch(block.next[2 * p + 1] + from);
-      }
-      add(p, load_codes(block.rows[2 * p] + from), load_codes(block.rows[2 * p + 1] + from));
-    }
-  } else {
-    for (int p = 0; p < block.pairs; ++p)
-      add(p, load_codes_part(block.rows[2 * p] + from, bytes, block.readable[2 * p]),
-          load_codes_part(block.rows[2 * p + 1] + from, bytes, block.readable[2 * p + 1]));
-  }
-#pragma GCC unroll 2
-  for (int t = 0; t < T; ++t)
-    for (int q = 0; q < kPer && i * kPer + q < here; ++q) {
-      const float step = factors[t].step[i * kPer + q], offset = factors[t].offset[i * kPer + q];
+// Adds the sums of vector i of a chunk to the chunk's floats.
+template <int i>
+inline void add_sums(const Words (&sums)[4], const FactorsOf4& factors, int64_t here, float* chunk) {
+  float* acc = chunk + i * kPer * kGroupSize;
+  for (int q = 0; q < kPer && i * kPer + q < here; ++q) {
+    const float step = factors.step[i * kPer + q], offset = factors.offset[i * kPer + q];
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        EightShorts part;
-        std::memcpy(&part, reinterpret_cast<const char*>(&sums[t][k]) + q * 16, 16);
-        LooseEight& to = *reinterpret_cast<LooseEight*>(acc + t * stride + q * kGroupSize + k * 8);  // auto would align it
-        to += __builtin_convertvector(part, Eight) * step + offset;
-      }
+    for (int k = 0; k < 4; ++k) {
+      EightShorts part;
+      std::memcpy(&part, reinterpret_cast<const char*>(&sums[k]) + q * 16, 16);
+      LooseEight& to = *reinterpret_cast<LooseEight*>(acc + q * kGroupSize + k * 8);  // auto would align it
+      to += __builtin_convertvector(part, Eight) * step + offset;
     }
+  }
+}
+
+// acc[t * stride + ...] of V vectors from i on of a chunk, for T tokens; V * T <= 2. Meanwhile fetches the next block.
+template <int i, int V, int T>
+inline void add_vectors(const BlockOf4& block, const BlockOf4& next, bool fetches, const FactorsOf4* factors, int64_t group,
+                        int64_t here, float* acc, int64_t stride) {
+  const int64_t from = group * 16 + i * kBytes;
+  const bool whole = block.readable || here >= (i + V) * kPer;
+  Words sums[V][T][4];  // which wrap around on the way to what fits
+  repeated<0, V>([&](auto v) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t)
+      for (Words& s : sums[v][t]) s = (Words)spread<i + v>(factors[t].start);
+  });
+  for (int p = 0; p < block.pairs; ++p) {
+    const uint8_t *a = block.rows[2 * p] + from, *b = block.rows[2 * p + 1] + from;
+    if (fetches)
+      for (int64_t byte = 0; byte < V * kBytes; byte += kLine) {
+        prefetch(next.rows[2 * p] + from + byte);
+        prefetch(next.rows[2 * p + 1] + from + byte);
+      }
+    repeated<0, V>([&](auto v) {
+      const int64_t bytes = (here - (i + v) * kPer) * 16;
+      const PairOf4 codes(load_codes_part(a + v * kBytes, bytes, whole), load_codes_part(b + v * kBytes, bytes, whole));
+#pragma GCC unroll 2
+      for (int t = 0; t < T; ++t) codes.add_to(sums[v][t], spread<i + v>(factors[t].pairs[p]));
+    });
+  }
+  repeated<0, V>([&](auto v) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) add_sums<i + v>(sums[v][t], factors[t], here, acc + t * stride);
+  });
 }
 
 // acc[t * stride : t * stride + 32 * here], of one chunk's groups, here <= kLanes.
-inline void add_block_4(const BlockOf4& block, int64_t group, int64_t here, bool has_minimum, float* acc, int64_t stride) {
+inline void add_block_4(const BlockOf4& block, const BlockOf4& next, const float* not_finite, int tokens, int64_t group,
+                        int64_t here, bool has_minimum, float* acc, int64_t stride) {
   Vector scales[kBlock];
   for (int r = 0; r < 2 * block.pairs; ++r) {
-    scales[r] = load_part(block.scales[r] + group, here, block.readable[r]);
-    prefetch(block.next_scales[r] + group);
+    scales[r] = load_part(block.scales[r] + group, here, block.readable);
+    prefetch(next.scales[r] + group);
   }
   FactorsOf4 factors[kTokens];
-  for (int t = 0; t < block.tokens; ++t) set_factors(block, scales, group, here, has_minimum, t, factors[t]);
+  for (int t = 0; t < tokens; ++t)
+    set_factors(block, scales, group, here, has_minimum, block.hidden[t], not_finite[t], factors[t]);
   repeated<0, 4>([&](auto i) {
     if (i * kPer >= here) return;
-    const int64_t from = group * 16 + i * kBytes;
-    float* to = acc + i * kPer * kGroupSize;
-    for (int t = 0; t < block.tokens; t += 2) {
-      const bool fetches = t == 0 && i * kBytes % kLine == 0;
-      if (t + 1 < block.tokens)
-        add_vector_4<i, 2>(block, factors + t, from, here, fetches, to + t * stride, stride);
-      else
-        add_vector_4<i, 1>(block, factors + t, from, here, fetches, to + t * stride, stride);
+    for (int t = 0; t < tokens; t += 2) {
+      float* to = acc + t * stride;
+      if (t + 1 < tokens)
+        add_vectors<i, 1, 2>(block, next, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
+      else if (i % 2 == 0 && here > (i + 1) * kPer)
+        add_vectors<i, i % 2 ? 1 : 2, 1>(block, next, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
+      else if (i % 2 == 0)
+        add_vectors<i, 1, 1>(block, next, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
     }
   });
 }

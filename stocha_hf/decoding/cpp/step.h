@@ -31,8 +31,10 @@ struct Model {
 struct Call {
   const int64_t *ids, *positions, *starts;  // [sequences, tokens] each; [sequences], the first token that is no padding
   int64_t sequences, tokens, kept;          // logits of the last `kept` tokens of each sequence
-  float* logits;                            // [sequences, kept, rows of the head]
+  float* logits;                            // [sequences, kept, rows of the head], or of those that are listed
   int64_t cuts;                             // whether matrices with a threshold cut their inputs
+  const int64_t* listed;                    // rows of the head that are computed, rising; null: all
+  int64_t listed_count;
 };
 
 struct Shared {  // what threads tell each other
@@ -192,10 +194,23 @@ struct Pass {  // a thread's part of a step
                  &normed[(s * call.kept + i) * size]);
     inputs.set(normed.data(), call.sequences * call.kept, size);
     const float cap = model.soft_cap;
-    linear(model.head, inputs, team, [&](int64_t row, int64_t token, float value) {
-      if (cap > 0) value = rounded(type, rounded(type, std::tanh(rounded(type, value / cap))) * cap);
-      call.logits[token * model.head.rows + row] = value;
+    const Matrix& head = model.head;
+    const int64_t width = call.listed ? call.listed_count : head.rows;
+    const Part mine(width, kRows, team);
+    in_turn(head, inputs, call.listed, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
+      for (int64_t i = first; i < last; ++i, values += inputs.padded)
+        for (int64_t t = 0; t < inputs.tokens; ++t) {
+          float value = rounded(type, values[t] + bias_of(head, call.listed ? call.listed[i] : i));
+          if (cap > 0) value = rounded(type, rounded(type, std::tanh(rounded(type, value / cap))) * cap);
+          call.logits[t * width + i] = value;
+        }
     });
+  }
+
+  float bias_of(const Matrix& m, int64_t output) const {
+    float found = 0;
+    if (m.bias) widen(type, static_cast<const char*>(m.bias) + output * (type == kFloat ? 4 : 2), 1, &found);
+    return found;
   }
 };
 

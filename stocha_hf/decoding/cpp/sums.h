@@ -9,6 +9,20 @@ constexpr int kGroup = 8;  // rows added at a time where each is exact
 // Columns begin to end - 1 as whole cache lines or vectors of codes, in which threads divide them.
 constexpr int64_t kUnit = kPer * kGroupSize;
 
+inline void set_block(const Matrix& m, const int64_t* list, const float* hidden, int64_t first, int64_t count, int padded,
+                      int tokens, BlockOf4& to) {
+  const int rows = static_cast<int>(std::min<int64_t>(kBlock, count - first));
+  to.pairs = (rows + 1) / 2;
+  to.readable = (m.rows - 1 - list[first + rows - 1]) * m.groups() >= kLanes;
+  for (int r = 0; r < kBlock; ++r) {  // all, since other blocks fetch them
+    const int64_t at = first + std::min(r, rows - 1), row = list[at];
+    to.rows[r] = m.row(row);
+    to.scales[r] = m.row_scales(row);
+    to.minimums[r] = m.row_minimums(row);
+    for (int t = 0; t < tokens; ++t) to.hidden[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
+  }
+}
+
 // acc[t * stride + columns] = sum over i of hidden[i * T + t] * row list[i], `count` rows, for `tokens` <= T. stride is at
 // least the columns rounded up to whole groups, which acc has room for.
 template <int T>
@@ -18,27 +32,18 @@ void sum_rows_of(const Matrix& m, const int64_t* list, const float* hidden, int6
   for (int t = 0; t < T; ++t) std::fill(acc + t * stride + columns.begin, acc + t * stride + columns.end, 0.0f);
   const int64_t first = columns.begin / kGroupSize, last = (columns.end + kGroupSize - 1) / kGroupSize;
   if (m.format == kFormat4) {
-    BlockOf4 block;
-    block.tokens = tokens;
-    for (int t = 0; t < tokens; ++t) {
-      block.not_finite[t] = 0;
-      for (int64_t i = 0; i < count; ++i) block.not_finite[t] += hidden[i * T + t] * 0.0f;
-    }
+    float not_finite[kTokens] = {};  // or NaN, where a token's hidden entries are not finite
+    for (int t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < count; ++i) not_finite[t] += hidden[i * T + t] * 0.0f;
+    BlockOf4 blocks[2];
+    if (count) set_block(m, list, hidden, 0, count, T, tokens, blocks[0]);
     for (int64_t i = 0; i < count; i += kBlock) {
-      const int rows = static_cast<int>(std::min<int64_t>(kBlock, count - i));
-      block.pairs = (rows + 1) / 2;
-      for (int r = 0; r < 2 * block.pairs; ++r) {
-        const int64_t at = i + std::min(r, rows - 1), row = list[at], next = list[std::min(at + kBlock, count - 1)];
-        block.rows[r] = m.row(row);
-        block.scales[r] = m.row_scales(row);
-        block.minimums[r] = m.row_minimums(row);
-        block.readable[r] = (m.rows - 1 - row) * m.groups() >= kLanes;
-        block.next[r] = m.row(next);
-        block.next_scales[r] = m.row_scales(next);
-        for (int t = 0; t < tokens; ++t) block.hidden[r][t] = r < rows ? hidden[at * T + t] : 0.0f;
-      }
+      const BlockOf4& block = blocks[i / kBlock % 2];
+      BlockOf4& next = blocks[1 - i / kBlock % 2];
+      set_block(m, list, hidden, i + kBlock < count ? i + kBlock : i, count, T, tokens, next);
       for (int64_t g = first; g < last; g += kLanes)
-        add_block_4(block, g, std::min<int64_t>(kLanes, last - g), m.minimums, acc + g * kGroupSize, stride);
+        add_block_4(block, next, not_finite, tokens, g, std::min<int64_t>(kLanes, last - g), m.minimums,
+                    acc + g * kGroupSize, stride);
     }
   } else if (m.format == kFormat8) {
     const int8_t* rows[kGroup];

@@ -1,0 +1,141 @@
+// Codes of 8 and 4 bits in vectors: loading and unpacking them, and sums of products of bytes.
+//
+// Weights come in groups of 32 along a row, w = code * scale, or code * scale + minimum. 8 bits: int8. 4 bits: byte j of
+// a group's 16 holds element j in its low half and element j + 16 in its high half, with zero at 8 if there is no
+// minimum. `kLanes` groups make a chunk: as many as a Vector holds scales.
+#pragma once
+
+#include <vector>
+
+#include "floats.h"
+
+constexpr int kGroupSize = 32;
+constexpr int kBytes = 4 * kLanes;  // of a vector
+constexpr int kPer = kLanes / 4;    // groups of 4 bits in a vector
+constexpr int kChunk = kLanes * kGroupSize;
+
+typedef int8_t Signed __attribute__((vector_size(kBytes)));
+typedef uint8_t Unsigned __attribute__((vector_size(kBytes)));
+typedef int16_t Shorts __attribute__((vector_size(kBytes)));
+typedef uint16_t Words __attribute__((vector_size(kBytes)));
+typedef Unsigned LooseUnsigned __attribute__((aligned(1), may_alias));
+typedef Signed LooseSigned __attribute__((aligned(1), may_alias));
+
+inline Unsigned load_codes(const uint8_t* p) { return *reinterpret_cast<const LooseUnsigned*>(p); }
+inline Signed load_codes(const int8_t* p) { return *reinterpret_cast<const LooseSigned*>(p); }
+inline Unsigned low_halves(Unsigned codes) { return codes & 15; }
+inline Unsigned high_halves(Unsigned codes) { return (Unsigned)((Words)codes >> 4) & 15; }
+
+// Each lane's sum of four products, of codes 0 to 15 in two vectors, and of signed ones from -127 to 127.
+inline Integers dot(Unsigned low, Signed x_low, Unsigned high, Signed x_high) {
+#if defined(__AVX512VNNI__) && defined(STOCHA_AVX512)
+  return (Integers)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)low, (__m512i)x_low),
+                                       (__m512i)high, (__m512i)x_high);
+#elif defined(STOCHA_AVX512)
+  const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)low, (__m512i)x_low),
+                                         _mm512_maddubs_epi16((__m512i)high, (__m512i)x_high));
+  return (Integers)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVXVNNI__) && defined(STOCHA_AVX2)
+  return (Integers)_mm256_dpbusd_avx_epi32(
+      _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), (__m256i)low, (__m256i)x_low), (__m256i)high, (__m256i)x_high);
+#elif defined(STOCHA_AVX2)
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)low, (__m256i)x_low),
+                                         _mm256_maddubs_epi16((__m256i)high, (__m256i)x_high));
+  return (Integers)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(STOCHA_NEON)
+  return (Integers)vdotq_s32(vdotq_s32(vdupq_n_s32(0), (int8x16_t)low, (int8x16_t)x_low), (int8x16_t)high,
+                             (int8x16_t)x_high);
+#else
+  Integers total = {};
+  for (int i = 0; i < kBytes; ++i) total[i / 4] += low[i] * x_low[i] + high[i] * x_high[i];
+  return total;
+#endif
+}
+
+inline Integers dot(Signed w, Signed x) {
+#if defined(STOCHA_AVX512)
+  const __m512i size = _mm512_abs_epi8((__m512i)w);
+  const __m512i turned = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), (__m512i)x);
+#if defined(__AVX512VNNI__)
+  return (Integers)_mm512_dpbusd_epi32(_mm512_setzero_si512(), size, turned);
+#else
+  return (Integers)_mm512_madd_epi16(_mm512_maddubs_epi16(size, turned), _mm512_set1_epi16(1));
+#endif
+#elif defined(STOCHA_AVX2)
+  const __m256i size = _mm256_sign_epi8((__m256i)w, (__m256i)w), turned = _mm256_sign_epi8((__m256i)x, (__m256i)w);
+#if defined(__AVXVNNI__)
+  return (Integers)_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), size, turned);
+#else
+  return (Integers)_mm256_madd_epi16(_mm256_maddubs_epi16(size, turned), _mm256_set1_epi16(1));
+#endif
+#elif defined(STOCHA_NEON)
+  return (Integers)vdotq_s32(vdupq_n_s32(0), (int8x16_t)w, (int8x16_t)x);
+#else
+  Integers total = {};
+  for (int i = 0; i < kBytes; ++i) total[i / 4] += w[i] * x[i];
+  return total;
+#endif
+}
+
+// A chunk's numbers, one a group, in the order that `spread` wants: of each 128 bits' lanes, lane i is for vector i.
+template <class V>
+inline V arranged(V v) {
+  Integers order;
+  for (int i = 0; i < kLanes; ++i) order[i] = i % 4 * kPer + i / 4;
+  return __builtin_shuffle(v, order);
+}
+
+// Each group's number in the four lanes of its sums in vector i of a chunk.
+template <int i, class V>
+inline V spread(V arranged) {
+  Integers order;
+  for (int lane = 0; lane < kLanes; ++lane) order[lane] = lane / 4 * 4 + i;
+  return __builtin_shuffle(arranged, order);
+}
+
+// The same in a chunk of 8-bit codes, of eight vectors.
+template <int i, class V>
+inline V spread_8(V v) {
+  Integers order;
+  for (int lane = 0; lane < kLanes; ++lane) order[lane] = (i * kLanes + lane) / 8;
+  return __builtin_shuffle(v, order);
+}
+
+template <int i, int n, class F>
+inline void repeated(F f) {  // f with a constant 0 to n - 1
+  if constexpr (i < n) {
+    f(std::integral_constant<int, i>());
+    repeated<i + 1, n>(f);
+  }
+}
+
+// The first `count` of kLanes numbers, then zeros. `readable`: there are kLanes of whatever kind.
+inline Vector load_part(const fp16* p, int64_t count, bool readable = false) {
+  if (count >= kLanes) return load(p);
+  if (readable) {
+    Integers lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+    return (Vector)((Integers)load(p) & (lanes < static_cast<int>(count)));
+  }
+  fp16 part[kLanes] = {};
+  std::memcpy(part, p, count * sizeof *p);
+  return load(part);
+}
+
+template <class Code>
+inline auto load_codes_part(const Code* p, int64_t bytes, bool readable = false) {
+  if (bytes >= kBytes || readable) return load_codes(p);
+  Code part[kBytes] = {};
+  std::memcpy(part, p, bytes);
+  return load_codes(part);
+}
+
+inline void store_bytes(Integers x, int8_t* p) {  // x from -128 to 127
+#if defined(STOCHA_AVX2)
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storeu_si64(p, _mm_packs_epi16(shorts, shorts));
+#else
+  *reinterpret_cast<LooseBytes*>(p) = __builtin_convertvector(x, LooseBytes);
+#endif
+}
+

@@ -1,0 +1,122 @@
+"""Lossless decoding: the text is that of the model without cuts, whatever is drafted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model
+from transformers import StoppingCriteriaList
+
+from stocha_hf.decoding import step
+from stocha_hf.decoding.lossless import Pace, lossless
+from stocha_hf.errors import StochaError
+from stocha_hf.modeling_stocha import InputCuts, StochaConfig, patch
+from stocha_hf.quantization_stocha import Quantization, exchange
+from stocha_hf.spec import ARCHITECTURES, PROJECTIONS
+
+PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40, 11, 7]])
+OPTIONS: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def cut_model(model_type: str = "qwen2", bits: int | None = None, limit: float = 0.2, **overrides: Any) -> Any:
+    model = tiny_model(model_type, max_position_embeddings=512, **overrides)
+    cuts = InputCuts({name: [limit / 5 if name == "down_proj" else limit] * 2 for name in PROJECTIONS})
+    patch(model, StochaConfig(activation=ARCHITECTURES[model_type].act, inputs=cuts))
+    if bits:
+        exchange(model, Quantization(bits=bits, transposed=PROJECTIONS), fill=True)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of steps, negative where they cut."""
+    taken, run = [], step.run
+
+    def counted(rows: Any, ids: torch.Tensor, *args: Any, cuts: bool | None = None, **kwargs: Any) -> Any:
+        taken.append(-ids.shape[1] if cuts else ids.shape[1])
+        return run(rows, ids, *args, cuts=cuts, **kwargs)
+
+    monkeypatch.setattr(step, "run", counted)
+    return taken
+
+
+SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [("qwen2", {}), ("gemma2", SLIDING), ("mistral", {"sliding_window": 6})]
+)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_the_text_is_that_without_cuts(model_type: str, overrides: Any, bits: Any, drafts: list[int]) -> None:
+    model = cut_model(model_type, bits, **overrides)
+    with model.cut_inputs("never"):
+        expected = model.generate(PROMPT, **OPTIONS)
+    drafts.clear()
+    found = model.generate(PROMPT, custom_generate=lossless, **OPTIONS)
+    assert torch.equal(found, expected)
+    assert -1 in drafts and max(drafts) > 2, "drafted, and verified together"
+    assert len(set(found[0].tolist())) > 5, "a text that only repeats would prove little"
+
+
+@pytest.mark.parametrize("limit", [0.01, 1e9])  # drafts that are nearly all right, and that are nearly all wrong
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_what_generate_promises_holds(kind: Any, limit: float) -> None:
+    model = cut_model(limit=limit)
+    stop = StoppingCriteriaList(
+        [lambda ids, scores, **kwargs: torch.tensor([int(ids[0, -1]) == 3 * ids.shape[1] % 64])]
+    )
+    options = OPTIONS | {
+        "return_dict_in_generate": True, "output_scores": True, "repetition_penalty": 1.2, "stopping_criteria": stop,
+        "cache_implementation": kind, "disable_compile": True,
+    }  # fmt: skip
+    with model.cut_inputs("never"):
+        expected = model.generate(PROMPT, **options)
+    found = model.generate(PROMPT, custom_generate=lossless, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.scores, expected.scores, strict=True))
+    length = found.past_key_values.get_seq_length()
+    assert int(length) == int(expected.past_key_values.get_seq_length()) == found.sequences.shape[1] - 1
+    for one, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert torch.equal(one.keys[:, :, :length], other.keys[:, :, :length])
+
+
+def test_steps_that_must_call_modules_are_without_drafts(drafts: list[int]) -> None:
+    model = cut_model()
+    with model.cut_inputs("never"):
+        expected = model.generate(PROMPT, **OPTIONS)
+    drafts.clear()
+    model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+    assert torch.equal(model.generate(PROMPT, custom_generate=lossless, **OPTIONS), expected) and not drafts
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    model, plain = cut_model(), tiny_model()
+    patch(plain, StochaConfig(activation="relu"))
+    with pytest.raises(StochaError, match="that cuts no inputs: expected one to draft with"):
+        plain.eval().generate(PROMPT, custom_generate=lossless, **OPTIONS)
+    for wrong in ({"do_sample": True}, {"num_beams": 2}):
+        with pytest.raises(StochaError, match="expected one sequence, one beam and do_sample=False"):
+            model.generate(PROMPT, custom_generate=lossless, **OPTIONS | wrong)
+
+
+def test_more_is_drafted_where_more_is_accepted_and_nothing_where_it_costs_more() -> None:
+    def settled(acceptance: int, draft: float, token: float) -> int:
+        """Drafts after many rounds in which so many in ten are right; a verification takes 1 + token * tokens."""
+        pace = Pace()
+        for i in range(200):
+            count = pace.drafts()
+            right = 0
+            while right < count and (i * 7 + right * 3) % 10 < acceptance:
+                right += 1
+            if count:
+                pace.drafted(count, draft * count)
+            pace.verified(count, right, 1 + token * (count + 1))
+        return pace.drafts()
+
+    assert settled(10, 0.3, 0.05) == 7
+    assert 1 <= settled(7, 0.3, 0.05) < 7
+    assert settled(3, 1.0, 1.0) == 0
