@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stocha_hf.conversion.convert import convert
     from stocha_hf.conversion.export import export
     from stocha_hf.conversion.refit_model import refit
+    from stocha_hf.decoding.lossless import lossless
     from stocha_hf.errors import StochaError
     from stocha_hf.measurement.evaluation import compare, evaluate
     from stocha_hf.measurement.sampling import sample
@@ -41,6 +42,7 @@ _HOMES = {
     "evaluate_tasks": "tasks.evaluate",
     "export": "conversion.export",
     "load_model": "models",
+    "lossless": "decoding.lossless",
     "patch": "modeling_stocha",
     "publish": "publishing.upload",
     "refit": "conversion.refit_model",
@@ -80,6 +82,7 @@ __all__ = [
     "evaluate_tasks",
     "export",
     "load_model",
+    "lossless",
     "patch",
     "publish",
     "refit",

@@ -67,6 +67,21 @@ struct BlockOf4 {  // a block's rows, and what each is multiplied with
   bool readable;  // behind each row are at least kLanes more groups
 };
 
+struct Fetch {  // the next block's lines, in the order in which they lie in memory
+  const uint8_t* const* rows;
+  int64_t begin, end;  // bytes of a row
+  int64_t at;
+  int row;
+  void line() {
+    prefetch(rows[row] + at);
+    at += kLine;
+    if (at >= end) {
+      at = begin;
+      row = (row + 1) % kBlock;
+    }
+  }
+};
+
 struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 255 steps
   Integers pairs[kBlock / 2], start;
   float step[kLanes], offset[kLanes];
@@ -113,7 +128,7 @@ inline void add_sums(const Words (&sums)[4], const FactorsOf4& factors, int64_t 
 
 // acc[t * stride + ...] of V vectors from i on of a chunk, for T tokens; V * T <= 2. Meanwhile fetches the next block.
 template <int i, int V, int T>
-inline void add_vectors(const BlockOf4& block, const BlockOf4& next, bool fetches, const FactorsOf4* factors, int64_t group,
+inline void add_vectors(const BlockOf4& block, Fetch& fetch, bool fetches, const FactorsOf4* factors, int64_t group,
                         int64_t here, float* acc, int64_t stride) {
   const int64_t from = group * 16 + i * kBytes;
   const bool whole = block.readable || here >= (i + V) * kPer;
@@ -127,8 +142,8 @@ inline void add_vectors(const BlockOf4& block, const BlockOf4& next, bool fetche
     const uint8_t *a = block.rows[2 * p] + from, *b = block.rows[2 * p + 1] + from;
     if (fetches)
       for (int64_t byte = 0; byte < V * kBytes; byte += kLine) {
-        prefetch(next.rows[2 * p] + from + byte);
-        prefetch(next.rows[2 * p + 1] + from + byte);
+        fetch.line();
+        fetch.line();
       }
     repeated<0, V>([&](auto v) {
       const int64_t bytes = (here - (i + v) * kPer) * 16;
@@ -144,7 +159,7 @@ inline void add_vectors(const BlockOf4& block, const BlockOf4& next, bool fetche
 }
 
 // acc[t * stride : t * stride + 32 * here], of one chunk's groups, here <= kLanes.
-inline void add_block_4(const BlockOf4& block, const BlockOf4& next, const float* not_finite, int tokens, int64_t group,
+inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, const float* not_finite, int tokens, int64_t group,
                         int64_t here, bool has_minimum, float* acc, int64_t stride) {
   Vector scales[kBlock];
   for (int r = 0; r < 2 * block.pairs; ++r) {
@@ -159,11 +174,11 @@ inline void add_block_4(const BlockOf4& block, const BlockOf4& next, const float
     for (int t = 0; t < tokens; t += 2) {
       float* to = acc + t * stride;
       if (t + 1 < tokens)
-        add_vectors<i, 1, 2>(block, next, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
+        add_vectors<i, 1, 2>(block, fetch, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
       else if (i % 2 == 0 && here > (i + 1) * kPer)
-        add_vectors<i, i % 2 ? 1 : 2, 1>(block, next, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
+        add_vectors<i, i % 2 ? 1 : 2, 1>(block, fetch, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
       else if (i % 2 == 0)
-        add_vectors<i, 1, 1>(block, next, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
+        add_vectors<i, 1, 1>(block, fetch, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
     }
   });
 }

@@ -41,8 +41,9 @@ void sum_rows_of(const Matrix& m, const int64_t* list, const float* hidden, int6
       const BlockOf4& block = blocks[i / kBlock % 2];
       BlockOf4& next = blocks[1 - i / kBlock % 2];
       set_block(m, list, hidden, i + kBlock < count ? i + kBlock : i, count, T, tokens, next);
+      Fetch fetch{next.rows, first * 16, last * 16, first * 16, 0};
       for (int64_t g = first; g < last; g += kLanes)
-        add_block_4(block, next, not_finite, tokens, g, std::min<int64_t>(kLanes, last - g), m.minimums,
+        add_block_4(block, next, fetch, not_finite, tokens, g, std::min<int64_t>(kLanes, last - g), m.minimums,
                     acc + g * kGroupSize, stride);
     }
   } else if (m.format == kFormat8) {
