@@ -23,7 +23,8 @@ from stocha_hf.decoding import ops, state, step
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.sparsity import SparsityMeter
-from stocha_hf.modeling_stocha import StochaConfig, StochaLlamaForCausalLM, patch, stocha_mlps, unpatch
+from stocha_hf.modeling_stocha import StochaConfig, StochaLlamaForCausalLM, stocha_mlps
+from stocha_hf.patching import patch, unpatch
 
 
 def relu_model(model_type: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

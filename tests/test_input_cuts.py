@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 import stocha_hf
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
-from stocha_hf.modeling_stocha import CutInput, StochaConfig, cut_inputs, cut_projections, patch, projections, unpatch
+from stocha_hf.modeling_stocha import CutInput, StochaConfig, cut_inputs, cut_projections, projections
 from stocha_hf.models import load_model
+from stocha_hf.patching import patch, unpatch
 from stocha_hf.spec import ARCHITECTURES, ATTENTION, PROJECTIONS, InputCuts
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])

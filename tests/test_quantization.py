@@ -16,7 +16,8 @@ from stocha_hf import StochaError, convert, load_model, modeling_stocha, quantiz
 from stocha_hf.conversion import quantize as quantizing
 from stocha_hf.conversion.error_feedback import round_with_feedback
 from stocha_hf.data import calibration_windows
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
+from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
+from stocha_hf.patching import patch
 from stocha_hf.publishing.upload import _additions, _publishable
 from stocha_hf.quantization import Quantization
 from stocha_hf.quantization_stocha import StochaQuantConfig, dequantize, pack, quantize

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
+from stocha_hf.patching import patch, set_activation
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream
 from stocha_hf.training.run import parse
 from stocha_hf.training.run import run as run_training
