@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_python, tiny_model, tiny_tokenizer
+from helpers import run_warm, tiny_model, tiny_tokenizer
 
 from stocha_hf.decoding.runtime import CONTRACT, for_contract
 from stocha_hf.errors import StochaError
@@ -43,7 +43,7 @@ def test_a_released_file_decodes_with_this_package_and_warns_at_most_once(releas
     model.config.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     shutil.copy(RELEASED / released, folder / "modeling_stocha.py")
-    done = run_python(DECODE, folder, tmp_path / "found.pt")
+    done = run_warm(DECODE, folder, tmp_path / "found.pt")
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")
     assert Path(found["file"]).read_bytes() == (RELEASED / released).read_bytes()
@@ -80,5 +80,5 @@ def test_a_failing_import_inside_the_runtime_is_reported() -> None:
         "model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,"
         " num_attention_heads=1)); stocha_hf.patch(model, m.StochaConfig()); print(m.StochaMLP.runtime)"
     )
-    done = run_python(code)
+    done = run_warm(code)
     assert done.stdout.strip() == "None" and "stocha_hf.decoding.ops" in done.stderr, done.stderr
