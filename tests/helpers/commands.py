@@ -28,16 +28,19 @@ def run_python(code: str, *args: object, env: dict[str, str] | None = None) -> D
     return _run([sys.executable, "-c", code, *map(str, args)], env)
 
 
-def run_warm(code: str, *args: object) -> Done:
+def run_warm(code: str, *args: object, given: str = "") -> Done:
     """Run code as `run_python` does, in a process that has imported torch and transformers and has one thread."""
     server, argv = _warm(), [*map(str, args)]
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        server.stdin.write(json.dumps({"code": code, "argv": argv, "out": str(out)}) + "\n")
+        files = [Path(folder) / name for name in ("in", "out", "errors")]
+        for path, text in zip(files, (given, "", ""), strict=True):
+            path.write_text(text)
+        request = {"code": code, "argv": argv, "files": [*map(str, files)]}
+        server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         status = int(server.stdout.readline())
-        return Done(argv, status, *(out.with_suffix(f".{number}").read_text() for number in (1, 2)))
+        return Done(argv, status, files[1].read_text(), files[2].read_text())
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 Importing both takes seconds, and tests of published folders need many processes. Nothing of stocha_hf is imported
 here, so a fork may load such a folder without the package, or import it for the first time. Use run_warm of
-commands.py, which writes one request a line, {"code", "argv", "out"}, and reads back each exit status.
+commands.py, which writes one request a line, {"code", "argv", "files"}, and reads back each exit status.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def main() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def run(code: str, argv: list[str], out: str) -> None:
-    """Run code as a fresh interpreter would, with its output in the files OUT.1 and OUT.2, and end the process."""
+def run(code: str, argv: list[str], files: list[str]) -> None:
+    """Run code as a fresh interpreter would, with these files for input, output and errors, and end the process."""
     signal.alarm(SECONDS)
-    for number, name in enumerate((os.devnull, f"{out}.1", f"{out}.2")):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+    for number, name in enumerate(files):
+        os.dup2(os.open(name, os.O_RDWR), number)
     sys.argv = ["-c", *argv]
     status: Any = 0
     try:
