@@ -323,7 +323,7 @@ def _content_of(message: Any, where: str) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "".join(text for part in content if isinstance(text := part.get("text"), str))
     if content is not None and not isinstance(content, str):
-        raise StochaError(f"there is a message of content {_shown(content)} {where}: expected text")
+        raise StochaError(f"a message has the content {_shown(content)} {where}: expected text")
     return content or ""
 
 

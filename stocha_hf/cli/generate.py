@@ -116,7 +116,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise StochaError(f"--prompts {args.prompts} cannot be read ({error}): expected a text file") from None
         if not text.strip():
-            raise StochaError(f"--prompts {args.prompts} is empty: expected a prompt a line")
+            raise StochaError(f"--prompts {args.prompts} is empty: expected one prompt per line")
         prompts += [line for line in text.splitlines() if line.strip()]
     if not prompts or not all(map(str.strip, prompts)):
         raise StochaError("there is no prompt, or an empty one: expected --prompt TEXT or --prompts FILE")
