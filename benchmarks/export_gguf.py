@@ -2,10 +2,10 @@
 
 For each FOLDER and precision: the perplexity of the same windows, the greedy continuation, and the tokens of a text
 with numbers, spaces, emoji and other scripts. Ours is transformers' native class in float32, with the weights and
-inputs of matrices rounded as f16 and bf16 round them; q8_0 is compared with f32. llama.cpp is built from the sdist of
-llama-cpp-python 0.3.36, target `llama`:
+inputs of matrices rounded as f16 and bf16 round them; precisions below are compared with f32. llama.cpp is built from
+the sdist of llama-cpp-python 0.3.36, target `llama`; `llama-quantize` is llama_cpp_quantize.cpp, over its C API:
 
-    python benchmarks/export_gguf.py FOLDER --precision f32 bf16 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
+    python benchmarks/export_gguf.py FOLDER --precision f32 q4_0 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
     python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
 
 With --architectures, FOLDER is only where tiny random models are made: one of each architecture and activation that
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,7 +29,8 @@ import torch
 from stocha_hf import export
 from stocha_hf.data import load_tokenizer
 
-PROGRAM = Path(__file__).with_name("llama_cpp_scores.cpp")
+SCORES, QUANTIZE = (Path(__file__).with_name(f"llama_cpp_{name}.cpp") for name in ("scores", "quantize"))
+ROUNDED = {"f16": torch.float16, "bf16": torch.bfloat16}
 TEXT = (
     "I've 3 cats, 33 dogs and 3333333 birds;  we'll see  two\n\n  lines,\tTABS, don't SHOUT'LL. \u00dcber caf\u00e9, "
     "na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 "
@@ -37,11 +39,10 @@ TEXT = (
 )
 
 
-def build(llama_cpp: Path, libraries: Path, folder: Path) -> Path:
-    program = folder / "llama_cpp_scores"
+def build(source: Path, program: Path, llama_cpp: Path, libraries: Path) -> Path:
     includes = [f"-I{llama_cpp / part}" for part in ("include", "ggml/include")]
     links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base"]
-    subprocess.run(["g++", "-O2", "-std=c++17", PROGRAM, *includes, *links, "-o", program], check=True)
+    subprocess.run(["g++", "-O2", "-std=c++17", source, *includes, *links, "-o", program], check=True)
     return program
 
 
@@ -62,7 +63,7 @@ def transformers(folder: Path, windows: torch.Tensor, new: int, precision: str) 
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if (dtype := {"f16": torch.float16, "bf16": torch.bfloat16}.get(precision)) is not None:
+    if (dtype := ROUNDED.get(precision)) is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float() if parameter.dim() == 2 else parameter.data
         for module in model.modules():
@@ -180,14 +181,19 @@ def main() -> None:
     folders = tiny_folders(args.folder) if args.architectures else [args.folder]
     with tempfile.TemporaryDirectory(prefix="stocha-export-") as name:
         work = Path(name)
-        program = build(args.llama_cpp, args.libraries, work)
+        program = build(SCORES, work / "llama_cpp_scores", args.llama_cpp, args.libraries)
+        build(QUANTIZE, work / "llama-quantize", args.llama_cpp, args.libraries)
+        os.environ["PATH"] = f"{work}{os.pathsep}{os.environ['PATH']}"  # where stocha-export looks for it
         for folder in folders:
             tokenizer = load_tokenizer(folder)
             ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
             windows = ids[: args.windows * args.length].view(args.windows, args.length)
+            ours: dict[str, tuple[list[float], list[int]]] = {}
             for precision in args.precision:
-                expected = transformers(folder, windows, args.new, precision)
-                record = compare(folder, precision, args.activation, windows, expected, program, work)
+                rounded = precision if precision in ROUNDED else "f32"
+                if rounded not in ours:
+                    ours[rounded] = transformers(folder, windows, args.new, rounded)
+                record = compare(folder, precision, args.activation, windows, ours[rounded], program, work)
                 with args.json.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(json.dumps(record))

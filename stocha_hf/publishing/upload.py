@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, check_links, companion_files, dump, without_code
-from stocha_hf.checkpoints.entry import auto_map, read_entry
+from stocha_hf.checkpoints.entry import code_keys, read_entry, with_keys
 from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
 from stocha_hf.checkpoints.modeling_file import code_files, is_ours
 from stocha_hf.checkpoints.paths import local_path
@@ -28,7 +28,7 @@ from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
 from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
 from stocha_hf.quantization import QUANTIZATION_FILE
-from stocha_hf.spec import MODELING_FILE
+from stocha_hf.spec import MLX_FILE, MODELING_FILE, class_names
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -105,7 +105,8 @@ def _reading(folder: Path) -> Iterator[None]:
 def _publishable(folder: Path) -> list[str]:
     """The names of a stocha checkpoint's files, after checking that they are whole."""
     names = inspection.list_files(folder)
-    check_links(folder, {CONFIG, INDEX, CARD, MODELING_FILE.name, QUANTIZATION_FILE.name} & set(names))
+    code = {file.name for file in (MODELING_FILE, QUANTIZATION_FILE, MLX_FILE)}
+    check_links(folder, ({CONFIG, INDEX, CARD} | code) & set(names))
     config = card.stocha_config(folder)
     inspection.check_config(config, str(folder))
     read_entry(config, str(folder))
@@ -126,7 +127,7 @@ def _additions(folder: Path, files: list[str], repo: str) -> list[CommitOperatio
     from huggingface_hub import CommitOperationAdd
 
     additions = [CommitOperationAdd(name, _content(folder, name, files)) for name in files]
-    for file in code_files(inspection.read_config(folder)):
+    for file in code_files(_config(folder)):
         additions.append(CommitOperationAdd(file.name, str(_code_file(folder, file))))
     text = card.published_card(folder, repo, _tag(additions))
     return [*additions, CommitOperationAdd(CARD, text.encode())]
@@ -135,16 +136,23 @@ def _additions(folder: Path, files: list[str], repo: str) -> list[CommitOperatio
 def _content(folder: Path, name: str, files: list[str]) -> str | bytes:
     """What is sent of a file: the file as it is, but no name of code in a config that could be given one."""
     if name == CONFIG:
-        config = inspection.read_config(folder)
-        code, found = auto_map(config["model_type"], config), config.get("auto_map")
-        if not isinstance(found, dict) or found.get("AutoConfig") != code["AutoConfig"]:
-            del code["AutoConfig"]  # the modeling file of stocha_hf 0.1 has no such class
-        return str(folder / name) if found == code else dump(config | {"auto_map": code}).encode()
+        config = _config(folder)
+        return str(folder / name) if config == inspection.read_config(folder) else dump(config).encode()
     if name == TOKENIZER_CONFIG:
         settings = inspection.read_json(folder / name, "a tokenizer's settings")
         cleaned = without_code(folder, files, settings)
         return str(folder / name) if cleaned == settings else dump(cleaned).encode()
     return str(folder / name)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, with what it should say of code and classes."""
+    config = inspection.read_config(folder)
+    code, found = code_keys(config["model_type"], config, read_entry(config, str(folder))), config.get("auto_map")
+    if not isinstance(found, dict) or found.get("AutoConfig") != code["auto_map"]["AutoConfig"]:
+        del code["auto_map"]["AutoConfig"]  # the modeling file of stocha_hf 0.1 has no such class
+        code["architectures"] = class_names(code["architectures"], common=True)  # which its classes would not find
+    return with_keys(config, code)
 
 
 def _code_file(folder: Path, ours: Path) -> Path:
