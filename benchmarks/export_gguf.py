@@ -2,8 +2,9 @@
 
 For each FOLDER and precision: the perplexity of the same windows, the greedy continuation, and the tokens of a text
 with numbers, spaces, emoji and other scripts. Ours is transformers' native class in float32, with the weights and
-inputs of matrices rounded as f16 and bf16 round them; precisions below are compared with f32. llama.cpp is built from
-the sdist of llama-cpp-python 0.3.36, target `llama`; `llama-quantize` is llama_cpp_quantize.cpp, over its C API:
+inputs of matrices rounded as f16 and bf16 round them; below these, with the weights that the file holds. llama.cpp is
+built from the sdist of llama-cpp-python 0.3.36, target `llama`; `llama-quantize` is llama_cpp_quantize.cpp, over its C
+API:
 
     python benchmarks/export_gguf.py FOLDER --precision f32 q4_0 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
     python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from stocha_hf import export
+from stocha_hf.conversion.export_metadata import plan_metadata
 from stocha_hf.data import load_tokenizer
 
 SCORES, QUANTIZE = (Path(__file__).with_name(f"llama_cpp_{name}.cpp") for name in ("scores", "quantize"))
@@ -58,12 +60,16 @@ def llama_cpp(program: Path, model: Path, windows: torch.Tensor, new: int, folde
 
 
 @torch.no_grad()
-def transformers(folder: Path, windows: torch.Tensor, new: int, precision: str) -> tuple[list[float], list[int]]:
+def transformers(
+    folder: Path, file: Path, windows: torch.Tensor, new: int, precision: str
+) -> tuple[list[float], list[int]]:
     """Mean loss of each window, and the greedy tokens after the first."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if (dtype := ROUNDED.get(precision)) is not None:
+    if precision not in ("f32", *ROUNDED):
+        take_weights(model, file)
+    elif (dtype := ROUNDED.get(precision)) is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float() if parameter.dim() == 2 else parameter.data
         for module in model.modules():
@@ -86,19 +92,27 @@ def transformers(folder: Path, windows: torch.Tensor, new: int, precision: str) 
     return losses, ids[0, windows.shape[1] :].tolist()
 
 
+def take_weights(model: Any, file: Path) -> None:
+    """Give a model the weights that a file of the architecture `smallthinker` holds, as they are read from it."""
+    from gguf import GGUFReader, dequantize
+
+    plan = plan_metadata(model.config.to_dict(), "relu", str(file))
+    own = dict(model.named_parameters())
+    held = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    for name, theirs in plan.names.items():
+        parameter = own.get(f"model.{name}", own.get(name))
+        if parameter is not None:  # lm_head, where it is tied
+            values = torch.from_numpy(dequantize(held[theirs].data, held[theirs].tensor_type).copy())
+            parameter.data = values.reshape(parameter.shape)
+
+
 def compare(
-    folder: Path,
-    precision: str,
-    activation: str | None,
-    windows: torch.Tensor,
-    expected: tuple[list[float], list[int]],
-    program: Path,
-    work: Path,
+    folder: Path, precision: str, activation: str | None, windows: torch.Tensor, new: int, program: Path, work: Path
 ) -> dict[str, Any]:
-    losses, greedy = expected
-    new = len(greedy)
-    done = export(folder, work / "model.gguf", precision=precision, activation=activation, overwrite=True)
-    theirs = llama_cpp(program, work / "model.gguf", windows, new, work)
+    file = work / "model.gguf"
+    done = export(folder, file, precision=precision, activation=activation, overwrite=True)
+    losses, greedy = transformers(folder, file, windows, new, precision)
+    theirs = llama_cpp(program, file, windows, new, work)
     ours, llama = (math.exp(sum(values) / len(values)) for values in (losses, theirs["losses"]))
     same = next((i for i, pair in enumerate(zip(greedy, theirs["greedy"], strict=True)) if len({*pair}) > 1), new)
     record = {
@@ -188,12 +202,8 @@ def main() -> None:
             tokenizer = load_tokenizer(folder)
             ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
             windows = ids[: args.windows * args.length].view(args.windows, args.length)
-            ours: dict[str, tuple[list[float], list[int]]] = {}
             for precision in args.precision:
-                rounded = precision if precision in ROUNDED else "f32"
-                if rounded not in ours:
-                    ours[rounded] = transformers(folder, windows, args.new, rounded)
-                record = compare(folder, precision, args.activation, windows, ours[rounded], program, work)
+                record = compare(folder, precision, args.activation, windows, args.new, program, work)
                 with args.json.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(json.dumps(record))

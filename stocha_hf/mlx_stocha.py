@@ -63,13 +63,14 @@ class Model(native.Model):
 
 
 class ModelArgs(native.ModelArgs):
-    """The native arguments, with the rotary embedding where transformers 5 writes it; MLX-LM's Llama looks elsewhere."""
+    """The native arguments, with the rotary embedding that transformers 5 writes where MLX-LM's Llama looks not."""
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> Any:
-        rope = params.get("rope_parameters") or {}
-        found = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]} if "sliding_attention" in rope else {}
-        rope = rope.get("full_attention", rope)
+        found, rope = {}, params.get("rope_parameters") or {}
+        if "full_attention" in rope:
+            found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":

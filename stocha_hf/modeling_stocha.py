@@ -911,14 +911,14 @@ class StochaModel:
         if self.config.stocha.get("inputs"):
             self.config.stocha = self.config.stocha | {"inputs": self._input_cuts()}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        entry = StochaConfig.from_dict(self.config.stocha)
-        common = entry.resolve(ARCHITECTURES[self.config.model_type].act).common and getattr(self, "hf_quantizer", None) is None
-        self.config.architectures = class_names(self.config.architectures, common)
+        entry = StochaConfig.from_dict(self.config.stocha).resolve(ARCHITECTURES[self.config.model_type].act)
+        quantized = getattr(self, "hf_quantizer", None) is not None
+        self.config.architectures = class_names(self.config.architectures, entry.common and not quantized)
         self.config.auto_map = ARCHITECTURES[self.config.model_type].auto_map
         if kwargs.get("is_main_process", args[0] if args else True):
             self.config.save_pretrained(save_directory)
-            for name in (os.path.basename(__file__), getattr(self.config, "model_file", None)):
-                if name and os.path.isfile(path := os.path.join(os.path.dirname(__file__), name)):
+            for name in (os.path.basename(__file__), *(["mlx_stocha.py"] * hasattr(self.config, "model_file"))):
+                if os.path.isfile(path := os.path.join(os.path.dirname(__file__), name)):  # transformers caches one
                     shutil.copyfile(path, os.path.join(save_directory, name))
             if complete := getattr(getattr(self, "hf_quantizer", None), "complete", None):  # quantization_stocha.py's
                 complete(self, save_directory)

@@ -68,7 +68,7 @@ def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_ch
         ):
             assert sorted(file.keys()) == sorted(before.keys())  # the tied head once
     config = json.loads((out / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "relu"
+    assert config["architectures"] == ["StochaLlamaForCausalLM"] and config["hidden_act"] == "relu"
     assert sorted(path.name for path in out.glob("*.py")) == ["modeling_stocha.py"]
 
 

@@ -513,6 +513,6 @@ def test_a_model_pushed_from_python_loads_with_its_own_code(checkpoint, hub, hub
         files = hub.files(repo)
         config = json.loads(files["config.json"])
         assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_stocha.StochaLlamaForCausalLM"
-        assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "relu"
+        assert config["architectures"] == ["StochaLlamaForCausalLM"] and config["hidden_act"] == "relu"
         assert files["modeling_stocha.py"] == MODELING_FILE.read_bytes()
         assert len(hub.commits(repo)) == 2

@@ -42,7 +42,8 @@ def test_sft_by_path_trains_the_activation_where_remote_code_is_trusted(fatrelu,
     if trusted:
         trainer.train()
         trainer.save_model()
-        assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["architectures"] == ["StochaLlamaForCausalLM"]
         assert [mlp.threshold for mlp in stocha_mlps(loaded(tmp_path / "out"))] == [2, 2]
 
 
