@@ -86,7 +86,7 @@ def with_entry(config: Mapping[str, Any], stocha: StochaConfig) -> dict[str, Any
 
 def with_keys(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with these keys in it, and without those that are None."""
-    return {key: value for key, value in (dict(config) | keys).items() if value is not None or key not in keys}
+    return {key: value for key, value in (dict(config) | dict(keys)).items() if value is not None or key not in keys}
 
 
 def set_entry(config: Any, stocha: StochaConfig) -> None:
