@@ -27,6 +27,7 @@ from stocha_hf.errors import StochaError
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
 from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
+from stocha_hf.publishing.space_upload import publish_space
 from stocha_hf.quantization import QUANTIZATION_FILE
 from stocha_hf.spec import MLX_FILE, MODELING_FILE, class_names
 
@@ -40,20 +41,24 @@ _MEASUREMENT = re.compile(rf"{MEASUREMENTS}/[a-z0-9][\w-]*\.(json|png)")
 
 @dataclass(frozen=True)
 class Published:
-    """Where a folder was published: repo, its address, the commit's hash, the tag of its contents, the files sent."""
+    """Where a folder was published: repo, its address, the commit's hash, the tag of its contents, the files sent.
+
+    `space` is the address of the Space that shows it, if one was asked for.
+    """
 
     repo: str
     url: str
     commit: str
     tag: str
     files: list[str]
+    space: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as the command's --json prints them."""
         return asdict(self)
 
 
-def publish(folder: str | Path, repo: str, *, private: bool = False) -> Published:
+def publish(folder: str | Path, repo: str, *, private: bool = False, space: str | None = None) -> Published:
     """Publish a stocha checkpoint folder to a Hub repo in one commit, and tag it.
 
     Stale weight files of an earlier publication are removed in the same commit. A modeling_stocha.py that no release
@@ -63,6 +68,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> Publishe
         folder: a folder that stocha-convert or a training run wrote.
         repo: the Hub repo, which is made if it does not exist.
         private: make a new repo private; an existing one stays as it is.
+        space: a Space to make or renew, which shows what the model's neurons do.
 
     Returns:
         Where it was published. The same contents always have the same tag.
@@ -86,7 +92,8 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> Publishe
     with hub_errors("publishing to", repo), _reading(folder):
         commit = _commit_once(api, repo, [*additions, *deletions], str(head.sha), f"Publish {tag}")
         api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
-    return Published(repo, f"{api.endpoint}/{repo}", commit, tag, [item.path_in_repo for item in additions])
+    shown = publish_space(space, repo, tag, private=private) if space is not None else None
+    return Published(repo, f"{api.endpoint}/{repo}", commit, tag, [item.path_in_repo for item in additions], shown)
 
 
 @contextmanager
