@@ -42,7 +42,7 @@ class Demo:
 
     def __init__(self, name: str, revision: str | None = None) -> None:
         self.name = name
-        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
         dtype = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
         self.model = load_model(name, revision=revision, dtype=dtype).eval()
 
