@@ -2,9 +2,9 @@
 
 For each FOLDER and precision: the perplexity of the same windows, the greedy continuation, and the tokens of a text
 with numbers, spaces, emoji and other scripts. Ours is transformers' native class in float32, with the weights and
-inputs of matrices rounded as f16 and bf16 round them; below these, with the weights that the file holds. llama.cpp is
-built from the sdist of llama-cpp-python 0.3.36, target `llama`; `llama-quantize` is llama_cpp_quantize.cpp, over its C
-API:
+inputs of matrices rounded as f16 and bf16 round them; below these, with the weights that the file holds, and inputs in
+8 bits in groups of 32, as llama.cpp's kernels take them. llama.cpp is built from the sdist of llama-cpp-python 0.3.36,
+target `llama`; `llama-quantize` is llama_cpp_quantize.cpp, over its C API:
 
     python benchmarks/export_gguf.py FOLDER --precision f32 q4_0 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
     python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
@@ -67,14 +67,16 @@ def transformers(
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if precision not in ("f32", *ROUNDED):
-        take_weights(model, file)
-    elif (dtype := ROUNDED.get(precision)) is not None:
+    if precision in ROUNDED:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype).float() if parameter.dim() == 2 else parameter.data
+            if parameter.dim() == 2:
+                parameter.data = parameter.data.to(ROUNDED[precision]).float()
+    elif precision != "f32":
+        take_weights(model, file)
+    if precision != "f32":
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(lambda module, args: (args[0].to(dtype).float(),))
+                module.register_forward_pre_hook(lambda module, args: (rounded(args[0], ROUNDED.get(precision)),))
     losses = []
     for window in windows:
         logits = model(window[None]).logits[0, :-1].float()
@@ -90,6 +92,15 @@ def transformers(
         eos_token_id=None,
     )
     return losses, ids[0, windows.shape[1] :].tolist()
+
+
+def rounded(inputs: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """What llama.cpp's product takes of its inputs: in `dtype`, or in 8 bits in groups of 32 with a float16 scale."""
+    if dtype is not None:
+        return inputs.to(dtype).float()
+    groups = inputs.unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / scale.clamp_min(1e-30)).round() * scale.half().float()).flatten(-2)
 
 
 def take_weights(model: Any, file: Path) -> None:
