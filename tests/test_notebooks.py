@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import run_python, tiny_model, tiny_tokenizer
+from helpers import run_warm, tiny_model, tiny_tokenizer
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -24,7 +24,8 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
     rows = [{"text": " ".join(f"w{(7 * i + i * j) % 60}" for j in range(400))} for i in range(96)]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = {"MODEL": str(tmp_path / "model"), "DATA": str(tmp_path / "text.jsonl"), "TOKENS": "16384"}
-    done = run_python(code, env=given | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    before = f"import os, tempfile\ntempfile.tempdir = {str(tmp_path)!r}\nos.environ.update({given!r})\n"
+    done = run_warm(before + code)
     assert done.returncode == 0, done.stderr
     sparse = next(line for line in done.stdout.splitlines() if line.startswith("sparse"))
     assert sparse.endswith(("79%", "80%", "81%")), done.stdout
