@@ -14,8 +14,9 @@ from helpers.training import SILU, losses, run
 from torch._dynamo.utils import counters
 
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import StochaConfig, cut_projections, patch
+from stocha_hf.modeling_stocha import StochaConfig, cut_projections
 from stocha_hf.models import load_model
+from stocha_hf.patching import patch
 from stocha_hf.spec import InputCuts
 from stocha_hf.training.compiled_layers import compile_layers
 from stocha_hf.training.entry import change_entry

@@ -17,7 +17,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from stocha_hf.measurement.sparsity import SparsityMeter
-from stocha_hf.modeling_stocha import ACTIVATIONS, set_activation
+from stocha_hf.modeling_stocha import ACTIVATIONS
+from stocha_hf.patching import set_activation
 from stocha_hf.training.entry import change_entry, stocha_model
 from stocha_hf.training.held_inputs import HeldInputs
 from stocha_hf.training.schedule import Schedule
