@@ -47,7 +47,7 @@ class TrainingResult:
         steps: optimizer steps done, with those before a resumed start.
         loss: the last logged training loss, a mean over tokens; None where nothing was logged.
         sparsity: the last measured share of zeros in the FFN's hidden vectors, a mean over layers; or None.
-        tokens: trained on since the start, of all ranks.
+        tokens: trained on from the start to the last log, by all ranks.
         seconds: of this start, without loading.
     """
 
