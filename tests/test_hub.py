@@ -479,7 +479,7 @@ def test_a_folder_that_is_no_whole_stocha_checkpoint_is_refused_unsent(checkpoin
     config = json.loads((stocha / "config.json").read_text())
     shard = sorted(stocha.glob("*.safetensors"))[0]
 
-    assert_refused(hub_run("stocha-publish", source, "user/model"), "no stocha checkpoint", "stocha-convert")
+    assert_refused(hub_run("stocha-publish", source, "user/model"), "not a stocha checkpoint", "stocha-convert")
     assert_refused(hub_run("stocha-publish", tmp_path / "absent", "user/model"), "absent", "does not exist")
     (stocha / "config.json").write_text(json.dumps(config | {"stocha": config["stocha"] | {"p": 7}}))
     assert_refused(hub_run("stocha-publish", stocha, "user/model"), "p is 7", "between 0 and 1")

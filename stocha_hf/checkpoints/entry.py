@@ -32,7 +32,7 @@ def read_entry(config: Mapping[str, Any], where: str) -> StochaConfig:
     """
     entry = config.get("stocha")
     if not isinstance(entry, dict):
-        raise StochaError(f"{where} is no stocha checkpoint: expected one that stocha-convert or training wrote")
+        raise StochaError(f"{where} is not a stocha checkpoint: expected one that stocha-convert or training wrote")
     return checked_entry(entry, config, where)
 
 

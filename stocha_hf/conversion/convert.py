@@ -235,7 +235,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise StochaError(f"{output} exists: expected a new folder; choose another one or pass --overwrite")
     if not output.is_dir() or output.is_symlink() or (any(output.iterdir()) and not (output / CONFIG).is_file()):
-        raise StochaError(f"{output} is no checkpoint folder: expected one to overwrite; choose another output")
+        raise StochaError(f"{output} is not a checkpoint folder: expected one to overwrite; choose another output")
 
 
 def _converted_config(source: Source, base_model: str | None, changes: dict[str, Any]) -> dict[str, Any]:

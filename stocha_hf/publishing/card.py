@@ -95,7 +95,7 @@ def write_card(
         The card's path.
 
     Raises:
-        StochaError: the folder is no stocha checkpoint, or a file is malformed, of other weights, or not comparable.
+        StochaError: the folder is not a stocha checkpoint, or a file is malformed, of other weights or not comparable.
     """
     folder = Path(folder)
     config = stocha_config(folder) if config is None else config
@@ -137,7 +137,7 @@ def _umask() -> int:
 def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Measurements | None = None) -> str:
     """Return the card of a checkpoint, given its config.json, its source's metadata and what was measured of it.
 
-    Raises StochaError for a config that is no stocha checkpoint's.
+    Raises StochaError for a config that is not a stocha checkpoint's.
     """
     from huggingface_hub import ModelCardData
 
@@ -257,7 +257,9 @@ def stocha_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a stocha checkpoint folder. Raises StochaError for another folder."""
     config = read_config(folder)
     if not isinstance(config.get("stocha"), dict):
-        raise StochaError(f"{folder} is no stocha checkpoint: expected a folder that stocha-convert or training wrote")
+        raise StochaError(
+            f"{folder} is not a stocha checkpoint: expected a folder that stocha-convert or training wrote"
+        )
     return config
 
 
