@@ -13,13 +13,14 @@ from helpers.packing import packed
 
 from stocha_hf.decoding import ops, step
 from stocha_hf.decoding.structs import ACTIVATIONS, Ffn, matrix
-from stocha_hf.modeling_stocha import InputCuts, StochaConfig, StochaMLP, patch
+from stocha_hf.modeling_stocha import InputCuts, StochaConfig, StochaMLP
+from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
 from stocha_hf.spec import ATTENTION, PROJECTIONS
 
 SHAPES = [(64, 96), (77, 33), (300, 530), (1, 1), (160, 32)]  # inputs, outputs
 THRESHOLDS = (0.0, 0.6, 1e9)  # that cut none, some and all
-FORMATS = [torch.bfloat16, torch.float16, torch.float32, (8, False), (8, True), (4, False), (4, True)]
+FORMATS = [torch.bfloat16, torch.float16, torch.float32, 8, 4]
 PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40, 11, 7]])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,8 +29,8 @@ class Weights:
     """Random ones of a format, [rows, columns], and what they stand for."""
 
     def __init__(self, rows: int, columns: int, kind: Any, size: float) -> None:
-        if isinstance(kind, tuple):
-            self.kept: Any = packed(rows, columns, *kind)
+        if isinstance(kind, int):
+            self.kept: Any = packed(rows, columns, kind)
             self.exact, self.dtype, self.tolerance = self.kept.exact, torch.float32, 0.02
         else:
             self.kept = (torch.randn(rows, columns) * size).to(kind)

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, call_command, run_python, tiny_model
+from helpers import assert_refused, call_command, run_warm, tiny_model
 from helpers.vocabularies import CUTS, byte_level_tokenizer, sentencepiece_tokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
@@ -244,7 +244,7 @@ def test_a_sentencepiece_vocabulary_scores_the_earliest_merge_highest():
     ],
 )
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(parts, words):
-    with pytest.raises(StochaError, match=f"the tokenizer of m {words}.*, which llama.cpp does not: expected"):
+    with pytest.raises(StochaError, match=f"the tokenizer of m {words}.*, which llama.cpp does not support: expected"):
         vocabulary(byte_level_tokenizer(**parts), VOCAB, "m")
     with pytest.raises(StochaError, match="has the token 260: expected at most the 200 of its model"):
         vocabulary(byte_level_tokenizer(), 200, "m")
@@ -316,7 +316,7 @@ stocha_hf.export(sys.argv[1], sys.argv[2])
 @pytest.mark.slow
 def test_what_a_killed_export_leaves_is_swept_by_the_next(tmp_path):
     folder, out = relu_folder(tmp_path), tmp_path / "m.gguf"
-    assert run_python(KILLED, folder, out).returncode == -signal.SIGKILL
+    assert run_warm(KILLED, folder, out).returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".m.gguf.partial-*"))) == 1 and not out.exists()
     stocha_hf.export(folder, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "relu", "source"]

@@ -26,8 +26,8 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"data", "hub"},
     {"data_files"},
     {"checkpoints"},
-    {"quantization_stocha"},
-    {"modeling_stocha", "sparse"},  # sparse: what published files of 0.1 look for
+    {"patching", "quantization_stocha"},
+    {"modeling_stocha", "mlx_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
     {"spec", "quantization"},
     {"errors"},

@@ -27,7 +27,7 @@ class Matrix(ctypes.Structure):
     """Weights [rows, columns] in one of the formats; see cpp/matrix.h."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("weights", "scales", "minimums", "bias")),
+        *((name, _POINTER) for name in ("weights", "scales", "bias")),
         *((name, _SIZE) for name in ("rows", "columns", "format", "rows_are_inputs")),
         *((name, _REAL) for name in ("threshold", "centre")),
     ]
@@ -112,7 +112,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 def matrix(weight: torch.Tensor, bias: torch.Tensor | None = None, rows_are_inputs: bool = False) -> Matrix:
     """Return a float matrix [rows, columns], contiguous."""
-    return Matrix(weight.data_ptr(), None, None, pointer(bias), *weight.shape, DTYPES[weight.dtype], rows_are_inputs)
+    return Matrix(weight.data_ptr(), None, pointer(bias), *weight.shape, DTYPES[weight.dtype], rows_are_inputs)
 
 
 def matrix_of(module: Any) -> Matrix:
@@ -122,6 +122,6 @@ def matrix_of(module: Any) -> Matrix:
         return matrix(module._parameters["weight"], bias)
     codes = module.codes
     return Matrix(
-        *map(pointer, (codes, module.scale, module.minimum, bias)), len(codes), module.columns, QUANTIZED[module.bits],
+        *map(pointer, (codes, module.scale, bias)), len(codes), module.columns, QUANTIZED[module.bits],
         module.transposed,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 // Codes of 8 and 4 bits in vectors: loading and unpacking them, and sums of products of bytes.
 //
-// Weights come in groups of 32 along a row, w = code * scale, or code * scale + minimum. 8 bits: int8. 4 bits: byte j of
-// a group's 16 holds element j in its low half and element j + 16 in its high half, with zero at 8 if there is no
-// minimum. `kLanes` groups make a chunk: as many as a Vector holds scales.
+// Weights come in groups of 32 along a row. 8 bits: w = code * scale, of int8 and float16. 4 bits: w = (code - zero) *
+// scale, where byte j of a group's 16 holds element j in its low half and element j + 16 in its high half, and a word of
+// 16 bits holds zero, in eighths, in its low 7 bits, and above them the scale's exponent, from 2^-24 on, and 4 bits of
+// mantissa. `kLanes` groups make a chunk: as many as a Vector holds scales.
 #pragma once
 
 #include <vector>
@@ -120,6 +121,21 @@ inline Vector load_part(const fp16* p, int64_t count, bool readable = false) {
   fp16 part[kLanes] = {};
   std::memcpy(part, p, count * sizeof *p);
   return load(part);
+}
+
+// The same of 4-bit groups' words: their scales, and zeros in eighths.
+struct Levels {
+  Vector scale, eighths;
+};
+
+inline Levels load_levels(const uint16_t* p, int64_t count, bool readable = false) {
+  uint16_t part[kLanes] = {};
+  if (count < kLanes && !readable) {
+    std::memcpy(part, p, count * sizeof *p);
+    p = part;
+  }
+  const Integers words = __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Integers);
+  return {(Vector)(((words >> 7) + (103 << 4)) << 19), __builtin_convertvector(words & 127, Vector)};
 }
 
 template <class Code>

@@ -9,7 +9,7 @@ struct Step {
   using X = float;
   static constexpr int size = kLine / sizeof(E);
   static Vector mac(Vector total, const E* w, const X* x) {
-    for (int i = 0; i < size; i += kLanes) total += load(w + i) * load(x + i);
+    for (int i = 0; i < size; i += kLanes) total = fused(load(w + i), load(x + i), total);
     return total;
   }
 };

@@ -10,7 +10,7 @@ enum Format { kFormatBf16 = kBf16, kFormatFp16 = kFp16, kFormatFloat = kFloat, k
 
 struct Matrix {  // as structs.py has it
   const void* weights;  // [rows, columns], or their codes; columns are a multiple of 32 where they are codes
-  const fp16 *scales, *minimums;  // [rows, columns / 32], of codes; minimums may be null
+  const void* scales;  // [rows, columns / 32], of codes: float16, or words of 4 bits
   const void* bias;  // [outputs] or null, of the model's type
   int64_t rows, columns, format;
   int64_t rows_are_inputs;  // or outputs: y is a sum of rows, or rows' products with x
@@ -25,8 +25,8 @@ struct Matrix {  // as structs.py has it
     return columns * (format == kFormatFloat ? 4 : 2);
   }
   const uint8_t* row(int64_t r) const { return static_cast<const uint8_t*>(weights) + r * row_bytes(); }
-  const fp16* row_scales(int64_t r) const { return scales + r * groups(); }
-  const fp16* row_minimums(int64_t r) const { return minimums ? minimums + r * groups() : nullptr; }
+  const fp16* row_scales(int64_t r) const { return static_cast<const fp16*>(scales) + r * groups(); }
+  const uint16_t* row_words(int64_t r) const { return static_cast<const uint16_t*>(scales) + r * groups(); }
 };
 
 // x [tokens, size] of a product, as the formats want it: made once, used with several matrices.
@@ -110,21 +110,19 @@ void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i,
   for (int64_t from = 0; from < here; from += R) {
     CodeRows<R, Code> rows;
     rows.groups = m.groups();
-    rows.has_minimum = m.minimums;
     rows.readable = true;
     for (int r = 0; r < R; ++r) {
       const int64_t at = i + std::min(from + r, here - 1), row = chosen[at];
       rows.codes[r] = reinterpret_cast<const Code*>(m.row(row));
       rows.next[r] = reinterpret_cast<const Code*>(m.row(chosen[std::min(at + ahead, chosen.limit - 1)]));
-      rows.scales[r] = m.row_scales(row);
-      rows.minimums[r] = m.row_minimums(row);
+      if constexpr (std::is_same_v<Code, uint8_t>)
+        rows.scales[r] = m.row_words(row);
+      else
+        rows.scales[r] = m.row_scales(row);
       rows.readable &= (m.rows - 1 - row) * m.groups() >= kLanes;
     }
     float found[R][T];
-    if constexpr (std::is_same_v<Code, uint8_t>)
-      dots_4<R, T>(rows, x, first, found);
-    else
-      dots_8<R, T>(rows, x, first, found);
+    dots<R, T>(rows, x, first, found);
     for (int64_t r = 0; r < std::min<int64_t>(R, here - from); ++r)
       for (int t = 0; t < T; ++t) values[(from + r) * stride + first + t] = found[r][t];
   }
@@ -172,5 +170,6 @@ inline void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
 
 inline void dequantize(const Matrix& m, int64_t row, int64_t size, float* out) {
   if (m.format < kFormat8) return widen(static_cast<int>(m.format), m.row(row), size, out);
-  dequantize_row(m.format == kFormat4 ? 4 : 8, m.row(row), m.row_scales(row), m.row_minimums(row), size, out);
+  if (m.format == kFormat4) return dequantize_row_4(m.row(row), m.row_words(row), size, out);
+  dequantize_row_8(reinterpret_cast<const int8_t*>(m.row(row)), m.row_scales(row), size, out);
 }

@@ -10,7 +10,7 @@
 struct QuantizedX {
   int64_t chunks = 0;
   std::vector<int8_t> codes;          // [T, chunks, kChunk]
-  std::vector<float> scales, totals;  // [T, chunks, kLanes]; totals are scale times the sum of codes
+  std::vector<float> scales, totals;  // [T, chunks, kLanes]; totals are what an eighth of zero adds at scale 1
 
   void prepare(const float* x, int64_t tokens, int64_t padded_tokens, int64_t size, int bits) {
     chunks = (size + kChunk - 1) / kChunk;
@@ -61,7 +61,7 @@ struct QuantizedX {
     }
     const int64_t lane = chunk * kLanes + (bits == 4 ? place * 4 + vector : group);
     scales[lane] = bound / 127;
-    totals[lane] = bound / 127 * sum(__builtin_convertvector(total, Vector));
+    totals[lane] = bound / -(127 * 8) * sum(__builtin_convertvector(total, Vector));
   }
 };
 
@@ -70,23 +70,23 @@ struct QuantizedX {
 template <int R, class Code>
 struct CodeRows {
   const Code *codes[R], *next[R];
-  const fp16 *scales[R], *minimums[R];
+  const std::conditional_t<std::is_same_v<Code, int8_t>, fp16, uint16_t>* scales[R];  // or words
   int64_t groups;
-  bool has_minimum, readable;
+  bool readable;
 };
 
 // Dot products of R rows with T tokens of x from the first one on. Sums are independent of R and T, so that a row gives
 // a token the same number in any company; R * T of them keep the processor busy.
 template <int R, int T>
-inline void dots_4(const CodeRows<R, uint8_t>& rows, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+inline void dots(const CodeRows<R, uint8_t>& rows, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
   Vector total[R][T] = {};
   for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
     const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
     Vector factor[R][T];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vector scale = arranged(load_part(rows.scales[r] + g, here, rows.readable));
-      const Vector offset = rows.has_minimum ? arranged(load_part(rows.minimums[r] + g, here, rows.readable)) : scale * -8.0f;
+      const Levels levels = load_levels(rows.scales[r] + g, here, rows.readable);
+      const Vector scale = arranged(levels.scale), offset = arranged(levels.scale * levels.eighths);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         factor[r][t] = scale * load(&x.scales[(t * x.chunks + at) * kLanes]);
@@ -123,7 +123,7 @@ inline void dots_4(const CodeRows<R, uint8_t>& rows, const QuantizedX& x, int64_
 }
 
 template <int R, int T>
-inline void dots_8(const CodeRows<R, int8_t>& rows, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+inline void dots(const CodeRows<R, int8_t>& rows, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
   Vector total[R][T] = {};
   for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
     const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
@@ -131,12 +131,8 @@ inline void dots_8(const CodeRows<R, int8_t>& rows, const QuantizedX& x, int64_t
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vector scale = load_part(rows.scales[r] + g, here, rows.readable);
-      const Vector offset = rows.has_minimum ? load_part(rows.minimums[r] + g, here, rows.readable) : Vector{};
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        factor[r][t] = scale * load(&x.scales[(t * x.chunks + at) * kLanes]);
-        if (rows.has_minimum) total[r][t] += offset * load(&x.totals[(t * x.chunks + at) * kLanes]);
-      }
+      for (int t = 0; t < T; ++t) factor[r][t] = scale * load(&x.scales[(t * x.chunks + at) * kLanes]);
       for (int64_t i = 0; i < kChunk; i += kLine) prefetch(rows.next[r] + g * kGroupSize + i);
     }
     const auto step = [&](auto i, bool whole) {
@@ -166,16 +162,15 @@ inline void dots_8(const CodeRows<R, int8_t>& rows, const QuantizedX& x, int64_t
 }
 
 // A row as float32, for embeddings and prefill.
-inline void dequantize_row(int bits, const void* codes, const fp16* scales, const fp16* minimum, int64_t size, float* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    const int64_t group = i / kGroupSize, place = i % kGroupSize;
-    float code;
-    if (bits == 8) {
-      code = static_cast<const int8_t*>(codes)[i];
-    } else {
-      const uint8_t byte = static_cast<const uint8_t*>(codes)[group * 16 + place % 16];
-      code = static_cast<float>(place < 16 ? byte & 15 : byte >> 4) - (minimum ? 0.0f : 8.0f);
-    }
-    out[i] = code * to_float(scales[group]) + (minimum ? to_float(minimum[group]) : 0.0f);
+inline void dequantize_row_8(const int8_t* codes, const fp16* scales, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = codes[i] * to_float(scales[i / kGroupSize]);
+}
+
+inline void dequantize_row_4(const uint8_t* codes, const uint16_t* words, int64_t size, float* out) {
+  for (int64_t begin = 0; begin < size; begin += kGroupSize, codes += kGroupSize / 2, ++words) {
+    const Levels levels = load_levels(words, 1);
+    const float scale = levels.scale[0], zero = levels.eighths[0] * 0.125f;
+    for (int64_t i = 0; i < std::min<int64_t>(kGroupSize, size - begin); ++i)
+      out[begin + i] = (static_cast<float>(i < 16 ? codes[i] & 15 : codes[i - 16] >> 4) - zero) * scale;
   }
 }

@@ -1,8 +1,8 @@
 // Sums of rows of 8- and 4-bit weights, acc[t] += sum over r of hidden[r][t] * row[r], in a range of groups.
 //
 // Of 4 bits, kBlock rows at a time: with each row's share of a group, hidden * scale, rounded to 255 steps of the
-// block's largest, sums of products fit 16 bits, since zero being 8 bounds them by 8 * 127 * kBlock. Rows are unpacked
-// once for two tokens, of which more would not fit the registers.
+// block's largest, sums of products with code - 8 fit 16 bits, being at most 8 * 127 * kBlock; what zeros differ from 8 by
+// is added in float32. Rows are unpacked once for two tokens, of which more would not fit the registers.
 #pragma once
 
 #include "quantized.h"
@@ -61,7 +61,7 @@ typedef int16_t EightShorts __attribute__((vector_size(16), may_alias));
 
 struct BlockOf4 {  // a block's rows, and what each is multiplied with
   const uint8_t* rows[kBlock];
-  const fp16 *scales[kBlock], *minimums[kBlock];
+  const uint16_t* words[kBlock];
   float hidden[kTokens][kBlock];
   int pairs;      // rows are an even number: the last may have hidden entries of 0
   bool readable;  // behind each row are at least kLanes more groups
@@ -87,27 +87,25 @@ struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 2
   float step[kLanes], offset[kLanes];
 };
 
-inline void set_factors(const BlockOf4& block, const Vector* scales, int64_t group, int64_t here, bool has_minimum,
-                        const float* hidden, float not_finite, FactorsOf4& to) {
-  const int rows = 2 * block.pairs;
-  Vector most = {}, offset = {};
-  for (int r = 0; r < rows; ++r) most = maximum(most, magnitude(scales[r] * hidden[r]));
-  if (has_minimum)
-    for (int r = 0; r < rows; ++r) offset += load_part(block.minimums[r] + group, here, block.readable) * hidden[r];
+inline void set_factors(const Levels* levels, int pairs, const float* hidden, float not_finite, FactorsOf4& to) {
+  Vector most = {}, zeros = {};
+  for (int r = 0; r < 2 * pairs; ++r) most = maximum(most, magnitude(levels[r].scale * hidden[r]));
   const Vector inverse = most > 1e-30f ? 127.0f / most : Vector{};
   const Vector step = (most + not_finite) * (1.0f / 127);
   Integers total = {};
-  for (int p = 0; p < block.pairs; ++p) {
-    const Integers a = nearest(scales[2 * p] * (inverse * hidden[2 * p]));
-    const Integers b = nearest(scales[2 * p + 1] * (inverse * hidden[2 * p + 1]));
+  for (int p = 0; p < pairs; ++p) {
+    const Integers a = nearest(levels[2 * p].scale * (inverse * hidden[2 * p]));
+    const Integers b = nearest(levels[2 * p + 1].scale * (inverse * hidden[2 * p + 1]));
+    zeros += __builtin_convertvector(a, Vector) * levels[2 * p].eighths;  // exact
+    zeros += __builtin_convertvector(b, Vector) * levels[2 * p + 1].eighths;
     total += a + b;
     const Integers both = (a & 0xff) | ((b & 0xff) << 8);
     to.pairs[p] = arranged(both | (both << 16));
   }
-  const Integers zero = total * -8;
-  to.start = arranged((zero & 0xffff) | (zero << 16));
+  const Integers start = total * -8;
+  to.start = arranged((start & 0xffff) | (start << 16));
   store(step, to.step);
-  store(has_minimum ? offset + __builtin_convertvector(total, Vector) * step * 8.0f : offset, to.offset);
+  store((__builtin_convertvector(total, Vector) * 8.0f - zeros * 0.125f) * step, to.offset);
 }
 
 // Adds the sums of vector i of a chunk to the chunk's floats.
@@ -159,16 +157,15 @@ inline void add_vectors(const BlockOf4& block, Fetch& fetch, bool fetches, const
 }
 
 // acc[t * stride : t * stride + 32 * here], of one chunk's groups, here <= kLanes.
-inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, const float* not_finite, int tokens, int64_t group,
-                        int64_t here, bool has_minimum, float* acc, int64_t stride) {
-  Vector scales[kBlock];
+inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, const float* not_finite, int tokens,
+                        int64_t group, int64_t here, float* acc, int64_t stride) {
+  Levels levels[kBlock];
   for (int r = 0; r < 2 * block.pairs; ++r) {
-    scales[r] = load_part(block.scales[r] + group, here, block.readable);
-    prefetch(next.scales[r] + group);
+    levels[r] = load_levels(block.words[r] + group, here, block.readable);
+    prefetch(next.words[r] + group);
   }
   FactorsOf4 factors[kTokens];
-  for (int t = 0; t < tokens; ++t)
-    set_factors(block, scales, group, here, has_minimum, block.hidden[t], not_finite[t], factors[t]);
+  for (int t = 0; t < tokens; ++t) set_factors(levels, block.pairs, block.hidden[t], not_finite[t], factors[t]);
   repeated<0, 4>([&](auto i) {
     if (i * kPer >= here) return;
     for (int t = 0; t < tokens; t += 2) {
@@ -185,22 +182,16 @@ inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetc
 
 // The same of 8 bits, in float32, for T tokens at once; acc's tokens are `stride` apart. G rows.
 template <int G, int T>
-inline void add_block_8(const int8_t* const* rows, const fp16* const* scales, const fp16* const* minimums,
-                        const float* hidden, int64_t group, int64_t here, float* acc, int64_t stride) {
-  float shares[G][T][kLanes], offsets[T][kLanes];
-  for (int t = 0; t < T; ++t) {
-    Vector offset = {};
-    for (int r = 0; r < G; ++r) {
-      store(load_part(scales[r] + group, here) * hidden[r * T + t], shares[r][t]);
-      if (minimums[r]) offset += load_part(minimums[r] + group, here) * hidden[r * T + t];
-    }
-    store(offset, offsets[t]);
-  }
+inline void add_block_8(const int8_t* const* rows, const fp16* const* scales, const float* hidden, int64_t group,
+                        int64_t here, float* acc, int64_t stride) {
+  float shares[G][T][kLanes];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < G; ++r) store(load_part(scales[r] + group, here) * hidden[r * T + t], shares[r][t]);
   for (int64_t g = 0; g < here; ++g)
     for (int64_t k = g * kGroupSize; k < (g + 1) * kGroupSize; k += kLanes) {
       Vector total[T];
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) total[t] = load(acc + t * stride + k) + offsets[t][g];
+      for (int t = 0; t < T; ++t) total[t] = load(acc + t * stride + k);
       for (int r = 0; r < G; ++r) {
         const Vector row = load(rows[r] + group * kGroupSize + k);
 #pragma GCC unroll 8

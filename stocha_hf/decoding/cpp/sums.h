@@ -17,8 +17,7 @@ inline void set_block(const Matrix& m, const int64_t* list, const float* hidden,
   for (int r = 0; r < kBlock; ++r) {  // all, since other blocks fetch them
     const int64_t at = first + std::min(r, rows - 1), row = list[at];
     to.rows[r] = m.row(row);
-    to.scales[r] = m.row_scales(row);
-    to.minimums[r] = m.row_minimums(row);
+    to.words[r] = m.row_words(row);
     for (int t = 0; t < tokens; ++t) to.hidden[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
   }
 }
@@ -43,16 +42,15 @@ void sum_rows_of(const Matrix& m, const int64_t* list, const float* hidden, int6
       set_block(m, list, hidden, i + kBlock < count ? i + kBlock : i, count, T, tokens, next);
       Fetch fetch{next.rows, first * 16, last * 16, first * 16, 0};
       for (int64_t g = first; g < last; g += kLanes)
-        add_block_4(block, next, fetch, not_finite, tokens, g, std::min<int64_t>(kLanes, last - g), m.minimums,
-                    acc + g * kGroupSize, stride);
+        add_block_4(block, next, fetch, not_finite, tokens, g, std::min<int64_t>(kLanes, last - g), acc + g * kGroupSize,
+                    stride);
     }
   } else if (m.format == kFormat8) {
     const int8_t* rows[kGroup];
-    const fp16 *scales[kGroup], *minimums[kGroup];
+    const fp16* scales[kGroup];
     const auto set = [&](int64_t i, int g) {
       rows[g] = reinterpret_cast<const int8_t*>(m.row(list[i]));
       scales[g] = m.row_scales(list[i]);
-      minimums[g] = m.row_minimums(list[i]);
     };
     int64_t i = 0;
     for (; i + kGroup <= count; i += kGroup) {
@@ -60,13 +58,13 @@ void sum_rows_of(const Matrix& m, const int64_t* list, const float* hidden, int6
         for (int64_t byte = first * kGroupSize; byte < last * kGroupSize; byte += kLine) prefetch(m.row(list[next]) + byte);
       for (int g = 0; g < kGroup; ++g) set(i + g, g);
       for (int64_t g = first; g < last; g += kLanes)
-        add_block_8<kGroup, T>(rows, scales, minimums, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
+        add_block_8<kGroup, T>(rows, scales, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
                                acc + g * kGroupSize, stride);
     }
     for (; i < count; ++i) {
       set(i, 0);
       for (int64_t g = first; g < last; g += kLanes)
-        add_block_8<1, T>(rows, scales, minimums, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
+        add_block_8<1, T>(rows, scales, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
                           acc + g * kGroupSize, stride);
     }
   } else {

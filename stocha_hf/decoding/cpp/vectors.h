@@ -117,6 +117,17 @@ inline float sum(const Vector& v) {
   return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
+// a * b + c in one rounding where the machine can, wherever this stands: the compiler's own choice may differ.
+inline Vector fused(Vector a, Vector b, Vector c) {
+#if defined(STOCHA_AVX512)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(STOCHA_AVX2) && defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 inline Vector magnitude(Vector x) { return (Vector)((Bits)x & 0x7fffffffu); }
 inline float largest(const Vector& v) {
