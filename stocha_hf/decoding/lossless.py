@@ -131,11 +131,10 @@ class _Rounds(Loop):
 
     def _draft(self, count: int) -> None:
         """Write drafted tokens behind the ids that stand, and forget them in the cache."""
-        listed = None if len(self.processors) else self.listed
         for i in range(count):
-            logits = self._run(self.length - 1 + i, 1, cuts=True, listed=listed)[:, -1]
-            best = self.processed(logits, self.length + i).argmax(-1)
-            self.ids[:, self.length + i] = best if listed is None else listed[best]
+            logits = self._run(self.length - 1 + i, 1, cuts=True, listed=self.listed)[:, -1]
+            seen = torch.full((1, self.plan.vocabulary), -torch.inf).index_copy_(1, self.listed, logits)
+            self.ids[:, self.length + i] = self.processed(seen, self.length + i).argmax(-1)
         self.rows.rewind(count)  # type: ignore[union-attr]
 
     def _run(self, first: int, tokens: int, **options: Any) -> torch.Tensor:

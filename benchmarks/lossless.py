@@ -1,0 +1,118 @@
+"""Time lossless decoding against the same model's dense decoding: its cuts draft, and it verifies without them.
+
+FOLDER is a converted folder with input cuts, in any number of bits. Each prompt is continued greedily in three ways
+in turn: without cuts, with them, and losslessly; a ratio is taken within each prompt. `--dense` names a folder of the
+same model without cuts, whose matrices may lie in another order, as a fourth way.
+
+    python benchmarks/lossless.py qwen-cut-4 --new 128 --json benchmarks/results/lossless.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from stocha_hf import lossless
+from stocha_hf.decoding import lossless as rounds
+from stocha_hf.models import load_model
+
+PROMPTS = (
+    "Write a Python function that merges two sorted lists, and explain how it works.",
+    "Explain what a hash table is and when to use one.",
+    "Write a class for a bank account with deposits, withdrawals and a history, with tests.",
+    "What is the difference between a process and a thread?",
+)
+
+
+class Counted(rounds.Pace):
+    """A Pace that also counts: drafted and accepted tokens of each verification."""
+
+    counts: ClassVar[list[tuple[int, int]]] = []
+
+    def verified(self, count: int, accepted: int, seconds: float) -> None:
+        Counted.counts.append((count, accepted))
+        super().verified(count, accepted, seconds)
+
+
+def seconds_a_token(model: Any, ids: torch.Tensor, new: int, now: Callable[[], float], **options: Any) -> Any:
+    """Seconds of a token after the first, and the text."""
+    start = now()
+    model.generate(ids, max_new_tokens=1, do_sample=False)
+    middle = now()
+    text = model.generate(ids, max_new_tokens=new, do_sample=False, **options)
+    return ((now() - middle) - (middle - start)) / (new - 1), text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a converted folder with input cuts")
+    parser.add_argument("--dense", help="a folder of the same model to compare with")
+    parser.add_argument("--new", type=int, default=128, help="tokens to write")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu", action="store_true", help="time one thread by its CPU time: on a machine with others")
+    parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
+    args = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    args.threads = 1 if args.cpu else args.threads
+    now = time.process_time if args.cpu else time.perf_counter
+    torch.set_num_threads(args.threads)
+    rounds.Pace = Counted  # type: ignore[misc]
+    model = load_model(args.folder, dtype=torch.bfloat16).eval()
+    dense = load_model(args.dense, dtype=torch.bfloat16).eval() if args.dense else None
+    for some in (model, dense):
+        if some is not None:
+            some.generation_config.eos_token_id = None  # all texts are of one length
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    seconds: dict[str, list[float]] = {}
+    same = True
+    for _ in range(args.rounds):
+        for prompt in PROMPTS:
+            chat = [{"role": "user", "content": prompt}]
+            tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+            ids = torch.tensor([tokens])
+            took: dict[str, float] = {}
+            with model.cut_inputs("never"):
+                took["without cuts"], text = seconds_a_token(model, ids, args.new, now)
+            took["with cuts"], _ = seconds_a_token(model, ids, args.new, now)
+            took["lossless"], found = seconds_a_token(model, ids, args.new, now, custom_generate=lossless)
+            same &= torch.equal(found, text)
+            if dense is not None:
+                took["dense folder"], _ = seconds_a_token(dense, ids, args.new, now)
+            for name, value in took.items():
+                seconds.setdefault(name, []).append(value)
+    drafted, accepted = (sum(column) for column in zip(*Counted.counts, strict=True))
+    record = {
+        "model": Path(args.folder).name,
+        "share": model.config.stocha["inputs"].get("share"),
+        "threads": args.threads,
+        "clock": "of the process" if args.cpu else "wall",
+        "new_tokens": args.new,
+        "ms": {name: 1e3 * statistics.median(found) for name, found in seconds.items()},
+        "speedup": {
+            name: statistics.median(a / b for a, b in zip(seconds[name], seconds["lossless"], strict=True))
+            for name in seconds
+            if name != "lossless"
+        },
+        "same_text": same,
+        "drafted": drafted,
+        "accepted": accepted,
+        "verifications": len(Counted.counts),
+        "processor": platform.processor() or platform.machine(),
+    }
+    with args.json.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
