@@ -159,7 +159,7 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
             low, high = (0, 256) if buffer.dtype == torch.uint8 else (-127, 128)
             buffer.copy_(torch.randint(low, high, buffer.shape, dtype=buffer.dtype))
         elif key.endswith(".scale"):
-            buffer.fill_(0.02 / 64 if buffer.dtype == torch.float16 else (16 << 4) << 7 | 60)  # 2^-8, zero 7.5
+            buffer.fill_(0.02 / 64 if buffer.dtype == torch.float16 else 15 << 11 | 60)  # 2^-9, zero 7.5
     patch(model, StochaConfig(activation="relu"))
     return model.eval()
 
