@@ -36,8 +36,9 @@ import transformers
 
 from stocha_hf.measurement.speed import READ
 from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, decoding_in_turn, force_sparsity
-from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
 from stocha_hf.models import load_model
+from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, StochaQuantConfig, exchange
 
 HERE = Path(__file__).parent

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import run_python, tiny_model
+from helpers import run_warm, tiny_model
 from safetensors.torch import load_file
 
 from stocha_hf import StochaError, convert, load_model, modeling_stocha, quantization_stocha
 from stocha_hf.conversion import quantize as quantizing
 from stocha_hf.conversion.error_feedback import round_with_feedback
 from stocha_hf.data import calibration_windows
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
+from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
+from stocha_hf.patching import patch
 from stocha_hf.publishing.upload import _additions, _publishable
 from stocha_hf.quantization import Quantization
 from stocha_hf.quantization_stocha import StochaQuantConfig, dequantize, pack, quantize
@@ -184,7 +185,7 @@ model.save_pretrained(sys.argv[3])
 @pytest.mark.slow
 def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path: Path) -> None:
     convert(checkpoint(tie_word_embeddings=True), tmp_path / "small", activation="relu", bits=4)
-    done = run_python(LOAD, tmp_path / "small", TOKENS.tolist(), tmp_path / "saved")
+    done = run_warm(LOAD, tmp_path / "small", TOKENS.tolist(), tmp_path / "saved")
     assert done.returncode == 0, done.stderr
     name, logits = json.loads(done.stdout.splitlines()[-1])
     assert name == "StochaLlamaForCausalLM"
