@@ -235,7 +235,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise StochaError(f"{output} exists: expected a new folder; choose another one or pass --overwrite")
     if not output.is_dir() or output.is_symlink() or (any(output.iterdir()) and not (output / CONFIG).is_file()):
-        raise StochaError(f"{output} is no checkpoint folder: expected one to overwrite; choose another output")
+        raise StochaError(f"{output} is not a checkpoint folder: expected one to overwrite; choose another output")
 
 
 def _converted_config(source: Source, base_model: str | None, changes: dict[str, Any]) -> dict[str, Any]:
@@ -260,11 +260,9 @@ def write_checkpoint(
     `change` may overwrite the copied tensors in the folder that it is given.
     """
     with staged_folder(output, replace=overwrite) as folder:
-        _copy_all(source, folder)
+        copy_files(source, folder)
         if change is not None:
             change(folder)
-        if source.tokenizer is not None:
-            (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")
         for file in code_files(config):
             copy_file(file, folder / file.name)
         (folder / CONFIG).write_text(dump(config), encoding="utf-8")
@@ -272,10 +270,13 @@ def write_checkpoint(
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _copy_all(source: Source, folder: Path) -> None:
+def copy_files(source: Source, folder: Path) -> None:
+    """Copy weights and companions, and the tokenizer's settings without code."""
     from tqdm import tqdm
 
     sizes = {name: (source.folder / name).stat().st_size for name in source.files}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying", disable=None, leave=False) as bar:
         for name in source.files:
             copy_file(source.folder / name, folder / name, bar.update)
+    if source.tokenizer is not None:
+        (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")

@@ -47,7 +47,7 @@ class TrainingResult:
         steps: optimizer steps done, with those before a resumed start.
         loss: the last logged training loss, a mean over tokens; None where nothing was logged.
         sparsity: the last measured share of zeros in the FFN's hidden vectors, a mean over layers; or None.
-        tokens: trained on since the start, of all ranks.
+        tokens: trained on from the start to the last log, by all ranks.
         seconds: of this start, without loading.
     """
 
@@ -223,6 +223,7 @@ def _check_thresholds_stay(args: Any, schedule: Any) -> None:
 def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     """Add this run to the history in the model's config."""
     from stocha_hf.training.entry import change_entry
+    from stocha_hf.training.held_inputs import trains_with_cuts
 
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = {
@@ -240,6 +241,7 @@ def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule:
         "distill_weight": args.distill_weight if args.teacher else None,
         "distill_hidden": args.distill_hidden or None,
         "target_sparsity": args.target_sparsity,
+        "input_thresholds": "held to their shares" if trains_with_cuts(model) and not model_args.use_peft else None,
     }
     change_entry(model, history=with_stage(StochaConfig.from_dict(model.config.stocha), stage).history)
 

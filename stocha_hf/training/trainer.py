@@ -31,12 +31,14 @@ from trl import SFTTrainer
 
 from stocha_hf.checkpoints.metadata import source_metadata
 from stocha_hf.errors import StochaError
+from stocha_hf.models import cutting_everywhere
 from stocha_hf.publishing import card
 from stocha_hf.training.arguments import StochaArguments
 from stocha_hf.training.callback import ScheduleCallback
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream, set_forward
 from stocha_hf.training.console import Bar, Lines
 from stocha_hf.training.entry import change_entry
+from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
 from stocha_hf.training.losses import causal_lm, open_head, token_losses, training_losses
 from stocha_hf.training.schedule import Schedule
@@ -111,7 +113,7 @@ class StochaTrainer(SFTTrainer):
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self._fitted_out():
+        with self._fitted_out(), cutting_everywhere(self.model):
             return super().evaluation_loop(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -162,6 +164,7 @@ class StochaTrainer(SFTTrainer):
             accelerator=self.accelerator,
             batches=self.first_batches,
             target=self.args.target_sparsity,
+            held=HeldInputs() if self.holds_inputs else None,
         )
         self.callback_handler.callbacks.insert(0, self.steering)
         try:
@@ -169,6 +172,11 @@ class StochaTrainer(SFTTrainer):
         finally:
             self.remove_callback(self.steering)
             self.steering.close()
+
+    @property
+    def holds_inputs(self) -> bool:
+        """Whether thresholds of inputs follow them: not beside an adapter, whose folder has no place for them."""
+        return self.model is causal_lm(self.model) and trains_with_cuts(self.model)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -301,10 +309,14 @@ class StochaTrainer(SFTTrainer):
 
     def sparsity_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights and trl's state: the model's `stocha` entry, for which an adapter's
-        folder has no other place, and the sparsity target's controller.
+        folder has no other place, the sparsity target's controller, and the shares that input thresholds are held to.
         """
-        target = self.steering.target
-        return {"stocha": self.model.config.stocha, "target": target and target.state_dict()}
+        target, held = self.steering.target, self.steering.held
+        return {
+            "stocha": self.model.config.stocha,
+            "target": target and target.state_dict(),
+            "input_shares": held and held.shares,
+        }
 
     def _load_sparsity_state(self, state: dict[str, Any]) -> None:
         """A resumed run's schedule sets what runs at its next step; a run that ends keeps what is loaded here."""
@@ -312,6 +324,8 @@ class StochaTrainer(SFTTrainer):
         change_entry(self.model, **state["stocha"] | {"history": history})
         if self.steering.target is not None:
             self.steering.target.load_state_dict(state["target"])
+        if self.steering.held is not None:
+            self.steering.held.shares = state["input_shares"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """This package's card instead of trl's."""
@@ -326,7 +340,7 @@ class StochaTrainer(SFTTrainer):
 def _read_sparsity_state(checkpoint: str) -> dict[str, Any]:
     try:
         state = json.loads((Path(checkpoint) / SPARSITY_STATE).read_text())
-        return {key: state[key] for key in ("stocha", "target")}
+        return {key: state[key] for key in ("stocha", "target", "input_shares")}
     except (OSError, ValueError, KeyError, TypeError):
         raise StochaError(
             f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a "
