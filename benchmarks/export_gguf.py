@@ -9,8 +9,8 @@ target `llama`; `llama-quantize` is llama_cpp_quantize.cpp, over its C API:
     python benchmarks/export_gguf.py FOLDER --precision f32 q4_0 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
     python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
 
-With --architectures, FOLDER is only where tiny random models are made: one of each architecture and activation that
-can be exported.
+With --architectures, FOLDER is only where tiny random models are made, one of each architecture and activation that
+can be exported; with --train, where a small ReLU model is trained.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from export_models import tiny_folders, trained_folder
 
 from stocha_hf import export
 from stocha_hf.conversion.export_metadata import plan_metadata
@@ -144,57 +145,13 @@ def compare(
     return record
 
 
-def tiny_folders(where: Path) -> list[Path]:
-    """A random model of each architecture and of both activations, where llama.cpp has both."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from helpers.models import tiny_model
-    from helpers.vocabularies import byte_level_tokenizer, sentencepiece_tokenizer
-
-    from stocha_hf import convert
-
-    scaled = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
-    llama3 = scaled | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    yarn, linear = (
-        scaled | {"rope_type": "yarn", "factor": 4.0},
-        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-    )
-    cases: list[tuple[str, str, dict[str, Any]]] = [
-        *((name, name, {}) for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")),
-        ("mistral", "mistral", {"sliding_window": 4096}),
-        ("biases", "llama", {"attention_bias": True, "mlp_bias": True}),
-        ("wide-heads", "llama", {"head_dim": 16, "tie_word_embeddings": True}),
-        ("linear", "llama", {"rope_parameters": linear}),
-        ("yarn", "llama", {"rope_parameters": yarn}),
-        ("llama3", "llama", {"rope_parameters": llama3 | {"original_max_position_embeddings": 8192}, "head_dim": 64}),
-    ]
-    cuts = {"qwen2": "qwen2", "qwen3": "qwen2", "llama3": "llama-bpe", "yarn": "dbrx", "linear": "smollm"}
-    folders = []
-    for name, model_type, options in cases:
-        pieces = name in ("mistral", "gemma2", "gemma3_text", "wide-heads")
-        tokenizer = sentencepiece_tokenizer() if pieces else byte_level_tokenizer(cuts.get(name, "gpt-2"))
-        model = tiny_model(model_type, max_position_embeddings=256, vocab_size=320, **options)
-        for parameter in model.parameters():  # norms and biases too
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        for activation in ("silu", "relu") if model_type in ("llama", "mistral", "qwen2") else ("own",):
-            if activation == "relu" and name in ("biases", "llama3"):
-                continue
-            source, folder = where / f"{name}-source", where / f"{name}-{activation}"
-            model.save_pretrained(source)
-            tokenizer.save_pretrained(source)
-            if not folder.exists():
-                convert(source, folder, **({} if activation == "own" else {"activation": activation}))
-            folders.append(folder)
-    return folders
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", nargs="+", default=["f32"])
     parser.add_argument("--activation", help="given to export")
     parser.add_argument("--architectures", action="store_true")
+    parser.add_argument("--train", action="store_true")
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "LICENSE")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -204,6 +161,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file for each row")
     args = parser.parse_args()
     folders = tiny_folders(args.folder) if args.architectures else [args.folder]
+    folders = [trained_folder(args.folder)] if args.train else folders
     with tempfile.TemporaryDirectory(prefix="stocha-export-") as name:
         work = Path(name)
         program = build(SCORES, work / "llama_cpp_scores", args.llama_cpp, args.libraries)

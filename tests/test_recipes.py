@@ -33,8 +33,8 @@ def test_recipe_parses_and_names_files_that_exist(path, tmp_path):
     data, args, model, schedule = parse(
         ["--config", str(path), "--use_cpu", "true", "--output_dir", str(tmp_path)], None
     )
-    assert data.dataset and (model.model_name_or_path or args.model_config) and args.max_steps > 0
-    ends_with = "silu" if path.stem in ("adapt", "teacher") else "relu"  # they make the teacher
+    assert (data.dataset or data.datasets) and (model.model_name_or_path or args.model_config) and args.max_steps > 0
+    ends_with = "silu" if path.stem in ("adapt", "teacher", "sparsify") else "relu"  # a teacher, or cut inputs
     assert ACTIVATIONS[schedule.phases[-1].activation].native == ends_with
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for name in re.findall(r"recipes/[\w./-]+\.(?:py|yaml)", header):

@@ -76,7 +76,7 @@ class ScheduleCallback(TrainerCallback):
         update = max(state.max_steps // UPDATES, 1)
         if now.sparsity is not None and state.global_step % update == 0:
             self._move_thresholds(model, now.sparsity)
-        if self.held is not None:
+        if self.held is not None and self.held.shares is None:
             with torch.compiler.set_stance("force_eager"):
                 self.held.begin(model, self.batches(UPDATE_ROWS))
         every = [max(int(args.logging_steps), 1)] + [update] * (self.target is not None)

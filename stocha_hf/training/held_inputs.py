@@ -39,9 +39,8 @@ class HeldInputs:
         self.shares: dict[str, list[float]] | None = None
 
     def begin(self, model: nn.Module, batches: Batches) -> None:
-        """Measure the share of inputs that each projection cuts now; not where shares are known already."""
-        if self.shares is None:
-            self.shares = _shares(model, _sizes(model, batches))
+        """Measure the share of inputs that each projection cuts now."""
+        self.shares = _shares(model, _sizes(model, batches))
 
     def thresholds(self, model: nn.Module, batches: Batches) -> tuple[dict[str, list[float]], float]:
         """Return thresholds that cut each projection's share, and the mean share that those in force cut.

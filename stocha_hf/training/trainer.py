@@ -43,6 +43,7 @@ from stocha_hf.training.hidden_error import HiddenError, layer_error
 from stocha_hf.training.losses import causal_lm, open_head, token_losses, training_losses
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
+from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, Prompts, prompts_uncut
 
 THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
 MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
@@ -89,6 +90,7 @@ class StochaTrainer(SFTTrainer):
         self._evaluating_forward = inner.__dict__["forward"]  # trl's; on the model while this trainer runs
         set_forward(inner, own_forward)
         self._fitted = False
+        self._prompts = Prompts()
         self.schedule = schedule
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
         self.hidden_error: HiddenError | None = None
@@ -109,8 +111,18 @@ class StochaTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer.train does; afterwards the model is as it came, but for its weights and its config."""
-        with self._fitted_out(), self._steered():
+        with self._fitted_out(), self._steered(), prompts_uncut(self.model) as self._prompts:
             return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's; where prompts are left uncut, its batches say which positions those are."""
+        collate = self.data_collator
+        if self.args.uncut_prompts:
+            self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._fitted_out(), cutting_everywhere(self.model):
@@ -192,6 +204,7 @@ class StochaTrainer(SFTTrainer):
         if self.steering.target is not None:
             accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
             self.steering.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
+        self._prompts.cut_at = cut_at = inputs.pop(CUT_AT, None)
         mask = inputs.get("attention_mask")
         seen = torch.ones_like(inputs["labels"]) if mask is None else mask  # no mask: packed rows
         recording = self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext()
@@ -199,14 +212,17 @@ class StochaTrainer(SFTTrainer):
             losses = training_losses(model, self.teacher, inputs, **self.loss_options)
         loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
         if self.hidden_error:
-            error = self.hidden_error.mean(seen) * tokens
+            error = self.hidden_error.mean(seen if cut_at is None else seen * cut_at) * tokens
             loss = loss + self.args.distill_hidden * error
         self._sums += torch.stack([losses.nll, losses.kl, error.detach()])
         self._tokens += torch.stack([tokens, seen.sum()])
         return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            self._prompts.cut_at = None  # not before: a checkpointed layer runs again in backward
         self.finite &= loss.isfinite()  # looked at only when something is logged or saved: a look waits for the GPU
         return loss
 

@@ -7,6 +7,7 @@ relu --data '' -> --data; is empty
 LONG --data text.txt -> bytes: expected at most 255
 ~nouser/x --data text.txt -> home folder of ~nouser, an unknown user
 absent --data text.txt -> absent
+automap5 --data text.txt -> config.json of automap5 has auto_map 5; expected a mapping
 ./absent --data text.txt -> ./absent; does not exist
 text.txt --data text.txt -> text.txt; expected
 relu --data absent.txt -> absent.txt does not exist

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -29,11 +30,12 @@ from stocha_hf.spec import ACTIVATIONS
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = "Explain in two sentences why the sky is blue."
 STYLE = """<style>
-.neurons {border-collapse: collapse; font: 11px monospace; width: auto}
-.neurons td {width: 14px; min-width: 14px; height: 9px; padding: 0; border: 0}
-.neurons th {font-weight: normal; white-space: pre; padding: 0 4px; border: 0}
-.neurons .token {writing-mode: vertical-rl; padding: 4px 0}
-</style>"""
+.neurons {border-collapse: collapse; font: 10px monospace !important; width: auto !important}
+.neurons tr, .neurons td, .neurons th {border: 0 !important; line-height: 1 !important; background: none}
+.neurons td {width: 15px; min-width: 15px; height: 9px; padding: 0 !important}
+.neurons th {font-weight: normal !important; white-space: pre; padding: 0 4px !important; text-align: right}
+.neurons .token {writing-mode: vertical-rl; padding: 4px 0 !important; text-align: left}
+</style>"""  # !important: over gradio's own style of tables
 Page = tuple[str, str, str, str, str]  # sparse text, its speed, dense text, its speed, heat map
 
 
@@ -158,15 +160,17 @@ def page(demo: Demo) -> Any:
     import gradio
 
     kernels = "skipping inactive neurons" if StochaMLP.runtime is not None else "kernels not available: PyTorch"
-    with gradio.Blocks(title=f"Neurons of {demo.name}") as blocks:
-        gradio.Markdown(f"## Which neurons does {html.escape(demo.name)} use?")
+    name = html.escape(Path(demo.name).name)
+    with gradio.Blocks(title=f"Neurons of {name}", fill_width=True) as blocks:
+        gradio.Markdown(f"## Which neurons does {name} use?")
         with gradio.Row():
             prompt = gradio.Textbox(PROMPT, label="Prompt", scale=4)
             mode = gradio.Dropdown(demo.modes, value=demo.modes[0], label="Activation")
             new = gradio.Slider(8, 128, 48, step=8, label="Tokens")
         button = gradio.Button("Write", variant="primary")
         with gradio.Row():
-            sparse, dense = (gradio.Textbox(label=name, lines=5) for name in (f"Sparse: {kernels}", "Dense"))
+            labels = f"Sparse: {kernels}", "Dense"
+            sparse, dense = (gradio.Textbox(label=label, lines=4, max_lines=4) for label in labels)
         with gradio.Row():
             fast, slow = (gradio.Textbox(label="Speed", elem_id=name) for name in ("sparse-speed", "dense-speed"))
         picture = gradio.HTML()
