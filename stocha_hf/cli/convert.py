@@ -34,7 +34,7 @@ from stocha_hf.cli import (
     whole_number,
 )
 from stocha_hf.errors import StochaError
-from stocha_hf.quantization import BITS, MATRICES
+from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES
 from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
@@ -119,7 +119,7 @@ def parser() -> Parser:
         nargs="*",
         type=one_of(MATRICES),
         metavar="NAME",
-        help=f"with --bits 4, what gets 8: {', '.join(MATRICES)} (default: embed_tokens lm_head; none: 4 for all)",
+        help=f"with --bits 4, what gets 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4 for all)",
     )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")

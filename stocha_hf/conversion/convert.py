@@ -114,8 +114,8 @@ def convert(
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.
-        in_8_bits: names of the matrices that get 8 bits where `bits` is 4, in MATRICES (default: embed_tokens and
-            lm_head).
+        in_8_bits: names of the matrices that get 8 bits where `bits` is 4, in MATRICES (default: v_proj,
+            embed_tokens and lm_head).
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
         dtype: what a .gguf file's tensors become, one of DTYPES.

@@ -123,20 +123,22 @@ inline Vector load_part(const fp16* p, int64_t count, bool readable = false) {
   return load(part);
 }
 
-// The same of 4-bit groups' words: their scales, and zeros in eighths.
-struct Levels {
-  Vector scale, eighths;
-};
-
-inline Levels load_levels(const uint16_t* p, int64_t count, bool readable = false) {
+// The same of 4-bit groups' words.
+inline Integers load_words(const uint16_t* p, int64_t count, bool readable = false) {
   uint16_t part[kLanes] = {};
   if (count < kLanes && !readable) {
     std::memcpy(part, p, count * sizeof *p);
     p = part;
   }
-  const Integers words = __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Integers);
-  return {(Vector)(((words >> 7) + (103 << 4)) << 19), __builtin_convertvector(words & 127, Vector)};
+  return __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Integers);
 }
+
+struct Levels {  // scales, and zeros in eighths
+  Vector scale, eighths;
+  Levels() = default;
+  explicit Levels(Integers words)
+      : scale((Vector)(((words >> 7) + (103 << 4)) << 19)), eighths(__builtin_convertvector(words & 127, Vector)) {}
+};
 
 template <class Code>
 inline auto load_codes_part(const Code* p, int64_t bytes, bool readable = false) {

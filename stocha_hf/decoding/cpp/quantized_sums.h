@@ -161,7 +161,7 @@ inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetc
                         int64_t group, int64_t here, float* acc, int64_t stride) {
   Levels levels[kBlock];
   for (int r = 0; r < 2 * block.pairs; ++r) {
-    levels[r] = load_levels(block.words[r] + group, here, block.readable);
+    levels[r] = Levels(load_words(block.words[r] + group, here, block.readable));
     prefetch(next.words[r] + group);
   }
   FactorsOf4 factors[kTokens];
