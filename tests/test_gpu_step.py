@@ -1,0 +1,156 @@
+"""A GPU's whole decode step and generate() with it, against transformers' own way.
+
+They need a GPU with Triton. On a CPU with Triton installed, TRITON_INTERPRET=1 runs the kernels there, in the same
+loop, with launches in the place of a graph's replays. Elsewhere only what needs no kernel is tested.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model
+
+from stocha_hf.decoding import generation, triton_ffn
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not CUDA
+needs_triton = pytest.mark.skipif(
+    triton_ffn.triton is None or not (CUDA or INTERPRETED), reason="no GPU with Triton, and no TRITON_INTERPRET=1"
+)
+FEW = {"ROWS": 8, "SPLITS": 2, "TILE": 16}  # programs are what takes the interpreter's time
+PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40]], device=DEVICE)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for each step: tokens in the cache before it. Without a GPU its stand-ins are the interpreter's."""
+    from stocha_hf.decoding import gpu_step
+    from stocha_hf.decoding.gpu_step import GpuStep
+
+    made: list[int] = []
+    replay = GpuStep.launch if INTERPRETED else GpuStep.replay
+
+    def counted(step: Any) -> None:
+        made.append(int(step.state[2]))
+        replay(step)
+
+    monkeypatch.setattr(GpuStep, "replay", counted)
+    if INTERPRETED:
+        monkeypatch.setattr(
+            gpu_step,
+            "TILES",
+            {name: {key: FEW.get(key, value) for key, value in tile.items()} for name, tile in gpu_step.TILES.items()},
+        )
+        monkeypatch.setattr(GpuStep, "record", lambda step: setattr(step, "graph", "launches"))
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+        monkeypatch.setitem(generation.LOOPS, "cpu", generation._on_gpu)
+    return made
+
+
+def model_of(model_type: str = "llama", activation: str = "relu", dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model = tiny_model(model_type)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    patch(model, StochaConfig(activation="relu"))
+    model.eval().to(DEVICE, dtype)
+    if activation != "relu":
+        model.stocha_mode(activation).__enter__()
+    return model
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call without this package's kernels and loops."""
+    with monkeypatch.context() as patched:
+        patched.setattr(StochaMLP, "runtime", None)
+        return function(*args, **kwargs)
+
+
+def greedy(new: int, **options: Any) -> dict[str, Any]:
+    mask = torch.ones_like(PROMPT)
+    known = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1_000}
+    return known | {"max_new_tokens": new} | options
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_steps_give_transformers_logits(
+    model_type: str, activation: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(model_type, activation)
+    new = 4 if INTERPRETED else 40
+    options = greedy(new, return_dict_in_generate=True, output_logits=True)
+    found = model.generate(PROMPT, **options)
+    assert steps == list(range(PROMPT.shape[1], PROMPT.shape[1] + new - 1))
+    expected = slowly(monkeypatch, model.generate, PROMPT, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for logits, others in zip(found.logits, expected.logits, strict=True):
+        assert (logits - others).norm() <= 1e-5 * others.norm()
+    for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert layer.keys.shape == other.keys.shape and torch.allclose(layer.keys, other.keys, atol=1e-5)
+        assert torch.allclose(layer.values, other.values, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_the_gpu_chooses_greedy_tokens(cache: str | None, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, new = model_of(), 5 if INTERPRETED else 60
+    options = greedy(new, disable_compile=True, cache_implementation=cache)
+    expected = slowly(monkeypatch, model.generate, PROMPT, **options)
+    assert torch.equal(model.generate(PROMPT, **options), expected)
+    assert len(steps) == new - 1
+    steps.clear()
+    end = int(expected[0, PROMPT.shape[1] + 2])
+    given: list[int] = []
+    streamer = SimpleNamespace(
+        put=lambda tokens: given.extend(tokens.flatten().tolist()), end=lambda: given.append(-1)
+    )
+    found = model.generate(PROMPT, **options | {"eos_token_id": end}, streamer=streamer)
+    assert [*found[0].tolist(), -1] == given
+    assert torch.equal(found, expected[:, : found.shape[1]]) and int(found[0, -1]) == end
+    assert len(steps) <= found.shape[1] - PROMPT.shape[1], "at most one step after the end"
+
+
+@needs_triton
+def test_sampling_padding_and_a_cache_of_an_earlier_call(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, new = model_of(), 4 if INTERPRETED else 20
+
+    def sampled(**options: Any) -> Any:
+        torch.manual_seed(1)
+        return model.generate(PROMPT, **greedy(new, do_sample=True, top_k=5, temperature=0.8) | options)
+
+    padded = {"attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]], device=DEVICE)}
+    for options in ({}, padded):
+        found = sampled(**options)
+        assert len(steps) == new - 1
+        assert torch.equal(found, slowly(monkeypatch, sampled, **options))
+        steps.clear()
+    cache = model(PROMPT[:, :5], use_cache=True).past_key_values
+    options = greedy(new)
+    found = model.generate(PROMPT, past_key_values=cache, **options)
+    assert torch.equal(found, model.generate(found, past_key_values=cache, **options | {"max_new_tokens": 1})[:, :-1])
+    assert torch.equal(found, slowly(monkeypatch, model.generate, PROMPT, **options))
+
+
+@needs_triton
+def test_what_must_be_called_is_called(steps: list[int]) -> None:
+    model = model_of()
+    calls: list[int] = []
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *args: calls.append(1))
+    model.generate(PROMPT, **greedy(3))
+    assert len(calls) == 3 and not steps
+    handle.remove()
+    model.generate(PROMPT, **greedy(3))
+    assert len(steps) == 2
+    model.model.layers[0].mlp.up_proj.weight.data = model.model.layers[0].mlp.up_proj.weight.data.clone()
+    before = model.__dict__["gpu_plan"]
+    model.generate(PROMPT, **greedy(3))
+    assert model.__dict__["gpu_plan"] is not before and len(steps) == 4
