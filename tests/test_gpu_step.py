@@ -15,7 +15,10 @@ import torch
 from helpers import tiny_model
 
 from stocha_hf.decoding import generation, triton_ffn
-from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch
+from stocha_hf.decoding.gate_prediction import predict_gates
+from stocha_hf.decoding.packed_gate import PackedGate
+from stocha_hf.errors import StochaError
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch, stocha_mlps
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -133,11 +136,13 @@ def test_sampling_padding_and_a_cache_of_an_earlier_call(steps: list[int], monke
         assert len(steps) == new - 1
         assert torch.equal(found, slowly(monkeypatch, sampled, **options))
         steps.clear()
-    cache = model(PROMPT[:, :5], use_cache=True).past_key_values
-    options = greedy(new)
-    found = model.generate(PROMPT, past_key_values=cache, **options)
-    assert torch.equal(found, model.generate(found, past_key_values=cache, **options | {"max_new_tokens": 1})[:, :-1])
-    assert torch.equal(found, slowly(monkeypatch, model.generate, PROMPT, **options))
+    options = greedy(2 * new) | {"attention_mask": None}
+    whole = slowly(monkeypatch, model.generate, PROMPT, **options)
+    with torch.no_grad():
+        cache = model(PROMPT[:, :5], use_cache=True).past_key_values
+    half = model.generate(PROMPT, past_key_values=cache, **options | {"max_new_tokens": new})
+    assert torch.equal(model.generate(half, past_key_values=cache, **options | {"max_new_tokens": new}), whole)
+    assert len(steps) == 2 * new - 2
 
 
 @needs_triton
@@ -154,3 +159,47 @@ def test_what_must_be_called_is_called(steps: list[int]) -> None:
     before = model.__dict__["gpu_plan"]
     model.generate(PROMPT, **greedy(3))
     assert model.__dict__["gpu_plan"] is not before and len(steps) == 4
+
+
+@needs_triton
+def test_predicted_gates_change_no_token(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    options = greedy(4 if INTERPRETED else 40)
+    expected = model.generate(PROMPT, **options)
+    for mlp in stocha_mlps(model):
+        mlp.decode_state.coarse = PackedGate.of(mlp.gate_proj.weight, recall=0.999)
+    assert torch.equal(model.generate(PROMPT, **options), expected)
+    counts = model.__dict__["gpu_plan"].step.counts[:, 0]
+    assert 0 < int(counts.min()) <= int(counts.max()) < mlp.gate_proj.weight.shape[0], "some neurons are not listed"
+
+
+def test_four_bits_are_off_by_what_they_say() -> None:
+    torch.manual_seed(0)
+    gate, x = torch.randn(3000, 256), torch.randn(256)
+    gate[:, :3] *= 5
+    packed = PackedGate.of(gate, recall=0.95)
+    quarters = [((packed.codes.int() >> 4 * place) & 15) - 8 for place in range(4)]
+    about = torch.cat(quarters, 1) * packed.steps[:, None] @ x
+    beyond = (gate @ x > about + packed.slack * x.norm()).float().mean().item()
+    assert 0.03 < beyond < 0.07, "a share of 1 - recall"
+    assert packed.nbytes < gate.nbytes / 7
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU")
+def test_a_gpu_predicts_with_a_recall() -> None:
+    model = model_of()
+    assert predict_gates(model, recall=0.999) == len(stocha_mlps(model))
+    with pytest.raises(StochaError, match="expected a recall"):
+        predict_gates(model)
+
+
+def test_what_a_gpu_step_does_not_know_is_refused() -> None:
+    if triton_ffn.triton is None:
+        pytest.skip("no Triton")
+    from stocha_hf.decoding import gpu_plan
+
+    assert gpu_plan.of(model_of("gemma2")) is None
+    model = model_of()
+    assert gpu_plan.of(model) is gpu_plan.of(model)
+    model.model.layers[0].mlp.up_proj = torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    assert gpu_plan.of(model) is None

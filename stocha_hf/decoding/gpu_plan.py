@@ -15,6 +15,7 @@ from torch import nn
 from stocha_hf.decoding import triton_ffn
 from stocha_hf.decoding.gpu_step import LANES, GpuStep
 from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
+from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.decoding.plan import CHANGING_ROTARY, FAMILIES
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS
@@ -100,7 +101,7 @@ class GpuPlan(Watch):
         )  # fmt: skip
 
     def _ffn(self, mlp: Any) -> tuple[Any, ...]:
-        """gate, up, down, its transposed copy or None, the activation, and the gate up to which it gives zeros."""
+        """gate, up, down, its transposed copy, the activation, the gate up to which it gives 0, the gate's copy."""
         activation = mlp.running if "decode_state" in mlp.__dict__ else self.config.hidden_act
         skips = activation in ACTIVATIONS and ACTIVATIONS[activation].cut is not None
         if not skips and activation != "silu":
@@ -112,8 +113,11 @@ class GpuPlan(Watch):
         if any(bias is not None for _, bias in found):
             raise Refused
         matrices = [weight for weight, _ in found]
-        cut = self.rule(mlp) if is_patched else 0.0
-        return (*matrices, self.neuron_major(mlp) if skips and is_patched else None, activation, cut)
+        if not is_patched:
+            return (*matrices, None, activation, 0.0, None)
+        coarse = self.coarse(mlp) if skips else None
+        down_t = self.neuron_major(mlp) if skips else None
+        return (*matrices, down_t, activation, self.rule(mlp), coarse if isinstance(coarse, PackedGate) else None)
 
 
 def weights_of(model: Any) -> Weights:

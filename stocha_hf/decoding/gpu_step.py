@@ -28,16 +28,16 @@ from stocha_hf.decoding.triton_products import down_kernel, hidden_kernel, linea
 
 # Found on an H100 (docs/experiments/decoding.md)
 TILES: dict[str, dict[str, int]] = {
-    "qkv": {"ROWS": 2, "BLOCK": 512, "num_warps": 1},
-    "o": {"ROWS": 2, "BLOCK": 1024, "num_warps": 1},
-    "hidden": {"ROWS": 2, "BLOCK": 512, "UP": 1024, "num_warps": 1},
-    "list": {"ROWS": 8, "BLOCK": 256, "num_warps": 1},
+    "qkv": {"ROWS": 4, "BLOCK": 512, "FETCH": 1, "num_warps": 1},
+    "o": {"ROWS": 1, "BLOCK": 2048, "FETCH": 1, "num_warps": 4},
+    "hidden": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
+    "list": {"ROWS": 4, "BLOCK": 256, "num_warps": 1},
     "listed": {"PROGRAMS": 2112, "BLOCK": 4096, "num_warps": 4},
-    "dense": {"ROWS": 2, "BLOCK": 512, "UP": 512, "num_warps": 1},
-    "dense down": {"ROWS": 2, "BLOCK": 1024, "num_warps": 1},
-    "down": {"PROGRAMS": 512, "TILE": 64, "BLOCK": 64, "num_warps": 4},
-    "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 4},
-    "head": {"ROWS": 2, "BLOCK": 512, "num_warps": 1},
+    "dense": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
+    "dense down": {"ROWS": 2, "BLOCK": 1024, "FETCH": 0, "num_warps": 2},
+    "down": {"PROGRAMS": 512, "TILE": 128, "BLOCK": 64, "num_warps": 4},
+    "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 2},
+    "head": {"ROWS": 4, "BLOCK": 256, "num_warps": 1},
 }
 LANES = 16  # heads in a tile of attention: what tensor cores take
 SLOTS = 64  # of maxima, which the head's programs share

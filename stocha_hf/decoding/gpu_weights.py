@@ -7,20 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class CoarseWeights:
-    """A gate in 4 bits, see triton_prediction.py: codes int16 [M, H / 4]; steps and slack float32 [M]."""
-
-    codes: torch.Tensor
-    steps: torch.Tensor
-    slack: torch.Tensor
+from stocha_hf.decoding.packed_gate import PackedGate
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """Of one layer; a bias is None where the projection has none. `down` is [H, M], `down_t` [M, H] or None: then
-    all neurons are computed.
+    all neurons are computed. `coarse` predicts gates, or is None.
     """
 
     input_norm: torch.Tensor
@@ -36,9 +29,9 @@ class LayerWeights:
     down_t: torch.Tensor | None
     activation: str
     cut: float
+    coarse: PackedGate | None
     scaling: float
     window: int
-    coarse: CoarseWeights | None = None
 
 
 @dataclass(frozen=True)

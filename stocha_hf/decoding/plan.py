@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from stocha_hf.decoding import structs
-from stocha_hf.decoding.state import key_of
+from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.structs import matrix, matrix_of, pointer
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS
@@ -168,12 +168,11 @@ class Plan(Watch):
             raise Refused
         if skips and not structs.is_quantized(down):
             matrices[2], is_transposed = matrix(self.neuron_major(mlp)), True
-        coarse = None if mlp.decode_state is None else mlp.decode_state.coarse
+        coarse = None if structs.is_quantized(gate) else self.coarse(mlp)
         pointers: list[int | None] = [None, None]
         margin = 0.0
-        if coarse is not None and not structs.is_quantized(gate) and coarse.key == key_of(gate.weight):
+        if isinstance(coarse, CoarseGate):
             pointers, margin = [pointer(coarse.weights), pointer(coarse.scales)], coarse.margin
-            self.kept.append(coarse)
         return structs.Ffn(*matrices, *pointers, structs.ACTIVATIONS[mlp.running], is_transposed, threshold, margin)
 
 

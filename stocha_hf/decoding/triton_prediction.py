@@ -1,4 +1,4 @@
-"""Prediction of active neurons in a GPU's decode step, for one token: 4 bits of a gate's weights say who may be active.
+"""Prediction of active neurons in a GPU's decode step, for one token: 4 bits of a weight say who may be active.
 
 The first kernel multiplies the 4-bit copy of the gate and lists the neurons that can be above the cut; the second one
 computes their gates again from all bits, and up where they are active. A list's order does not matter, since each

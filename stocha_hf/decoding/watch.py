@@ -14,7 +14,7 @@ from torch import nn
 from stocha_hf.decoding.conditions import is_called
 from stocha_hf.decoding.ffn import zero_up_to
 from stocha_hf.decoding.layers import IN_A_STEP
-from stocha_hf.decoding.state import neuron_major
+from stocha_hf.decoding.state import key_of, neuron_major
 
 ATTENTION = ("sdpa", "eager")  # what transformers may be asked to compute attention with
 
@@ -33,6 +33,7 @@ class Watch:
         self.tensors: list[tuple[Any, str, Any, int]] = []  # the same of a tensor, and its address
         self.rules: list[tuple[Any, str, float]] = []  # an MLP, its activation and threshold
         self.gates: list[tuple[Any, Any]] = []  # an MLP that skips neurons, and its transposed down
+        self.copies: list[tuple[Any, Any]] = []  # an MLP, and the copy that predicts its gates, or None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a model do not take it along
@@ -45,6 +46,7 @@ class Watch:
             and all(table.get(name) is tensor and tensor.data_ptr() == at for table, name, tensor, at in self.tensors)
             and all(mlp.running == name and zero_up_to(mlp) == cut for mlp, name, cut in self.rules)
             and all(neuron_major(mlp) is down_t for mlp, down_t in self.gates)
+            and all(_coarse(mlp) is copy for mlp, copy in self.copies)
             and self.config._attn_implementation in ATTENTION
         )
 
@@ -82,6 +84,18 @@ class Watch:
             raise Refused
         self.gates.append((mlp, down_t))
         return down_t
+
+    def coarse(self, mlp: Any) -> Any:
+        """Note and return the copy that predicts a patched FFN's gates, None where there is none of this gate."""
+        copy = _coarse(mlp)
+        self.copies.append((mlp, copy))
+        return copy
+
+
+def _coarse(mlp: Any) -> Any:
+    state = mlp.decode_state
+    copy = None if state is None else state.coarse
+    return copy if copy is not None and copy.key == key_of(mlp.gate_proj.weight) else None
 
 
 def _is(module: nn.Module, kind: type) -> bool:

@@ -8,21 +8,40 @@ skipped that are below the threshold by its quantile. The gates of the others ar
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 
-from stocha_hf.decoding.gpu_weights import CoarseWeights
+from stocha_hf.decoding.state import key_of
 
 LIMIT = 7  # steps to each side
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a row's greatest entry that the limit stands for
 ROWS = 4096  # at a time
 
 
-def coarse_weights(gate: torch.Tensor, recall: float) -> CoarseWeights:
-    """Return the 4-bit copy of a gate [M, H], H a multiple of 4, that misses at most a share 1 - recall at the threshold."""
-    parts = [_of_rows(rows.detach().float(), NormalDist().inv_cdf(recall)) for rows in gate.split(ROWS)]
-    return CoarseWeights(*(torch.cat(part) for part in zip(*parts, strict=True)))
+@dataclass(frozen=True)
+class PackedGate:
+    """A gate in 4 bits: `codes` int16 [M, H / 4] as triton_prediction.py reads them; `steps` float32 [M], what a unit
+    of a code is worth; `slack` float32 [M], what a row's rounding may be worth, times |x|_2. `key` tells whether the
+    gate has changed since.
+    """
+
+    codes: torch.Tensor
+    steps: torch.Tensor
+    slack: torch.Tensor
+    key: tuple[int, int]
+
+    @classmethod
+    def of(cls, gate: torch.Tensor, recall: float) -> PackedGate:
+        """Return the copy of a gate [M, H], H a multiple of 4, that misses a share 1 - recall at the threshold."""
+        parts = [_of_rows(rows.detach().float(), NormalDist().inv_cdf(recall)) for rows in gate.split(ROWS)]
+        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)), key_of(gate))
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return self.codes.nbytes + self.steps.nbytes + self.slack.nbytes
 
 
 def _of_rows(rows: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
