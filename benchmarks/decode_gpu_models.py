@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from stocha_hf.decoding.gate_prediction import predict_gates
+from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.measurement.speed import measured_in_turn, ratio
 from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, force_sparsity, random_llama
 from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch, stocha_mlps
@@ -98,8 +98,7 @@ def records(name: str, native: Any, sparse: Any, args: argparse.Namespace) -> It
 
     text = same_text(sparse, tokens, args.new)
     zeros = zeros_of(sparse, tokens, args.new)
-    predict_gates(sparse, args.recall)
-    copies = [mlp.decode_state.coarse for mlp in stocha_mlps(sparse)]
+    copies = [PackedGate.of(mlp.gate_proj.weight, args.recall) for mlp in stocha_mlps(sparse)]
     sides: dict[str, Callable[[], float]] = {
         "transformers": lambda: decode(native),
         "dense": densely,

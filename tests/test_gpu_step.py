@@ -203,3 +203,39 @@ def test_what_a_gpu_step_does_not_know_is_refused() -> None:
     assert gpu_plan.of(model) is gpu_plan.of(model)
     model.model.layers[0].mlp.up_proj = torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
     assert gpu_plan.of(model) is None
+
+
+def weights_of_no_content(dtype: torch.dtype, coarse: bool, sparse: bool = True) -> Any:
+    from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
+
+    size, width = 576, 1536
+
+    def of(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    packed = PackedGate(torch.empty(width, size // 4, dtype=torch.int16), *torch.empty(2, width), (0, 0))
+    qkv = of(576, size), of(192, size), of(192, size)
+    layer = LayerWeights(
+        of(size), qkv, (of(576), of(192), of(192)), (of(64), of(64)), of(size, 576), None, of(size), of(width, size),
+        of(width, size), of(size, width), of(width, size) if sparse else None, "relu" if sparse else "silu", 0.0,
+        packed if coarse else None, 0.125, 0,
+    )  # fmt: skip
+    return Weights(of(999, size), [layer], of(size), of(999, size), None, torch.empty(32), 1.0, 1e-5, 9, 3, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED or CUDA, reason="no Triton, interpreted, or a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "predicted"])
+def test_the_kernels_compile_for_an_h100_that_is_not_there(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers.triton import compiling
+
+    from stocha_hf.decoding import gpu_step
+
+    monkeypatch.setattr(gpu_step, "_can_start_early", lambda like: True)
+    compiled = compiling(gpu_step, monkeypatch)
+    gpu_step.GpuStep(weights_of_no_content(dtype, kind == "predicted", kind != "dense")).launch()
+    assert len(compiled) == (9 if kind == "predicted" else 8)
+    assert all(kernel.metadata.shared <= 227 * 2**10 for kernel in compiled), "what a program of an H100 has"
