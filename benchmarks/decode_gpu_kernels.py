@@ -54,7 +54,7 @@ def started(step: GpuStep, length: int) -> GpuStep:
 
 
 def replay_us(step: GpuStep, length: int) -> float:
-    step.set(5, length, length)
+    step.set(length, length)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(STEPS):
@@ -101,7 +101,7 @@ def records(name: str, zeros: float, length: int) -> Iterator[dict[str, Any]]:
         times = [(replay_us(early, length), replay_us(late, length)) for _ in range(ROUNDS)]
         parts = parts_of(weights.layers[0], weights, length, zeros)
         names = ["embedding", *list(parts) * len(weights.layers), "lm_head", "next token"]
-        late.set(5, length, length)
+        late.set(length, length)
         found = kernel_us(late, names)
         sizes = parts | {"lm_head": float(weights.head.nbytes)}
         whole = len(weights.layers) * sum(parts.values()) + weights.head.nbytes

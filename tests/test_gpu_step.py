@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_model
+from transformers import DynamicCache, StaticCache
 
-from stocha_hf.decoding import generation, triton_ffn
+from stocha_hf.decoding import calls, generation, triton_ffn
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.errors import StochaError
@@ -33,37 +34,35 @@ PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40]], device=DEVICE)
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for each step: tokens in the cache before it. Without a GPU its stand-ins are the interpreter's."""
-    from stocha_hf.decoding import gpu_step
+    from stocha_hf.decoding import gpu_tiles
     from stocha_hf.decoding.gpu_step import GpuStep
 
     made: list[int] = []
     replay = GpuStep.launch if INTERPRETED else GpuStep.replay
 
     def counted(step: Any) -> None:
-        made.append(int(step.state[2]))
+        made.append(int(step.state[1]))
         replay(step)
 
     monkeypatch.setattr(GpuStep, "replay", counted)
     if INTERPRETED:
-        monkeypatch.setattr(
-            gpu_step,
-            "TILES",
-            {name: {key: FEW.get(key, value) for key, value in tile.items()} for name, tile in gpu_step.TILES.items()},
-        )
+        tiles = {name: {key: FEW.get(key, it) for key, it in tile.items()} for name, tile in gpu_tiles.TILES.items()}
+        monkeypatch.setattr(gpu_tiles, "TILES", tiles)
         monkeypatch.setattr(GpuStep, "record", lambda step: setattr(step, "graph", "launches"))
         event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
         monkeypatch.setattr(torch.cuda, "Event", lambda: event)
         monkeypatch.setitem(generation.LOOPS, "cpu", generation._on_gpu)
+        monkeypatch.setitem(calls.CALLS, "cpu", calls._on_gpu)
     return made
 
 
-def model_of(model_type: str = "llama", activation: str = "relu", dtype: torch.dtype = torch.float32) -> Any:
+def model_of(model_type: str = "llama", activation: str = "relu", **overrides: Any) -> Any:
     torch.manual_seed(0)
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **overrides)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     patch(model, StochaConfig(activation="relu"))
-    model.eval().to(DEVICE, dtype)
+    model.eval().to(DEVICE)
     if activation != "relu":
         model.stocha_mode(activation).__enter__()
     return model
@@ -162,6 +161,37 @@ def test_what_must_be_called_is_called(steps: list[int]) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_calls_of_a_few_tokens_give_transformers_logits(cache: str, steps: list[int]) -> None:
+    model = model_of("mistral", sliding_window=6)
+    ids = torch.cat([PROMPT, PROMPT.flip(1)], 1)
+    with torch.enable_grad():
+        expected = model(ids).logits.detach()
+    kept = StaticCache(model.config, max_cache_len=24) if cache == "static" else DynamicCache(config=model.config)
+    place = 3 if cache == "static" else 6  # its window of 6 tokens is not full before
+    model(ids[:, :place], past_key_values=kept)
+    for tokens in (1, 2) if cache == "static" else (1, 4, 3, 2):
+        found = model(ids[:, place : place + tokens], past_key_values=kept).logits
+        exact = expected[:, place : place + tokens]
+        assert (found - exact).norm() <= 1e-5 * exact.norm()
+        place += tokens
+    assert len(steps) == (2 if cache == "static" else 4)
+    assert kept.get_seq_length() == place
+
+
+@needs_triton
+def test_an_assistants_drafts_are_checked_in_steps(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, assistant = model_of(), model_of("llama", "silu")
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    options = greedy(4 if INTERPRETED else 20)
+    expected = slowly(monkeypatch, model.generate, PROMPT, **options)
+    assert torch.equal(model.generate(PROMPT, assistant_model=assistant, **options), expected)
+    assert steps
+
+
+@needs_triton
 def test_predicted_gates_change_no_token(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     options = greedy(4 if INTERPRETED else 40)
@@ -169,7 +199,7 @@ def test_predicted_gates_change_no_token(steps: list[int], monkeypatch: pytest.M
     for mlp in stocha_mlps(model):
         mlp.decode_state.coarse = PackedGate.of(mlp.gate_proj.weight, recall=0.999)
     assert torch.equal(model.generate(PROMPT, **options), expected)
-    counts = model.__dict__["gpu_plan"].step.counts[:, 0]
+    counts = model.__dict__["gpu_plan"].step(1).counts[:, 0]
     assert 0 < int(counts.min()) <= int(counts.max()) < mlp.gate_proj.weight.shape[0], "some neurons are not listed"
 
 

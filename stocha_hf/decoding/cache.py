@@ -157,8 +157,8 @@ def _point(row: Any, struct: structs.Layer) -> None:
     )
 
 
-def takes(plan: Plan, cache: Any) -> bool:
-    """Return whether a cache is of a kind that steps of a plan can read and write."""
+def takes(cache: Any) -> bool:
+    """Return whether a cache is of a kind that whole steps can read and write."""
     kinds: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer)
     if type(cache) is StaticCache:
         kinds = (StaticLayer, StaticSlidingWindowLayer)
@@ -170,7 +170,7 @@ def takes(plan: Plan, cache: Any) -> bool:
 def rows_of(plan: Plan, cache: Any, sequences: int) -> CacheRows | None:
     """Return the rows of a cache that holds tokens of these sequences, None where a step cannot read or write it."""
     layers = cache.layers[: len(plan.layers)]
-    if not takes(plan, cache) or len(layers) < len(plan.layers):
+    if not takes(cache) or len(layers) < len(plan.layers):
         return None
     if not all(layer.is_initialized and len(layer.keys) == sequences for layer in layers):
         return None

@@ -56,7 +56,7 @@ def _is_plain(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str
 
 def _on_cpu(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
     plan = plans.of(model) if available() else None
-    return Loop(model, plan, input_ids, config, kwargs) if plan is not None and takes(plan, kwargs[CACHE]) else None
+    return Loop(model, plan, input_ids, config, kwargs) if plan is not None and takes(kwargs[CACHE]) else None
 
 
 def _on_gpu(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:

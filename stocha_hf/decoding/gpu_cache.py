@@ -9,6 +9,7 @@ from typing import Any
 
 from stocha_hf.decoding.cache import rows_in, takes
 from stocha_hf.decoding.gpu_plan import GpuPlan
+from stocha_hf.decoding.gpu_step import GpuStep
 
 
 class GpuRows:
@@ -20,8 +21,8 @@ class GpuRows:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a cache do not take them along
 
-    def prepare(self, new: int, is_padded: bool) -> int | None:
-        """Make room for new tokens, whose steps are the next of the plan's; return how many the cache holds.
+    def prepare(self, step: GpuStep, new: int, is_padded: bool) -> int | None:
+        """Make room for new tokens, which the step is to write; return how many the cache holds.
 
         None where it would keep them in its own way.
         """
@@ -32,7 +33,7 @@ class GpuRows:
         lengths = {row.end for row in self.rows}
         if len(lengths) > 1:
             return None
-        self.plan.step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
+        step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
         return lengths.pop()
 
     def finish(self, new: int) -> None:
@@ -45,7 +46,7 @@ class GpuRows:
 def rows_of(plan: GpuPlan, cache: Any) -> GpuRows | None:
     """Return the rows of a cache that holds tokens of one sequence, None where a step cannot read or write it."""
     layers = cache.layers[: len(plan.weights.layers)]
-    if not takes(plan, cache) or len(layers) < len(plan.weights.layers):
+    if not takes(cache) or len(layers) < len(plan.weights.layers):
         return None
     if not all(layer.is_initialized and _fits(plan, layer.keys) and _fits(plan, layer.values) for layer in layers):
         return None

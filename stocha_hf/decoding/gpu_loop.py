@@ -28,7 +28,7 @@ def loop(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any
     if len(input_ids) > 1 or input_ids.device != model.device:
         return None
     plan = gpu_plan.of(model)
-    if plan is None or not takes(plan, kwargs[CACHE]) or not plan.is_ready():
+    if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None:
         return None
     return GpuLoop(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
 
@@ -44,7 +44,7 @@ class GpuLoop(Loop):
             self.plan.in_use.release()
 
     def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        self.step, self.at = self.plan.step, at
+        self.step, self.at = self.plan.step(1), at
         self.left = self.written = 0  # steps that the cache has room for; steps that it does not count yet
         mask = self.kwargs.get("attention_mask")
         starts = step.padding(None if mask is None else mask.cpu(), 1, self.length)
@@ -54,9 +54,9 @@ class GpuLoop(Loop):
 
         def decode(chosen: torch.Tensor) -> torch.Tensor:
             if self.left or self._reserve(RING):
-                self.step.state[:1].copy_(chosen)
+                self.step.tokens.copy_(chosen)
                 self._replay()
-                found = self.step.logits[None].clone()
+                found = self.step.logits.clone()
             else:
                 found = self._by_call(chosen, at, cache)[:, 0]
             at.add_(1)
@@ -67,10 +67,10 @@ class GpuLoop(Loop):
     def _reserve(self, steps: int) -> bool:
         """Make room for so many steps; return whether the plan's next steps are this loop's."""
         self.finish()
-        length = None if self.rows is None else self.rows.prepare(steps, self.start > 0)
+        length = None if self.rows is None else self.rows.prepare(self.step, steps, self.start > 0)
         if length is None:
             return False
-        self.step.set(0, int(self.at[0, 0]), length, self.start)
+        self.step.set(int(self.at[0, 0]), length, self.start)
         self.left = steps
         return True
 
@@ -105,8 +105,8 @@ class GpuLoop(Loop):
     def _tokens(self, count: int) -> Iterator[torch.Tensor]:
         """The most likely tokens, `count` at most, int64 [1] on the CPU: each while the next step runs."""
         first = self.first.argmax(-1)
-        self.step.state[:1].copy_(first)
-        place = int(self.step.state[2])
+        self.step.tokens.copy_(first)
+        place = int(self.step.state[1])
         found = torch.empty(AHEAD, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         events = [torch.cuda.Event() for _ in range(AHEAD)]
         asked = 0

@@ -10,10 +10,11 @@ import threading
 from typing import Any
 
 import torch
+import triton
 from torch import nn
 
 from stocha_hf.decoding import triton_ffn
-from stocha_hf.decoding.gpu_step import LANES, GpuStep
+from stocha_hf.decoding.gpu_step import GpuStep
 from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.decoding.plan import CHANGING_ROTARY, FAMILIES
@@ -24,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class GpuPlan(Watch):
-    """The tensors of one model, and its step."""
+    """The tensors of one model, and its steps."""
 
     def __init__(self, model: Any) -> None:
         """Raises Refused where a step must call the modules."""
@@ -46,24 +47,33 @@ class GpuPlan(Watch):
         attention = parts["layers"][0].self_attn
         dim = attention.head_dim
         heads, key_heads = len(layers[0].qkv[0]) // dim, len(layers[0].qkv[1]) // dim
-        if dim % 2 or heads % key_heads or heads // key_heads > LANES:
+        if dim % 2 or heads % key_heads or len({layer.gate.shape for layer in layers}) > 1:
             raise Refused
         self.module(parts["embed_tokens"], nn.Embedding)
         self.weights = Weights(
             self.parameter(parts["embed_tokens"], "weight"), layers, self._norm(parts["norm"]), head, head_bias,
             *self._rotary(parts["rotary_emb"]), config.rms_norm_eps, heads, key_heads, dim,
         )  # fmt: skip
-        self.step = GpuStep(self.weights)
-        self.in_use = threading.Lock()  # by a loop: a step's state is that of one sequence
+        self.steps: dict[int, GpuStep] = {}  # by the number of their tokens
+        self.in_use = threading.Lock()  # by a loop or a call: a step's state is that of one sequence
 
-    def is_ready(self) -> bool:
-        """Return whether the step's kernels were built; warn once, naming the cause, where they cannot be."""
-        if self.step.graph is None and triton_ffn.available():
+    def step(self, tokens: int) -> GpuStep | None:
+        """Return a step of at least so many tokens, its graph recorded; None, after one warning that names the cause,
+        where its kernels cannot be built.
+        """
+        count = triton.next_power_of_2(tokens)
+        if count not in self.steps:
+            if not triton_ffn.available():
+                return None
             try:
-                self.step.record()
+                with torch.inference_mode(False), torch.no_grad():  # its buffers serve both
+                    step = GpuStep(self.weights, count)
+                    step.record()
             except Exception as error:  # of the compiler, the linker, the driver: Triton has no common class
                 triton_ffn.fail(error)
-        return self.step.graph is not None
+                return None
+            self.steps[count] = step
+        return self.steps[count]
 
     def _norm(self, module: Any) -> torch.Tensor:
         self.module(module, self.family.kind("RMSNorm"))
@@ -130,8 +140,7 @@ def of(model: Any) -> GpuPlan | None:
     plan = model.__dict__.get("gpu_plan")
     if plan is None or not plan.is_current():
         try:
-            with torch.inference_mode(False), torch.no_grad():  # its buffers serve both
-                plan = GpuPlan(model)
+            plan = GpuPlan(model)
         except Refused:
             plan = None
         model.__dict__["gpu_plan"] = plan

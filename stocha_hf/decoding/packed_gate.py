@@ -36,7 +36,8 @@ class PackedGate:
     def of(cls, gate: torch.Tensor, recall: float) -> PackedGate:
         """Return the copy of a gate [M, H], H a multiple of 4, that misses a share 1 - recall at the threshold."""
         parts = [_of_rows(rows.detach().float(), NormalDist().inv_cdf(recall)) for rows in gate.split(ROWS)]
-        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)), key_of(gate))
+        codes, steps, slack = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(codes, steps, slack, key_of(gate))
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +54,7 @@ def _of_rows(rows: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.T
         steps = torch.where(error < best, share * greatest, steps)
         best = torch.minimum(error, best)
     quarters = (_rounded(rows, steps) + 8).to(torch.int32).chunk(4, 1)
-    codes = sum(quarter << 4 * place for place, quarter in enumerate(quarters))
+    codes = torch.stack([quarter << 4 * place for place, quarter in enumerate(quarters)]).sum(0)
     return codes.to(torch.int16), steps, quantile * (best / rows.shape[1]).sqrt()
 
 

@@ -77,10 +77,10 @@ def listed_kernel(  # type: ignore[no-untyped-def]
     dtype = hidden_ptr.dtype.element_ty
     for place in range(tl.program_id(0), tl.load(count_ptr), tl.num_programs(0)):
         rows = tl.load(list_ptr + place + tl.arange(0, 1))
-        gate, squares = product(x_ptr, norm_ptr, gate_ptr, rows, rows >= 0, SIZE, True, False, BLOCK)
+        gate, squares = product(x_ptr, norm_ptr, gate_ptr, rows, rows >= 0, SIZE, 1, True, False, BLOCK)
         scale = tl.rsqrt(squares / SIZE + eps)
         gate = (gate * scale).to(dtype).to(tl.float32)
-        if tl.max((~(gate <= cut)).to(tl.int32), 0) > 0:
-            up, _ = product(x_ptr, norm_ptr, up_ptr, rows, rows >= 0, SIZE, True, False, BLOCK)
+        if tl.max(tl.max((~(gate <= cut)).to(tl.int32), 1), 0) > 0:
+            up, _ = product(x_ptr, norm_ptr, up_ptr, rows, rows >= 0, SIZE, 1, True, False, BLOCK)
             up = (up * scale).to(dtype).to(tl.float32)
-            tl.store(hidden_ptr + rows, hidden_value(gate, up, cut, ACTIVATION, dtype))
+            tl.store(hidden_ptr + rows[None, :], hidden_value(gate, up, cut, ACTIVATION, dtype))
