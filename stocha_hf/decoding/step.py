@@ -116,9 +116,9 @@ def _fits(given: dict[str, Any], vocabulary: int) -> bool:
     ids, positions = given["input_ids"], given.get("position_ids")
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         return False  # the embedding says so
-    return positions is None or (
-        positions.device == ids.device and positions.dim() == 2 and positions.dtype == torch.int64
-    )
+    if positions is None:
+        return True
+    return positions.device == ids.device and positions.dim() == 2 and positions.dtype == torch.int64
 
 
 def padding(mask: Any, sequences: int, length: int) -> torch.Tensor | None:
