@@ -104,30 +104,41 @@ class GpuPlan(Watch):
             raise Refused
         norms = (self._norm(inner["q_norm"]), self._norm(inner["k_norm"])) if "q_norm" in inner else None
         window = getattr(self.config if self.family.has_one_window else attention, "sliding_window", None)
+        o, o_bias = self._linear(inner["o_proj"])
         return LayerWeights(
-            self._norm(parts["input_layernorm"]), qkv, None if biases[0] is None else biases, norms,
-            *self._linear(inner["o_proj"]), self._norm(parts["post_attention_layernorm"]), *self._ffn(parts["mlp"]),
-            attention.scaling, window or 0,
-        )  # fmt: skip
+            input_norm=self._norm(parts["input_layernorm"]),
+            qkv=qkv,
+            qkv_bias=None if biases[0] is None else biases,
+            head_norms=norms,
+            o=o,
+            o_bias=o_bias,
+            ffn_norm=self._norm(parts["post_attention_layernorm"]),
+            scaling=attention.scaling,
+            window=window or 0,
+            **self._ffn(parts["mlp"]),
+        )
 
-    def _ffn(self, mlp: Any) -> tuple[Any, ...]:
-        """gate, up, down, its transposed copy, the activation, the gate up to which it gives 0, the gate's copy."""
-        activation = mlp.running if "decode_state" in mlp.__dict__ else self.config.hidden_act
+    def _ffn(self, mlp: Any) -> dict[str, Any]:
+        """Its fields of LayerWeights."""
+        is_patched = "decode_state" in mlp.__dict__
+        activation = mlp.running if is_patched else self.config.hidden_act
         skips = activation in ACTIVATIONS and ACTIVATIONS[activation].cut is not None
         if not skips and activation != "silu":
             raise Refused
-        is_patched = "decode_state" in mlp.__dict__
         self.module(mlp, type(mlp) if is_patched else self.family.kind("MLP"))
         self.module(mlp.act_fn, type(mlp.act_fn))
         found = [self._linear(mlp._modules[name]) for name in ("gate_proj", "up_proj", "down_proj")]
         if any(bias is not None for _, bias in found):
             raise Refused
-        matrices = [weight for weight, _ in found]
-        if not is_patched:
-            return (*matrices, None, activation, 0.0, None)
+        skips = skips and is_patched
         coarse = self.coarse(mlp) if skips else None
-        down_t = self.neuron_major(mlp) if skips else None
-        return (*matrices, down_t, activation, self.rule(mlp), coarse if isinstance(coarse, PackedGate) else None)
+        return {
+            **dict(zip(("gate", "up", "down"), (weight for weight, _ in found), strict=True)),
+            "down_t": self.neuron_major(mlp) if skips else None,
+            "activation": activation,
+            "cut": self.rule(mlp) if is_patched else 0.0,
+            "coarse": coarse if isinstance(coarse, PackedGate) else None,
+        }
 
 
 def weights_of(model: Any) -> Weights:
