@@ -45,7 +45,7 @@ class GpuPlan(Watch):
         layers = [self._layer(layer) for layer in parts["layers"][: config.num_hidden_layers]]
         head, head_bias = self._linear(model._modules["lm_head"])
         attention = parts["layers"][0].self_attn
-        dim = attention.head_dim
+        dim = self.dim = attention.head_dim
         heads, key_heads = len(layers[0].qkv[0]) // dim, len(layers[0].qkv[1]) // dim
         if dim % 2 or heads % key_heads or len({layer.gate.shape for layer in layers}) > 1:
             raise Refused
@@ -91,7 +91,10 @@ class GpuPlan(Watch):
         self.module(module, self.family.kind("RotaryEmbedding"))
         if isinstance(module.rope_type, dict) or module.rope_type in CHANGING_ROTARY:
             raise Refused
-        return module._buffers["inv_freq"].float().contiguous(), float(module.attention_scaling)
+        frequencies = module._buffers["inv_freq"].float().contiguous()
+        if frequencies.device != self.device or 2 * len(frequencies) != self.dim:
+            raise Refused  # a part of a head's entries only
+        return frequencies, float(module.attention_scaling)
 
     def _layer(self, layer: Any) -> LayerWeights:
         self.module(layer, self.family.kind("DecoderLayer"))

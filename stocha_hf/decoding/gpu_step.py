@@ -114,7 +114,7 @@ class GpuStep:
             self.table.copy_(saved[1])
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
                 self.launch()
             self.graph = graph
 

@@ -17,7 +17,7 @@ TILES: dict[str, dict[str, int]] = {
     "dense": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
     "dense down": {"ROWS": 2, "BLOCK": 1024, "FETCH": 0, "num_warps": 2},
     "down": {"PROGRAMS": 512, "TILE": 128, "BLOCK": 64, "num_warps": 4},
-    "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 2},
+    "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 4},
     "head": {"ROWS": 4, "BLOCK": 256, "num_warps": 1},
 }
 SEVERAL = {"ROWS": 4, "BLOCK": 256, "UP": 256, "num_warps": 1}  # of a product with several tokens, but for these:

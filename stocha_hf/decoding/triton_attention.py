@@ -1,9 +1,9 @@
 """Attention of a decode step on a GPU, for 1 to 4 tokens: norms of heads, rotation, new rows of the cache, softmax.
 
-A program owns a key head and a split of the cache's tokens; the heads that share the key head are the rows of a tile,
-for one new token after the other. The first split also takes the new tokens, whose keys and values it writes to the
-cache. The last split to finish puts all together. Old tokens' first tile is asked for before the program waits for the
-projections (EARLY).
+A program owns a key head and a split of the tokens; the heads that share the key head are the rows of a tile, for one
+new token after the other. The first split is the new tokens, whose keys and values it writes to the cache. The last
+split to finish puts all together. Old tokens' first tile is asked for before the program waits for the projections
+(EARLY).
 
     state   int64 [3 + TOKENS]: the first new token's position, tokens in the cache, the first of them that is no
             padding, and the new tokens
@@ -89,8 +89,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     stride = tl.multiple_of(tl.load(table_ptr + 2), 8)
     keys = tl.multiple_of(tl.load(table_ptr).to(tl.pointer_type(dtype)), 16) + head * stride
     values = tl.multiple_of(tl.load(table_ptr + 1).to(tl.pointer_type(dtype)), 16) + head * stride
-    share = tl.cdiv(length - start, SPLITS)
-    begin = start + split * share
+    share = tl.cdiv(length - start, SPLITS - 1)
+    begin = tl.where(split == 0, length, start + (split - 1) * share)
     end = tl.minimum(begin + share, length)
     place, there = (begin + old) * DIM + column, (begin + old < end) & in_half
     key_a, key_b = tl.load(keys + place, there, 0.0), tl.load(keys + HALF + place, there, 0.0)
