@@ -3,8 +3,9 @@
 All of them generate greedily after the same prompt, in turn, in one process, with a static cache. `transformers` is
 the native class, whose step generate() compiles; the others are the patched model, whose steps are replays of a graph:
 `dense` with the native activation, so that what the step gains and what zeros gain are told apart. A model of random
-weights gets FATReLU thresholds that force the zeros. `same_text` is how many tokens agree with those of transformers'
-loop around the same sparse model, until the first that differs.
+weights gets FATReLU thresholds that force the zeros, and a random prompt; a checkpoint gets this file as its prompt.
+`same_text` is how many tokens agree with those of transformers' loop around the same sparse model, until the first
+that differs; `same_text_dense` the same with the native activation.
 
     python benchmarks/decode_gpu_models.py --random 8b --json benchmarks/results/decode_gpu_models.jsonl
     python benchmarks/decode_gpu_models.py MODEL --prompt 512
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.measurement.speed import measured_in_turn, ratio
@@ -44,6 +46,14 @@ def loaded_models(folder: str) -> tuple[Any, Any]:
     sparse: Any = load_model(folder, dtype=torch.bfloat16).to("cuda").eval()
     native: Any = next(base for base in type(sparse).__mro__ if f"Stocha{base.__name__}" == type(sparse).__name__)
     return native.from_pretrained(folder, dtype=torch.bfloat16).to("cuda").eval(), sparse
+
+
+def prompt_of(name: str, vocabulary: int, length: int) -> torch.Tensor:
+    """Token ids [1, length]."""
+    if not Path(name).is_dir():
+        return torch.randint(min(vocabulary, 32000), (1, length), device="cuda")
+    ids = AutoTokenizer.from_pretrained(name)(Path(__file__).read_text())["input_ids"]
+    return torch.tensor([ids[:length]], device="cuda")
 
 
 def told(model: Any, tokens: torch.Tensor, new: int) -> list[int]:
@@ -78,7 +88,7 @@ def zeros_of(model: Any, tokens: torch.Tensor, new: int) -> float:
 
 
 def records(name: str, native: Any, sparse: Any, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    tokens = torch.randint(min(native.config.vocab_size, 32000), (1, args.prompt), device="cuda")
+    tokens = prompt_of(name, native.config.vocab_size, args.prompt)
 
     def decode(model: Any) -> float:
         return decode_seconds(model, tokens, args.new, cache_implementation="static")
@@ -97,6 +107,8 @@ def records(name: str, native: Any, sparse: Any, args: argparse.Namespace) -> It
                 mlp.decode_state.coarse = None
 
     text = same_text(sparse, tokens, args.new)
+    with sparse.stocha_mode("silu"):
+        dense_text = same_text(sparse, tokens, args.new)
     zeros = zeros_of(sparse, tokens, args.new)
     copies = [PackedGate.of(mlp.gate_proj.weight, args.recall) for mlp in stocha_mlps(sparse)]
     sides: dict[str, Callable[[], float]] = {
@@ -109,11 +121,12 @@ def records(name: str, native: Any, sparse: Any, args: argparse.Namespace) -> It
     yield {
         "model": name,
         "dtype": "bfloat16",
-        "prompt": args.prompt,
+        "prompt": tokens.shape[1],
         "new_tokens": args.new,
         "zeros": zeros,
         "recall": args.recall,
         "same_text": text,
+        "same_text_dense": dense_text,
         **{f"{side}_ms": 1e3 * statistics.median(times) for side, times in seconds.items()},
         **{f"{side}_over_transformers": ratio(seconds, "transformers", side) for side in list(sides)[1:]},
         **{f"{side}_over_dense": ratio(seconds, "dense", side) for side in list(sides)[2:]},
