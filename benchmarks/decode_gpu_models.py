@@ -28,8 +28,9 @@ from transformers import AutoTokenizer
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.measurement.speed import measured_in_turn, ratio
 from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, force_sparsity, random_llama
-from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, stocha_mlps
 from stocha_hf.models import load_model
+from stocha_hf.patching import patch
 
 
 def random_models(name: str, share: float, tokens: torch.Tensor) -> tuple[Any, Any]:

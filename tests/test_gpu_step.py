@@ -19,7 +19,8 @@ from stocha_hf.decoding import calls, generation, triton_ffn
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, stocha_mlps
+from stocha_hf.patching import patch
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -106,10 +106,9 @@ class Plan(Watch):
             self.parameter(module, "weight")
             return
         holder = module.__dict__.get("tied_to", (module,))[0]
-        for name in ("codes", "scale", "minimum"):
+        for name in ("codes", "scale"):
             tensor = getattr(module, name)
-            if tensor is not None:
-                self.tensor(holder._buffers, name, tensor)
+            self.tensor(holder._buffers, name, tensor)
 
     def _embedding(self, module: Any) -> tuple[structs.Matrix, float]:
         scaled = self.family.kind("TextScaledWordEmbedding")
