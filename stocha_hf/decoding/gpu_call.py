@@ -21,11 +21,13 @@ MOST = 4  # tokens of a step
 
 def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """Return what a call of a causal language model in eval mode returns; None where its forward is to run."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
+    ids: Any = kwargs.get("input_ids", args[0] if args else None)
     if ids.dim() != 2 or len(ids) != 1 or ids.numel() > MOST or torch.is_grad_enabled():
         return None
     plan = gpu_plan.of(model)
-    given = None if plan is None else given_to(model, args, kwargs)
+    if plan is None:
+        return None
+    given = given_to(model, args, kwargs)
     if given is None or not plan.in_use.acquire(blocking=False):
         return None
     try:
