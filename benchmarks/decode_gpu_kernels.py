@@ -4,7 +4,7 @@ The step of a Llama of random weights, dense, with forced zeros, and with predic
 after another (`early` false), as durations of kernels that overlap say nothing. `step_us` is the time of a replay, by
 events, with overlap as it is used and without. `gbps` counts weights, and keys and values, once.
 
-    python benchmarks/decode_gpu_kernels.py --json benchmarks/results/decode_gpu_kernels.jsonl
+    python benchmarks/decode_gpu_kernels.py --random 1b 8b --json kernels.jsonl
 """
 
 from __future__ import annotations

@@ -19,13 +19,14 @@ import gc
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from stocha_hf.decoding.packed_gate import PackedGate
+from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.measurement.speed import measured_in_turn, ratio
 from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, force_sparsity, random_llama
 from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, stocha_mlps
@@ -33,10 +34,15 @@ from stocha_hf.models import load_model
 from stocha_hf.patching import patch
 
 
+def sharing(model: Any) -> Any:
+    """A copy of a model that has the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def random_models(name: str, share: float, tokens: torch.Tensor) -> tuple[Any, Any]:
     """A native model, and one that shares its weights, under FATReLU with forced zeros."""
     native = random_llama(name, torch.bfloat16, "cuda")
-    sparse = copy.deepcopy(native, {id(parameter): parameter for parameter in native.parameters()})
+    sparse = sharing(native)
     patch(sparse, StochaConfig(activation="relu"))
     force_sparsity(sparse.eval(), share, tokens)
     return native, sparse
@@ -90,33 +96,14 @@ def zeros_of(model: Any, tokens: torch.Tensor, new: int) -> float:
 
 def records(name: str, native: Any, sparse: Any, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     tokens = prompt_of(name, native.config.vocab_size, args.prompt)
-
-    def decode(model: Any) -> float:
-        return decode_seconds(model, tokens, args.new, cache_implementation="static")
-
-    def densely() -> float:
-        with sparse.stocha_mode("silu"):
-            return decode(sparse)
-
-    def predicted() -> float:
-        for mlp, gate in zip(stocha_mlps(sparse), copies, strict=True):
-            mlp.decode_state.coarse = gate
-        try:
-            return decode(sparse)
-        finally:
-            for mlp in stocha_mlps(sparse):
-                mlp.decode_state.coarse = None
-
-    text = same_text(sparse, tokens, args.new)
-    with sparse.stocha_mode("silu"):
-        dense_text = same_text(sparse, tokens, args.new)
-    zeros = zeros_of(sparse, tokens, args.new)
-    copies = [PackedGate.of(mlp.gate_proj.weight, args.recall) for mlp in stocha_mlps(sparse)]
+    dense, predicted = sharing(sparse), sharing(sparse)
+    for mlp in stocha_mlps(dense):
+        mlp.inference = "silu"
+    predict_gates(predicted, args.recall)
+    models = {"transformers": native, "dense": dense, "sparse": sparse, "predicted": predicted}
     sides: dict[str, Callable[[], float]] = {
-        "transformers": lambda: decode(native),
-        "dense": densely,
-        "sparse": lambda: decode(sparse),
-        "predicted": predicted,
+        side: partial(decode_seconds, model, tokens, args.new, cache_implementation="static")
+        for side, model in models.items()
     }
     seconds = measured_in_turn(sides, args.rounds)
     yield {
@@ -124,10 +111,10 @@ def records(name: str, native: Any, sparse: Any, args: argparse.Namespace) -> It
         "dtype": "bfloat16",
         "prompt": tokens.shape[1],
         "new_tokens": args.new,
-        "zeros": zeros,
+        "zeros": zeros_of(sparse, tokens, args.new),
         "recall": args.recall,
-        "same_text": text,
-        "same_text_dense": dense_text,
+        "same_text": same_text(sparse, tokens, args.new),
+        "same_text_dense": same_text(dense, tokens, args.new),
         **{f"{side}_ms": 1e3 * statistics.median(times) for side, times in seconds.items()},
         **{f"{side}_over_transformers": ratio(seconds, "transformers", side) for side in list(sides)[1:]},
         **{f"{side}_over_dense": ratio(seconds, "dense", side) for side in list(sides)[2:]},

@@ -44,11 +44,12 @@ class GpuStep:
     def __init__(
         self, weights: Weights, tokens: int = 1, tiles: dict[str, dict[str, int]] | None = None, early: bool = True
     ) -> None:
-        self.weights, self.count, self.tiles = weights, tokens, tiles_for(tokens) | (tiles or {})
+        self.weights, self.count = weights, tokens
         self.graph: torch.cuda.CUDAGraph | None = None
         self.early = early and _can_start_early(weights.embedding)
         self.options: dict[str, Any] = {"launch_pdl": True} if self.early else {}
         self.vocabulary, self.size = weights.head.shape
+        self.tiles = tiles_for(tokens, self.size) | (tiles or {})
         self.width, self.half = len(weights.layers[0].gate), weights.head_dim // 2
         self.columns = max(LEAST, triton.next_power_of_2(self.half))
         self.group = triton.next_power_of_2(tokens * weights.heads // weights.key_heads)

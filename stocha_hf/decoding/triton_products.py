@@ -2,10 +2,9 @@
 
 A program owns ROWS rows and goes through them BLOCK columns at a time; the next tile is asked for before this one is
 used. The first tile is asked for before the program waits for the kernel before it (EARLY: from Hopper on a kernel's
-programs may start while that one ends), and with FETCH the rest of its rows is brought into the L2 cache: so memory is
-read while attention and sums, which wait more than they read, are under way. The RMS norm before a product is a factor
-of its result: x times the norm's weight is multiplied, squares of x are summed beside it. Sums are in float32; what
-PyTorch would write is rounded to the weights' type.
+programs may start while that one ends). The RMS norm before a product is a factor of its result: x times the norm's
+weight is multiplied, squares of x are summed beside it. Sums are in float32; what PyTorch would write is rounded to
+the weights' type.
 """
 
 from __future__ import annotations
@@ -15,18 +14,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stocha_hf.decoding.triton_one_token import hidden_value
-
-
-@triton.jit
-def fetch(w_ptr, rows, last, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bring rows of w [., SIZE], up to the last one, into the L2 cache, line by line of 128 bytes."""
-    EACH: tl.constexpr = 128 * 8 // w_ptr.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(SIZE, EACH))
-    column = tl.minimum(tl.arange(0, LINES) * EACH, SIZE - 1)
-    at = w_ptr + tl.minimum(rows, last)[:, None].to(tl.int64) * SIZE + column[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -71,7 +58,7 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, eps, first_ptr, second_ptr, third_ptr, first_bias, second_bias, third_bias, residual_ptr, out_ptr,
     first_rows, second_rows, all_rows,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FETCH: tl.constexpr,
+    RESIDUAL: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [TOKENS, rows] = residual + W norm(x) + bias, for one matrix, or three whose results stand side by side.
 
@@ -88,8 +75,6 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             w_ptr, bias_ptr, shift = second_ptr, second_bias, first_rows
     rows = first + tl.arange(0, ROWS)
     inside = rows < all_rows
-    if EARLY and FETCH:
-        fetch(w_ptr, rows - shift, all_rows - shift - 1, SIZE)
     sums, squares = product(x_ptr, norm_ptr, w_ptr, rows - shift, inside, SIZE, TOKENS, NORM, EARLY, BLOCK)
     if NORM:
         sums *= tl.rsqrt(squares / SIZE + eps)
