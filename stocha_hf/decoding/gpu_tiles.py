@@ -1,7 +1,8 @@
 """How the kernels of a GPU's decode step are divided into programs: rows, columns and warps of each.
 
 A product's program has ROWS rows and BLOCK columns at a time, UP of the up projection. PROGRAMS is about how many
-there are, where tiles do not say it. SPLITS and TILE are those of attention; of the sparse down product, TILE are rows.
+there are, where tiles do not say it. SPLITS and TILE are those of attention; TILE are also rows of the sparse down
+product.
 
 Found on an H200, by the time of the whole step: TILES with a Llama of 1B shape, LARGE with one of 8B. To bring a
 product's rows into the L2 cache before it waits for x made the step slower, by up to 9%.
