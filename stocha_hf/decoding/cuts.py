@@ -14,7 +14,7 @@ from torch import nn
 from stocha_hf.decoding import ops
 from stocha_hf.decoding.conditions import decodes, infers, is_called
 from stocha_hf.decoding.state import input_major, sole
-from stocha_hf.decoding.structs import Matrix, is_quantized, matrix, matrix_of
+from stocha_hf.decoding.structs import Matrix, matrix
 
 SMALLEST = 1e-40  # a threshold of what is cut already: less than any number but 0
 
@@ -22,20 +22,6 @@ SMALLEST = 1e-40  # a threshold of what is cut already: less than any number but
 def is_cut(module: Any) -> bool:
     """Return whether a module cuts its input, by an attribute: each folder's modeling file has classes of its own."""
     return "input_threshold" in module.__dict__
-
-
-def where(module: Any) -> str:
-    """Return where a module in eval mode cuts: "always", "decode" (one new token a sequence) or "never"."""
-    return module.cut_forced or module.cut_inference
-
-
-def cut_matrix(module: Any, dtype: torch.dtype) -> tuple[Matrix, torch.Tensor | None]:
-    """Return the matrix of a projection that cuts, with its threshold, and the copy that it points to, or None."""
-    copy = None
-    if not is_quantized(module) and module.input_centre == 0 and module.input_threshold > 0:
-        copy = input_major(module)
-    found = matrix_of(module) if copy is None else matrix(copy, module._parameters["bias"], rows_are_inputs=True)
-    return with_cut(found, module, dtype), copy
 
 
 def with_cut(found: Matrix, module: Any, dtype: torch.dtype) -> Matrix:

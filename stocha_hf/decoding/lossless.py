@@ -24,7 +24,8 @@ import torch
 from stocha_hf.decoding import step
 from stocha_hf.decoding.conditions import FEW
 from stocha_hf.decoding.cuts import is_cut
-from stocha_hf.decoding.generation import Loop, plan_of
+from stocha_hf.decoding.generation import loop_on_cpu
+from stocha_hf.decoding.loop import Loop
 from stocha_hf.errors import StochaError
 
 PART = 4  # a draft looks at the first of so many parts of the vocabulary
@@ -69,8 +70,8 @@ def lossless(
             f"do_sample={generation_config.do_sample}: expected one sequence, one beam and do_sample=False"
         )
     with model.cut_inputs("never"):
-        plan = None if synced_gpus else plan_of(model, input_ids, generation_config, model_kwargs)
-        if plan is None:
+        loop = None if synced_gpus else loop_on_cpu(model, input_ids, generation_config, model_kwargs, _Rounds)
+        if loop is None:
             return model._sample(
                 input_ids,
                 logits_processor,
@@ -80,43 +81,41 @@ def lossless(
                 streamer,
                 **model_kwargs,
             )
-        loop = _Rounds(model, plan, input_ids, generation_config, model_kwargs)
         return loop.run(logits_processor, stopping_criteria, streamer)
 
 
 class _Rounds(Loop):
     """The loop of a round: drafts, their verification, the tokens that stand."""
 
-    def run(self, processors: Any, criteria: Any, streamer: Any) -> Any:
-        self.begin(processors, criteria, streamer)
+    def _generate(self, decode: Any, processors: Any, criteria: Any, streamer: Any) -> None:
+        self._begin(processors, criteria, streamer)
         self.pace, self.listed = Pace(), _listed(self.plan, self.ids[0, : self.length], self.config)
-        done = self.take(self.prefilled())
-        try:
-            while not done:
-                done = self._round()
-        finally:
-            self.finish()
-        return self.result()
+        done = self._take(self.first)
+        while not done:
+            count = self.pace.drafts()
+            done = self._round(count) if self._has_room(count + 1) and count else self._single(decode)
 
-    def _round(self) -> bool:
-        count = self.pace.drafts()
-        if self.rows is None or self.starts is None or not count or not self._has_room(count + 1):
-            start = time.perf_counter()
-            logits = self.decode()
-            self.pace.verified(0, 0, time.perf_counter() - start)
-            return self.take(logits)
-        self.make_room(count + 1)
+    def _single(self, decode: Any) -> bool:
+        """A step without drafts."""
+        start = time.perf_counter()
+        logits = decode(self.ids[:, self.length - 1].contiguous())
+        self.pace.verified(0, 0, time.perf_counter() - start)
+        return self._take(logits)
+
+    def _round(self, count: int) -> bool:
+        """Draft so many tokens and verify them; return whether the text has ended."""
+        self._make_room(count + 1)
         start = time.perf_counter()
         self._draft(count)
         drafted, halfway = self.ids[0, self.length : self.length + count].tolist(), time.perf_counter()
         logits = self._run(self.length - 1, count + 1, cuts=False)[0]
         self.pace.drafted(count, halfway - start)
         seconds = time.perf_counter() - halfway
-        accepted, done = 0, self.take(logits[:1])
+        accepted, done = 0, self._take(logits[:1])
         while not done and accepted < count and self._last() == drafted[accepted]:
             accepted += 1
-            done = self.take(logits[accepted : accepted + 1])
-        self.rows.rewind(count - accepted)
+            done = self._take(logits[accepted : accepted + 1])
+        self.rows.rewind(count - accepted)  # type: ignore[union-attr]
         self.at.add_(accepted + 1)
         self.pace.verified(count, accepted, seconds)
         self._see()
@@ -127,14 +126,16 @@ class _Rounds(Loop):
 
     def _has_room(self, tokens: int) -> bool:
         """Whether the cache takes a round's tokens, all in one buffer, so that they can be forgotten."""
-        return self.rows.prepare(tokens, bool(self.starts.any()), self.ids.shape[1] - self.length)  # type: ignore
+        if self.rows is None or self.starts is None:
+            return False
+        return self.rows.prepare(tokens, bool(self.starts.any()), self.ids.shape[1] - self.length)
 
     def _draft(self, count: int) -> None:
         """Write drafted tokens behind the ids that stand, and forget them in the cache."""
         for i in range(count):
             logits = self._run(self.length - 1 + i, 1, cuts=True, listed=self.listed)[:, -1]
             seen = torch.full((1, self.plan.vocabulary), -torch.inf).index_copy_(1, self.listed, logits)
-            self.ids[:, self.length + i] = self.processed(seen, self.length + i).argmax(-1)
+            self.ids[:, self.length + i] = self._processed(seen, self.length + i).argmax(-1)
         self.rows.rewind(count)  # type: ignore[union-attr]
 
     def _run(self, first: int, tokens: int, **options: Any) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """A model's modules as the structures that a whole decode step reads, made once and checked before each use.
 
 A plan exists where each module is the native one, or a quantized one, and nothing hangs on its call. Architectures are
-rows of a table (families.py). What a plan was made from is listed in it: modules with their classes, tensors with
-their addresses. `of` compares these lists, which takes tenths of a millisecond, and makes a new plan when anything
-differs.
+rows of a table (families.py). `of` asks a plan whether the model is still what it was made from (watch.py), or makes a
+new one.
 """
 
 from __future__ import annotations
@@ -14,136 +13,80 @@ import torch
 from torch import nn
 
 from stocha_hf.decoding import structs
-from stocha_hf.decoding.conditions import is_called
-from stocha_hf.decoding.cuts import cut_matrix, is_cut, where, with_cut
+from stocha_hf.decoding.cuts import is_cut, with_cut
 from stocha_hf.decoding.families import FAMILIES
-from stocha_hf.decoding.ffn import zero_up_to
-from stocha_hf.decoding.layers import IN_A_STEP
-from stocha_hf.decoding.state import input_major, key_of, neuron_major
+from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.structs import matrix, matrix_of, pointer
+from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS
 
-ATTENTION = ("sdpa", "eager")  # what transformers may be asked to compute attention with
 CHANGING_ROTARY = ("dynamic", "longrope")  # whose frequencies depend on the length
 
 
-class _Refused(Exception):
-    """Something of the model must be called."""
-
-
-class Plan:
+class Plan(Watch):
     """The structures of one model. `layers` is to be copied by who adds a cache to it."""
 
     def __init__(self, model: Any) -> None:
-        """Raises _Refused where a step must call the modules."""
-        self.modules: list[tuple[nn.Module, type]] = []
-        self.children: list[tuple[Any, str, Any]] = []  # a module's table, a name in it, the child
-        self.tensors: list[tuple[Any, str, Any, int]] = []  # the same of a tensor, and its address
-        self.rules: list[tuple[Any, str, float]] = []  # an MLP, its activation and threshold
-        self.copies: list[tuple[Any, Any, Any]] = []  # a function of a module, the module, the transposed copy it gave
-        self.cutting: list[tuple[Any, float, float]] = []  # a projection that cuts its input, its threshold and centre
+        """Raises Refused where a step must call the modules."""
+        super().__init__(model, torch.device("cpu"))
         self.kept: list[Any] = []  # what structures point to and nobody else may hold
-        config = self.config = model.config
+        config = self.config
         family = FAMILIES.get(config.model_type)
         if "lm_head" not in model._modules or family is None or config._attn_implementation not in ATTENTION:
-            raise _Refused
+            raise Refused
         if getattr(config, "use_bidirectional_attention", False):
-            raise _Refused
-        self.family, self.dtype = family, model.dtype
+            raise Refused
+        self.family = family
         if self.dtype not in structs.DTYPES:
-            raise _Refused
-        self._watch(model, type(model))
+            raise Refused
+        self.module(model, type(model))
         base = model._modules["model"]
-        self._watch(base, type(base))
+        self.module(base, type(base))
         parts = base._modules
         self.frequencies = self._rotary(parts["rotary_emb"])
         embedding, factor = self._embedding(parts["embed_tokens"])
         head = self._linear(model._modules["lm_head"])
-        self._watch(parts["layers"], nn.ModuleList)
+        self.module(parts["layers"], nn.ModuleList)
         layers = [self._layer(layer) for layer in parts["layers"][: config.num_hidden_layers]]
         self.layers = (structs.Layer * len(layers))(*layers)
         attention = parts["layers"][0].self_attn
         heads = layers[0].q.outputs // attention.head_dim
         self.head_dim, self.key_heads = attention.head_dim, layers[0].k.outputs // attention.head_dim
         self.vocabulary, self.windows = head.rows, [layer.window for layer in layers]
-        places = {where(module) for module, _, _ in self.cutting}
-        if len(places) > 1:
-            raise _Refused
-        self.where = places.pop() if places else "never"
         self.model = structs.Model(
             None, len(layers), embedding, head, self._norm(parts["norm"]), structs.DTYPES[self.dtype],
             config.hidden_size, heads, self.key_heads, self.head_dim, family.is_gemma, config.rms_norm_eps, factor,
             getattr(config, "final_logit_softcapping", None) or 0.0,
         )  # fmt: skip
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # copies and pickles of a model do not take it along
-
-    def is_current(self) -> bool:
-        """Return whether the model is what the plan was made from."""
-        return (
-            all(_is(module, kind) and not is_called(module) for module, kind in self.modules)
-            and all(table.get(name) is child for table, name, child in self.children)
-            and all(table.get(name) is tensor and tensor.data_ptr() == at for table, name, tensor, at in self.tensors)
-            and all(mlp.running == name and zero_up_to(mlp) == cut for mlp, name, cut in self.rules)
-            and all(function(module) is copy for function, module, copy in self.copies)
-            and all(
-                where(module) == self.where and module.input_threshold == threshold and module.input_centre == centre
-                for module, threshold, centre in self.cutting
-            )
-            and self.config._attn_implementation in ATTENTION
-        )
-
-    def cuts(self, tokens: int) -> bool:
-        """Return whether a step of so many tokens a sequence cuts inputs, as the model says now."""
-        return self.where == "always" or (self.where == "decode" and tokens == 1)
-
-    def _watch(self, module: nn.Module, kind: type | None) -> None:
-        """Note a module that must stay of this class, with its children, without anything that hangs on its call."""
-        if kind is None or not _is(module, kind) or is_called(module):
-            raise _Refused
-        self.modules.append((module, kind))
-        self.children += [(module._modules, name, child) for name, child in module._modules.items()]
-
-    def _tensor(self, module: nn.Module, name: str) -> torch.Tensor:
-        tensor = module._parameters.get(name)
-        if type(tensor) is not nn.Parameter or not _is_plain(tensor, self.dtype):
-            raise _Refused
-        self.tensors.append((module._parameters, name, tensor, tensor.data_ptr()))
-        return tensor
-
     def _norm(self, module: nn.Module | None) -> int | None:
         if module is None:
             return None
-        self._watch(module, self.family.kind("RMSNorm"))
-        return pointer(self._tensor(module, "weight"))
+        self.module(module, self.family.kind("RMSNorm"))
+        return pointer(self.parameter(module, "weight"))
 
     def _linear(self, module: Any) -> structs.Matrix:
         self._weights(module, nn.Linear)
         if module._parameters.get("bias") is not None:
-            self._tensor(module, "bias")
+            self.parameter(module, "bias")
         if not is_cut(module):
             return matrix_of(module)
-        found, copy = cut_matrix(module, self.dtype)
-        if copy is not None:
-            self.copies.append((input_major, module, copy))
-        return found
+        self.cut(module)
+        copy = None if structs.is_quantized(module) or module.input_centre else self.input_major(module)
+        found = matrix_of(module) if copy is None else matrix(copy, module._parameters["bias"], rows_are_inputs=True)
+        return with_cut(found, module, self.dtype)
 
     def _weights(self, module: Any, native: type) -> None:
         quantized = structs.is_quantized(module)
-        own = module.native_class if is_cut(module) else type(module)
-        self._watch(module, type(module) if quantized or (is_cut(module) and own is native) else native)
-        if is_cut(module):
-            self.cutting.append((module, module.input_threshold, module.input_centre))
+        cuts_native = is_cut(module) and module.native_class is native
+        self.module(module, type(module) if quantized or cuts_native else native)
         if not quantized:
-            self._tensor(module, "weight")
+            self.parameter(module, "weight")
             return
         holder = module.__dict__.get("tied_to", (module,))[0]
         for name in ("codes", "scale"):
             tensor = getattr(module, name)
-            if not _is_plain(tensor, None):
-                raise _Refused
-            self.tensors.append((holder._buffers, name, tensor, tensor.data_ptr()))
+            self.tensor(holder._buffers, name, tensor)
 
     def _embedding(self, module: Any) -> tuple[structs.Matrix, float]:
         scaled = self.family.kind("TextScaledWordEmbedding")
@@ -154,11 +97,11 @@ class Plan:
 
     def _rotary(self, module: Any) -> dict[str | None, tuple[int, float]]:
         """Frequencies and scale by layer type, None for all."""
-        self._watch(module, self.family.kind("RotaryEmbedding"))
+        self.module(module, self.family.kind("RotaryEmbedding"))
         named = isinstance(module.rope_type, dict)  # Gemma 3's, by layer type
         types = module.rope_type if named else {None: module.rope_type}
         if any(kind in CHANGING_ROTARY for kind in types.values()):
-            raise _Refused
+            raise Refused
         found = {}
         for layer_type in types:
             prefix = f"{layer_type}_" if named else ""
@@ -168,10 +111,10 @@ class Plan:
         return found
 
     def _layer(self, layer: Any) -> structs.Layer:
-        self._watch(layer, self.family.kind("DecoderLayer"))
+        self.module(layer, self.family.kind("DecoderLayer"))
         parts = layer._modules
         attention = parts["self_attn"]
-        self._watch(attention, self.family.kind("Attention"))
+        self.module(attention, self.family.kind("Attention"))
         projections = [self._linear(attention._modules[name]) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         if self.family.is_gemma:
             names = [f"{part}_layernorm" for part in ("post_attention", "pre_feedforward", "post_feedforward")]
@@ -192,46 +135,25 @@ class Plan:
 
     def _ffn(self, mlp: Any) -> structs.Ffn:
         if "decode_state" not in mlp.__dict__ or mlp.running not in structs.ACTIVATIONS:
-            raise _Refused
-        self._watch(mlp, type(mlp))
-        self._watch(mlp.act_fn, type(mlp.act_fn))
+            raise Refused
+        self.module(mlp, type(mlp))
+        self.module(mlp.act_fn, type(mlp.act_fn))
         gate, up, down = (mlp._modules[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        matrices = [self._linear(part) for part in (gate, up)]
         skips = ACTIVATIONS[mlp.running].cut is not None
-        matrices.append(self._linear(down) if structs.is_quantized(down) else self._down(mlp, down, skips))
-        threshold = zero_up_to(mlp)
-        self.rules.append((mlp, mlp.running, threshold))
+        matrices = [self._linear(part) for part in (gate, up, down)]
+        if skips and not structs.is_quantized(down) and not matrices[2].rows_are_inputs:
+            copy = matrix(self.neuron_major(mlp), rows_are_inputs=True)
+            copy.threshold, copy.centre = matrices[2].threshold, matrices[2].centre
+            matrices[2] = copy
+        threshold = self.rule(mlp)
         if any(m.bias for m in matrices):
-            raise _Refused
-        coarse = None if mlp.decode_state is None else mlp.decode_state.coarse
+            raise Refused
+        coarse = None if structs.is_quantized(gate) or is_cut(gate) else self.coarse(mlp)
         pointers: list[int | None] = [None, None]
         margin = 0.0
-        is_plain = not structs.is_quantized(gate) and not is_cut(gate)
-        if coarse is not None and is_plain and coarse.key == key_of(gate.weight):
+        if isinstance(coarse, CoarseGate):
             pointers, margin = [pointer(coarse.weights), pointer(coarse.scales)], coarse.margin
-            self.kept.append(coarse)
         return structs.Ffn(*matrices, *pointers, structs.ACTIVATIONS[mlp.running], threshold, margin)
-
-    def _down(self, mlp: Any, down: Any, skips: bool) -> structs.Matrix:
-        """The matrix of a down_proj of floats: one copy serves neurons that are skipped and inputs that are cut."""
-        self._weights(down, nn.Linear)
-        if not skips and not is_cut(down):
-            return self._linear(down)
-        function, holder = (input_major, down) if is_cut(down) else (neuron_major, mlp)
-        copy = function(holder)
-        if copy is None:
-            raise _Refused
-        self.copies.append((function, holder, copy))
-        return with_cut(matrix(copy, down._parameters.get("bias"), rows_are_inputs=True), down, self.dtype)
-
-
-def _is(module: nn.Module, kind: type) -> bool:
-    """Whether a module is of this class, or of the one that it has while another thread is in a step of the model."""
-    return type(module) is kind or type(module) is IN_A_STEP.get(kind)
-
-
-def _is_plain(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
-    return tensor.is_cpu and tensor.is_contiguous() and dtype in (None, tensor.dtype)
 
 
 def of(model: Any) -> Plan | None:
@@ -240,7 +162,7 @@ def of(model: Any) -> Plan | None:
     if plan is None or not plan.is_current():
         try:
             plan = Plan(model)
-        except _Refused:
+        except Refused:
             plan = None
         model.__dict__["decode_plan"] = plan
     return plan

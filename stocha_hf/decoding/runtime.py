@@ -60,11 +60,10 @@ def for_contract(number: int) -> Runtime:
         raise StochaError(
             f"modeling_stocha.py asks for contract {number}: expected {CONTRACT}; install a newer stocha_hf"
         )
-    from stocha_hf.decoding import generation
-    from stocha_hf.decoding.step import call
+    from stocha_hf.decoding import calls, generation
 
     return Runtime(
-        call,
+        calls.call,
         generation.sample,
         ffn,
         quantized.linear,

@@ -23,8 +23,8 @@ from stocha_hf.decoding.memory import release
 
 
 class DecodeState:
-    """Of one weight: `transposed`, a copy; of an FFN's down_proj also `coarse`, its CoarseGate or None. Copies and
-    pickles of a model do not take it along.
+    """Of one weight: `transposed`, a copy; of an FFN's down_proj also `coarse`, a CoarseGate, a PackedGate or None.
+    Copies and pickles of a model do not take it along.
     """
 
     def __init__(self) -> None:
@@ -112,5 +112,5 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def _bytes(state: DecodeState) -> int:
-    coarse = [] if state.coarse is None else [state.coarse.weights, state.coarse.scales]
-    return sum(tensor.nbytes for tensor in (state.transposed, *coarse) if tensor is not None)
+    coarse = 0 if state.coarse is None else state.coarse.nbytes
+    return coarse + (0 if state.transposed is None else state.transposed.nbytes)
