@@ -22,6 +22,8 @@ from stocha_hf.decoding.conditions import CACHE
 class Loop:
     """One call of generate(), on a CPU."""
 
+    rows: Any  # of the cache, or None where steps cannot write it
+
     def __init__(self, model: Any, plan: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:
         self.model, self.plan, self.config, self.kwargs = model, plan, config, kwargs
         self.sequences, self.length = input_ids.shape
