@@ -115,7 +115,7 @@ class _Rounds(Loop):
         while not done and accepted < count and self._last() == drafted[accepted]:
             accepted += 1
             done = self._take(logits[accepted : accepted + 1])
-        self.rows.rewind(count - accepted)  # type: ignore[union-attr]
+        self.rows.rewind(count - accepted)
         self.at.add_(accepted + 1)
         self.pace.verified(count, accepted, seconds)
         self._see()
@@ -136,7 +136,7 @@ class _Rounds(Loop):
             logits = self._run(self.length - 1 + i, 1, cuts=True, listed=self.listed)[:, -1]
             seen = torch.full((1, self.plan.vocabulary), -torch.inf).index_copy_(1, self.listed, logits)
             self.ids[:, self.length + i] = self._processed(seen, self.length + i).argmax(-1)
-        self.rows.rewind(count)  # type: ignore[union-attr]
+        self.rows.rewind(count)
 
     def _run(self, first: int, tokens: int, **options: Any) -> torch.Tensor:
         """The logits [1, tokens, vocabulary] of a step of the ids from `first` on."""
