@@ -139,6 +139,12 @@ def test_penalty_is_silent_in_eval_and_after_close_and_refuses_float16() -> None
         SparsityMeter(tiny_model())
 
 
+def test_a_target_that_begins_late_rises_over_what_is_left_of_training() -> None:
+    target = SparsityTarget(relu_model(), 0.9, ramp=0.5)
+    target.update(0.8, 0.7)
+    assert [target.wanted(at) for at in (0.8, 0.85, 0.9, 1.0)] == pytest.approx([0.7, 0.8, 0.9, 0.9])
+
+
 def test_compiled_model_recompiles_for_recording_only() -> None:
     model = relu_model(num_hidden_layers=1)
     meter, target = SparsityMeter(model), SparsityTarget(model, 0.9)
