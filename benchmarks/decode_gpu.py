@@ -30,7 +30,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from stocha_hf.decoding import triton_ffn
 from stocha_hf.measurement.speed import measured_in_turn, ratio, threshold_for, timed
 from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, force_sparsity, random_llama
-from stocha_hf.modeling_stocha import StochaConfig, patch, patch_mlps
+from stocha_hf.modeling_stocha import StochaConfig, patch_mlps
+from stocha_hf.patching import patch
 
 READ = 2**30  # bytes read for the bandwidth, and at least so many of weights that a graph goes through
 REPLAYS = 5  # of a graph between two events

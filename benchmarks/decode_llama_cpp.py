@@ -36,8 +36,9 @@ import transformers
 
 from stocha_hf.measurement.speed import READ
 from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, decoding_in_turn, force_sparsity
-from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
 from stocha_hf.models import load_model
+from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, StochaQuantConfig, exchange
 
 HERE = Path(__file__).parent
@@ -147,7 +148,7 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
         model: Any = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16)
     if bits < 16:
-        in_8_bits = ("embed_tokens", "lm_head") if head_bits == 8 else ("nothing",)
+        in_8_bits = ("embed_tokens", "lm_head") if head_bits == 8 else ()
         exchange(model, Quantization(bits=bits, in_8_bits=in_8_bits))
     model = model.to_empty(device="cpu")
     model.tie_weights()
@@ -159,7 +160,7 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
             low, high = (0, 256) if buffer.dtype == torch.uint8 else (-127, 128)
             buffer.copy_(torch.randint(low, high, buffer.shape, dtype=buffer.dtype))
         elif key.endswith(".scale"):
-            buffer.fill_(0.02 / (4 if model.get_submodule(key[:-6]).bits == 4 else 64))
+            buffer.fill_(0.02 / 64 if buffer.dtype == torch.float16 else (16 << 4) << 7 | 60)  # 2^-8, zero 7.5
     patch(model, StochaConfig(activation="relu"))
     return model.eval()
 
@@ -171,8 +172,8 @@ def step_bytes(model: Any, zeros: float) -> int:
         last = name.rpartition(".")[2]
         if not (last.endswith("_proj") or last == ("embed_tokens" if tied else "lm_head")):
             continue
-        tensors = [module.codes, module.scale, module.minimum] if hasattr(module, "codes") else [module.weight]
-        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        tensors = [module.codes, module.scale] if hasattr(module, "codes") else [module.weight]
+        size = sum(tensor.nbytes for tensor in tensors)
         total += round(size * (1 - zeros)) if last in ("up_proj", "down_proj") else size
     return total
 
@@ -184,9 +185,8 @@ def ours(args: argparse.Namespace, bits: int, tokens: torch.Tensor) -> Any:
     elif bits == 16:
         model = load_model(args.folder, dtype=torch.bfloat16)
     else:
-        minimum = {"minimum": True} if args.minimum and bits == 4 else {}
-        in_8_bits = {} if args.head_bits == 8 else {"in_8_bits": ["nothing"]}
-        config = StochaQuantConfig(bits=bits, **minimum, **in_8_bits)
+        in_8_bits = {} if args.head_bits == 8 else {"in_8_bits": []}
+        config = StochaQuantConfig(bits=bits, **in_8_bits)
         model = load_model(args.folder, dtype=torch.bfloat16, quantization_config=config)
     model.eval()
     if args.sparsity is not None:
@@ -218,7 +218,6 @@ def main() -> None:
     parser.add_argument("--theirs", nargs="+", default=["Q4_0"], choices=list(TYPES))
     parser.add_argument("--sparsity", type=float, help="zeros to force; without it the base activation runs, dense")
     parser.add_argument("--head-bits", type=int, default=8, choices=[8, 4], help="of embeddings and lm_head")
-    parser.add_argument("--minimum", action="store_true", help="groups of 4 bits with a minimum")
     parser.add_argument("--together", type=int, default=1, help="tokens a step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu", action="store_true", help="time one thread by its CPU time: on a machine with others")
@@ -258,7 +257,6 @@ def main() -> None:
         "model": f"random Llama {args.random}" if args.random else Path(args.folder).name,
         "forced_sparsity": args.sparsity,
         "head_bits": args.head_bits,
-        "minimum": args.minimum,
         "tokens_a_step": args.together,
         "threads": args.threads,
         "clock": "of the process" if args.cpu else "wall",

@@ -43,7 +43,8 @@ def write_random(shape: str, folder: str) -> None:
     import torch
 
     from stocha_hf.measurement.speed_models import random_llama
-    from stocha_hf.modeling_stocha import StochaConfig, patch
+    from stocha_hf.modeling_stocha import StochaConfig
+    from stocha_hf.patching import patch
 
     model = random_llama(shape, torch.bfloat16)
     patch(model, StochaConfig(activation="relu"))

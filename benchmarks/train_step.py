@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stocha_hf.modeling_stocha import StochaConfig, patch
+from stocha_hf.modeling_stocha import StochaConfig
+from stocha_hf.patching import patch
 
 # SmolLM2-135M, and two layers of a model of about a billion parameters.
 SHAPES = {

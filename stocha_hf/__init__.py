@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from stocha_hf.measurement.sampling import sample
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
     from stocha_hf.measurement.speed_models import benchmark
-    from stocha_hf.modeling_stocha import StochaConfig, cut_inputs, patch, set_activation, stocha_mode, unpatch
+    from stocha_hf.modeling_stocha import StochaConfig, cut_inputs, stocha_mode
     from stocha_hf.models import load_model
+    from stocha_hf.patching import patch, set_activation, unpatch
     from stocha_hf.publishing.card import write_card
     from stocha_hf.publishing.upload import publish
     from stocha_hf.quantization_stocha import StochaQuantConfig
@@ -41,14 +42,14 @@ _HOMES = {
     "evaluate_tasks": "tasks.evaluate",
     "export": "conversion.export",
     "load_model": "models",
-    "patch": "modeling_stocha",
+    "patch": "patching",
     "publish": "publishing.upload",
     "refit": "conversion.refit_model",
     "sample": "measurement.sampling",
-    "set_activation": "modeling_stocha",
+    "set_activation": "patching",
     "stocha_mode": "modeling_stocha",
     "train": "training.run",
-    "unpatch": "modeling_stocha",
+    "unpatch": "patching",
     "write_answers": "answers.writing",
     "write_card": "publishing.card",
     "InputCuts": "spec",

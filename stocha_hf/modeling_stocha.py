@@ -36,7 +36,6 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationMixin
-from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 # What passes between this file, of which every published repo keeps a copy, and an installed stocha_hf.
@@ -45,6 +44,7 @@ CONTRACT = 1
 # --- stocha_hf/spec.py, from here ---
 
 __version__ = "0.2.0"
+Rules = Iterator[tuple[str, bool, str]]  # a key, whether its value is right, and what was expected
 
 
 @dataclass(frozen=True)
@@ -135,23 +135,23 @@ class InputCuts:
     calibration: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        known = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
-        share = self.share
-        _require(_are_lists(self.thresholds, PROJECTIONS, least=0), "inputs.thresholds", self.thresholds, known)
+        _require_all(self, "inputs.", self._rules())
+
+    def _rules(self) -> Rules:
+        lists = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
+        yield "thresholds", _are_lists(self.thresholds, PROJECTIONS, least=0), lists
         centred = self.centres is None or _are_lists(self.centres, self.thresholds)
-        _require(centred, "inputs.centres", self.centres, "a list of numbers for projections that have thresholds")
-        of_one = share is None or (is_number(share) and 0 < share < 1)
-        _require(of_one, "inputs.share", share, "a share between 0 and 1")
-        for key in ("prefill", "train"):
-            _require(isinstance(getattr(self, key), bool), f"inputs.{key}", getattr(self, key), "true or false")
-        text = self.calibration is None or isinstance(self.calibration, dict)
-        _require(text, "inputs.calibration", self.calibration, "a mapping")
+        yield "centres", centred, "a list of numbers for projections that have thresholds"
+        yield "share", self.share is None or (is_number(self.share) and 0 < self.share < 1), "a share between 0 and 1"
+        yield "prefill", isinstance(self.prefill, bool), "true or false"
+        yield "train", isinstance(self.train, bool), "true or false"
+        yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
 
     def check(self, layers: int) -> None:
         """Raise ValueError where this cannot be of a model with so many layers."""
         for key, lists in (("thresholds", self.thresholds), ("centres", self.centres or {})):
             for name, values in lists.items():
-                _require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
+                require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
 
     def of(self, layer: int, projection: str) -> tuple[float, float]:
         """Return the threshold and the centre of a projection that cuts."""
@@ -162,7 +162,7 @@ class InputCuts:
     def from_dict(cls, entry: Any) -> InputCuts:
         """Return the cuts of an entry as JSON holds it. Raises ValueError for whatever is not one."""
         _check_keys(cls, "inputs", entry)
-        _require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
+        require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
         return cls(**entry)
 
 
@@ -200,40 +200,31 @@ class StochaConfig:
     stocha_version: str = __version__
 
     def __post_init__(self) -> None:
+        _require_all(self, "", self._rules())
+
+    def _rules(self) -> Rules:
         names = f"one of {', '.join(ACTIVATIONS)}"
-        steady = (
-            f"a deterministic activation, {', '.join(name for name, row in ACTIVATIONS.items() if row.deterministic)}"
-        )
+        steady = [name for name, row in ACTIVATIONS.items() if row.deterministic]
+        yield "activation", self.activation in [*ACTIVATIONS], names
+        yield "base", self.base in [None, *ACTIVATIONS], names
+        yield "inference", self.inference in [None, *steady], f"a deterministic activation, {', '.join(steady)}"
+        yield "p", is_number(self.p) and 0 <= self.p <= 1, "a probability between 0 and 1"
+        yield "positive", self.positive in [*POSITIVE_SIDES], f"one of {', '.join(POSITIVE_SIDES)}"
         thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold]
-        counts = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
+        yield "threshold", _are_numbers(thresholds, 0), "a number of 0 or more, or a list of one per layer"
         needs_k = "topk" in (self.activation, self.inference)
-        for key, fits, expected in (
-            ("activation", _is_activation(self.activation), names),
-            ("base", self.base is None or _is_activation(self.base), names),
-            ("inference", self.inference is None or _is_activation(self.inference, steadily=True), steady),
-            ("p", is_number(self.p) and 0 <= self.p <= 1, "a probability between 0 and 1"),
-            ("positive", self.positive in [*POSITIVE_SIDES], f"one of {', '.join(POSITIVE_SIDES)}"),
-            (
-                "threshold",
-                bool(thresholds) and all(is_number(value) and value >= 0 for value in thresholds),
-                "a number of 0 or more, or a list of one per layer",
-            ),
-            ("k", counts or (self.k is None and not needs_k), "a number of neurons, at least 1, for topk"),
-            ("inputs", self.inputs is None or isinstance(self.inputs, InputCuts), "an InputCuts"),
-            ("source", self.source is None or _is_text(self.source), "a mapping of names to text"),
-            (
-                "history",
-                self.history is None
-                or (isinstance(self.history, list) and all(isinstance(stage, dict) for stage in self.history)),
-                "a list of mappings, one per stage",
-            ),
-            ("stocha_version", isinstance(self.stocha_version, str), "a version's text"),
-        ):
-            _require(fits, key, getattr(self, key), expected)
+        counts = self.k >= 1 if type(self.k) is int else self.k is None and not needs_k
+        yield "k", counts, "a number of neurons, at least 1, for topk"
+        yield "inputs", isinstance(self.inputs, InputCuts | None), "an InputCuts"
+        yield "source", self.source is None or _is_text(self.source), "a mapping of names to text"
+        stages = [] if self.history is None else self.history
+        staged = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
+        yield "history", staged, "a list of mappings, one per stage"
+        yield "stocha_version", isinstance(self.stocha_version, str), "a version's text"
 
     def resolve(self, base: str) -> StochaConfig:
         """Return this config with nothing left open, for a model whose own activation is `base`."""
-        _require(self.base in (None, base), "base", self.base, f"{base!r}, the model's own activation")
+        require(self.base in (None, base), "base", self.base, f"{base!r}, the model's own activation")
         own = self.activation if ACTIVATIONS[self.activation].deterministic else base
         return dataclasses.replace(self, base=base, inference=self.inference or own)
 
@@ -246,9 +237,9 @@ class StochaConfig:
         if self.inputs is not None:
             self.inputs.check(layers)
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold] * layers
-        _require(len(values) == layers, "threshold", self.threshold, f"one number, or {layers}: one per layer")
+        require(len(values) == layers, "threshold", self.threshold, f"one number, or {layers}: one per layer")
         too_wide = self.k is not None and width is not None and self.k > width
-        _require(not too_wide, "k", self.k, f"at most {width}, the number of neurons of a layer")
+        require(not too_wide, "k", self.k, f"at most {width}, the number of neurons of a layer")
         return values
 
     @property
@@ -276,10 +267,10 @@ def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_keys(cls: Any, where: str, entry: Any) -> None:
     """Raise ValueError where an entry as JSON holds it is no mapping, or has a key that the class does not know."""
-    _require(isinstance(entry, dict), where, entry, "a mapping")
+    require(isinstance(entry, dict), where, entry, "a mapping")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(str(key) for key in entry if key not in known)
-    _require(not unknown, where, unknown, f"no other keys than {', '.join(sorted(known))}")
+    require(not unknown, where, unknown, f"no other keys than {', '.join(sorted(known))}")
 
 
 def is_number(value: object) -> bool:
@@ -287,8 +278,9 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
 
 
-def _is_activation(value: object, steadily: bool = False) -> bool:
-    return isinstance(value, str) and value in ACTIVATIONS and (not steadily or ACTIVATIONS[value].deterministic)
+def _are_numbers(values: object, least: float) -> bool:
+    """Whether this is a list of one or more numbers, each `least` or more."""
+    return isinstance(values, list) and bool(values) and all(is_number(x) and x >= least for x in values)
 
 
 def _is_text(value: object) -> bool:
@@ -297,15 +289,20 @@ def _is_text(value: object) -> bool:
 
 
 def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
-    """Whether this is a mapping of one or more of these names to lists of numbers, each `least` or more."""
-    if not isinstance(value, dict) or not value or not all(name in names for name in value):
-        return False
-    return all(isinstance(row, list) and all(is_number(x) and x >= least for x in row) for row in value.values())
+    """Whether this maps one or more of these names to lists of numbers, each `least` or more."""
+    known = isinstance(value, dict) and bool(value) and all(name in names for name in value)
+    return known and all(_are_numbers(row, least) for row in value.values())  # type: ignore[attr-defined]
 
 
-def _require(ok: bool, key: str, given: object, expected: str) -> None:
+def require(ok: bool, key: str, given: object, expected: str) -> None:
+    """Raise ValueError in one sentence unless ok."""
     if not ok:
         raise ValueError(f"{key} is {repr(given)[:200]}: expected {expected}")
+
+
+def _require_all(entry: Any, prefix: str, rules: Rules) -> None:
+    for key, fits, expected in rules:  # one by one: a rule may rely on those before it
+        require(fits, prefix + key, getattr(entry, key), expected)
 
 
 # --- to here ---
@@ -592,8 +589,8 @@ def cut_projections(model: nn.Module) -> list[CutInput]:
 
 
 def is_cut(module: nn.Module) -> bool:
-    """Whether a module is a CutInput, by name as in `stocha_mlps`."""
-    return any(cls.__name__ == CutInput.__name__ for cls in type(module).__mro__)
+    """Return whether a module is a CutInput."""
+    return _is_a(module, CutInput)
 
 
 def projections(native: nn.Module) -> list[dict[str, nn.Module]]:
@@ -606,8 +603,9 @@ def projections(native: nn.Module) -> list[dict[str, nn.Module]]:
     ]
 
 
-def _set_cuts(native: nn.Module, cuts: InputCuts | None) -> None:
-    """Let the projections that `cuts` names cut their inputs, those of them that do not yet."""
+def set_cuts(native: Any) -> None:
+    """Let the projections that a model's config names cut their inputs, those of them that do not yet."""
+    cuts = StochaConfig.from_dict(native.config.stocha).inputs
     if cuts is None:
         return
     for index, layer in enumerate(projections(native)):
@@ -623,7 +621,7 @@ def _set_cuts(native: nn.Module, cuts: InputCuts | None) -> None:
                     cut_forced=None,
                     native_class=type(module),
                 )
-                _become(module, _cut_class(type(module)))
+                become(module, _cut_class(type(module)))
 
 
 @contextmanager
@@ -638,16 +636,28 @@ def cut_inputs(model: nn.Module, where: str) -> Iterator[nn.Module]:
         ValueError: For another `where`, or a model without input cuts.
     """
     cutting = cut_projections(model)
-    _require(bool(cutting), "the model", type(model).__name__, "one with input cuts: see stocha-convert --inputs")
-    _require(where in CUTS, "where the model cuts inputs", where, f"one of {', '.join(CUTS)}")
-    before = [module.cut_forced for module in cutting]
-    try:
-        for module in cutting:
-            module.cut_forced = where
+    require(bool(cutting), "the model", type(model).__name__, "one with input cuts: see stocha-convert --inputs")
+    require(where in CUTS, "where the model cuts inputs", where, f"one of {', '.join(CUTS)}")
+    with _holding(cutting, cut_forced=where):
         yield model
+
+
+@contextmanager
+def _holding(modules: list[Any], **values: Any) -> Iterator[None]:
+    """Set attributes of modules, and give each its own values back on exit."""
+    before = [{key: getattr(module, key) for key in values} for module in modules]
+    try:
+        for module in modules:
+            _assign(module, values)
+        yield
     finally:
-        for module, forced in zip(cutting, before, strict=True):
-            module.cut_forced = forced
+        for module, own in zip(modules, before, strict=True):
+            _assign(module, own)
+
+
+def _assign(module: nn.Module, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        setattr(module, key, value)
 
 
 def _refuse_liger(thing: object) -> None:
@@ -658,26 +668,26 @@ def _refuse_liger(thing: object) -> None:
         )
 
 
-def _is_native(module: nn.Module, *names: str) -> bool:
+def is_native(module: nn.Module, *names: str) -> bool:
     return type(module).__name__ in names and type(module).__module__.startswith("transformers.models.")
 
 
-def _native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Module]:
+def native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Module]:
     """The model's gated MLPs in layer order, after checking that there is one per layer and that patching will do."""
     for module in model.modules():
         _refuse_liger(type(module))
         _refuse_liger(module.__dict__.get("forward"))
-    mlps = [module for module in model.modules() if _is_native(module, row.mlp)]
+    mlps = [module for module in model.modules() if is_native(module, row.mlp)]
     count = config.num_hidden_layers
-    _require(len(mlps) == count, "the number of native MLPs", len(mlps), f"{count} {row.mlp}")
+    require(len(mlps) == count, "the number of native MLPs", len(mlps), f"{count} {row.mlp}")
     for mlp in mlps:
-        _require_native_forward(mlp, "an MLP's forward")
+        refuse_replaced_forward(mlp, "an MLP's forward")
     return mlps
 
 
-def _require_native_forward(module: nn.Module, what: str) -> None:
+def refuse_replaced_forward(module: nn.Module, what: str) -> None:
     replaced = "forward" in module.__dict__ and "_old_forward" not in module.__dict__  # not by accelerate's hooks
-    _require(not replaced, what, module.__dict__.get("forward"), "the native one, which can be patched")
+    require(not replaced, what, module.__dict__.get("forward"), "the native one, which can be patched")
 
 
 def patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:
@@ -690,11 +700,11 @@ def patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:
         mlp.__dict__.update(state | {"native_class": type(mlp), "threshold": threshold})
         mlp.act_fn = RunningActivation(mlp)  # type: ignore[arg-type]
         mlp.act_fn.train(mlp.training)
-        _become(mlp, StochaMLP)
+        become(mlp, StochaMLP)
         mlp.p = config.p  # type: ignore[assignment]
 
 
-def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change a module's class, also under accelerate's hooks, which keep the bound forward that they wrap."""
     module.__class__ = kind
     if "_old_forward" in module.__dict__:
@@ -702,40 +712,21 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def stocha_mlps(model: nn.Module) -> list[StochaMLP]:
-    """The patched MLPs of a model in layer order. By name, since each trust_remote_code load has its own StochaMLP
-    class.
-    """
-    name = StochaMLP.__name__  # of the class, or of the one that FSDP2 derived a class of its own from
-    return [m for m in model.modules() if any(cls.__name__ == name for cls in type(m).__mro__)]  # type: ignore[misc]
+    """The patched MLPs of a model in layer order."""
+    return [module for module in model.modules() if _is_a(module, StochaMLP)]  # type: ignore[misc]
 
 
-def _checked_mlps(model: nn.Module, activation: str, p: float | None) -> list[StochaMLP]:
+def _is_a(module: nn.Module, kind: type) -> bool:
+    """By name: each trust_remote_code load has classes of its own, and FSDP2 derives one from a module's."""
+    return any(cls.__name__ == kind.__name__ for cls in type(module).__mro__)
+
+
+def checked_mlps(model: nn.Module, activation: str, p: float | None) -> list[StochaMLP]:
     """The patched MLPs, after checking that they can run this activation; None keeps p."""
     mlps = stocha_mlps(model)
-    _require(bool(mlps), "the model", type(model).__name__, "a patched model: see stocha_hf.patch")
+    require(bool(mlps), "the model", type(model).__name__, "a patched model: see stocha_hf.patch")
     StochaConfig(activation=activation, p=mlps[0].p if p is None else p, k=mlps[0].k)
     return mlps
-
-
-def set_activation(model: nn.Module, activation: str, p: float | None = None) -> None:
-    """Set what a model runs in train() mode from now on, for a schedule: the lasting counterpart of stocha_mode.
-
-    Works inside wrappers too (DDP, FSDP, peft, torch.compile). It may be called at every step: a p that changes does
-    not recompile a compiled model, another activation does once. Everything is checked before anything changes.
-
-    Args:
-        model: A patched model.
-        activation: A key of ACTIVATIONS.
-        p: Probability of the base activation, 0 to 1; None keeps it.
-
-    Raises:
-        ValueError: For an unknown activation, a p outside [0, 1] or a model without patched MLPs.
-    """
-    for mlp in _checked_mlps(model, activation, p):
-        if mlp.activation != activation:
-            mlp.activation = activation
-        if p is not None and mlp.p != p:
-            mlp.p = p
 
 
 @contextmanager
@@ -750,84 +741,9 @@ def stocha_mode(model: nn.Module, name: str, p: float | None = None) -> Iterator
     Raises:
         ValueError: For an unknown name, a p outside [0, 1] or a model without patched MLPs.
     """
-    mlps = _checked_mlps(model, name, p)
-    before = [(mlp.forced, mlp.p) for mlp in mlps]
-    try:
-        for mlp in mlps:
-            mlp.forced, mlp.p = name, mlp.p if p is None else p
+    mlps = checked_mlps(model, name, p)
+    with _holding(mlps, forced=name, **({} if p is None else {"p": p})):
         yield model
-    finally:
-        for mlp, (forced, old_p) in zip(mlps, before, strict=True):
-            mlp.forced, mlp.p = forced, old_p
-
-
-def patch(model: nn.Module, config: StochaConfig) -> int:
-    """Turn a native model (or the one inside a wrapper such as peft's) into its stocha class, in place.
-
-    Everything is checked before anything changes.
-
-    Args:
-        model: A transformers model of a type in ARCHITECTURES.
-        config: What it is to run.
-
-    Returns:
-        The number of patched MLPs.
-
-    Raises:
-        ValueError: For a model of no known architecture, one that is patched already, one with Liger applied or an
-            MLP whose forward was replaced, or a base that is not the model's own.
-    """
-    _require(not stocha_mlps(model), "the model", "already patched", "a native model: call stocha_hf.unpatch first")
-    by_name = {name: row for row in ARCHITECTURES.values() for name in (row.causal_lm, row.model)}
-    native = next((module for module in model.modules() if _is_native(module, *by_name)), None)
-    if native is None:
-        raise ValueError(f"the model is a {type(model).__name__}: expected one of {', '.join(by_name)}")
-    row = by_name[type(native).__name__]
-    hf_config: Any = native.config
-    converted = getattr(hf_config, "stocha", None)
-    config = config.resolve(row.act if converted else getattr(hf_config, row.act_key))
-    for layer in projections(native) if config.inputs is not None else []:
-        for name in config.inputs.thresholds:  # type: ignore[union-attr]
-            _require_native_forward(layer[name], f"the forward of a {name}")
-    patch_mlps(_native_mlps(native, row, hf_config), config)
-    _set_cuts(native, config.inputs)
-    _become(native, globals()[f"Stocha{type(native).__name__}"])
-    hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map
-    setattr(hf_config, row.act_key, config.native_act)
-    return len(stocha_mlps(native))
-
-
-def unpatch(model: nn.Module) -> int:
-    """Give a patched model its native classes and its base activation back, in place.
-
-    Args:
-        model: A patched model, or a wrapper with one inside.
-
-    Returns:
-        The number of MLPs.
-
-    Raises:
-        ValueError: For a model without patched MLPs.
-    """
-    mlps = stocha_mlps(model)
-    _require(bool(mlps), "the model", type(model).__name__, "a patched model")
-    for mlp in mlps:
-        mlp.act_fn = ACT2FN[mlp.base]
-        mlp.act_fn.train(mlp.training)
-        _become(mlp, mlp.native_class)
-        for key in StochaMLP.state:
-            del mlp.__dict__[key]
-    for projection in cut_projections(model):
-        _become(projection, projection.native_class)  # type: ignore[arg-type]
-        for key in CutInput.state:
-            del projection.__dict__[key]
-    patched = next(module for module in model.modules() if hasattr(type(module), "stocha_mode"))
-    native = next(cls for cls in type(patched).__mro__ if f"Stocha{cls.__name__}" == type(patched).__name__)
-    _become(patched, native)
-    hf_config: Any = patched.config
-    setattr(hf_config, ARCHITECTURES[hf_config.model_type].act_key, hf_config.stocha["base"])
-    del hf_config.stocha, hf_config.auto_map
-    return len(mlps)
 
 
 class StochaModel:
@@ -842,19 +758,19 @@ class StochaModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         entry = getattr(config, "stocha", None)
-        _require(entry is not None, "the config's stocha entry", None, "one: run stocha-convert on the model first")
+        require(entry is not None, "the config's stocha entry", None, "one: run stocha-convert on the model first")
         row = ARCHITECTURES[config.model_type]
         stocha_config = StochaConfig.from_dict(entry).resolve(row.act)
         stocha_config.thresholds(config.num_hidden_layers, config.intermediate_size)  # before any weight is made
         config.stocha = stocha_config.to_dict()  # whole, also where the entry left keys out
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        patch_mlps(_native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
+        patch_mlps(native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> Any:
         """As the native one; and sets the input cuts, which thus come after from_pretrained's quantizers: these look
         for nn.Linear, and put other modules in its place.
         """
-        _set_cuts(self, StochaConfig.from_dict(self.config.stocha).inputs)  # type: ignore[arg-type]
+        set_cuts(self)
         return super().train(mode)  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -890,11 +806,12 @@ class StochaModel:
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """As the native one; the folder gets this file, and its config names it and the native architecture."""
-        mlps = stocha_mlps(self)  # type: ignore[arg-type]
-        if isinstance(self.config.stocha["threshold"], list):  # of the layers that there are: some may be cut out
-            self.config.stocha = self.config.stocha | {"threshold": [mlp.threshold for mlp in mlps]}
-        if self.config.stocha.get("inputs"):
-            self.config.stocha = self.config.stocha | {"inputs": self._input_cuts()}
+        entry = self.config.stocha
+        if isinstance(entry["threshold"], list):  # of the layers that there are: some may be cut out
+            entry = entry | {"threshold": [mlp.threshold for mlp in stocha_mlps(self)]}  # type: ignore[arg-type]
+        if entry.get("inputs"):
+            entry = entry | {"inputs": self._input_cuts(entry["inputs"])}
+        self.config.stocha = entry
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         # The native method wrote our class name, which tools without remote code do not know.
         self.config.architectures = [name.removeprefix("Stocha") for name in self.config.architectures]
@@ -908,15 +825,13 @@ class StochaModel:
             hub = {key: kwargs[key] for key in ("commit_message", "private", "token", "create_pr") if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)  # type: ignore
 
-    def _input_cuts(self) -> dict[str, Any]:
+    def _input_cuts(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The config's input cuts, of the layers that there are."""
-        _set_cuts(self, StochaConfig.from_dict(self.config.stocha).inputs)  # type: ignore[arg-type]
-        layers, inputs = projections(self), self.config.stocha["inputs"]  # type: ignore[arg-type]
+        set_cuts(self)
         kept = {"thresholds": "input_threshold", "centres": "input_centre"}
         return inputs | {
-            key: {name: [getattr(layer[name], attribute) for layer in layers] for name in inputs[key]}
-            for key, attribute in kept.items()
-            if key in inputs
+            key: {name: [getattr(layer[name], kept[key]) for layer in projections(self)] for name in inputs[key]}  # type: ignore[arg-type]
+            for key in kept.keys() & inputs.keys()
         }
 
 

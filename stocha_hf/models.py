@@ -23,7 +23,8 @@ from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
-from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, cut_inputs, cut_projections, patch, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, cut_inputs, cut_projections, stocha_mlps
+from stocha_hf.patching import patch
 from stocha_hf.spec import ARCHITECTURES
 
 

@@ -1,13 +1,15 @@
 """What a quantized folder may say of its matrices, without importing torch: their bits, layout, names and shapes.
 
-A matrix of a quantized folder is three tensors in the place of one: `codes`, `scale` and, where asked for, `minimum`.
-Their rows are what a decode step reads whole, so that file, memory and kernel share one layout and one copy: a neuron
-of gate_proj and up_proj, a neuron of down_proj too (hence stored transposed), an output of any other projection, a
-token of the embedding. A group is 32 neighbours in a row.
+A matrix of a quantized folder is two tensors in the place of one, `codes` and `scale`. Their rows are what a decode
+step reads whole, so that file, memory and kernel share one layout and one copy: a neuron of gate_proj and up_proj, a
+neuron of down_proj too (hence stored transposed), an output of any other projection, a token of the embedding. A group
+is 32 neighbours in a row.
 
-    weight = code * scale                  8 bits: int8, -127 to 127
-    weight = (code - 8) * scale            4 bits: 0 to 15; byte j of a group holds code j below, code j + 16 above
-    weight = code * scale + minimum        4 bits with a minimum
+    weight = code * scale                  8 bits: int8, -127 to 127; scale float16
+    weight = (code - zero) * scale         4 bits: 0 to 15; byte j of a group holds code j below, code j + 16 above
+
+A group of 4 bits has one word of 16 bits, kept as int16. Its low 7 bits are zero, in eighths; the 9 above are scale:
+5 bits of exponent, from 2^-24 on, and 4 of mantissa. So a zero for each group costs no bits: 4.5 a weight.
 
 quantization_stocha.py, which ships with quantized folders, holds a copy of everything between the two marked lines.
 
@@ -27,7 +29,8 @@ QUANTIZATION_FILE = Path(__file__).with_name("quantization_stocha.py")
 METHOD, FORMAT, GROUP = "stocha", 1, 32
 BITS = (4, 8)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
+IN_8_BITS = ("embed_tokens", "lm_head")
+MATRICES = (*PROJECTIONS, *IN_8_BITS)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,6 @@ class Quantization:
 
     Args:
         bits: Of the codes of the projections, 4 or 8.
-        minimum: Whether groups of 4 bits have a minimum beside the scale: 5 bits a weight in place of 4.5.
         in_8_bits: Names of matrices, or ends of them such as "self_attn.v_proj", that are stored in 8 bits.
         transposed: Names of matrices, or ends of them, whose rows are inputs.
         quant_method: "stocha".
@@ -48,8 +50,7 @@ class Quantization:
     """
 
     bits: int = 4
-    minimum: bool = False
-    in_8_bits: tuple[str, ...] = ("embed_tokens", "lm_head")
+    in_8_bits: tuple[str, ...] = IN_8_BITS
     transposed: tuple[str, ...] = ("down_proj",)
     quant_method: str = METHOD
     format: int = FORMAT
@@ -61,8 +62,6 @@ class Quantization:
             if type(value) is not int or value not in allowed:
                 newer = "; install a newer stocha_hf" if key == "format" else ""
                 raise ValueError(f"{key} is {value!r}: expected {' or '.join(map(str, allowed))}{newer}")
-        if type(self.minimum) is not bool:
-            raise ValueError(f"minimum is {self.minimum!r}: expected true or false")
         if self.quant_method != METHOD:
             raise ValueError(f"quant_method is {self.quant_method!r}: expected {METHOD!r}")
         for key in ("in_8_bits", "transposed"):
@@ -89,10 +88,6 @@ class Quantization:
         """Return the bits of a matrix's codes, given its module's name."""
         return 8 if _is_named(name, self.in_8_bits) else self.bits
 
-    def has_minimum(self, name: str) -> bool:
-        """Return whether a matrix's groups have a minimum."""
-        return self.minimum and self.bits_of(name) == 4
-
     def is_transposed(self, name: str) -> bool:
         """Return whether a matrix's rows are inputs."""
         return _is_named(name, self.transposed)
@@ -101,9 +96,9 @@ class Quantization:
         """Return what stands for a matrix: name within the module -> safetensors' dtype, and shape."""
         rows, columns = (inputs, outputs) if self.is_transposed(name) else (outputs, inputs)
         groups, bits = -(-columns // GROUP), self.bits_of(name)
-        found = {"codes": ("I8" if bits == 8 else "U8", [rows, groups * GROUP * bits // 8])}
-        found["scale"] = ("F16", [rows, groups])
-        return found | ({"minimum": found["scale"]} if self.has_minimum(name) else {})
+        if bits == 8:
+            return {"codes": ("I8", [rows, groups * GROUP]), "scale": ("F16", [rows, groups])}
+        return {"codes": ("U8", [rows, groups * GROUP // 2]), "scale": ("I16", [rows, groups])}
 
 
 def is_matrix(name: str) -> bool:

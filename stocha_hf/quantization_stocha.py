@@ -35,7 +35,8 @@ from .modeling_stocha import StochaMLP, _cut_class, is_cut
 METHOD, FORMAT, GROUP = "stocha", 1, 32
 BITS = (4, 8)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
+IN_8_BITS = ("embed_tokens", "lm_head")
+MATRICES = (*PROJECTIONS, *IN_8_BITS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class Quantization:
 
     Args:
         bits: Of the codes of the projections, 4 or 8.
-        minimum: Whether groups of 4 bits have a minimum beside the scale: 5 bits a weight in place of 4.5.
         in_8_bits: Names of matrices, or ends of them such as "self_attn.v_proj", that are stored in 8 bits.
         transposed: Names of matrices, or ends of them, whose rows are inputs.
         quant_method: "stocha".
@@ -56,8 +56,7 @@ class Quantization:
     """
 
     bits: int = 4
-    minimum: bool = False
-    in_8_bits: tuple[str, ...] = ("embed_tokens", "lm_head")
+    in_8_bits: tuple[str, ...] = IN_8_BITS
     transposed: tuple[str, ...] = ("down_proj",)
     quant_method: str = METHOD
     format: int = FORMAT
@@ -69,8 +68,6 @@ class Quantization:
             if type(value) is not int or value not in allowed:
                 newer = "; install a newer stocha_hf" if key == "format" else ""
                 raise ValueError(f"{key} is {value!r}: expected {' or '.join(map(str, allowed))}{newer}")
-        if type(self.minimum) is not bool:
-            raise ValueError(f"minimum is {self.minimum!r}: expected true or false")
         if self.quant_method != METHOD:
             raise ValueError(f"quant_method is {self.quant_method!r}: expected {METHOD!r}")
         for key in ("in_8_bits", "transposed"):
@@ -97,10 +94,6 @@ class Quantization:
         """Return the bits of a matrix's codes, given its module's name."""
         return 8 if _is_named(name, self.in_8_bits) else self.bits
 
-    def has_minimum(self, name: str) -> bool:
-        """Return whether a matrix's groups have a minimum."""
-        return self.minimum and self.bits_of(name) == 4
-
     def is_transposed(self, name: str) -> bool:
         """Return whether a matrix's rows are inputs."""
         return _is_named(name, self.transposed)
@@ -109,9 +102,9 @@ class Quantization:
         """Return what stands for a matrix: name within the module -> safetensors' dtype, and shape."""
         rows, columns = (inputs, outputs) if self.is_transposed(name) else (outputs, inputs)
         groups, bits = -(-columns // GROUP), self.bits_of(name)
-        found = {"codes": ("I8" if bits == 8 else "U8", [rows, groups * GROUP * bits // 8])}
-        found["scale"] = ("F16", [rows, groups])
-        return found | ({"minimum": found["scale"]} if self.has_minimum(name) else {})
+        if bits == 8:
+            return {"codes": ("I8", [rows, groups * GROUP]), "scale": ("F16", [rows, groups])}
+        return {"codes": ("U8", [rows, groups * GROUP // 2]), "scale": ("I16", [rows, groups])}
 
 
 def is_matrix(name: str) -> bool:
@@ -125,16 +118,17 @@ def _is_named(name: str, ends: tuple[str, ...]) -> bool:
 
 # --- to here ---
 
-NAMES = ("codes", "scale", "minimum")
-DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16}  # by safetensors' names
-ENDS = (-8.0, 8.0, -7.6, 7.6, -7.2, 7.2, -8.4, 7.0, -6.8, 6.6, -6.4)  # codes that a group's largest entry may get
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that the codes may cover
+NAMES = ("codes", "scale")
+DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "I16": torch.int16}  # by safetensors' names
+ZERO_BITS, ZERO_STEPS = 7, 8  # of a word of 4 bits: its low bits are the zero, in eighths
+MANTISSA, LEAST = 19, 103 << 4  # bits of a float32's mantissa that a scale lacks; the least scale, 2^-24, after these
+SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that the codes may cover
 FITTED = 2**17  # weights that are fitted at one time: what a processor's cache holds of them and of their codes
 BLOCK = 2**20  # weights that are floats at one time in a product on a CPU
 BLOCK_ON_GPU = 2**26
 
 
-# Packing: matrices [rows, columns] of weights to codes, scale and minimum, and back.
+# Packing: matrices [rows, columns] of weights to codes and scales, and back.
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -146,41 +140,32 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def dequantize(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    minimum: torch.Tensor | None,
-    bits: int,
-    columns: int,
-    dtype: torch.dtype = torch.float32,
+    codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return the weights [rows, columns] that codes, scale and minimum stand for."""
+    """Return the weights [rows, columns] that packed codes and scales stand for."""
     rows, groups = scale.shape
-    scale = scale.float()[..., None]
     if bits == 8:
-        weights = codes.view(rows, groups, GROUP) * scale
+        weights = decode(codes.view(rows, groups, GROUP), scale, 8)
     else:
-        packed, weights = codes.view(rows, groups, GROUP // 2), scale.new_empty(rows, groups, GROUP)
-        halves = (packed & 15, weights[..., : GROUP // 2]), (packed >> 4, weights[..., GROUP // 2 :])
-        for half, target in halves:
-            torch.mul(half.float() if minimum is not None else half.float().sub_(8), scale, out=target)
-        if minimum is not None:
-            weights += minimum.float()[..., None]
+        step, zero = levels(scale)
+        packed, weights = codes.view(rows, groups, GROUP // 2), step.new_empty(rows, groups, GROUP)
+        for half, target in ((packed & 15, weights[..., : GROUP // 2]), (packed >> 4, weights[..., GROUP // 2 :])):
+            torch.mul(half.float().sub_(zero), step, out=target)
     return weights.view(rows, -1)[:, :columns].to(dtype)
 
 
 def quantize(
-    weight: torch.Tensor, bits: int, minimum: bool = False, importance: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Quantize a matrix [rows, columns], each group with the scale and minimum of the least squared error.
+    weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix [rows, columns], each group with the scale and zero of the least squared error.
 
     Args:
         weight: [rows, columns], of any float dtype.
         bits: 4 or 8.
-        minimum: Whether groups of 4 bits have a minimum.
         importance: [columns], what a squared error counts in each column, such as the input's mean square.
 
     Returns:
-        Codes, packed; scale, float16 [rows, groups]; minimum, the same or None. The last group is filled with zeros.
+        Packed codes, and scales [rows, groups]. The last group is filled with zeros.
     """
     columns = weight.shape[1]
     counts = weight.new_ones(columns, dtype=torch.float32) if importance is None else importance.float()
@@ -190,60 +175,45 @@ def quantize(
     parts = []
     for block in weight.split(max(1, FITTED // columns)):
         groups = F.pad(block.float(), (0, filled)).view(len(block), -1, GROUP)
-        scale, least = fit(groups, bits, minimum and bits == 4, counts)
-        codes = encode(groups, scale, least, bits).view(len(block), -1)
-        parts.append((pack(codes, bits), scale, least))
-    packed, scales, minima = zip(*parts, strict=True)
-    return torch.cat(packed), torch.cat(scales), torch.cat(minima) if minimum and bits == 4 else None
+        scale = fit(groups, bits, counts)
+        parts.append((pack(encode(groups, scale, bits).view(len(block), -1), bits), scale))
+    packed, scales = zip(*parts, strict=True)
+    return torch.cat(packed), torch.cat(scales)
 
 
-def encode(groups: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """Return the codes of weights [..., 32], as floats, given each group's scale and minimum [...]."""
-    scale = scale.float()[..., None]
-    steps = groups if minimum is None else groups - minimum.float()[..., None]
-    steps = torch.where(scale == 0, 0.0, steps / scale).round_()
+def encode(groups: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the codes of weights [..., 32], as floats, given each group's scale [...]."""
     if bits == 8:
-        return steps.clamp_(-127, 127)
-    return steps.clamp_(0, 15) if minimum is not None else steps.add_(8).clamp_(0, 15)
+        step = scale.float()[..., None]
+        return torch.where(step == 0, 0.0, groups / step).round_().clamp_(-127, 127)
+    step, zero = levels(scale)
+    return (groups / step).add_(zero).round_().clamp_(0, 15)
 
 
-def decode(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """Return the weights of codes [..., 32] that are not packed, given each group's scale and minimum [...]."""
-    steps = codes - 8 if bits == 4 and minimum is None else codes
-    weights = steps * scale.float()[..., None]
-    return weights if minimum is None else weights + minimum.float()[..., None]
+def decode(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the weights of codes [..., 32] that are not packed, given each group's scale [...]."""
+    if bits == 8:
+        return codes * scale.float()[..., None]
+    step, zero = levels(scale)
+    return (codes - zero) * step
 
 
-def fit(
-    groups: torch.Tensor, bits: int, minimum: bool, importance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the scale and minimum, float16 [...], of groups [..., 32] by the least weighted squared error.
+def levels(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and zero as float32 [..., 1], given 4-bit groups' words [...]."""
+    words = words.int()[..., None] & 0xFFFF
+    step = ((words >> ZERO_BITS) + LEAST << MANTISSA).view(torch.float32)
+    return step, (words & (1 << ZERO_BITS) - 1).float() / ZERO_STEPS
 
-    Several ranges are tried; for each, the codes are rounded, and then the scale and minimum are those that fit these
-    codes best. `importance` broadcasts to the groups.
+
+def fit(groups: torch.Tensor, bits: int, importance: torch.Tensor) -> torch.Tensor:
+    """Return the scales [...] of groups [..., 32] by the least weighted squared error.
+
+    Of 4 bits, several ranges are tried, which hold 0; for each, the codes are rounded, and then the scale and zero
+    are those that fit these codes best. `importance` broadcasts to the groups.
     """
     if bits == 8:
-        return (groups.abs().amax(-1) / 127).half(), None
-    return _fit_range(groups, importance) if minimum else (_fit_scale(groups, importance), None)
-
-
-def _fit_scale(groups: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """The codes reach from -8 to 7, so the entry of the largest magnitude is tried at both ends and beyond them."""
-    top = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    best: Any = None
-    chosen: Any = None
-    for end in ENDS:
-        codes = (groups * torch.where(top == 0, 0.0, end / top)).round_().clamp_(-8, 7)
-        weighted = codes * importance
-        scale = _half((weighted * groups).sum(-1, keepdim=True) / (weighted * codes).sum(-1, keepdim=True))
-        best, chosen = _better(
-            ((codes * scale - groups) ** 2 * importance).sum(-1, keepdim=True), [scale], best, chosen
-        )
-    return chosen[0].squeeze(-1).half()
-
-
-def _fit_range(groups: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        return (groups.abs().amax(-1) / 127).half()
+    low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)
     importance = importance.expand_as(groups)
     total, mean = importance.sum(-1, keepdim=True), (importance * groups).sum(-1, keepdim=True)
     best: Any = None
@@ -253,29 +223,25 @@ def _fit_range(groups: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Te
         codes = torch.where(step == 0, 0.0, (groups - start) / step).round_().clamp_(0, 15)
         weighted = codes * importance
         first, second = weighted.sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True)
-        cross = (weighted * groups).sum(-1, keepdim=True)
-        scale = _half((total * cross - first * mean) / (total * second - first * first))
-        least = _half((mean - scale * first) / total)
-        error = ((codes * scale + least - groups) ** 2 * importance).sum(-1, keepdim=True)
-        best, chosen = _better(error, [scale, least], best, chosen)
-    return chosen[0].squeeze(-1).half(), chosen[1].squeeze(-1).half()
+        fitted = (total * (weighted * groups).sum(-1, keepdim=True) - first * mean) / (total * second - first**2)
+        scale = _scale(torch.where(fitted.isfinite() & (fitted > 0), fitted, step))
+        zero = (first - mean / (scale + LEAST << MANTISSA).view(torch.float32)) / total * ZERO_STEPS
+        zero = zero.nan_to_num_(0.0).round_().clamp_(0, (1 << ZERO_BITS) - 1).int()
+        words = (scale << ZERO_BITS | zero).to(torch.int16).squeeze(-1)
+        error = ((decode(encode(groups, words, 4), words, 4) - groups) ** 2 * importance).sum(-1)
+        if best is None:
+            best, chosen = error, words
+        else:
+            best, chosen = torch.minimum(best, error), torch.where(error < best, words, chosen)
+    return chosen
 
 
-def _half(value: torch.Tensor) -> torch.Tensor:
-    """The float16 numbers nearest to a group's figure, 0 where there is none, as float32."""
-    return value.nan_to_num_(0.0, 0.0, 0.0).half().float()
+def _scale(step: torch.Tensor) -> torch.Tensor:
+    """The upper 9 bits of a word whose scale is nearest to a positive float32."""
+    return ((step.view(torch.int32) + (1 << MANTISSA - 1) >> MANTISSA) - LEAST).clamp_(0, 511)
 
 
-def _better(error: torch.Tensor, tried: list[torch.Tensor], best: Any, chosen: Any) -> tuple[torch.Tensor, Any]:
-    if best is None:
-        return error, tried
-    less = error < best
-    return torch.where(less, error, best), [
-        torch.where(less, new, old) for new, old in zip(tried, chosen, strict=True)
-    ]
-
-
-# Modules: codes, scale and minimum are buffers. What a matrix is tied to is not its own: it is read there.
+# Modules: codes and scale are buffers. What a matrix is tied to is not its own: it is read there.
 
 
 class Quantized(nn.Module):
@@ -289,34 +255,24 @@ class Quantized(nn.Module):
     dtype: torch.dtype
     codes: Any
     scale: Any
-    minimum: Any
 
     def _become(self, entry: Quantization, name: str, outputs: int, inputs: int, like: torch.Tensor) -> None:
         """Take the layout of the matrix of this name, with tensors that are not filled."""
         self.bits, self.transposed, self.dtype = entry.bits_of(name), entry.is_transposed(name), like.dtype
         self.columns = outputs if self.transposed else inputs
-        made = {
-            part: torch.empty(shape, dtype=DTYPES[dtype], device=like.device)
-            for part, (dtype, shape) in entry.tensors(name, outputs, inputs).items()
-        }
-        for part in NAMES:
-            self.register_buffer(part, made.get(part))
+        for part, (dtype, shape) in entry.tensors(name, outputs, inputs).items():
+            self.register_buffer(part, torch.empty(shape, dtype=DTYPES[dtype], device=like.device))
 
     def fill(self, weight: torch.Tensor) -> None:
         """Quantize the native module's weight into the tensors."""
         matrix = weight.detach().t() if self.transposed else weight.detach()
-        self.set(*quantize(matrix, self.bits, self.minimum is not None))
-
-    def set(self, codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None) -> None:
-        """Take these tensors."""
-        self.codes, self.scale, self.minimum = codes, scale, minimum
+        self.codes, self.scale = quantize(matrix, self.bits)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights [last - first, columns] of rows that lie together."""
         if (runtime := _runtime()) is not None and (made := runtime.dequantize(self, first, last, dtype)) is not None:
             return made
-        minimum = None if self.minimum is None else self.minimum[first:last]
-        return dequantize(self.codes[first:last], self.scale[first:last], minimum, self.bits, self.columns, dtype)
+        return dequantize(self.codes[first:last], self.scale[first:last], self.bits, self.columns, dtype)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight that the native module would have."""
@@ -326,23 +282,37 @@ class Quantized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move tensors, and never cast them: a cast changes what is computed in, which is x's dtype."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        own, self._buffers = self._buffers, {}
+        own: dict[str, Any] = self._buffers
+        self._buffers = {}
         super()._apply(fn, recurse)  # a bias
-        self._buffers = {part: None if tensor is None else _moved(tensor, fn) for part, tensor in own.items()}
+        self._buffers = {part: _moved(tensor, fn) for part, tensor in own.items()}
         return self
 
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "tied_to" in self.__dict__:
             return getattr(self.__dict__["tied_to"][0], name)
-        if name == "weight":  # for those who ask for its shape, dtype and device, as peft does; merging into it raises
+        if name == "weight":
             shape = reversed(self.shape) if self.transposed else self.shape
-            return torch.full((), torch.nan, dtype=self.dtype, device=self.codes.device).expand(*shape)
+            nan = torch.full((), torch.nan, dtype=self.dtype, device=self.codes.device)
+            return nan.expand(*shape).as_subclass(_NoWeight)
         return super().__getattr__(name)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows, and weights of a row."""
         return len(self.codes), self.columns
+
+
+class _NoWeight(torch.Tensor):
+    """A weight that is codes, for those who ask for its shape, dtype and device, as peft does."""
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        """Refuse what merging an adapter begins with."""
+        raise RuntimeError(
+            "this layer's weight is quantized: expected a float weight to merge an adapter into; merge first, then "
+            "quantize the result"
+        )
 
 
 def _runtime() -> Any:
@@ -356,7 +326,7 @@ def _moved(tensor: torch.Tensor, fn: Any) -> torch.Tensor:
 
 
 class QuantizedLinear(Quantized, nn.Linear):
-    """A Linear layer whose weight is codes: `codes`, `scale` and `minimum` or None, `bits`, `transposed`, `bias`."""
+    """A Linear layer whose weight is codes: `codes`, `scale`, `bits`, `transposed`, `bias`."""
 
     def __init__(self, native: nn.Linear, entry: Quantization, name: str) -> None:
         nn.Module.__init__(self)
@@ -403,8 +373,7 @@ class QuantizedEmbedding(Quantized):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the vectors [..., embedding_dim] of token ids."""
         flat = tokens.reshape(-1)
-        minimum = None if self.minimum is None else self.minimum[flat]
-        found = dequantize(self.codes[flat], self.scale[flat], minimum, self.bits, self.columns, self.dtype)
+        found = dequantize(self.codes[flat], self.scale[flat], self.bits, self.columns, self.dtype)
         if self.factor != 1:
             found = found * torch.tensor(self.factor, dtype=self.dtype)
         return found.view(*tokens.shape, self.columns)
@@ -432,7 +401,7 @@ class StochaQuantConfig(QuantizationConfigMixin):
 
     Args:
         bits: Of the projections' codes, 4 or 8.
-        **entry: The other keys of Quantization: minimum, in_8_bits, transposed.
+        **entry: The other keys of Quantization: in_8_bits, transposed.
 
     Raises:
         ValueError: For a value that no quantized folder can have.

@@ -11,7 +11,7 @@ test compares the two. Inside the package modeling_stocha.py takes the classes f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ ALLOTMENTS = ("uniform", "greedy", "output")  # of the share of inputs to cut to
 # --- copied into modeling_stocha.py from here ---
 
 __version__ = "0.2.0"
+Rules = Iterator[tuple[str, bool, str]]  # a key, whether its value is right, and what was expected
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,23 @@ class InputCuts:
     calibration: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        known = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
-        share = self.share
-        _require(_are_lists(self.thresholds, PROJECTIONS, least=0), "inputs.thresholds", self.thresholds, known)
+        _require_all(self, "inputs.", self._rules())
+
+    def _rules(self) -> Rules:
+        lists = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
+        yield "thresholds", _are_lists(self.thresholds, PROJECTIONS, least=0), lists
         centred = self.centres is None or _are_lists(self.centres, self.thresholds)
-        _require(centred, "inputs.centres", self.centres, "a list of numbers for projections that have thresholds")
-        of_one = share is None or (is_number(share) and 0 < share < 1)
-        _require(of_one, "inputs.share", share, "a share between 0 and 1")
-        for key in ("prefill", "train"):
-            _require(isinstance(getattr(self, key), bool), f"inputs.{key}", getattr(self, key), "true or false")
-        text = self.calibration is None or isinstance(self.calibration, dict)
-        _require(text, "inputs.calibration", self.calibration, "a mapping")
+        yield "centres", centred, "a list of numbers for projections that have thresholds"
+        yield "share", self.share is None or (is_number(self.share) and 0 < self.share < 1), "a share between 0 and 1"
+        yield "prefill", isinstance(self.prefill, bool), "true or false"
+        yield "train", isinstance(self.train, bool), "true or false"
+        yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
 
     def check(self, layers: int) -> None:
         """Raise ValueError where this cannot be of a model with so many layers."""
         for key, lists in (("thresholds", self.thresholds), ("centres", self.centres or {})):
             for name, values in lists.items():
-                _require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
+                require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
 
     def of(self, layer: int, projection: str) -> tuple[float, float]:
         """Return the threshold and the centre of a projection that cuts."""
@@ -139,7 +140,7 @@ class InputCuts:
     def from_dict(cls, entry: Any) -> InputCuts:
         """Return the cuts of an entry as JSON holds it. Raises ValueError for whatever is not one."""
         _check_keys(cls, "inputs", entry)
-        _require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
+        require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
         return cls(**entry)
 
 
@@ -177,40 +178,31 @@ class StochaConfig:
     stocha_version: str = __version__
 
     def __post_init__(self) -> None:
+        _require_all(self, "", self._rules())
+
+    def _rules(self) -> Rules:
         names = f"one of {', '.join(ACTIVATIONS)}"
-        steady = (
-            f"a deterministic activation, {', '.join(name for name, row in ACTIVATIONS.items() if row.deterministic)}"
-        )
+        steady = [name for name, row in ACTIVATIONS.items() if row.deterministic]
+        yield "activation", self.activation in [*ACTIVATIONS], names
+        yield "base", self.base in [None, *ACTIVATIONS], names
+        yield "inference", self.inference in [None, *steady], f"a deterministic activation, {', '.join(steady)}"
+        yield "p", is_number(self.p) and 0 <= self.p <= 1, "a probability between 0 and 1"
+        yield "positive", self.positive in [*POSITIVE_SIDES], f"one of {', '.join(POSITIVE_SIDES)}"
         thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold]
-        counts = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
+        yield "threshold", _are_numbers(thresholds, 0), "a number of 0 or more, or a list of one per layer"
         needs_k = "topk" in (self.activation, self.inference)
-        for key, fits, expected in (
-            ("activation", _is_activation(self.activation), names),
-            ("base", self.base is None or _is_activation(self.base), names),
-            ("inference", self.inference is None or _is_activation(self.inference, steadily=True), steady),
-            ("p", is_number(self.p) and 0 <= self.p <= 1, "a probability between 0 and 1"),
-            ("positive", self.positive in [*POSITIVE_SIDES], f"one of {', '.join(POSITIVE_SIDES)}"),
-            (
-                "threshold",
-                bool(thresholds) and all(is_number(value) and value >= 0 for value in thresholds),
-                "a number of 0 or more, or a list of one per layer",
-            ),
-            ("k", counts or (self.k is None and not needs_k), "a number of neurons, at least 1, for topk"),
-            ("inputs", self.inputs is None or isinstance(self.inputs, InputCuts), "an InputCuts"),
-            ("source", self.source is None or _is_text(self.source), "a mapping of names to text"),
-            (
-                "history",
-                self.history is None
-                or (isinstance(self.history, list) and all(isinstance(stage, dict) for stage in self.history)),
-                "a list of mappings, one per stage",
-            ),
-            ("stocha_version", isinstance(self.stocha_version, str), "a version's text"),
-        ):
-            _require(fits, key, getattr(self, key), expected)
+        counts = self.k >= 1 if type(self.k) is int else self.k is None and not needs_k
+        yield "k", counts, "a number of neurons, at least 1, for topk"
+        yield "inputs", isinstance(self.inputs, InputCuts | None), "an InputCuts"
+        yield "source", self.source is None or _is_text(self.source), "a mapping of names to text"
+        stages = [] if self.history is None else self.history
+        staged = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
+        yield "history", staged, "a list of mappings, one per stage"
+        yield "stocha_version", isinstance(self.stocha_version, str), "a version's text"
 
     def resolve(self, base: str) -> StochaConfig:
         """Return this config with nothing left open, for a model whose own activation is `base`."""
-        _require(self.base in (None, base), "base", self.base, f"{base!r}, the model's own activation")
+        require(self.base in (None, base), "base", self.base, f"{base!r}, the model's own activation")
         own = self.activation if ACTIVATIONS[self.activation].deterministic else base
         return dataclasses.replace(self, base=base, inference=self.inference or own)
 
@@ -223,9 +215,9 @@ class StochaConfig:
         if self.inputs is not None:
             self.inputs.check(layers)
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold] * layers
-        _require(len(values) == layers, "threshold", self.threshold, f"one number, or {layers}: one per layer")
+        require(len(values) == layers, "threshold", self.threshold, f"one number, or {layers}: one per layer")
         too_wide = self.k is not None and width is not None and self.k > width
-        _require(not too_wide, "k", self.k, f"at most {width}, the number of neurons of a layer")
+        require(not too_wide, "k", self.k, f"at most {width}, the number of neurons of a layer")
         return values
 
     @property
@@ -253,10 +245,10 @@ def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_keys(cls: Any, where: str, entry: Any) -> None:
     """Raise ValueError where an entry as JSON holds it is no mapping, or has a key that the class does not know."""
-    _require(isinstance(entry, dict), where, entry, "a mapping")
+    require(isinstance(entry, dict), where, entry, "a mapping")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(str(key) for key in entry if key not in known)
-    _require(not unknown, where, unknown, f"no other keys than {', '.join(sorted(known))}")
+    require(not unknown, where, unknown, f"no other keys than {', '.join(sorted(known))}")
 
 
 def is_number(value: object) -> bool:
@@ -264,8 +256,9 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
 
 
-def _is_activation(value: object, steadily: bool = False) -> bool:
-    return isinstance(value, str) and value in ACTIVATIONS and (not steadily or ACTIVATIONS[value].deterministic)
+def _are_numbers(values: object, least: float) -> bool:
+    """Whether this is a list of one or more numbers, each `least` or more."""
+    return isinstance(values, list) and bool(values) and all(is_number(x) and x >= least for x in values)
 
 
 def _is_text(value: object) -> bool:
@@ -274,15 +267,20 @@ def _is_text(value: object) -> bool:
 
 
 def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
-    """Whether this is a mapping of one or more of these names to lists of numbers, each `least` or more."""
-    if not isinstance(value, dict) or not value or not all(name in names for name in value):
-        return False
-    return all(isinstance(row, list) and all(is_number(x) and x >= least for x in row) for row in value.values())
+    """Whether this maps one or more of these names to lists of numbers, each `least` or more."""
+    known = isinstance(value, dict) and bool(value) and all(name in names for name in value)
+    return known and all(_are_numbers(row, least) for row in value.values())  # type: ignore[attr-defined]
 
 
-def _require(ok: bool, key: str, given: object, expected: str) -> None:
+def require(ok: bool, key: str, given: object, expected: str) -> None:
+    """Raise ValueError in one sentence unless ok."""
     if not ok:
         raise ValueError(f"{key} is {repr(given)[:200]}: expected {expected}")
+
+
+def _require_all(entry: Any, prefix: str, rules: Rules) -> None:
+    for key, fits, expected in rules:  # one by one: a rule may rely on those before it
+        require(fits, prefix + key, getattr(entry, key), expected)
 
 
 # --- to here ---

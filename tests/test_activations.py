@@ -20,9 +20,9 @@ from stocha_hf.modeling_stocha import (
     POSITIVE_SIDES,
     StochaConfig,
     hidden_vector,
-    patch,
     stocha_mlps,
 )
+from stocha_hf.patching import patch
 
 SIZE = (64, 2048)
 

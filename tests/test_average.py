@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, run_command, run_python
+from helpers import assert_refused, run_command, run_warm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -166,12 +166,12 @@ average(sys.argv[2:4], sys.argv[4], overwrite=True)
 @pytest.mark.slow
 def test_a_kill_leaves_no_output_or_the_old_one_and_the_next_run_sweeps(runs, tmp_path):
     out = tmp_path / "mean"
-    assert run_python(KILLED, 3, *runs[:2], out).returncode == -signal.SIGKILL
+    assert run_warm(KILLED, 3, *runs[:2], out).returncode == -signal.SIGKILL
     assert not out.exists() and len(list(tmp_path.glob(".mean.partial-*"))) == 1
     average(runs[:2], out)
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     assert not list(tmp_path.glob(".*"))
-    assert run_python(KILLED, 5, *runs[1:], out).returncode == -signal.SIGKILL
+    assert run_warm(KILLED, 5, *runs[1:], out).returncode == -signal.SIGKILL
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 
 

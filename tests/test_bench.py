@@ -10,7 +10,8 @@ import torch
 from helpers import call_command, tiny_model
 
 from stocha_hf.measurement import speed, speed_ffn, speed_models
-from stocha_hf.modeling_stocha import StochaConfig, patch
+from stocha_hf.modeling_stocha import StochaConfig
+from stocha_hf.patching import patch
 
 KEYS = {"shape", "dtype", "sparsity", "dense_ms", "sparse_ms", "speedup", "achieved_gbps"}
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_python, tiny_model, tiny_tokenizer
+from helpers import run_warm, tiny_model, tiny_tokenizer
 
 from stocha_hf.decoding.runtime import CONTRACT, for_contract
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, patch
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP
+from stocha_hf.patching import patch
 
 RELEASED = Path(__file__).parent / "released"
 DECODE = """
@@ -42,7 +43,7 @@ def test_a_released_file_decodes_with_this_package_and_warns_at_most_once(releas
     model.config.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     shutil.copy(RELEASED / released, folder / "modeling_stocha.py")
-    done = run_python(DECODE, folder, tmp_path / "found.pt")
+    done = run_warm(DECODE, folder, tmp_path / "found.pt")
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")
     assert Path(found["file"]).read_bytes() == (RELEASED / released).read_bytes()
@@ -75,9 +76,9 @@ def test_a_contract_that_this_package_does_not_know_is_said_once_and_computed_in
 def test_a_failing_import_inside_the_runtime_is_reported() -> None:
     code = (
         "import sys; sys.modules['stocha_hf.decoding.ops'] = None\n"
-        "import stocha_hf.modeling_stocha as m; from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "import stocha_hf, stocha_hf.modeling_stocha as m; from transformers import LlamaConfig, LlamaForCausalLM\n"
         "model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,"
-        " num_attention_heads=1)); m.patch(model, m.StochaConfig()); print(m.StochaMLP.runtime)"
+        " num_attention_heads=1)); stocha_hf.patch(model, m.StochaConfig()); print(m.StochaMLP.runtime)"
     )
-    done = run_python(code)
+    done = run_warm(code)
     assert done.stdout.strip() == "None" and "stocha_hf.decoding.ops" in done.stderr, done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, run_python, tiny_model
+from helpers import CONFIGS, run_warm, tiny_model
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -23,7 +23,8 @@ from stocha_hf.decoding import ops, state, step
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.sparsity import SparsityMeter
-from stocha_hf.modeling_stocha import StochaConfig, StochaLlamaForCausalLM, patch, stocha_mlps, unpatch
+from stocha_hf.modeling_stocha import StochaConfig, StochaLlamaForCausalLM, stocha_mlps
+from stocha_hf.patching import patch, unpatch
 
 
 def relu_model(model_type: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -417,7 +418,7 @@ def test_a_published_folder_decodes_the_same_with_and_without_the_package(tmp_pa
     model.save_pretrained(tmp_path / "relu")
     native = type(tiny_model()).from_pretrained(tmp_path / "relu")
     expected = native.generate(torch.tensor([[5, 9, 13]]), max_new_tokens=12, do_sample=False).tolist()
-    alone = run_python(LOAD, tmp_path / "relu", "alone")
-    together = run_python(LOAD, tmp_path / "relu", "together")
+    alone = run_warm(LOAD, tmp_path / "relu", "alone")
+    together = run_warm(LOAD, tmp_path / "relu", "together")
     assert alone.stdout.split("]]")[0] == together.stdout.split("]]")[0] == str(expected)[:-2], alone.stderr
     assert "False" in alone.stdout and "True" in together.stdout, together.stderr

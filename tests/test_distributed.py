@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow  # two processes a test
 PROBE = "helpers.distributed_probe"
 
 
-def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
-    """The notes of both ranks."""
+def launch(kind: str, folder: Path, *runs: list[str]) -> list[list[dict]]:
+    """The notes of both ranks for each of these runs, one after the other in the same two processes."""
     folder.mkdir()
     config = CONFIGS / f"{kind}.yaml"
     options = [
@@ -36,23 +36,30 @@ def launch(kind: str, folder: Path, argv: list[str]) -> list[dict]:
         "--main_process_port",
         "0",
     ]
-    command = [str(BIN / "accelerate"), "launch", *options, "-m", PROBE, str(folder), kind, *argv]
+    command = [str(BIN / "accelerate"), "launch", *options, "-m", PROBE, str(folder), kind, *map(json.dumps, runs)]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-20000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return [
+        [json.loads((folder / f"run{number}-rank{rank}.json").read_text()) for rank in range(2)]
+        for number in range(len(runs))
+    ]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_checkpoint(
+def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one_process(
     checkpoint, text, tmp_path, kind
 ):
     out, base = tmp_path / "out", tmp_path / "tied"
     convert(checkpoint(tie_word_embeddings=True), base)
+    shared = {"schedule": RELU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
+    alone = losses(run(base, text, tmp_path / "alone", per_device_train_batch_size=4, **shared))
+    half = arguments(base, text, tmp_path / "both", per_device_train_batch_size=2, **shared)
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     argv = arguments(base, text, out, teacher=base, distill_hidden=1.0, **options)
-    first, second = launch(kind, tmp_path / "notes", argv)
+    (first, second), (halves, _) = launch(kind, tmp_path / "notes", argv, half)
+    assert halves["losses"] == pytest.approx(alone, rel=1e-4)  # the whole batch's
     assert first["sharded"] == second["sharded"] == (kind == "fsdp2")
     assert len(first["weights"]) == 4 and first["weights"] == second["weights"]
     assert len(set(first["weights"])) == 4
@@ -70,11 +77,3 @@ def test_ranks_draw_different_noise_agree_on_the_weights_and_save_an_ordinary_ch
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "relu"
     assert sorted(path.name for path in out.glob("*.py")) == ["modeling_stocha.py"]
-
-
-def test_two_ranks_with_half_the_batch_train_as_one_process(base, text, tmp_path):
-    shared = {"schedule": RELU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
-    alone = losses(run(base, text, tmp_path / "alone", per_device_train_batch_size=4, **shared))
-    argv = arguments(base, text, tmp_path / "both", per_device_train_batch_size=2, **shared)
-    notes = launch("ddp", tmp_path / "notes", argv)[0]
-    assert notes["losses"] == pytest.approx(alone, rel=1e-4)

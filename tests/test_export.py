@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, call_command, run_python, tiny_model
+from helpers import assert_refused, call_command, run_warm, tiny_model
 from helpers.vocabularies import CUTS, byte_level_tokenizer, sentencepiece_tokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
@@ -316,7 +316,7 @@ stocha_hf.export(sys.argv[1], sys.argv[2])
 @pytest.mark.slow
 def test_what_a_killed_export_leaves_is_swept_by_the_next(tmp_path):
     folder, out = relu_folder(tmp_path), tmp_path / "m.gguf"
-    assert run_python(KILLED, folder, out).returncode == -signal.SIGKILL
+    assert run_warm(KILLED, folder, out).returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".m.gguf.partial-*"))) == 1 and not out.exists()
     stocha_hf.export(folder, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "relu", "source"]

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_command, run_python, tiny_model, tiny_tokenizer
+from helpers import assert_refused, run_command, run_warm, tiny_model, tiny_tokenizer
 from helpers.gguf_writer import ARCHS, write_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -271,7 +271,7 @@ convert(sys.argv[1], sys.argv[2])
 def test_what_a_killed_conversion_leaves_is_swept_by_the_next(tmp_path):
     source, out = tmp_path / "m.gguf", tmp_path / "out"
     write_gguf(source, small_llama())
-    assert run_python(KILLED, source, out).returncode == -signal.SIGKILL
+    assert run_warm(KILLED, source, out).returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1 and not out.exists()
     convert(source, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "out"]

@@ -7,7 +7,8 @@ import torch
 from helpers import tiny_model
 
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation
+from stocha_hf.modeling_stocha import StochaConfig
+from stocha_hf.patching import patch, set_activation
 from stocha_hf.training.compiled_layers import compile_layers
 from stocha_hf.training.hidden_error import HiddenError, layer_error
 

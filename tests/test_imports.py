@@ -26,7 +26,7 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"data", "hub"},
     {"data_files"},
     {"checkpoints"},
-    {"quantization_stocha"},
+    {"patching", "quantization_stocha"},
     {"modeling_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
     {"spec", "quantization"},

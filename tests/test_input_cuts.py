@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_refused, call_command, run_python, tiny_model
+from helpers import assert_refused, call_command, run_warm, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import stocha_hf
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
-from stocha_hf.modeling_stocha import CutInput, StochaConfig, cut_inputs, cut_projections, patch, projections, unpatch
+from stocha_hf.modeling_stocha import CutInput, StochaConfig, cut_inputs, cut_projections, projections
 from stocha_hf.models import load_model
+from stocha_hf.patching import patch, unpatch
 from stocha_hf.spec import ARCHITECTURES, ATTENTION, PROJECTIONS, InputCuts
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
@@ -313,7 +314,7 @@ import torch; from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=8, do_sample=False)[0].tolist())
 """
-    done = run_python(code, tmp_path / "cut")
+    done = run_warm(code, tmp_path / "cut")
     assert done.returncode == 0, done.stderr
     found = load_model(str(tmp_path / "cut")).generate(torch.tensor([[1, 5, 9]]), max_new_tokens=8, do_sample=False)
     assert json.loads(done.stdout) == found[0].tolist()

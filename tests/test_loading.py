@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from helpers import run_python
+from helpers import run_warm
 from transformers import AutoModelForCausalLM
 
 from stocha_hf.conversion.convert import convert
@@ -40,7 +40,7 @@ REMOTE = 'model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code
 
 def load(code: str, *folders: Path, before: str = "") -> list[list]:
     """[class name, hash of the logits, greedy tokens] of each folder, loaded by `code` in one fresh process."""
-    done = run_python(LOAD.format(load=textwrap.indent(code, "    "), before=before), *folders)
+    done = run_warm(LOAD.format(load=textwrap.indent(code, "    "), before=before), *folders)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()[-len(folders) :]]
 
@@ -117,4 +117,4 @@ try:
 except ValueError as error:
     print(error)
 """
-    assert "run stocha-convert on the model first" in run_python(code, checkpoint()).stdout
+    assert "run stocha-convert on the model first" in run_warm(code, checkpoint()).stdout

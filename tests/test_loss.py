@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, run_python, tiny_model
+from helpers import CONFIGS, run_warm, tiny_model
 
 from stocha_hf.errors import StochaError
 from stocha_hf.training.losses import (
@@ -236,6 +236,6 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_gradients_are_synchronised_by_ddp_and_fsdp(request: pytest.FixtureRequest) -> None:
     """Two ranks with half a batch each: the averaged gradients are those of the whole batch."""
-    done = run_python(WRAPPED, request.path.parent)
+    done = run_warm(WRAPPED, request.path.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2

@@ -17,16 +17,8 @@ from transformers import GenerationMixin, LlamaConfig, LlamaForSequenceClassific
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from stocha_hf import modeling_stocha
-from stocha_hf.modeling_stocha import (
-    ACTIVATIONS,
-    ARCHITECTURES,
-    StochaConfig,
-    patch,
-    set_activation,
-    stocha_mlps,
-    stocha_mode,
-    unpatch,
-)
+from stocha_hf.modeling_stocha import ACTIVATIONS, ARCHITECTURES, StochaConfig, stocha_mlps, stocha_mode
+from stocha_hf.patching import patch, set_activation, unpatch
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60], [1, 7, 7, 20, 41, 3, 62, 11]])
 families = pytest.mark.parametrize("model_type", list(ARCHITECTURES))

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import run_python, tiny_model
+from helpers import run_warm, tiny_model
 from safetensors.torch import load_file
 
 from stocha_hf import StochaError, convert, load_model, modeling_stocha, quantization_stocha
 from stocha_hf.conversion import quantize as quantizing
 from stocha_hf.conversion.error_feedback import round_with_feedback
 from stocha_hf.data import calibration_windows
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
+from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
+from stocha_hf.patching import patch
 from stocha_hf.publishing.upload import _additions, _publishable
 from stocha_hf.quantization import Quantization
 from stocha_hf.quantization_stocha import StochaQuantConfig, dequantize, pack, quantize
@@ -31,42 +32,41 @@ def test_bytes_hold_codes_in_the_order_that_kernels_read() -> None:
     assert packed.dtype == torch.uint8 and packed.shape == (1, 32)
     for group, byte in ((0, 0), (0, 15), (1, 3)):
         assert packed[0, 16 * group + byte] == codes[0, 32 * group + byte] + 16 * codes[0, 32 * group + byte + 16]
-    scale, minimum = torch.tensor([[0.5, 2.0]]).half(), torch.tensor([[-1.0, 3.0]]).half()
-    steps = codes.float().view(1, 2, 32)
-    plain = (steps - 8) * scale.float()[..., None]
-    assert torch.equal(dequantize(packed, scale, None, 4, 64), plain.view(1, 64))
+    words = torch.tensor([[(23 << 4 | 8) << 7 | 60, (24 << 4) << 7 | 127]]).to(torch.int16)  # 1.5 x 2^-1, 2^0
+    scale, zero = torch.tensor([0.75, 1.0]), torch.tensor([7.5, 15.875])
+    weights = (codes.view(2, 32) - zero[:, None]) * scale[:, None]
+    assert torch.equal(dequantize(packed, words, 4, 40), weights.view(1, 64)[:, :40])
     assert torch.equal(
-        dequantize(packed, scale, minimum, 4, 40),
-        (steps * scale.float()[..., None] + minimum.float()[..., None]).view(1, 64)[:, :40],
+        dequantize(codes.to(torch.int8), scale[None].half(), 8, 64), (codes.view(2, 32) * scale[:, None]).view(1, 64)
     )
 
 
-@pytest.mark.parametrize(("bits", "minimum", "most"), [(4, False, 0.11), (4, True, 0.09), (8, False, 0.007)])
-def test_the_error_is_that_of_the_bits_and_what_a_group_can_hold_is_exact(
-    bits: int, minimum: bool, most: float
-) -> None:
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.09), (8, 0.007)])
+def test_the_error_is_that_of_the_bits_and_what_a_group_can_hold_is_exact(bits: int, most: float) -> None:
     """A normal weight's range in 32 is 4.1 deviations; in 15 steps, the error is 0.27 / sqrt(12) = 0.08."""
     weight = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
-    made = quantize(weight, bits, minimum)
-    assert [part is None for part in made] == [False, False, not minimum] and made[1].shape == (64, 4)
+    made = quantize(weight, bits)
+    assert made[1].shape == (64, 4)
     again = dequantize(*made, bits, 100)
     assert (again - weight).norm() / weight.norm() < most
-    twice = dequantize(*quantize(again, bits, minimum), bits, 100)
+    twice = dequantize(*quantize(again, bits), bits, 100)
     assert (twice - again).norm() <= 0.01 * (again - weight).norm()
-    for flat in (torch.zeros(2, 32), torch.full((2, 32), 127 / 512)):
-        assert torch.equal(dequantize(*quantize(flat, bits, minimum), bits, 32), flat)
+    for flat in (torch.zeros(2, 32), torch.full((2, 32), 127 / 512), torch.full((2, 32), -127 / 512)):
+        torch.testing.assert_close(dequantize(*quantize(flat, bits), bits, 32), flat, rtol=0.005, atol=0)
+    for size in (1e-5 if bits == 4 else 1e-3, 100.0):  # the size of weights does not matter
+        sized = dequantize(*quantize(size * weight, bits), bits, 100)
+        assert (sized - size * weight).norm() < most * (size * weight).norm()
 
 
 def test_errors_count_by_importance() -> None:
     weight = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(32)
     importance[::4] = 100.0
-    for minimum in (False, True):
-        errors = [
-            ((dequantize(*quantize(weight, 4, minimum, counts), 4, 32) - weight) ** 2 * importance).sum()
-            for counts in (None, importance)
-        ]
-        assert errors[1] < 0.9 * errors[0]
+    errors = [
+        ((dequantize(*quantize(weight, 4, counts), 4, 32) - weight) ** 2 * importance).sum()
+        for counts in (None, importance)
+    ]
+    assert errors[1] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -78,7 +78,7 @@ def test_a_model_is_quantized_saved_and_loaded(model_type: str, tied: bool, tmp_
     kind = getattr(modeling_stocha, f"Stocha{ARCHITECTURES[model_type].causal_lm}")
     model = kind.from_pretrained(
         tmp_path / "relu",
-        quantization_config=StochaQuantConfig(bits=4, minimum=tied, in_8_bits=["lm_head", "v_proj", "embed_tokens"]),
+        quantization_config=StochaQuantConfig(bits=4, in_8_bits=["v_proj"] if tied else ["lm_head", "embed_tokens"]),
     )
     with torch.no_grad():  # what it computes is what a model of the dequantized weights computes
         for name, module in model.named_modules():
@@ -101,13 +101,13 @@ def test_a_model_is_quantized_saved_and_loaded(model_type: str, tied: bool, tmp_
 
 def test_converting_to_bits_writes_what_loading_would_compute(checkpoint, tmp_path: Path) -> None:
     convert(checkpoint(max_shard_size="20KB"), tmp_path / "relu", activation="relu")
-    done = convert(tmp_path / "relu", tmp_path / "small", bits=4, minimum=True)
+    done = convert(tmp_path / "relu", tmp_path / "small", bits=4, in_8_bits=["v_proj"])
     assert done.bits == 4 and done.stocha["history"][-1]["method"] == "quantize" and "LICENSE" in done.files
     assert {"modeling_stocha.py", "quantization_stocha.py", "model.safetensors"} <= set(done.files)
     assert not any("-of-" in name or name.endswith(".index.json") for name in done.files)
     model = load_model(str(tmp_path / "small"))
     loaded = modeling_stocha.StochaLlamaForCausalLM.from_pretrained(
-        tmp_path / "relu", quantization_config=StochaQuantConfig(bits=4, minimum=True)
+        tmp_path / "relu", quantization_config=StochaQuantConfig(bits=4, in_8_bits=["v_proj"])
     )
     assert torch.equal(model(TOKENS).logits, loaded(TOKENS).logits)
     card = (tmp_path / "small" / "README.md").read_text()
@@ -139,9 +139,8 @@ def test_a_killed_quantization_goes_on_and_ends_with_the_same_bytes(checkpoint, 
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path
 
 
-@pytest.mark.parametrize("minimum", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_error_feedback_makes_the_error_in_outputs_smaller(transposed: bool, minimum: bool) -> None:
+def test_error_feedback_makes_the_error_in_outputs_smaller(transposed: bool) -> None:
     """Inputs that go together, as a model's do, can make up for each other's rounding."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 96, generator=generator)  # [outputs, inputs]
@@ -149,10 +148,7 @@ def test_error_feedback_makes_the_error_in_outputs_smaller(transposed: bool, min
     x += 0.1 * torch.randn(500, 96, generator=generator)
     matrix = weight.t() if transposed else weight
     errors = []
-    for made in (
-        quantize(matrix, 4, minimum),
-        round_with_feedback(matrix, x.T @ x, 4, minimum, transposed),
-    ):
+    for made in (quantize(matrix, 4), round_with_feedback(matrix, x.T @ x, transposed)):
         again = dequantize(*made, 4, matrix.shape[1])
         errors.append((x @ (again.t() if transposed else again).T - x @ weight.T).norm())
     assert errors[1] < 0.6 * errors[0]
@@ -171,7 +167,7 @@ def test_calibrating_keeps_more_of_what_the_model_computes(model_type: str, chec
         expected = load_model(str(tmp_path / "relu"), dtype=torch.float32)(windows).logits
         for name in ("plain", "fitted"):
             errors.append((load_model(str(tmp_path / name), dtype=torch.float32)(windows).logits - expected).norm())
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.95 * errors[0]
 
 
 LOAD = """
@@ -189,7 +185,7 @@ model.save_pretrained(sys.argv[3])
 @pytest.mark.slow
 def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path: Path) -> None:
     convert(checkpoint(tie_word_embeddings=True), tmp_path / "small", activation="relu", bits=4)
-    done = run_python(LOAD, tmp_path / "small", TOKENS.tolist(), tmp_path / "saved")
+    done = run_warm(LOAD, tmp_path / "small", TOKENS.tolist(), tmp_path / "saved")
     assert done.returncode == 0, done.stderr
     name, logits = json.loads(done.stdout.splitlines()[-1])
     assert name == "StochaLlamaForCausalLM"
@@ -230,7 +226,7 @@ def test_casts_leave_codes_and_scales_alone(checkpoint, tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16 and model(TOKENS).logits.dtype == torch.bfloat16
     logits = model.to(torch.float32)(TOKENS).logits
     gate = model.model.layers[0].mlp.gate_proj
-    assert (gate.codes.dtype, gate.scale.dtype, logits.dtype) == (torch.uint8, torch.float16, torch.float32)
+    assert (gate.codes.dtype, gate.scale.dtype, logits.dtype) == (torch.uint8, torch.int16, torch.float32)
     assert torch.equal(logits, load_model(str(tmp_path / "small"), dtype=torch.float32)(TOKENS).logits)
 
 
@@ -245,8 +241,11 @@ def test_adapters_are_honoured_and_trained_and_cannot_be_merged(checkpoint, tmp_
     adapted(TOKENS, labels=TOKENS).loss.backward()
     grads = [parameter.grad for name, parameter in adapted.named_parameters() if "lora_B" in name]
     assert len(grads) == 4 and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
-    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):  # and not in silence
-        adapted.merge_and_unload()
+    for safe in (False, True):
+        with pytest.raises(
+            RuntimeError, match="weight is quantized: expected a float weight to merge an adapter into"
+        ):
+            adapted.merge_and_unload(safe_merge=safe)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,6 @@ def test_adapters_are_honoured_and_trained_and_cannot_be_merged(checkpoint, tmp_
     [
         ({"bits": 3}, "bits is 3: expected 4 or 8"),
         ({"bits": True}, "bits is True"),
-        ({"minimum": 1}, "minimum is 1: expected true or false"),
         ({"in_8_bits": "v_proj"}, "in_8_bits is 'v_proj': expected a list"),
         ({"transposed": [5]}, "transposed is [5]"),
         ({"format": 2}, "format is 2: expected 1; install a newer stocha_hf"),

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import tiny_tokenizer
+from helpers import run_warm, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from stocha_hf.checkpoints.companions import check_links, companion_files
@@ -166,8 +164,7 @@ def test_a_sources_code_is_not_copied_named_or_run(checkpoint, tmp_path):
     assert "evil.py" not in files and "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
     assert "evil" not in (out / "config.json").read_text()
     text.write_text(f'{{"text": "{"w4 w5 w6 " * 100}"}}\n' * 20)
-    command = [sys.executable, "-c", ANSWERED, *map(str, (source, out, text, tmp_path / "refitted"))]
-    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True)
+    done = run_warm(ANSWERED, source, out, text, tmp_path / "refitted", given="y\n" * 9)
     assert done.returncode == 0 and done.stdout.strip() == str(tiny_tokenizer()("w4 w5").input_ids), done.stderr
     assert not trace.exists()
 

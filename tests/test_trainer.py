@@ -14,7 +14,8 @@ from helpers import tiny_model, tiny_tokenizer
 
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.sparsity import SparsityMeter
-from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
+from stocha_hf.patching import patch
 from stocha_hf.training.arguments import StochaArguments
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.trainer import StochaTrainer

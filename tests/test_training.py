@@ -6,34 +6,40 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from datasets import Dataset
-from helpers import tiny_model
+from helpers import run_warm, tiny_model
 from helpers.training import RELU, SILU, TOKENS, arguments, losses, run
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import StochaConfig, patch, set_activation, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
+from stocha_hf.patching import patch, set_activation
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream
 from stocha_hf.training.run import parse
 from stocha_hf.training.run import run as run_training
 from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RECIPE = """
-import sys
+KILLED_IN_THE_FOURTH_STEP = """
+import os, signal
 from stocha_hf.cli.train import main
+from stocha_hf.training.trainer import StochaTrainer
+whole_step = StochaTrainer.training_step
+
+def step(trainer, *args, **kwargs):
+    if trainer.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole_step(trainer, *args, **kwargs)
+
+StochaTrainer.training_step = step
 main("recipe")
 """
 
@@ -118,22 +124,9 @@ def test_a_killed_run_goes_on_with_the_same_command_to_the_same_losses(base, tex
     """With StochA too: its noise comes from the generator whose state a checkpoint holds."""
     whole = losses(run(base, text, tmp_path / "whole", max_steps=8, logging_steps=1, save_steps=2))
     argv = arguments(base, text, tmp_path / "killed", max_steps=8, logging_steps=1, save_steps=2)
-    slow = RECIPE.replace("import sys", "import sys, time; from stocha_hf.training.trainer import StochaTrainer as T")
-    slow = slow.replace(
-        "main(", "s = T.training_step; T.training_step = lambda *a: (time.sleep(0.3), s(*a))[1]\nmain("
-    )
-    run_slowly = subprocess.Popen(
-        [sys.executable, "-c", slow, *argv],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as here, so that sums are the same
-    )
-    while last_checkpoint(tmp_path / "killed") is None and run_slowly.poll() is None:
-        time.sleep(0.05)
-    run_slowly.send_signal(signal.SIGKILL)
-    run_slowly.wait()
+    assert run_warm(KILLED_IN_THE_FOURTH_STEP, *argv).returncode == -signal.SIGKILL
     stopped_at = last_checkpoint(tmp_path / "killed")
-    assert stopped_at is not None and stopped_at.name != "checkpoint-8"
+    assert stopped_at is not None and stopped_at.name == "checkpoint-2"
     run_training(*parse(argv, None))
     state = json.loads((tmp_path / "killed" / "checkpoint-8" / "trainer_state.json").read_text())
     assert losses(state["log_history"]) == whole

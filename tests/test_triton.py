@@ -24,7 +24,8 @@ from helpers import tiny_model
 from helpers.kernels import bound, dense, error, matrices
 
 from stocha_hf.decoding import ops, triton_ffn
-from stocha_hf.modeling_stocha import StochaConfig, patch, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
+from stocha_hf.patching import patch
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

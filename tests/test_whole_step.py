@@ -11,7 +11,8 @@ from helpers import CONFIGS, tiny_model
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteriaList
 
 from stocha_hf.decoding import generation, step
-from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, patch
+from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
+from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
 
 PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40, 11, 7]])

@@ -34,14 +34,14 @@ from stocha_hf.cli import (
     whole_number,
 )
 from stocha_hf.errors import StochaError
-from stocha_hf.quantization import BITS
+from stocha_hf.quantization import BITS, MATRICES
 from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
 INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
 INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS)
-OPTIONS = ("bits", "minimum", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
+OPTIONS = ("bits", "in_8_bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
 
 def parser() -> Parser:
@@ -113,7 +113,13 @@ def parser() -> Parser:
     verb.add_argument(
         "--bits", type=checked(int, lambda bits: bits in BITS, "4 or 8"), help="quantize the weights to 4 or 8 bits"
     )
-    verb.add_argument("--minimum", action="store_true", help="4 bits with a minimum beside each scale: 5 a weight")
+    verb.add_argument(
+        "--in-8-bits",
+        nargs="*",
+        type=one_of(MATRICES),
+        metavar="NAME",
+        help=f"with --bits 4, what gets 8: {', '.join(MATRICES)} (default: embed_tokens lm_head; none: 4 for all)",
+    )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
     verb.add_argument(

@@ -33,7 +33,7 @@ from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing import card
-from stocha_hf.quantization import BITS
+from stocha_hf.quantization import BITS, MATRICES
 from stocha_hf.spec import StochaConfig, __version__
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -81,7 +81,7 @@ def convert(
     inputs_prefill: bool = False,
     inputs_train: bool = False,
     bits: int | None = None,
-    minimum: bool = False,
+    in_8_bits: Sequence[str] | None = None,
     revision: str | None = None,
     base_model: str | None = None,
     dtype: str = "bfloat16",
@@ -114,7 +114,8 @@ def convert(
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.
-        minimum: give groups of 4 bits a minimum beside the scale: 5 bits a weight in place of 4.5, which keeps more.
+        in_8_bits: names of the matrices that get 8 bits where `bits` is 4, in MATRICES (default: embed_tokens and
+            lm_head).
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
         dtype: what a .gguf file's tensors become, one of DTYPES.
@@ -146,8 +147,11 @@ def convert(
         given = "with refit" if options is not None else f"as {bits!r}"
         expected = "one of them; refit first, then quantize the result" if options is not None else "4 or 8"
         raise StochaError(f"bits was given {given}: expected {expected}")
-    if minimum and bits != 4:
-        raise StochaError(f"minimum was given with bits {bits}: expected bits 4, whose groups can have one")
+    if in_8_bits is not None and (bits != 4 or not set(in_8_bits) <= set(MATRICES)):
+        raise StochaError(
+            f"in_8_bits {' '.join(in_8_bits)} was given with bits {bits}: expected bits 4, and names among "
+            f"{', '.join(MATRICES)}"
+        )
     if calibrate_tokens is not None and calibrate is None:
         raise StochaError(f"calibrate_tokens {calibrate_tokens} was given without calibrate: expected text")
     if base_model is not None:
@@ -179,7 +183,7 @@ def convert(
             refuse_quantized(found.config, found.id, "quantizing")
             text = str(calibrate) if calibrate is not None and bits == 4 else None
             quantized = quantize_checkpoint(
-                found, config, Quantize(layout(bits, minimum, config), text, calibrate_tokens), work
+                found, config, Quantize(layout(bits, in_8_bits, config), text, calibrate_tokens), work
             )
             config, change = quantized.config, quantized.write_to
             found = replace(found, files=[name for name in found.files if not is_weight(name)])

@@ -87,8 +87,8 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
 
     from stocha_hf.data import calibration_windows
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
-    from stocha_hf.modeling_stocha import patch, unpatch
     from stocha_hf.models import load_model
+    from stocha_hf.patching import patch, unpatch
 
     length = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
     tokens = max(options.tokens or TOKENS, length)

@@ -1,4 +1,4 @@
-"""Quantizing a checkpoint: every matrix becomes codes, scales and minima, a decoder layer at a time.
+"""Quantizing a checkpoint: every matrix becomes codes and scales, a decoder layer at a time.
 
 Scales fit the weights (quantization_stocha.fit). With a text to calibrate on they fit what the layers compute from it
 (error_feedback.py): the text runs through the model one layer at a time, and each layer is quantized before the next
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from stocha_hf.conversion.refit_work import layers_folder
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.quantization import Quantization, is_matrix
+from stocha_hf.quantization import IN_8_BITS, Quantization, is_matrix
 from stocha_hf.quantization_stocha import NAMES, dequantize, quantize
 
 SHARD = "5GB"
@@ -74,10 +75,11 @@ class Quantized:
             (checkpoint / INDEX).write_text(dump(index), encoding="utf-8")
 
 
-def layout(bits: int, minimum: bool, config: dict[str, Any]) -> Quantization:
+def layout(bits: int, in_8_bits: Sequence[str] | None, config: dict[str, Any]) -> Quantization:
     """The entry for a converted config.json: projections that cut their inputs are read an input at a time."""
     cut = (config["stocha"].get("inputs") or {}).get("thresholds", {})
-    return Quantization(bits, minimum, transposed=tuple(sorted({"down_proj", *cut})))
+    named = IN_8_BITS if in_8_bits is None else tuple(in_8_bits)
+    return Quantization(bits, named, tuple(sorted({"down_proj", *cut})))
 
 
 def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:
@@ -100,11 +102,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
             f"cannot write {work} ({error}): free space and start again with the same command, which goes on from "
             "the finished layers there"
         ) from error
-    stage: dict[str, Any] = {
-        "method": "quantize",
-        "bits": options.entry.bits,
-        "minimum": options.entry.minimum or None,
-    }
+    stage: dict[str, Any] = {"method": "quantize", "bits": options.entry.bits}
     if options.data is not None:
         stage |= {"data": public_name(options.data), "tokens": options.tokens or TOKENS}
     config = config | {"quantization_config": options.entry.to_dict()}
@@ -148,8 +146,8 @@ def _calibrated(
         for module in [name.removesuffix(".codes") for name in found if name.endswith(".codes")]:
             weight = layer.get_submodule(LAYER.search(module)[2]).weight  # type: ignore[index]
             weight = weight.t() if entry.is_transposed(module) else weight
-            codes, scale, minimum = (found.get(f"{module}.{end}") for end in NAMES)
-            weight.copy_(dequantize(codes, scale, minimum, entry.bits_of(module), weight.shape[1]))  # type: ignore[arg-type]
+            codes, scale = (found[f"{module}.{end}"] for end in NAMES)
+            weight.copy_(dequantize(codes, scale, entry.bits_of(module), weight.shape[1]))
         text.advance(layer, index)
 
 
@@ -166,13 +164,13 @@ def _quantized(
         if not value.isfinite().all():
             raise StochaError(f"{name} has values that are not finite: expected numbers; check the source's weights")
         matrix = value.t() if entry.is_transposed(module) else value
-        bits, minimum = entry.bits_of(module), entry.has_minimum(module)
+        bits = entry.bits_of(module)
         if moments is None or bits == 8:
-            made = quantize(matrix, bits, minimum)
+            made = quantize(matrix, bits)
         else:
             own = moments[module.rpartition(".")[2]]
-            made = round_with_feedback(matrix.to(own.device), own, bits, minimum, entry.is_transposed(module))
-        found |= {f"{module}.{end}": one.cpu() for end, one in zip(NAMES, made, strict=True) if one is not None}
+            made = round_with_feedback(matrix.to(own.device), own, entry.is_transposed(module))
+        found |= {f"{module}.{end}": one.cpu() for end, one in zip(NAMES, made, strict=True)}
     return found
 
 

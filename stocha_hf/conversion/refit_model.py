@@ -34,7 +34,8 @@ from stocha_hf.conversion.refit_ffn import FFN
 from stocha_hf.conversion.refit_work import Refit
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import patch, stocha_mlps, unpatch
+from stocha_hf.modeling_stocha import stocha_mlps
+from stocha_hf.patching import patch, unpatch
 from stocha_hf.spec import ARCHITECTURES, StochaConfig
 
 

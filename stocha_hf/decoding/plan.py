@@ -146,12 +146,11 @@ class Plan:
             self._tensor(module, "weight")
             return
         holder = module.__dict__.get("tied_to", (module,))[0]
-        for name in ("codes", "scale", "minimum"):
+        for name in ("codes", "scale"):
             tensor = getattr(module, name)
-            if tensor is not None:
-                if not _is_plain(tensor, None):
-                    raise _Refused
-                self.tensors.append((holder._buffers, name, tensor, tensor.data_ptr()))
+            if not _is_plain(tensor, None):
+                raise _Refused
+            self.tensors.append((holder._buffers, name, tensor, tensor.data_ptr()))
 
     def _embedding(self, module: Any) -> tuple[structs.Matrix, float]:
         scaled = self.family.kind("TextScaledWordEmbedding")

@@ -27,7 +27,7 @@ class Matrix(ctypes.Structure):
     """Weights [rows, columns] in one of the formats; see cpp/matrix.h."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("weights", "scales", "minimums", "bias")),
+        *((name, _POINTER) for name in ("weights", "scales", "bias")),
         *((name, _SIZE) for name in ("rows", "columns", "format")),
     ]
 
@@ -104,7 +104,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 def matrix(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Matrix:
     """Return a float matrix [rows, columns], contiguous."""
-    return Matrix(weight.data_ptr(), None, None, pointer(bias), *weight.shape, DTYPES[weight.dtype])
+    return Matrix(weight.data_ptr(), None, pointer(bias), *weight.shape, DTYPES[weight.dtype])
 
 
 def matrix_of(module: Any) -> Matrix:
@@ -113,6 +113,4 @@ def matrix_of(module: Any) -> Matrix:
     if not is_quantized(module):
         return matrix(module._parameters["weight"], bias)
     codes = module.codes
-    return Matrix(
-        *map(pointer, (codes, module.scale, module.minimum, bias)), len(codes), module.columns, QUANTIZED[module.bits]
-    )
+    return Matrix(*map(pointer, (codes, module.scale, bias)), len(codes), module.columns, QUANTIZED[module.bits])

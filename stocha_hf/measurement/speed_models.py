@@ -21,7 +21,8 @@ from stocha_hf.errors import StochaError
 from stocha_hf.measurement.provenance import origin
 from stocha_hf.measurement.records import Benchmark
 from stocha_hf.measurement.speed import READ, measured_in_turn, ratio, read_memory, threshold_for, timed
-from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, patch, stocha_mlps
+from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, stocha_mlps
+from stocha_hf.patching import patch
 
 SHAPES = {  # Llama shapes for random weights: hidden_size, intermediate_size, layers, heads, key heads
     "1b": (2048, 8192, 16, 32, 8),

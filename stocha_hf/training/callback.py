@@ -16,7 +16,8 @@ import torch
 from transformers import TrainerCallback
 
 from stocha_hf.measurement.sparsity import SparsityMeter
-from stocha_hf.modeling_stocha import ACTIVATIONS, set_activation
+from stocha_hf.modeling_stocha import ACTIVATIONS
+from stocha_hf.patching import set_activation
 from stocha_hf.training.entry import change_entry
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.sparsity_target import SparsityTarget

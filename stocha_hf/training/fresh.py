@@ -47,7 +47,8 @@ def fresh_model(given: str | dict[str, Any], tokenizer: Any, *, seed: int, **opt
     import torch
     import transformers
 
-    from stocha_hf.modeling_stocha import StochaConfig, patch
+    from stocha_hf.modeling_stocha import StochaConfig
+    from stocha_hf.patching import patch
 
     entries = _checked(given)
     stocha = entries.pop("stocha", {})

@@ -1,16 +1,20 @@
 """The package's commands, in a fresh process or in this one, and what a refusal looks like.
 
 A fresh process costs seconds, most of them imports. Use `call_command` unless the test needs its own environment, an
-interpreter that has not imported something, or the installed script itself.
+interpreter that has not imported something, or the installed script itself; and `run_warm` where that something is
+neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -22,6 +26,28 @@ Done = subprocess.CompletedProcess[str]
 def run_python(code: str, *args: object, env: dict[str, str] | None = None) -> Done:
     """Run code in a fresh interpreter with sys.argv[1:] = args."""
     return _run([sys.executable, "-c", code, *map(str, args)], env)
+
+
+def run_warm(code: str, *args: object, given: str = "") -> Done:
+    """Run code as `run_python` does, in a process that has imported torch and transformers and has one thread."""
+    server, argv = _warm(), [*map(str, args)]
+    assert server.stdin and server.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("in", "out", "errors")]
+        for path, text in zip(files, (given, "", ""), strict=True):
+            path.write_text(text)
+        request = {"code": code, "argv": argv, "files": [*map(str, files)]}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return Done(argv, status, files[1].read_text(), files[2].read_text())
+
+
+@functools.cache
+def _warm() -> subprocess.Popen[str]:
+    """The process that warm ones are forked from; it ends with this one, when its input ends."""
+    script = Path(__file__).with_name("warm.py")
+    return subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def run_command(name: str, *args: object, env: dict[str, str] | None = None) -> Done:

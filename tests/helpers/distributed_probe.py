@@ -1,6 +1,7 @@
 """One rank of the distributed tests: a training recipe that notes, step by step, its noise generator and the weights.
 
-Run by tests/test_distributed.py under `accelerate launch`: distributed_probe.py NOTES_FOLDER KIND [recipe arguments].
+Run by tests/test_distributed.py under `accelerate launch`: distributed_probe.py NOTES_FOLDER KIND RUN..., where each
+RUN is a recipe's arguments as a JSON list; they run one after the other.
 accelerate has no FSDP on the CPU, so for KIND fsdp2 it is told that the gloo processes hold GPUs; all else is the real
 path.
 """
@@ -34,8 +35,8 @@ def whole(parameter: Any) -> torch.Tensor:
 
 
 class Notes(TrainerCallback):
-    def __init__(self, trainer: StochaTrainer, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder
+    def __init__(self, path: str) -> None:
+        self.path = path
         self.notes: dict[str, Any] = {"generators": [], "weights": [], "sharded": False}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -47,11 +48,11 @@ class Notes(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.notes["losses"] = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        (self.folder / f"rank{args.process_index}.json").write_text(json.dumps(self.notes))
+        Path(f"{self.path}-rank{args.process_index}.json").write_text(json.dumps(self.notes))
 
 
 def main() -> None:
-    folder, kind = Path(sys.argv.pop(1)), sys.argv.pop(1)
+    folder, kind, *runs = sys.argv[1:]
     if kind == "fsdp2":
         start = PartialState.__init__
 
@@ -65,10 +66,12 @@ def main() -> None:
 
     def with_notes(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        self.add_callback(Notes(self, folder))
+        self.add_callback(Notes(f"{folder}/run{number}"))
 
     StochaTrainer.__init__ = with_notes  # type: ignore[method-assign]
-    train.main("probe")
+    for number, run in enumerate(runs):  # noqa: B007 - of with_notes
+        sys.argv[1:] = json.loads(run)
+        train.main("probe")
 
 
 if __name__ == "__main__":

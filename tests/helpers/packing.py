@@ -17,31 +17,28 @@ class Packed:
 
     codes: torch.Tensor
     scale: torch.Tensor
-    minimum: torch.Tensor | None
     bits: int
     exact: torch.Tensor
 
     def matrix(self, bias: torch.Tensor | None = None) -> Matrix:
-        pointers = map(pointer, (self.codes, self.scale, self.minimum, bias))
+        pointers = map(pointer, (self.codes, self.scale, bias))
         return Matrix(*pointers, *self.exact.shape, QUANTIZED[self.bits])
 
 
-def packed(rows: int, columns: int, bits: int, has_minimum: bool = False) -> Packed:
+def packed(rows: int, columns: int, bits: int) -> Packed:
     """Random codes and scales, of weights about columns ** -0.5 in size."""
     groups = -(-columns // GROUP)
-    size = columns**-0.5
+    sizes = columns**-0.5 * (0.5 + torch.rand(rows, groups))
     if bits == 8:
         codes = torch.randint(-127, 128, (rows, groups, GROUP), dtype=torch.int8)
-        scale, zero = size / 64, 0
+        scale = (sizes / 64).half()
+        exact = codes.double() * scale.double().unsqueeze(2)
     else:
         codes = torch.randint(16, (rows, groups, GROUP), dtype=torch.uint8)
-        scale, zero = size / 4, 0 if has_minimum else 8
-    codes.view(rows, -1)[:, columns:] = zero
-    scales = (scale * (0.5 + torch.rand(rows, groups))).half()
-    minimum = -8 * scales if has_minimum else None
-    exact = (codes.double() - zero) * scales.double().unsqueeze(2)
-    if minimum is not None:
-        exact += minimum.double().unsqueeze(2)
-    if bits == 4:
+        mantissa, exponent = torch.frexp(sizes / 4)  # the mantissa from 0.5 on
+        sixteenths, zero = (32 * mantissa).long().clamp(16, 31), torch.randint(128, (rows, groups))
+        scale = ((exponent + 23) << 11 | (sixteenths - 16) << 7 | zero).to(torch.int16)
+        steps = sixteenths.double() / 16 * torch.exp2(exponent.double() - 1)
+        exact = (codes.double() - zero.unsqueeze(2) / 8) * steps.unsqueeze(2)
         codes = codes[:, :, : GROUP // 2] | codes[:, :, GROUP // 2 :] << 4
-    return Packed(codes.flatten(1).contiguous(), scales, minimum, bits, exact.flatten(1)[:, :columns])
+    return Packed(codes.flatten(1).contiguous(), scale, bits, exact.flatten(1)[:, :columns])

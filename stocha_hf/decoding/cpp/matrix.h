@@ -10,7 +10,7 @@ enum Format { kFormatBf16 = kBf16, kFormatFp16 = kFp16, kFormatFloat = kFloat, k
 
 struct Matrix {  // as structs.py has it
   const void* weights;  // [rows, columns], or their codes; columns are a multiple of 32 where they are codes
-  const fp16 *scales, *minimums;  // [rows, columns / 32], of codes; minimums may be null
+  const void* scales;  // [rows, columns / 32], of codes: float16, or words of 4 bits
   const void* bias;  // [rows] or null, of the model's type
   int64_t rows, columns, format;
 
@@ -21,8 +21,8 @@ struct Matrix {  // as structs.py has it
     return columns * (format == kFormatFloat ? 4 : 2);
   }
   const uint8_t* row(int64_t r) const { return static_cast<const uint8_t*>(weights) + r * row_bytes(); }
-  const fp16* row_scales(int64_t r) const { return scales + r * groups(); }
-  const fp16* row_minimums(int64_t r) const { return minimums ? minimums + r * groups() : nullptr; }
+  const fp16* row_scales(int64_t r) const { return static_cast<const fp16*>(scales) + r * groups(); }
+  const uint16_t* row_words(int64_t r) const { return static_cast<const uint16_t*>(scales) + r * groups(); }
 };
 
 // x [tokens, size] of a product, as the formats want it: made once, used with several matrices.
@@ -106,10 +106,10 @@ void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
       const uint8_t* next = m.row(chosen[std::min(i + ahead, chosen.limit - 1)]);
       const bool readable = (m.rows - 1 - r) * m.groups() >= kLanes;
       if (m.format == kFormat4)
-        dots_4<T>(m.row(r), m.row_scales(r), m.row_minimums(r), m.groups(), of_x, readable, next, out);
+        dots_4<T>(m.row(r), m.row_words(r), m.groups(), of_x, readable, next, out);
       else
-        dots_8<T>(reinterpret_cast<const int8_t*>(m.row(r)), m.row_scales(r), m.row_minimums(r), m.groups(), of_x,
-                  readable, reinterpret_cast<const int8_t*>(next), out);
+        dots_8<T>(reinterpret_cast<const int8_t*>(m.row(r)), m.row_scales(r), m.groups(), of_x, readable,
+                  reinterpret_cast<const int8_t*>(next), out);
     }
     return;
   }
@@ -190,34 +190,32 @@ void sum_rows_of(const Matrix& m, const int64_t* neurons, const float* hidden, i
         for (int64_t r = 0; r < kBlock; ++r) {
           const int64_t from = std::min(i + r, count - 1), neuron = neurons[from];
           block[t].rows[r] = m.row(neuron);
-          block[t].scales[r] = m.row_scales(neuron);
-          block[t].minimums[r] = m.row_minimums(neuron);
+          block[t].words[r] = m.row_words(neuron);
           block[t].hidden[r] = i + r < count ? hidden[from * T + t] : 0.0f;
         }
       for (int64_t g = first; g < last; g += kLanes)
         for (int t = 0; t < T; ++t)
-          add_block_4(block[t], g, std::min<int64_t>(kLanes, last - g), m.minimums, acc + t * stride + g * kGroupSize);
+          add_block_4(block[t], g, std::min<int64_t>(kLanes, last - g), acc + t * stride + g * kGroupSize);
     }
   } else if (m.format == kFormat8) {
     const int8_t* rows[kGroup];
-    const fp16 *scales[kGroup], *minimums[kGroup];
+    const fp16* scales[kGroup];
     const auto set = [&](int64_t i, int g) {
       rows[g] = reinterpret_cast<const int8_t*>(m.row(neurons[i]));
       scales[g] = m.row_scales(neurons[i]);
-      minimums[g] = m.row_minimums(neurons[i]);
     };
     int64_t i = 0;
     for (; i + kGroup <= count; i += kGroup) {
       fetch(i + kGroup, kGroup, first * kGroupSize, last * kGroupSize);
       for (int g = 0; g < kGroup; ++g) set(i + g, g);
       for (int64_t g = first; g < last; g += kLanes)
-        add_block_8<kGroup, T>(rows, scales, minimums, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
+        add_block_8<kGroup, T>(rows, scales, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
                                acc + g * kGroupSize, stride);
     }
     for (; i < count; ++i) {
       set(i, 0);
       for (int64_t g = first; g < last; g += kLanes)
-        add_block_8<1, T>(rows, scales, minimums, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
+        add_block_8<1, T>(rows, scales, hidden + i * T, g, std::min<int64_t>(kLanes, last - g),
                           acc + g * kGroupSize, stride);
     }
   } else {
@@ -247,5 +245,6 @@ inline void sum_rows(const Matrix& m, const int64_t* neurons, const float* hidde
 
 inline void dequantize(const Matrix& m, int64_t row, int64_t size, float* out) {
   if (m.format < kFormat8) return widen(static_cast<int>(m.format), m.row(row), size, out);
-  dequantize_row(m.format == kFormat4 ? 4 : 8, m.row(row), m.row_scales(row), m.row_minimums(row), size, out);
+  if (m.format == kFormat4) return dequantize_row_4(m.row(row), m.row_words(row), size, out);
+  dequantize_row_8(reinterpret_cast<const int8_t*>(m.row(row)), m.row_scales(row), size, out);
 }

@@ -1,8 +1,9 @@
 // Rows of 8- and 4-bit weights: dot products with an x in 8 bits, and sums of rows.
 //
-// Weights come in groups of 32 along a row, w = code * scale, or code * scale + minimum. 8 bits: int8. 4 bits: byte j of
-// a group's 16 holds element j in its low half and element j + 16 in its high half, with zero at 8 if there is no
-// minimum. x is rounded to 255 steps in groups of 32 too, so that products are of bytes; everything after that is
+// Weights come in groups of 32 along a row. 8 bits: w = code * scale, of int8 and float16. 4 bits: w = (code - zero) *
+// scale, where byte j of a group's 16 holds element j in its low half and element j + 16 in its high half, and a word of
+// 16 bits holds zero, in eighths, in its low 7 bits, and above them the scale's exponent, from 2^-24 on, and 4 bits of
+// mantissa. x is rounded to 255 steps in groups of 32 too, so that products are of bytes; everything after that is
 // float32. `kLanes` groups make a chunk: as many as a Vector holds scales.
 #pragma once
 
@@ -123,6 +124,21 @@ inline Vector load_part(const fp16* p, int64_t count, bool readable = false) {
   return load(part);
 }
 
+// The same of 4-bit groups' words: their scales, and zeros in eighths.
+struct Levels {
+  Vector scale, eighths;
+};
+
+inline Levels load_levels(const uint16_t* p, int64_t count, bool readable = false) {
+  uint16_t part[kLanes] = {};
+  if (count < kLanes && !readable) {
+    std::memcpy(part, p, count * sizeof *p);
+    p = part;
+  }
+  const Integers words = __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Integers);
+  return {(Vector)(((words >> 7) + (103 << 4)) << 19), __builtin_convertvector(words & 127, Vector)};
+}
+
 template <class Code>
 inline auto load_codes_part(const Code* p, int64_t bytes, bool readable = false) {
   if (bytes >= kBytes || readable) return load_codes(p);
@@ -144,7 +160,7 @@ inline void store_bytes(Integers x, int8_t* p) {  // x from -128 to 127
 struct QuantizedX {
   int64_t chunks = 0;
   std::vector<int8_t> codes;          // [T, chunks, kChunk]
-  std::vector<float> scales, totals;  // [T, chunks, kLanes]; totals are scale times the sum of codes
+  std::vector<float> scales, totals;  // [T, chunks, kLanes]; totals are what an eighth of zero adds at scale 1
 
   void prepare(const float* x, int64_t tokens, int64_t padded_tokens, int64_t size, int bits) {
     chunks = (size + kChunk - 1) / kChunk;
@@ -195,21 +211,21 @@ struct QuantizedX {
     }
     const int64_t lane = chunk * kLanes + (bits == 4 ? place * 4 + vector : group);
     scales[lane] = bound / 127;
-    totals[lane] = bound / 127 * sum(__builtin_convertvector(total, Vector));
+    totals[lane] = bound / -(127 * 8) * sum(__builtin_convertvector(total, Vector));
   }
 };
 
 // A row's dot products with T tokens. Meanwhile the row at `next` is fetched. `readable`: behind the row are at least
 // kLanes more groups; codes read from there meet zeros of x.
 template <int T>
-inline void dots_4(const uint8_t* codes, const fp16* scales, const fp16* minimum, int64_t groups, const QuantizedX& x,
-                   bool readable, const uint8_t* next, float (&out)[T]) {
+inline void dots_4(const uint8_t* codes, const uint16_t* words, int64_t groups, const QuantizedX& x, bool readable,
+                   const uint8_t* next, float (&out)[T]) {
   Vector total[T] = {};
   const int64_t stride = x.chunks;
   for (int64_t chunk = 0, g = 0; g < groups; ++chunk, g += kLanes) {
     const int64_t here = groups - g;
-    const Vector scale = arranged(load_part(scales + g, here, readable));
-    const Vector offset = minimum ? arranged(load_part(minimum + g, here, readable)) : scale * -8.0f;
+    const Levels levels = load_levels(words + g, here, readable);
+    const Vector scale = arranged(levels.scale), offset = arranged(levels.scale * levels.eighths);
     Vector factor[T];
     for (int t = 0; t < T; ++t) {
       factor[t] = scale * load(&x.scales[(t * stride + chunk) * kLanes]);
@@ -237,18 +253,15 @@ inline void dots_4(const uint8_t* codes, const fp16* scales, const fp16* minimum
 }
 
 template <int T>
-inline void dots_8(const int8_t* codes, const fp16* scales, const fp16* minimum, int64_t groups, const QuantizedX& x,
-                   bool readable, const int8_t* next, float (&out)[T]) {
+inline void dots_8(const int8_t* codes, const fp16* scales, int64_t groups, const QuantizedX& x, bool readable,
+                   const int8_t* next, float (&out)[T]) {
   Vector total[T] = {};
   const int64_t stride = x.chunks;
   for (int64_t chunk = 0, g = 0; g < groups; ++chunk, g += kLanes) {
     const int64_t here = groups - g;
     const Vector scale = load_part(scales + g, here, readable);
     Vector factor[T];
-    for (int t = 0; t < T; ++t) {
-      factor[t] = scale * load(&x.scales[(t * stride + chunk) * kLanes]);
-      if (minimum) total[t] += load_part(minimum + g, here, readable) * load(&x.totals[(t * stride + chunk) * kLanes]);
-    }
+    for (int t = 0; t < T; ++t) factor[t] = scale * load(&x.scales[(t * stride + chunk) * kLanes]);
     const int8_t* p = codes + g * kGroupSize;
     for (int64_t i = 0; i < kChunk; i += kLine) prefetch(next + g * kGroupSize + i);
     const auto step = [&](auto i, Signed loaded) {
@@ -271,7 +284,7 @@ inline void dots_8(const int8_t* codes, const fp16* scales, const fp16* minimum,
 
 // Sums of rows, acc[t] += sum over r of hidden[r][t] * row[r], in a range of groups. Of 4 bits, kBlock rows at a time:
 // with each row's share of a group, hidden * scale, rounded to 255 steps of the block's largest, sums of products fit
-// 16 bits, since zero being 8 bounds them by 8 * 127 * kBlock.
+// 16 bits, since code - zero bounds them by 16 * 127 * kBlock.
 constexpr int kBlock = 16;
 
 // Adds to the sums of elements 8k to 8k + 7 of each group of a vector, k = 0 to 3, those of two rows' codes times the
@@ -323,27 +336,29 @@ typedef int16_t EightShorts __attribute__((vector_size(16), may_alias));
 
 struct BlockOf4 {  // a block's rows from one chunk on, and their weights for one token
   const uint8_t* rows[kBlock];
-  const fp16 *scales[kBlock], *minimums[kBlock];
+  const uint16_t* words[kBlock];
   float hidden[kBlock];
 };
 
 // acc[0 : 32 * here], of one chunk's groups, here <= kLanes.
-inline void add_block_4(const BlockOf4& block, int64_t group, int64_t here, bool has_minimum, float* acc) {
-  Vector shares[kBlock], most = {}, offsets = {};
+inline void add_block_4(const BlockOf4& block, int64_t group, int64_t here, float* acc) {
+  Vector shares[kBlock], eighths[kBlock], most = {}, zeros = {};
   for (int r = 0; r < kBlock; ++r) {
-    shares[r] = load_part(block.scales[r] + group, here) * block.hidden[r];
+    const Levels levels = load_levels(block.words[r] + group, here);
+    shares[r] = levels.scale * block.hidden[r];
+    eighths[r] = levels.eighths;
     most = maximum(most, magnitude(shares[r]));
-    if (has_minimum) offsets += load_part(block.minimums[r] + group, here) * block.hidden[r];
   }
   const Vector inverse = most > 1e-30f ? 127.0f / most : Vector{}, step = most * (1.0f / 127);
-  Integers pairs[kBlock / 2], total = {};
+  Integers pairs[kBlock / 2];
   for (int p = 0; p < kBlock / 2; ++p) {
     const Integers a = nearest(shares[2 * p] * inverse), b = nearest(shares[2 * p + 1] * inverse);
-    total += a + b;
+    zeros += __builtin_convertvector(a, Vector) * eighths[2 * p];  // exact
+    zeros += __builtin_convertvector(b, Vector) * eighths[2 * p + 1];
     const Integers both = (a & 0xff) | ((b & 0xff) << 8);
     pairs[p] = arranged(both | (both << 16));
   }
-  const Integers zero = has_minimum ? Integers{} : total * -8;
+  const Integers zero = nearest(zeros * -0.125f);
   const Integers start = arranged((zero & 0xffff) | (zero << 16));
   repeated<0, 4>([&](auto i) {
     if (i * kPer >= here) return;
@@ -358,29 +373,23 @@ inline void add_block_4(const BlockOf4& block, int64_t group, int64_t here, bool
         EightShorts part;
         std::memcpy(&part, reinterpret_cast<const char*>(&sums[k]) + q * 16, 16);
         LooseEight& to = *reinterpret_cast<LooseEight*>(acc + (i * kPer + q) * kGroupSize + k * 8);  // auto would align it
-        to += __builtin_convertvector(part, Eight) * step[i * kPer + q] + offsets[i * kPer + q];
+        to += __builtin_convertvector(part, Eight) * step[i * kPer + q];
       }
   });
 }
 
 // The same of 8 bits, in float32, for T tokens at once; acc's tokens are `stride` apart. G rows.
 template <int G, int T>
-inline void add_block_8(const int8_t* const* rows, const fp16* const* scales, const fp16* const* minimums,
-                        const float* hidden, int64_t group, int64_t here, float* acc, int64_t stride) {
-  float shares[G][T][kLanes], offsets[T][kLanes];
-  for (int t = 0; t < T; ++t) {
-    Vector offset = {};
-    for (int r = 0; r < G; ++r) {
-      store(load_part(scales[r] + group, here) * hidden[r * T + t], shares[r][t]);
-      if (minimums[r]) offset += load_part(minimums[r] + group, here) * hidden[r * T + t];
-    }
-    store(offset, offsets[t]);
-  }
+inline void add_block_8(const int8_t* const* rows, const fp16* const* scales, const float* hidden, int64_t group,
+                        int64_t here, float* acc, int64_t stride) {
+  float shares[G][T][kLanes];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < G; ++r) store(load_part(scales[r] + group, here) * hidden[r * T + t], shares[r][t]);
   for (int64_t g = 0; g < here; ++g)
     for (int64_t k = g * kGroupSize; k < (g + 1) * kGroupSize; k += kLanes) {
       Vector total[T];
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) total[t] = load(acc + t * stride + k) + offsets[t][g];
+      for (int t = 0; t < T; ++t) total[t] = load(acc + t * stride + k);
       for (int r = 0; r < G; ++r) {
         const Vector row = load(rows[r] + group * kGroupSize + k);
 #pragma GCC unroll 8
@@ -392,16 +401,15 @@ inline void add_block_8(const int8_t* const* rows, const fp16* const* scales, co
 }
 
 // A row as float32, for embeddings and prefill.
-inline void dequantize_row(int bits, const void* codes, const fp16* scales, const fp16* minimum, int64_t size, float* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    const int64_t group = i / kGroupSize, place = i % kGroupSize;
-    float code;
-    if (bits == 8) {
-      code = static_cast<const int8_t*>(codes)[i];
-    } else {
-      const uint8_t byte = static_cast<const uint8_t*>(codes)[group * 16 + place % 16];
-      code = static_cast<float>(place < 16 ? byte & 15 : byte >> 4) - (minimum ? 0.0f : 8.0f);
-    }
-    out[i] = code * to_float(scales[group]) + (minimum ? to_float(minimum[group]) : 0.0f);
+inline void dequantize_row_8(const int8_t* codes, const fp16* scales, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = codes[i] * to_float(scales[i / kGroupSize]);
+}
+
+inline void dequantize_row_4(const uint8_t* codes, const uint16_t* words, int64_t size, float* out) {
+  for (int64_t begin = 0; begin < size; begin += kGroupSize, codes += kGroupSize / 2, ++words) {
+    const Levels levels = load_levels(words, 1);
+    const float scale = levels.scale[0], zero = levels.eighths[0] * 0.125f;
+    for (int64_t i = 0; i < std::min<int64_t>(kGroupSize, size - begin); ++i)
+      out[begin + i] = (static_cast<float>(i < 16 ? codes[i] & 15 : codes[i - 16] >> 4) - zero) * scale;
   }
 }
