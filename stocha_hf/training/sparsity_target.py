@@ -49,9 +49,9 @@ class SparsityTarget:
     an activation without such zeros runs, as SiLU does: there is no penalty then, and `update` is not to be called.
 
     `update` moves `coefficient` so that the measured share follows half a cosine from its first value to `target`,
-    reached after `ramp` of the training that is left at the first update; give it 20 updates or more. Raises StochaError for a target outside
-    (0, 1), for a model without patched layers, and in forward for float16, whose loss scaling would not reach the
-    penalty.
+    reached after `ramp` of the training that is left at the first update; give it 20 updates or more. Raises
+    StochaError for a target outside (0, 1), for a model without patched layers, and in forward for float16, whose loss
+    scaling would not reach the penalty.
     """
 
     START = 0.1  # the coefficient at first
