@@ -34,7 +34,6 @@ MAIN = {
     "StochA+FT, p 0.7, alpha 0.2": "stocha70-20",
     "R+, p 0.5, alpha 0.05": "stocha50-05-rplus",
     "R+, p 0.5, alpha 0.2": "stocha50-20-rplus",
-    "R+, p 0.7, alpha 0.2": "stocha70-20-rplus",
     "ReLU": "relu",
 }
 AGAIN = {"ReLU": "relu", "StochA p 0.7 to the end": "stocha70-whole"}  # seed 1, trained once more: NAME-again
