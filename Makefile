@@ -30,12 +30,16 @@ test: lint
 test-fast: lint
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-# In an environment of its own. Nothing of constraints.txt is used: this is what a user's pip may choose.
+# In an environment of its own. uv says what the lowest versions are; pip's resolver has no such mode.
+LOWEST := .venv-lowest/bin
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
-	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' > .venv-lowest/lowest.txt
-	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[dev,gguf]'
-	.venv-lowest/bin/python -m pytest $(WORKERS) -m "not slow"
+	$(LOWEST)/python -m pip install --quiet uv
+	$(LOWEST)/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/python \
+		--extra gguf --extra generate --extra plot --extra serve --extra tasks --extra train \
+		pyproject.toml --output-file .venv-lowest/lowest.txt
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --constraint .venv-lowest/lowest.txt --editable '.[dev,gguf]'
+	$(LOWEST)/python -m pytest $(WORKERS) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, decoding_
 from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch
-from stocha_hf.quantization_stocha import Quantization, StochaQuantConfig, exchange
+from stocha_hf.quantization_stocha import IN_8_BITS, Quantization, StochaQuantConfig, exchange
 
 HERE = Path(__file__).parent
 VERSION = "llama-cpp-python 0.3.36"
@@ -148,8 +148,7 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
         model: Any = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16)
     if bits < 16:
-        in_8_bits = ("embed_tokens", "lm_head") if head_bits == 8 else ()
-        exchange(model, Quantization(bits=bits, in_8_bits=in_8_bits))
+        exchange(model, Quantization(bits=bits, in_8_bits=IN_8_BITS if head_bits == 8 else ("v_proj",)))
     model = model.to_empty(device="cpu")
     model.tie_weights()
     model.model.rotary_emb.__init__(config)
@@ -160,7 +159,7 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
             low, high = (0, 256) if buffer.dtype == torch.uint8 else (-127, 128)
             buffer.copy_(torch.randint(low, high, buffer.shape, dtype=buffer.dtype))
         elif key.endswith(".scale"):
-            buffer.fill_(0.02 / 64 if buffer.dtype == torch.float16 else (16 << 4) << 7 | 60)  # 2^-8, zero 7.5
+            buffer.fill_(0.02 / 64 if buffer.dtype == torch.float16 else 15 << 11 | 60)  # 2^-9, zero 7.5
     patch(model, StochaConfig(activation="relu"))
     return model.eval()
 
@@ -185,8 +184,8 @@ def ours(args: argparse.Namespace, bits: int, tokens: torch.Tensor) -> Any:
     elif bits == 16:
         model = load_model(args.folder, dtype=torch.bfloat16)
     else:
-        in_8_bits = {} if args.head_bits == 8 else {"in_8_bits": []}
-        config = StochaQuantConfig(bits=bits, **in_8_bits)
+        in_8_bits = IN_8_BITS if args.head_bits == 8 else ("v_proj",)
+        config = StochaQuantConfig(bits=bits, in_8_bits=in_8_bits)
         model = load_model(args.folder, dtype=torch.bfloat16, quantization_config=config)
     model.eval()
     if args.sparsity is not None:

@@ -2,14 +2,15 @@
 
 For each FOLDER and precision: the perplexity of the same windows, the greedy continuation, and the tokens of a text
 with numbers, spaces, emoji and other scripts. Ours is transformers' native class in float32, with the weights and
-inputs of matrices rounded as f16 and bf16 round them; q8_0 is compared with f32. llama.cpp is built from the sdist of
-llama-cpp-python 0.3.36, target `llama`:
+inputs of matrices rounded as f16 and bf16 round them; below these, with the weights that the file holds, and inputs in
+8 bits in groups of 32, as llama.cpp's kernels take them. llama.cpp is built from the sdist of llama-cpp-python 0.3.36,
+target `llama`; `llama-quantize` is llama_cpp_quantize.cpp, over its C API:
 
-    python benchmarks/export_gguf.py FOLDER --precision f32 bf16 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
+    python benchmarks/export_gguf.py FOLDER --precision f32 q4_0 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
     python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
 
-With --architectures, FOLDER is only where tiny random models are made: one of each architecture and activation that
-can be exported.
+With --architectures, FOLDER is only where tiny random models are made, one of each architecture and activation that
+can be exported; with --train, where a small ReLU model is trained.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -24,11 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from export_models import tiny_folders, trained_folder
 
 from stocha_hf import export
+from stocha_hf.conversion.export_metadata import plan_metadata
 from stocha_hf.data import load_tokenizer
 
-PROGRAM = Path(__file__).with_name("llama_cpp_scores.cpp")
+SCORES, QUANTIZE = (Path(__file__).with_name(f"llama_cpp_{name}.cpp") for name in ("scores", "quantize"))
+ROUNDED = {"f16": torch.float16, "bf16": torch.bfloat16}
 TEXT = (
     "I've 3 cats, 33 dogs and 3333333 birds;  we'll see  two\n\n  lines,\tTABS, don't SHOUT'LL. \u00dcber caf\u00e9, "
     "na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 "
@@ -37,11 +42,10 @@ TEXT = (
 )
 
 
-def build(llama_cpp: Path, libraries: Path, folder: Path) -> Path:
-    program = folder / "llama_cpp_scores"
+def build(source: Path, program: Path, llama_cpp: Path, libraries: Path) -> Path:
     includes = [f"-I{llama_cpp / part}" for part in ("include", "ggml/include")]
     links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base"]
-    subprocess.run(["g++", "-O2", "-std=c++17", PROGRAM, *includes, *links, "-o", program], check=True)
+    subprocess.run(["g++", "-O2", "-std=c++17", source, *includes, *links, "-o", program], check=True)
     return program
 
 
@@ -57,17 +61,23 @@ def llama_cpp(program: Path, model: Path, windows: torch.Tensor, new: int, folde
 
 
 @torch.no_grad()
-def transformers(folder: Path, windows: torch.Tensor, new: int, precision: str) -> tuple[list[float], list[int]]:
+def transformers(
+    folder: Path, file: Path, windows: torch.Tensor, new: int, precision: str
+) -> tuple[list[float], list[int]]:
     """Mean loss of each window, and the greedy tokens after the first."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if (dtype := {"f16": torch.float16, "bf16": torch.bfloat16}.get(precision)) is not None:
+    if precision in ROUNDED:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype).float() if parameter.dim() == 2 else parameter.data
+            if parameter.dim() == 2:
+                parameter.data = parameter.data.to(ROUNDED[precision]).float()
+    elif precision != "f32":
+        take_weights(model, file)
+    if precision != "f32":
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(lambda module, args: (args[0].to(dtype).float(),))
+                module.register_forward_pre_hook(lambda module, args: (rounded(args[0], ROUNDED.get(precision)),))
     losses = []
     for window in windows:
         logits = model(window[None]).logits[0, :-1].float()
@@ -85,19 +95,36 @@ def transformers(folder: Path, windows: torch.Tensor, new: int, precision: str) 
     return losses, ids[0, windows.shape[1] :].tolist()
 
 
+def rounded(inputs: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """What llama.cpp's product takes of its inputs: in `dtype`, or in 8 bits in groups of 32 with a float16 scale."""
+    if dtype is not None:
+        return inputs.to(dtype).float()
+    groups = inputs.unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / scale.clamp_min(1e-30)).round() * scale.half().float()).flatten(-2)
+
+
+def take_weights(model: Any, file: Path) -> None:
+    """Give a model the weights that a file of the architecture `smallthinker` holds, as they are read from it."""
+    from gguf import GGUFReader, dequantize
+
+    plan = plan_metadata(model.config.to_dict(), "relu", str(file))
+    own = dict(model.named_parameters())
+    held = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    for name, theirs in plan.names.items():
+        parameter = own.get(f"model.{name}", own.get(name))
+        if parameter is not None:  # lm_head, where it is tied
+            values = torch.from_numpy(dequantize(held[theirs].data, held[theirs].tensor_type).copy())
+            parameter.data = values.reshape(parameter.shape)
+
+
 def compare(
-    folder: Path,
-    precision: str,
-    activation: str | None,
-    windows: torch.Tensor,
-    expected: tuple[list[float], list[int]],
-    program: Path,
-    work: Path,
+    folder: Path, precision: str, activation: str | None, windows: torch.Tensor, new: int, program: Path, work: Path
 ) -> dict[str, Any]:
-    losses, greedy = expected
-    new = len(greedy)
-    done = export(folder, work / "model.gguf", precision=precision, activation=activation, overwrite=True)
-    theirs = llama_cpp(program, work / "model.gguf", windows, new, work)
+    file = work / "model.gguf"
+    done = export(folder, file, precision=precision, activation=activation, overwrite=True)
+    losses, greedy = transformers(folder, file, windows, new, precision)
+    theirs = llama_cpp(program, file, windows, new, work)
     ours, llama = (math.exp(sum(values) / len(values)) for values in (losses, theirs["losses"]))
     same = next((i for i, pair in enumerate(zip(greedy, theirs["greedy"], strict=True)) if len({*pair}) > 1), new)
     record = {
@@ -118,57 +145,13 @@ def compare(
     return record
 
 
-def tiny_folders(where: Path) -> list[Path]:
-    """A random model of each architecture and of both activations, where llama.cpp has both."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from helpers.models import tiny_model
-    from helpers.vocabularies import byte_level_tokenizer, sentencepiece_tokenizer
-
-    from stocha_hf import convert
-
-    scaled = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
-    llama3 = scaled | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    yarn, linear = (
-        scaled | {"rope_type": "yarn", "factor": 4.0},
-        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-    )
-    cases: list[tuple[str, str, dict[str, Any]]] = [
-        *((name, name, {}) for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")),
-        ("mistral", "mistral", {"sliding_window": 4096}),
-        ("biases", "llama", {"attention_bias": True, "mlp_bias": True}),
-        ("wide-heads", "llama", {"head_dim": 16, "tie_word_embeddings": True}),
-        ("linear", "llama", {"rope_parameters": linear}),
-        ("yarn", "llama", {"rope_parameters": yarn}),
-        ("llama3", "llama", {"rope_parameters": llama3 | {"original_max_position_embeddings": 8192}, "head_dim": 64}),
-    ]
-    cuts = {"qwen2": "qwen2", "qwen3": "qwen2", "llama3": "llama-bpe", "yarn": "dbrx", "linear": "smollm"}
-    folders = []
-    for name, model_type, options in cases:
-        pieces = name in ("mistral", "gemma2", "gemma3_text", "wide-heads")
-        tokenizer = sentencepiece_tokenizer() if pieces else byte_level_tokenizer(cuts.get(name, "gpt-2"))
-        model = tiny_model(model_type, max_position_embeddings=256, vocab_size=320, **options)
-        for parameter in model.parameters():  # norms and biases too
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        for activation in ("silu", "relu") if model_type in ("llama", "mistral", "qwen2") else ("own",):
-            if activation == "relu" and name in ("biases", "llama3"):
-                continue
-            source, folder = where / f"{name}-source", where / f"{name}-{activation}"
-            model.save_pretrained(source)
-            tokenizer.save_pretrained(source)
-            if not folder.exists():
-                convert(source, folder, **({} if activation == "own" else {"activation": activation}))
-            folders.append(folder)
-    return folders
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", nargs="+", default=["f32"])
     parser.add_argument("--activation", help="given to export")
     parser.add_argument("--architectures", action="store_true")
+    parser.add_argument("--train", action="store_true")
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "LICENSE")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -178,16 +161,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file for each row")
     args = parser.parse_args()
     folders = tiny_folders(args.folder) if args.architectures else [args.folder]
+    folders = [trained_folder(args.folder)] if args.train else folders
     with tempfile.TemporaryDirectory(prefix="stocha-export-") as name:
         work = Path(name)
-        program = build(args.llama_cpp, args.libraries, work)
+        program = build(SCORES, work / "llama_cpp_scores", args.llama_cpp, args.libraries)
+        build(QUANTIZE, work / "llama-quantize", args.llama_cpp, args.libraries)
+        os.environ["PATH"] = f"{work}{os.pathsep}{os.environ['PATH']}"  # where stocha-export looks for it
         for folder in folders:
             tokenizer = load_tokenizer(folder)
             ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
             windows = ids[: args.windows * args.length].view(args.windows, args.length)
             for precision in args.precision:
-                expected = transformers(folder, windows, args.new, precision)
-                record = compare(folder, precision, args.activation, windows, expected, program, work)
+                record = compare(folder, precision, args.activation, windows, args.new, program, work)
                 with args.json.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(json.dumps(record))

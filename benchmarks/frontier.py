@@ -9,7 +9,8 @@ same command. Measured are
   bytes are the file's, their perplexity that of the dequantized weights in transformers.
 
 Of each: perplexity on each text of --eval; zeros; bytes read; acceptance, on what the original wrote greedily after
---prompts (a data set as --eval; or after the beginnings of the first text); and --tasks with their standard errors.
+--prompts (as stocha-answers reads them; or after the beginnings of the first text); and --tasks with their standard
+errors.
 Perplexity is of the tokens after the first --prompt-tokens of each window, which are read whole, as a prompt is.
 Tasks that generate read the question whole too; those that compare likelihoods are cut at every token.
 
@@ -34,10 +35,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
 from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.conversion.convert import convert
 from stocha_hf.conversion.gguf_header import read_gguf_header
-from stocha_hf.data import calibration_windows, load_data, text_windows
+from stocha_hf.data import calibration_windows, text_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.acceptance import GreedyText, acceptance, greedy_text
 from stocha_hf.measurement.blocks import blocks
@@ -236,15 +238,9 @@ def prompts(args: argparse.Namespace, tokenizer: Any, texts: dict[str, torch.Ten
     """
     if args.prompts is None:
         return next(iter(texts.values()))[: args.most_prompts, : args.length // 4].tolist()
-    found = []
-    for row in load_data(args.prompts).select(range(args.most_prompts)):
-        messages = row.get("messages") or [{"role": "user", "content": row.get("prompt") or row["text"]}]
-        if tokenizer.chat_template:
-            chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            found.append(tokenizer(chat, add_special_tokens=False)["input_ids"][-args.length // 2 :])
-        else:
-            found.append(tokenizer(messages[-1]["content"])["input_ids"][: args.length // 2])
-    return found
+    asked = read_prompts(args.prompts)[: args.most_prompts]
+    texts_of_prompts = rendered(tokenizer, asked, chat=bool(tokenizer.chat_template))
+    return [ids[-args.length // 2 :] for ids in token_ids(tokenizer, texts_of_prompts)]
 
 
 def scorer(args: argparse.Namespace, tokenizer: Any) -> Scorer | None:
@@ -315,7 +311,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--windows", type=int, help="of each text, evenly spaced (default: all)")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of each window, read whole and not scored")
-    parser.add_argument("--prompts", help="data set of prompts to measure acceptance after")
+    parser.add_argument("--prompts", help="prompts to measure acceptance after, as stocha-answers reads them")
     parser.add_argument("--most-prompts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=128, help="written after each prompt; 0: no acceptance")
     parser.add_argument("--tasks", nargs="*", default=[])

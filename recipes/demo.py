@@ -28,6 +28,7 @@ import numpy as np
 
 OUTPUT = Path("demo-output")
 EVALUATED = 4096  # tokens, in windows of 512
+FLOAT32 = ["--dtype", "float32"]  # bfloat16 takes many times as long on CPUs without instructions for it
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = "What is a feed-forward layer of a neural network?"
 PROMPTS = ("The for statement is used to", "A class definition", "Modules are loaded by")
@@ -80,13 +81,13 @@ def write_text() -> None:
 
 def measure(before: Path, swapped: Path, after: Path) -> None:
     """Evaluate the three, decode and sample with the last one, and write its card from what the commands printed."""
-    text = ["--data", OUTPUT / "heldout.txt", "--length", 512, "--windows", EVALUATED // 512, "--dtype", "float32"]
+    text = ["--data", OUTPUT / "heldout.txt", "--length", 512, "--windows", EVALUATED // 512, *FLOAT32]
     command("stocha-eval", after, "--baseline", before, *text, "--json", to=FIGURES["after"])
     command("stocha-eval", swapped, *text, "--json", to=FIGURES["swapped"])
-    command("stocha-bench", after, "--new", 32, "--json", to=FIGURES["bench"])
+    command("stocha-bench", after, "--new", 32, *FLOAT32, "--json", to=FIGURES["bench"])
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     noise = ["--p", 0.5, 1, "--temperature", 0.5, 1, "--samples", 4, "--new", 24]
-    command("stocha-generate", after, *prompts, *noise, "--json", to=FIGURES["generation"])
+    command("stocha-generate", after, *prompts, *noise, *FLOAT32, "--json", to=FIGURES["generation"])
     more = ["--bench", FIGURES["bench"], "--generation", FIGURES["generation"]]
     command("stocha-card", after, FIGURES["after"], "--row", f"swapped, untrained={FIGURES['swapped']}", *more)
 

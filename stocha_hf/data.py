@@ -208,7 +208,7 @@ def _is_usable(columns: list[str], name: str, text_column: str, row: dict[str, A
     return all(row[column] is not None for column in columns)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: str | Path) -> Any:
     """Load the tokenizer of a checkpoint folder; no code of the folder is run.
 
     Raises:
@@ -216,7 +216,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise StochaError(f"{folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)} in it")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -229,7 +229,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def calibration_windows(name: str, tokenizer_folder: Path, tokens: int, length: int, seed: int) -> torch.Tensor:
+def calibration_windows(name: str, tokenizer_folder: str | Path, tokens: int, length: int, seed: int) -> torch.Tensor:
     """Draw windows of token ids from a data set's text, to calibrate a refit on.
 
     Rows come in random order, and no row gives more than four windows or its share, so that the text is as varied as
@@ -269,7 +269,7 @@ def calibration_windows(name: str, tokenizer_folder: Path, tokens: int, length: 
     return torch.tensor(windows[: tokens // length], dtype=torch.int64).view(-1, length)
 
 
-def text_windows(name: str, tokenizer_folder: Path, length: int, most: int | None = None) -> torch.Tensor:
+def text_windows(name: str, tokenizer_folder: str | Path, length: int, most: int | None = None) -> torch.Tensor:
     """Cut a data set's text, in order, into windows of token ids.
 
     Args:
@@ -323,7 +323,7 @@ def _content_of(message: Any, where: str) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "".join(text for part in content if isinstance(text := part.get("text"), str))
     if content is not None and not isinstance(content, str):
-        raise StochaError(f"there is a message of content {_shown(content)} {where}: expected text")
+        raise StochaError(f"a message has the content {_shown(content)} {where}: expected text")
     return content or ""
 
 

@@ -243,6 +243,11 @@ class StochaConfig:
         return values
 
     @property
+    def common(self) -> bool:
+        """Whether a tool that knows the family, and reads no activation, runs `inference`. Needs a resolved config."""
+        return self.inference == self.base
+
+    @property
     def native_act(self) -> str:
         """What the native class runs for `inference`: config.json's hidden_act. Needs a resolved config."""
         native = ACTIVATIONS[str(self.inference)].native or self.base
@@ -259,6 +264,16 @@ class StochaConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as JSON holds it, without keys that are left open."""
         return dataclasses.asdict(self, dict_factory=_without_none)
+
+
+def class_names(names: list[str] | None, common: bool) -> list[str]:
+    """Return config.json's `architectures`: native classes where tools that go by them run the model right.
+
+    Elsewhere this file's classes, at which llama.cpp's converter, PowerInfer's and vLLM's native classes stop, where
+    they would run the base activation without a word. The Auto classes go by `model_type` and `auto_map`.
+    """
+    native = [name.removeprefix("Stocha") for name in names or []]
+    return native if common else [f"Stocha{name}" for name in native]
 
 
 def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -805,7 +820,7 @@ class StochaModel:
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """As the native one; the folder gets this file, and its config names it and the native architecture."""
+        """As the native one; the folder gets this file, and MLX-LM's if it is at hand, and its config names them."""
         entry = self.config.stocha
         if isinstance(entry["threshold"], list):  # of the layers that there are: some may be cut out
             entry = entry | {"threshold": [mlp.threshold for mlp in stocha_mlps(self)]}  # type: ignore[arg-type]
@@ -813,12 +828,15 @@ class StochaModel:
             entry = entry | {"inputs": self._input_cuts(entry["inputs"])}
         self.config.stocha = entry
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        # The native method wrote our class name, which tools without remote code do not know.
-        self.config.architectures = [name.removeprefix("Stocha") for name in self.config.architectures]
+        resolved = StochaConfig.from_dict(entry).resolve(ARCHITECTURES[self.config.model_type].act)
+        quantized = getattr(self, "hf_quantizer", None) is not None
+        self.config.architectures = class_names(self.config.architectures, resolved.common and not quantized)
         self.config.auto_map = ARCHITECTURES[self.config.model_type].auto_map
         if kwargs.get("is_main_process", args[0] if args else True):
             self.config.save_pretrained(save_directory)
-            shutil.copyfile(__file__, os.path.join(save_directory, os.path.basename(__file__)))
+            for name in (os.path.basename(__file__), *(["mlx_stocha.py"] * hasattr(self.config, "model_file"))):
+                if os.path.isfile(path := os.path.join(os.path.dirname(__file__), name)):  # transformers caches one
+                    shutil.copyfile(path, os.path.join(save_directory, name))
             if complete := getattr(getattr(self, "hf_quantizer", None), "complete", None):  # quantization_stocha.py's
                 complete(self, save_directory)
         if push_to_hub:
@@ -838,9 +856,8 @@ class StochaModel:
 class StochaAutoConfig:
     """What `auto_map` names for AutoConfig: the native config, with this file's class among its `architectures`.
 
-    config.json names the native class there, for tools without remote code. Those with it that look the class up in
-    transformers, as `transformers serve` and trl's trainers do with a path, would get the native one; now they find
-    this file's there.
+    Tools that look a class up in transformers by that name, as `transformers serve` and trl's trainers do with a path,
+    find this file's there.
     """
 
     @classmethod
@@ -852,7 +869,7 @@ class StochaAutoConfig:
         """As AutoConfig.from_pretrained."""
         found = AutoConfig.from_pretrained(*args, **kwargs | {"trust_remote_code": False})
         config = found[0] if isinstance(found, tuple) else found  # with return_unused_kwargs
-        config.architectures = [f"Stocha{name}" for name in config.architectures or []]
+        config.architectures = class_names(config.architectures, common=False)
         for name in config.architectures:
             setattr(transformers, name, globals().get(name))
         return found

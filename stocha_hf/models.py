@@ -94,7 +94,7 @@ def _existing(name: str) -> Path | None:
 
 def _check_folder(folder: Path, name: str) -> None:
     config = inspection.read_config(folder)
-    inspection.check_config(config, name)
+    _check_config(config, name)
     index = partial(inspection.read_json, folder / inspection.INDEX, "an index of shards")
     inspection.check_weights(folder, inspection.weight_files(inspection.list_files(folder), index, name), config)
 
@@ -104,7 +104,16 @@ def _check_hub_config(name: str, revision: str | None) -> None:
     from huggingface_hub import hf_hub_download
 
     path = Path(hf_hub_download(name, inspection.CONFIG, revision=revision))
-    inspection.check_config(inspection.read_json(path, "a JSON object"), name)
+    _check_config(inspection.read_json(path, "a JSON object"), name)
+
+
+def _check_config(config: dict[str, Any], name: str) -> None:
+    inspection.check_config(config, name)
+    code = config.get("auto_map")
+    if not isinstance(code, dict | None):
+        raise StochaError(
+            f"config.json of {name} has auto_map {code!r}: expected a mapping; stocha-convert {name} OUT writes one"
+        )
 
 
 def tokenizer_folder(name: str, revision: str | None = None) -> Path:

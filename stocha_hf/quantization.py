@@ -29,8 +29,8 @@ QUANTIZATION_FILE = Path(__file__).with_name("quantization_stocha.py")
 METHOD, FORMAT, GROUP = "stocha", 1, 32
 BITS = (4, 8)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IN_8_BITS = ("embed_tokens", "lm_head")
-MATRICES = (*PROJECTIONS, *IN_8_BITS)
+MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
+IN_8_BITS = ("v_proj", "embed_tokens", "lm_head")  # v_proj is small where heads share it, and loses most by 4 bits
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODELING_FILE = Path(__file__).with_name("modeling_stocha.py")
+MODELING_FILE, MLX_FILE = (Path(__file__).with_name(name) for name in ("modeling_stocha.py", "mlx_stocha.py"))
 ALLOTMENTS = ("uniform", "greedy", "output")  # of the share of inputs to cut to projections
 
 # --- copied into modeling_stocha.py from here ---
@@ -221,6 +221,11 @@ class StochaConfig:
         return values
 
     @property
+    def common(self) -> bool:
+        """Whether a tool that knows the family, and reads no activation, runs `inference`. Needs a resolved config."""
+        return self.inference == self.base
+
+    @property
     def native_act(self) -> str:
         """What the native class runs for `inference`: config.json's hidden_act. Needs a resolved config."""
         native = ACTIVATIONS[str(self.inference)].native or self.base
@@ -237,6 +242,16 @@ class StochaConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as JSON holds it, without keys that are left open."""
         return dataclasses.asdict(self, dict_factory=_without_none)
+
+
+def class_names(names: list[str] | None, common: bool) -> list[str]:
+    """Return config.json's `architectures`: native classes where tools that go by them run the model right.
+
+    Elsewhere this file's classes, at which llama.cpp's converter, PowerInfer's and vLLM's native classes stop, where
+    they would run the base activation without a word. The Auto classes go by `model_type` and `auto_map`.
+    """
+    native = [name.removeprefix("Stocha") for name in names or []]
+    return native if common else [f"Stocha{name}" for name in native]
 
 
 def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -47,13 +47,16 @@ def test_the_card_warns_of_tools_that_run_another_activation(checkpoint: Callabl
     }.items():
         convert(checkpoint(), tmp_path / name, **options)  # type: ignore[arg-type]
         cards[name] = (tmp_path / name / "README.md").read_text()
-    assert "run `relu` here" in cards["relu"] and "MLX-LM | runs `silu`: **wrong" in cards["relu"]
+    assert "run `relu` here" in cards["relu"] and "MLX-LM | stops." in cards["relu"]
     assert "trust-remote-code` runs it as it is" in cards["relu"]
+    assert "llama.cpp and Ollama run `silu`, **wrong, without a word**" in cards["relu"]
     for name in ("stocha", "bits"):  # infers with SiLU, as all tools do; holds tensors that other tools do not know
         assert "Other tools" not in cards[name]
     config = json.loads((tmp_path / "stocha" / "config.json").read_text())
     config["stocha"]["inputs"] = {"thresholds": {"q_proj": [0.1, 0.1]}}
-    assert "runs it **without the cuts**" in model_card(config, {})
+    assert "run this model **without the cuts**" in model_card(config, {})
+    config["stocha"]["inference"] = "relu"
+    assert "trust-remote-code` runs it **without the cuts**" in model_card(config, {})
 
 
 def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> None:

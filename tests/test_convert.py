@@ -134,7 +134,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(checkpoint, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
-    assert_refused(run_command("stocha-convert", source, precious, "--overwrite"), "no checkpoint folder")
+    assert_refused(run_command("stocha-convert", source, precious, "--overwrite"), "not a checkpoint folder")
     assert (precious / "thesis.tex").exists() and not leftovers(tmp_path)
 
 

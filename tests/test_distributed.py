@@ -75,5 +75,5 @@ def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one
         ):
             assert sorted(file.keys()) == sorted(before.keys())  # the tied head once
     config = json.loads((out / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "relu"
-    assert sorted(path.name for path in out.glob("*.py")) == ["modeling_stocha.py"]
+    assert config["architectures"] == ["StochaLlamaForCausalLM"] and config["hidden_act"] == "relu"
+    assert sorted(path.name for path in out.glob("*.py")) == ["mlx_stocha.py", "modeling_stocha.py"]

@@ -58,6 +58,12 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / file).exists(), f"{name(page)} names {file}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text()):
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
 def test_every_file_of_results_is_read_by_a_page_and_every_page_of_docs_is_in_the_navigation() -> None:
     pages = "".join(page.read_text() for page in PAGES)
     for path in ROOT.glob("benchmarks/results/*"):
@@ -131,8 +137,9 @@ def test_options_that_are_named_exist(page: Path) -> None:
     options = {option for verb in VERBS for option in parser_options(verb)}
     scripts = "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))
     known = options | set(re.findall(r'"(--[\w-]+)"', scripts)) | {"--help", "--no-deps", "--config_file", "--config"}
+    known.add("--trust-remote-code")  # of transformers, vLLM and MLX-LM
     for code in re.findall(r"`([^`]+)`", prose(page)):
-        if not re.match(r"(?:pip|accelerate|git|lm_eval|trl|vllm|transformers|llama-cli)\b", code):
+        if not re.match(r"(?:pip|accelerate|git|lm_eval|trl|vllm|transformers|mlx_lm|llama-cli)\b", code):
             unknown = set(re.findall(r"(?<!\S)--[\w-]+", code)) - known
             assert not unknown, f"{name(page)} names {' '.join(unknown)}, which no command has"
 

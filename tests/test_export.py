@@ -244,7 +244,7 @@ def test_a_sentencepiece_vocabulary_scores_the_earliest_merge_highest():
     ],
 )
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(parts, words):
-    with pytest.raises(StochaError, match=f"the tokenizer of m {words}.*, which llama.cpp does not: expected"):
+    with pytest.raises(StochaError, match=f"the tokenizer of m {words}.*, which llama.cpp does not support: expected"):
         vocabulary(byte_level_tokenizer(**parts), VOCAB, "m")
     with pytest.raises(StochaError, match="has the token 260: expected at most the 200 of its model"):
         vocabulary(byte_level_tokenizer(), 200, "m")

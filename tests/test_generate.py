@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import assert_refused, call_command, run_python, tiny_model, tiny_tokenizer
+from helpers import assert_refused, call_command, run_python, run_warm, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.errors import StochaError
@@ -54,7 +54,7 @@ def test_a_seed_gives_the_same_samples_in_another_process_and_the_generator_is_l
         "assert torch.equal(torch.get_rng_state(), before)"
     )
     folder = checkpoint(**LIVELY)
-    done = run_python(code, folder)
+    done = run_warm(code, folder)
     expected = generate(load_model(str(folder)).eval(), PROMPT, samples=3, new=9, p=0.4, seed=7)
     assert json.loads(done.stdout) == expected, done.stderr
 

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_command, run_warm, tiny_model, tiny_tokenizer
+from helpers import assert_refused, call_command, run_warm, tiny_model, tiny_tokenizer
 from helpers.gguf_writer import ARCHS, write_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,7 +69,7 @@ def test_a_quantized_file_becomes_an_ordinary_checkpoint_by_the_command(tmp_path
     source, out = tmp_path / "model.GGUF", tmp_path / "out"
     made = write_gguf(source, small_llama(intermediate_size=96), quantized=gguf.GGMLQuantizationType.Q8_0)
     tiny_tokenizer().save_pretrained(tmp_path)  # a neighbour's, which is not the file's
-    done = run_command("stocha-convert", source, out, "--dtype", "float32", "--base-model", "org/model", "--json")
+    done = call_command("stocha-convert", source, out, "--dtype", "float32", "--base-model", "org/model", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["source"] == {"id": "org/model", "revision": None}
     weights = load_file(out / "model.safetensors")
@@ -225,7 +225,7 @@ def test_a_truncated_file_is_refused(tmp_path):
         source.write_bytes(whole[:length])
         with pytest.raises(StochaError, match=r"model.gguf cannot be read as GGUF"):
             check_gguf(source)
-    assert_refused(run_command("stocha-convert", source, tmp_path / "out"), "model.gguf cannot be read as GGUF")
+    assert_refused(call_command("stocha-convert", source, tmp_path / "out"), "model.gguf cannot be read as GGUF")
     assert not (tmp_path / "out").exists()
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers import BIN, assert_refused, run_command, run_python
 from helpers.loopback_hub import LoopbackHub
 
@@ -115,6 +116,20 @@ def test_publishing_an_unchanged_folder_again_makes_no_commit(checkpoint, hub, h
     first, second = (succeeded(hub_run("stocha-publish", tmp_path / "stocha", "user/model", "--json")) for _ in "12")
     assert first == second
     assert len(hub.commits("user/model")) == 2 and len(hub.uploads) == 1
+
+
+def test_a_space_shows_the_published_model_with_the_package_beside_it(checkpoint, hub, hub_run, tmp_path):
+    convert(checkpoint(), tmp_path / "stocha")
+    done = succeeded(hub_run("stocha-publish", tmp_path / "stocha", "user/model", "--space", "user/demo", "--json"))
+    assert done["space"] == f"{hub.url}/spaces/user/demo"
+    sent = hub.files("user/demo")
+    assert '"MODEL", "user/model"' in sent["app.py"].decode() and done["tag"] in sent["app.py"].decode()
+    compile(sent["app.py"], "app.py", "exec")
+    metadata = yaml.safe_load(sent["README.md"].decode().split("---")[1])
+    assert (metadata["sdk"], metadata["app_file"], metadata["models"]) == ("gradio", "app.py", ["user/model"])
+    package = MODELING_FILE.parent
+    code = {f"stocha_hf/{path.relative_to(package)}" for path in package.rglob("*.py")}
+    assert code <= sent.keys() and sent["stocha_hf/modeling_stocha.py"] == MODELING_FILE.read_bytes()
 
 
 def test_shards_of_an_earlier_publication_go_in_the_same_commit(checkpoint, hub, hub_run, tmp_path):
@@ -464,7 +479,7 @@ def test_a_folder_that_is_no_whole_stocha_checkpoint_is_refused_unsent(checkpoin
     config = json.loads((stocha / "config.json").read_text())
     shard = sorted(stocha.glob("*.safetensors"))[0]
 
-    assert_refused(hub_run("stocha-publish", source, "user/model"), "no stocha checkpoint", "stocha-convert")
+    assert_refused(hub_run("stocha-publish", source, "user/model"), "not a stocha checkpoint", "stocha-convert")
     assert_refused(hub_run("stocha-publish", tmp_path / "absent", "user/model"), "absent", "does not exist")
     (stocha / "config.json").write_text(json.dumps(config | {"stocha": config["stocha"] | {"p": 7}}))
     assert_refused(hub_run("stocha-publish", stocha, "user/model"), "p is 7", "between 0 and 1")
@@ -513,6 +528,6 @@ def test_a_model_pushed_from_python_loads_with_its_own_code(checkpoint, hub, hub
         files = hub.files(repo)
         config = json.loads(files["config.json"])
         assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_stocha.StochaLlamaForCausalLM"
-        assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "relu"
+        assert config["architectures"] == ["StochaLlamaForCausalLM"] and config["hidden_act"] == "relu"
         assert files["modeling_stocha.py"] == MODELING_FILE.read_bytes()
         assert len(hub.commits(repo)) == 2

@@ -27,7 +27,7 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"data_files"},
     {"checkpoints"},
     {"patching", "quantization_stocha"},
-    {"modeling_stocha", "sparse"},  # sparse: what published files of 0.1 look for
+    {"modeling_stocha", "mlx_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
     {"spec", "quantization"},
     {"errors"},

@@ -296,6 +296,22 @@ def test_transformers_knows_the_classes_as_it_knows_the_native_ones(model_type):
     assert base.__name__ in MODEL_MAPPING_NAMES.values(), "else it counts as a model with a loss"
 
 
+@families
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_transformers_own_tests_train_trains(model_type, checkpointing):
+    """As test_training and test_training_gradient_checkpointing of its ModelTesterMixin, which skip base models."""
+    row, config = ARCHITECTURES[model_type], patched(model_type).config
+    classes = [getattr(modeling_stocha, f"Stocha{name}") for name in (row.model, row.causal_lm)]
+    with_a_loss = [cls for cls in classes if cls.__name__ not in MODEL_MAPPING_NAMES.values()]
+    assert with_a_loss == classes[1:]
+    for cls in with_a_loss:
+        model = cls(config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
 def test_a_mode_under_inference_mode_leaves_a_model_that_trains():
     model = patched(activation="mean")
     with torch.inference_mode(), model.eval().stocha_mode("relu", p=0.5):

@@ -33,8 +33,8 @@ def test_recipe_parses_and_names_files_that_exist(path, tmp_path):
     data, args, model, schedule = parse(
         ["--config", str(path), "--use_cpu", "true", "--output_dir", str(tmp_path)], None
     )
-    assert data.dataset and (model.model_name_or_path or args.model_config) and args.max_steps > 0
-    ends_with = "silu" if path.stem in ("adapt", "teacher") else "relu"  # they make the teacher
+    assert (data.dataset or data.datasets) and (model.model_name_or_path or args.model_config) and args.max_steps > 0
+    ends_with = "silu" if path.stem in ("adapt", "teacher", "sparsify") else "relu"  # a teacher, or cut inputs
     assert ACTIVATIONS[schedule.phases[-1].activation].native == ends_with
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for name in re.findall(r"recipes/[\w./-]+\.(?:py|yaml)", header):
@@ -110,10 +110,10 @@ BAD_RECIPES = {  # the file, and words of the sentence
     "100,000 brackets": ("a: " + "[" * 100_000, "recipe.yaml is not YAML"),
     "a Python object": ("a: !!python/object/apply:os.system [true]", "recipe.yaml is not YAML, line 1"),
     "too large": ("#" * 2_000_000, "has 2000000 bytes: expected at most"),
-    "a list": ("- a", "is not a list of keys"),
-    "a word": ("relu", "is not a list of keys"),
-    "nothing": ("", "is not a list of keys"),
-    "numbers for keys": ("1: 2", "is not a list of keys"),
+    "a list": ("- a", "holds no keys"),
+    "a word": ("relu", "holds no keys"),
+    "nothing": ("", "holds no keys"),
+    "numbers for keys": ("1: 2", "holds no keys"),
     "an unknown key": (START + "shedule: []\n", "the key 'shedule'"),
     "no model": (START.partition("\n")[2] + SCHEDULE, "model_name_or_path is missing"),
     "no schedule": (START, "schedule is missing"),

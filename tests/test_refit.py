@@ -244,7 +244,7 @@ def test_a_full_disk_is_told_in_one_sentence_and_keeps_finished_layers(
         store(tensors, path, metadata)
 
     monkeypatch.setattr(refit, "save_file", full_at_the_second)
-    with pytest.raises(StochaError, match=r"No space left on device.*goes on from the finished layers"):
+    with pytest.raises(StochaError, match=r"No space left on device.*continues from the finished layers"):
         convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
     assert [path.name for path in (tmp_path / ".out.refit").glob("*/layer*")] == ["layer-000.safetensors"]
 

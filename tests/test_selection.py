@@ -354,3 +354,10 @@ def test_mistakes_are_told(calibration) -> None:
         METHODS["teal"].select(calibration, 0.5).applied(tiny_model(num_hidden_layers=3)),
     ):
         pass
+
+
+def test_more_values_than_float32_can_count_are_counted() -> None:
+    seen = Distribution()
+    for value in (1.0, 2.0):
+        seen.add(torch.tensor(value).expand(2**24 + 1))
+    assert seen.quantile(1.0) < 2.1 and seen.below(1.5) == 0.5

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from helpers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -32,9 +33,11 @@ def loaded(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_sft_by_path_trains_the_activation_where_remote_code_is_trusted(fatrelu, tmp_path, trusted):
+def test_sft_by_path_trains_the_activation_where_remote_code_is_trusted(fatrelu, tmp_path, monkeypatch, trusted):
     from trl import SFTConfig, SFTTrainer
 
+    # where code was trusted before, in this process, trl finds its class by the name in config.json
+    monkeypatch.delattr(transformers, "StochaLlamaForCausalLM", raising=False)
     rows = Dataset.from_list([{"text": "w5 w6 w9 w8"}] * 4)
     args = SFTConfig(output_dir=str(tmp_path / "out"), save_strategy="no", trust_remote_code=trusted, **OPTIONS)
     trainer = SFTTrainer(model=str(fatrelu), args=args, train_dataset=rows)
@@ -42,7 +45,8 @@ def test_sft_by_path_trains_the_activation_where_remote_code_is_trusted(fatrelu,
     if trusted:
         trainer.train()
         trainer.save_model()
-        assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["architectures"] == ["StochaLlamaForCausalLM"]
         assert [mlp.threshold for mlp in stocha_mlps(loaded(tmp_path / "out"))] == [2, 2]
 
 

@@ -1,6 +1,6 @@
 """Prompts: from files and data sets, put into the chat template, and as token ids.
 
-read_prompts("prompts.txt")                  # a prompt a line
+read_prompts("prompts.txt")                  # one prompt per line
 read_prompts("HuggingFaceH4/ultrachat_200k", split="train_sft")      # the column `prompt`, or `messages`
 rendered(tokenizer, prompts, chat=True)      # texts that an answer follows
 """
@@ -21,8 +21,8 @@ def read_prompts(name: str, *, split: str = "train", column: str | None = None) 
     """Return the prompts of a file or data set.
 
     Args:
-        name: A .txt file with a prompt a line; a jsonl, json, csv or parquet file or a folder of one kind; or a data
-            set of the Hub. Of these the column `prompt`, text or messages, or else `messages` up to a user's last.
+        name: A .txt file with one prompt per line; a jsonl, json, csv or parquet file or a folder of one kind; or a
+            data set of the Hub. Of these the column `prompt`, text or messages, else `messages` up to a user's last.
         split: Split of a Hub data set.
         column: Another column with prompts.
 
@@ -34,10 +34,12 @@ def read_prompts(name: str, *, split: str = "train", column: str | None = None) 
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise StochaError(f"{name} cannot be read ({error}): expected a text file with a prompt a line") from None
+            raise StochaError(
+                f"{name} cannot be read ({error}): expected a text file with one prompt per line"
+            ) from None
         if found := [line for line in lines if line.strip()]:
             return list(found)
-        raise StochaError(f"{name} is empty: expected a prompt a line")
+        raise StochaError(f"{name} is empty: expected one prompt per line")
     data = load_rows(name, split=split)
     wanted = [column] if column else ["prompt", "messages"]
     chosen = next((some for some in wanted if some in data.column_names), None)

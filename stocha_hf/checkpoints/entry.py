@@ -1,7 +1,8 @@
 """The `stocha` entry of a config, and the keys that follow from it: read and written here and nowhere else.
 
 The entry says what a checkpoint trains and infers with, where it came from and what was done to it. The native class
-reads `hidden_act` (Gemma's `hidden_activation`), and the Auto classes read `auto_map`, so they change together.
+reads `hidden_act` (Gemma's `hidden_activation`), the Auto classes read `auto_map`, MLX-LM reads `model_file` and other
+tools `architectures`, so they change together.
 
     config = with_entry(config, stocha)   # a config.json as a dict
     set_entry(model.config, stocha)       # a transformers config
@@ -16,7 +17,7 @@ from typing import Any
 from stocha_hf.checkpoints.names import check_label, check_origin
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import QUANTIZATION_FILE
-from stocha_hf.spec import ARCHITECTURES, MODELING_FILE, InputCuts, StochaConfig
+from stocha_hf.spec import ARCHITECTURES, MLX_FILE, MODELING_FILE, InputCuts, StochaConfig, class_names
 
 SIZES = ("num_hidden_layers", "intermediate_size")
 MOST_LAYERS = 10_000
@@ -31,7 +32,7 @@ def read_entry(config: Mapping[str, Any], where: str) -> StochaConfig:
     """
     entry = config.get("stocha")
     if not isinstance(entry, dict):
-        raise StochaError(f"{where} is no stocha checkpoint: expected one that stocha-convert or training wrote")
+        raise StochaError(f"{where} is not a stocha checkpoint: expected one that stocha-convert or training wrote")
     return checked_entry(entry, config, where)
 
 
@@ -50,10 +51,24 @@ def checked_entry(entry: dict[str, Any], config: Mapping[str, Any], where: str) 
 
 
 def entry_keys(model_type: str, present: Mapping[str, Any], stocha: StochaConfig) -> dict[str, Any]:
-    """What a config of this model_type holds for a resolved StochaConfig; `present` are the keys that it has."""
+    """What a config of this model_type holds for a resolved StochaConfig; `present` are the keys that it has.
+
+    A key whose value is None is to be left out.
+    """
     row = ARCHITECTURES[model_type]
     acts = dict.fromkeys(sorted({row.act_key} | {key for key in ACT_KEYS if key in present}), stocha.native_act)
-    return acts | {"auto_map": auto_map(model_type, present), "stocha": stocha.to_dict()}
+    return acts | code_keys(model_type, present, stocha) | {"stocha": stocha.to_dict()}
+
+
+def code_keys(model_type: str, present: Mapping[str, Any], stocha: StochaConfig) -> dict[str, Any]:
+    """The keys of a config that name code, or a class: what they say, or None where they are to be left out."""
+    common = stocha.common and not present.get("quantization_config")
+    names = present.get("architectures") or [ARCHITECTURES[model_type].causal_lm]
+    return {
+        "architectures": class_names(names, common),
+        "auto_map": auto_map(model_type, present),
+        "model_file": None if common else MLX_FILE.name,
+    }
 
 
 def auto_map(model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
@@ -66,13 +81,21 @@ def auto_map(model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
 
 def with_entry(config: Mapping[str, Any], stocha: StochaConfig) -> dict[str, Any]:
     """A config.json, as a dict, with this entry; every other key stays. `stocha` is resolved."""
-    return dict(config) | entry_keys(str(config["model_type"]), config, stocha)
+    return with_keys(config, entry_keys(str(config["model_type"]), config, stocha))
+
+
+def with_keys(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with these keys in it, and without those that are None."""
+    return {key: value for key, value in (dict(config) | dict(keys)).items() if value is not None or key not in keys}
 
 
 def set_entry(config: Any, stocha: StochaConfig) -> None:
     """Give a transformers config this entry, in place. `stocha` is resolved."""
     for key, value in entry_keys(config.model_type, vars(config), stocha).items():
-        setattr(config, key, value)
+        if value is not None:
+            setattr(config, key, value)
+        elif key in vars(config):
+            delattr(config, key)
 
 
 def began_random(history: list[dict[str, Any]] | None) -> bool:

@@ -5,10 +5,11 @@ example:
   stocha-answers smollm2-sparse HuggingFaceH4/ultrachat_200k answers.parquet --split train_sft --limit 20000 --new 384
   then: stocha-convert Qwen/Qwen2.5-Coder-0.5B-Instruct qwen-sparse --activation relu --refit answers.jsonl
 
-PROMPTS is a text file with a prompt a line; or a jsonl, json, csv or parquet file, or a Hub data set, with a column
-`prompt` (text, or messages) or `messages`. OUT gets a row for each answer: the whole text with all special tokens, as
-stocha-train and --refit read it. Answers are added as they are done, and the same command goes on where it was killed.
-No prompt is answered twice, but with --samples, and no answer is written twice.
+PROMPTS is a text file with one prompt per line; or a jsonl, json, csv or parquet file, or a Hub data set, with a
+column `prompt` (text, or messages) or `messages`. OUT gets a row for each answer: the whole text with all special
+tokens, as stocha-train and --refit read it. Answers are added as they are done, and the same command continues where
+it was killed.
+No answer is written twice, and a prompt is answered more than once only with --samples.
 """
 
 from __future__ import annotations
@@ -40,14 +41,18 @@ def parser() -> Parser:
     verb.add_argument("--column", help="column of prompts (default: prompt, else messages)")
     verb.add_argument("--plain", action="store_true", help="continue prompts as they are, without the chat template")
     verb.add_argument("--limit", type=whole_number(1), metavar="N", help="answer the first N prompts (default: all)")
-    verb.add_argument("--samples", type=whole_number(1), default=1, help="answers a prompt (default: 1)")
-    verb.add_argument("--new", type=whole_number(1), default=512, help="tokens of an answer at most (default: 512)")
+    verb.add_argument("--samples", type=whole_number(1), default=1, help="answers per prompt (default: 1)")
+    verb.add_argument("--new", type=whole_number(1), default=512, help="longest answer, in tokens (default: 512)")
     verb.add_argument(
         "--temperature", type=number_from_0, default=0.8, help="0 takes the most likely token (default: 0.8)"
     )
-    verb.add_argument("--top-p", type=top_p, default=1.0, help="draw from tokens of this share only (default: 1)")
+    verb.add_argument(
+        "--top-p", type=top_p, default=1.0, help="draw from the likeliest tokens with this share in all (default: 1)"
+    )
     verb.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="decides what is drawn (default: 0)")
-    verb.add_argument("--batch-size", type=whole_number(1), metavar="N", help="answers at a time (default: by device)")
+    verb.add_argument(
+        "--batch-size", type=whole_number(1), metavar="N", help="answers generated at once (default: by device)"
+    )
     verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print the figures as JSON")
     return verb

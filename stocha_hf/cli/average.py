@@ -4,8 +4,8 @@ example:
   stocha-average runs/kl runs/kl-and-text averaged
   stocha-average runs/seed-0 runs/seed-1 runs/seed-2 averaged --shares 2 1 1
 
-The mean is as sparse and as fast as the runs, and can be better than each on text that none of them saw: measure it
-with stocha-eval. OUTPUT appears complete or not at all.
+The mean is as sparse and as fast as the runs, and can do better than any of them on text that none of them saw:
+measure it with stocha-eval. OUTPUT appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def parser() -> Parser:
     )
     verb.add_argument("output", type=path_or_id, metavar="OUTPUT", help="folder to write")
     verb.add_argument(
-        "--shares", type=positive_number, nargs="+", help="positive numbers, one per FOLDER (default: all alike)"
+        "--shares", type=positive_number, nargs="+", help="positive numbers, one per FOLDER (default: equal)"
     )
     verb.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint folder")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -1,4 +1,4 @@
-"""Dense against sparse decode on this machine's CPU, side by side in one run: the FFN alone, or a model end to end.
+"""Compare dense and sparse decoding on this machine's CPU, side by side in one run: the FFN alone, or a whole model.
 
 example:
   stocha-bench --shape 2048,8192 --sparsity 0 0.5 0.9 --tokens 1 4
@@ -47,16 +47,16 @@ def parser() -> Parser:
         "model", type=path_or_id, nargs="?", metavar="MODEL", help="converted checkpoint: end to end, dense and sparse"
     )
     verb.add_argument(
-        "--shape", type=shape, action="append", help="H,M: an FFN of random weights; may be given several times"
+        "--shape", type=shape, action="append", help="H,M: an FFN with random weights; may be given several times"
     )
     verb.add_argument(
-        "--random", type=one_of(SHAPES), action="append", help="1b or 3b: a Llama of random weights, end to end"
+        "--random", type=one_of(SHAPES), action="append", help="1b or 3b: a Llama with random weights, end to end"
     )
     verb.add_argument(
         "--sparsity", nargs="+", type=share_below_1, help="shares of zeros to force (default: 0 0.5 0.8 0.9 0.95 0.99)"
     )
     verb.add_argument(
-        "--tokens", nargs="+", type=whole_number(1, 8), default=[1], help="tokens of an FFN's step (default: 1)"
+        "--tokens", nargs="+", type=whole_number(1, 8), default=[1], help="tokens in a step of the FFN (default: 1)"
     )
     verb.add_argument(
         "--recall", type=recall, help="end to end: skip gate rows as well, with this recall (1: exactly)"
@@ -68,7 +68,7 @@ def parser() -> Parser:
     verb.add_argument("--new", type=whole_number(1), default=64, help="tokens to decode (default: 64)")
     verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print the records as JSON")
-    verb.add_argument("--plot", type=path_or_id, metavar="FILE", help="draw the FFN's speedup against its zeros")
+    verb.add_argument("--plot", type=path_or_id, metavar="FILE", help="plot the FFN's speedup against its zeros")
     return verb
 
 

@@ -8,9 +8,9 @@ example:
   stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
-SOURCE's files are copied byte for byte (but for the FFN weights with --refit, and all weights with --bits) and nothing
-of it is run. OUTPUT appears complete or not at all; a refit or quantization that was killed goes on when started again
-with the same command.
+SOURCE's files are copied byte for byte (except the FFN weights with --refit, and all weights with --bits) and nothing
+of it is run. OUTPUT appears complete or not at all; a refit or quantization that was killed continues when started
+again with the same command.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stocha_hf.cli import (
     whole_number,
 )
 from stocha_hf.errors import StochaError
-from stocha_hf.quantization import BITS, MATRICES
+from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES
 from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
@@ -51,7 +51,7 @@ def parser() -> Parser:
         "source",
         type=path_or_id,
         metavar="SOURCE",
-        help="Hub id, checkpoint folder or .gguf file; may be converted already",
+        help="Hub id, checkpoint folder or .gguf file; may already be converted",
     )
     verb.add_argument("output", type=path_or_id, metavar="OUTPUT", help="folder to write")
     verb.add_argument(
@@ -73,7 +73,10 @@ def parser() -> Parser:
     verb.add_argument("--threshold", type=number_from_0, help="threshold of fatrelu and shifted_relu (default: 0)")
     verb.add_argument("--k", type=whole_number(1), help="neurons that topk keeps per token")
     verb.add_argument(
-        "--refit", type=path_or_id, metavar="DATA", help="refit the FFNs for --activation relu on this text, untrained"
+        "--refit",
+        type=path_or_id,
+        metavar="DATA",
+        help="refit the FFNs for --activation relu on this text, without training",
     )
     verb.add_argument("--target-sparsity", type=share, help="share of zeros to refit for (default: what ReLU makes)")
     verb.add_argument(
@@ -106,9 +109,7 @@ def parser() -> Parser:
         help="uniform: SHARE of each projection; greedy: of each layer, output: of all layers, most where it matters "
         "least (default: uniform)",
     )
-    verb.add_argument(
-        "--inputs-prefill", action="store_true", help="cut at every token, not in decode steps of one token alone"
-    )
+    verb.add_argument("--inputs-prefill", action="store_true", help="cut at every token, not only in decode steps")
     verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
     verb.add_argument(
         "--bits", type=checked(int, lambda bits: bits in BITS, "4 or 8"), help="quantize the weights to 4 or 8 bits"
@@ -118,12 +119,15 @@ def parser() -> Parser:
         nargs="*",
         type=one_of(MATRICES),
         metavar="NAME",
-        help=f"with --bits 4, what gets 8: {', '.join(MATRICES)} (default: embed_tokens lm_head; none: 4 for all)",
+        help=f"with --bits 4, what gets 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4 for all)",
     )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")
     verb.add_argument(
-        "--dtype", type=dtype_name, default="bfloat16", help="what a .gguf file's tensors become (default: bfloat16)"
+        "--dtype",
+        type=dtype_name,
+        default="bfloat16",
+        help="dtype for the tensors of a .gguf file (default: bfloat16)",
     )
     verb.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint folder")
     verb.add_argument("--push-to-hub", type=hub_id, metavar="REPO", help="publish OUTPUT to this Hub repo afterwards")

@@ -18,7 +18,7 @@ raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it ta
 --tasks: humaneval, bigbench:NAME for BIG-bench's multiple choice, and the names of lm-evaluation-harness, which needs
 the extra `tasks`. Scores come with their standard errors, and differences from a baseline, question by question, with
 their 95% intervals. humaneval runs what the model writes, so it needs --run-code. --results keeps responses as they
-come: the same command goes on where it was killed.
+come: the same command continues where it was killed.
 """
 
 from __future__ import annotations
@@ -72,18 +72,18 @@ def parser() -> Parser:
         type=one_of(ACTIVATIONS),
         help=f"force an activation on MODEL: {', '.join(ACTIVATIONS)} (default: its own)",
     )
-    verb.add_argument("--length", type=whole_number(2), default=1024, help="tokens of a window (default: 1024)")
+    verb.add_argument("--length", type=whole_number(2), default=1024, help="tokens per window (default: 1024)")
     verb.add_argument("--windows", type=whole_number(1), help="evenly spaced windows to measure on (default: all)")
     verb.add_argument(
-        "--cett", nargs="+", type=share_below_1, metavar="C", help="measure truncated at these CETT as well"
+        "--cett", nargs="+", type=share_below_1, metavar="C", help="also measure with neurons dropped up to these CETT"
     )
     verb.add_argument(
         "--ppl-increase", type=positive_number, metavar="P", help="find the PPL-P%% sparsity, P in percent"
     )
     verb.add_argument("--limit", type=whole_number(1), metavar="N", help="ask N evenly spaced questions of each task")
-    verb.add_argument("--batch-size", type=whole_number(1), metavar="N", help="texts of a task at a time")
+    verb.add_argument("--batch-size", type=whole_number(1), metavar="N", help="texts of a task run at once")
     verb.add_argument(
-        "--run-code", action="store_true", help="run the code that MODEL writes, with limits, no network"
+        "--run-code", action="store_true", help="run the code that MODEL writes, with limits and without network"
     )
     verb.add_argument(
         "--task-data",
@@ -97,7 +97,7 @@ def parser() -> Parser:
     verb.add_argument("--dtype", type=dtype_name, default="bfloat16", help=f"{', '.join(DTYPES)} (default: bfloat16)")
     verb.add_argument("--json", action="store_true", help="print the figures as JSON, with the weights' hash")
     verb.add_argument(
-        "--plot", type=path_or_id, metavar="FILE", help="draw zeros by layer, reuse, and perplexity against zeros"
+        "--plot", type=path_or_id, metavar="FILE", help="plot zeros by layer, reuse, and perplexity against zeros"
     )
     return verb
 

@@ -1,4 +1,4 @@
-"""Samples of prompts, and how likely and how diverse they are: noise of the activation against temperature.
+"""Sample from a model, and measure how likely and how diverse the samples are: activation noise against temperature.
 
 example:
   stocha-generate smollm2-stocha --prompt "The history of paper begins"
@@ -41,10 +41,10 @@ def parser() -> Parser:
     verb = Parser("stocha-generate", __doc__)
     verb.add_argument("model", type=path_or_id, metavar="MODEL", help="Hub id or checkpoint folder")
     verb.add_argument("--prompt", action="append", help="text to continue; may be given several times")
-    verb.add_argument("--prompts", type=path_or_id, metavar="FILE", help="text file with a prompt a line")
+    verb.add_argument("--prompts", type=path_or_id, metavar="FILE", help="text file with one prompt per line")
     verb.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
-    verb.add_argument("--samples", type=whole_number(1), default=4, help="samples a prompt (default: 4)")
-    verb.add_argument("--new", type=whole_number(1), default=64, help="tokens of a sample at most (default: 64)")
+    verb.add_argument("--samples", type=whole_number(1), default=4, help="samples per prompt (default: 4)")
+    verb.add_argument("--new", type=whole_number(1), default=64, help="longest sample, in tokens (default: 64)")
     verb.add_argument(
         "--decoding",
         nargs="+",
@@ -62,7 +62,7 @@ def parser() -> Parser:
         "--plot",
         type=path_or_id,
         metavar="FILE",
-        help="draw diversity against log-likelihood, a line a way of decoding",
+        help="plot diversity against log-likelihood, one line per way of decoding",
     )
     return verb
 
@@ -116,7 +116,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise StochaError(f"--prompts {args.prompts} cannot be read ({error}): expected a text file") from None
         if not text.strip():
-            raise StochaError(f"--prompts {args.prompts} is empty: expected a prompt a line")
+            raise StochaError(f"--prompts {args.prompts} is empty: expected one prompt per line")
         prompts += [line for line in text.splitlines() if line.strip()]
     if not prompts or not all(map(str.strip, prompts)):
         raise StochaError("there is no prompt, or an empty one: expected --prompt TEXT or --prompts FILE")

@@ -1,4 +1,4 @@
-"""Train a model as a recipe says: an activation schedule, if wanted with a teacher, LoRA or a sparsity target.
+"""Train a model as a recipe says: with an activation schedule and, if wanted, a teacher, LoRA or a sparsity target.
 
 example:
   stocha-train --config recipes/smollm2-135m/relu_finetune.yaml --use_cpu true --max_steps 20

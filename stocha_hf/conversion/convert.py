@@ -114,8 +114,8 @@ def convert(
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.
-        in_8_bits: names of the matrices that get 8 bits where `bits` is 4, in MATRICES (default: embed_tokens and
-            lm_head).
+        in_8_bits: names of the matrices that get 8 bits where `bits` is 4, in MATRICES (default: v_proj,
+            embed_tokens and lm_head).
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
         dtype: what a .gguf file's tensors become, one of DTYPES.
@@ -235,7 +235,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise StochaError(f"{output} exists: expected a new folder; choose another one or pass --overwrite")
     if not output.is_dir() or output.is_symlink() or (any(output.iterdir()) and not (output / CONFIG).is_file()):
-        raise StochaError(f"{output} is no checkpoint folder: expected one to overwrite; choose another output")
+        raise StochaError(f"{output} is not a checkpoint folder: expected one to overwrite; choose another output")
 
 
 def _converted_config(source: Source, base_model: str | None, changes: dict[str, Any]) -> dict[str, Any]:
@@ -260,11 +260,9 @@ def write_checkpoint(
     `change` may overwrite the copied tensors in the folder that it is given.
     """
     with staged_folder(output, replace=overwrite) as folder:
-        _copy_all(source, folder)
+        copy_files(source, folder)
         if change is not None:
             change(folder)
-        if source.tokenizer is not None:
-            (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")
         for file in code_files(config):
             copy_file(file, folder / file.name)
         (folder / CONFIG).write_text(dump(config), encoding="utf-8")
@@ -272,10 +270,13 @@ def write_checkpoint(
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _copy_all(source: Source, folder: Path) -> None:
+def copy_files(source: Source, folder: Path) -> None:
+    """Copy weights and companions, and the tokenizer's settings without code."""
     from tqdm import tqdm
 
     sizes = {name: (source.folder / name).stat().st_size for name in source.files}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying", disable=None, leave=False) as bar:
         for name in source.files:
             copy_file(source.folder / name, folder / name, bar.update)
+    if source.tokenizer is not None:
+        (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")

@@ -3,8 +3,8 @@
 GPTQ (Frantar et al., arXiv 2210.17323): inputs are rounded one after the other, and the error that rounding makes in
 the layer's outputs, on the calibration text, is spread over the inputs that are still floats, by the inverse of the
 inputs' second moments. A matrix whose rows are outputs has its scales fitted a group of inputs at a time. One whose
-rows are inputs, as down_proj, has an input's scales fitted at its turn, and inputs take turns by their second moments:
-few neurons make most of a layer's output, and these come while there is most left to make up for them.
+rows are inputs, as down_proj, has the scales of ROWS inputs fitted at a time. There, inputs take turns by their second
+moments: few neurons make most of a layer's output, and these come while there is most left to make up for them.
 
     codes, scale = round_with_feedback(weight, moments, transposed=False)
 """
@@ -18,7 +18,7 @@ from stocha_hf.quantization import GROUP
 from stocha_hf.quantization_stocha import decode, encode, fit, pack
 
 DAMPING = 0.01  # of the mean second moment, added to each
-ROWS = 64  # inputs of a transposed matrix whose errors are spread together
+ROWS = 16  # inputs of a transposed matrix that are fitted together
 
 
 def round_with_feedback(
@@ -75,14 +75,13 @@ def _by_inputs(weight: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor
     even = weight.new_ones(GROUP)
     for first in range(0, len(weight), ROWS):
         last = min(first + ROWS, len(weight))
+        scale = fit(weight[first:last].view(last - first, -1, GROUP), 4, even)
         errors = torch.empty_like(weight[first:last])
         for row in range(first, last):
-            groups = weight[row].view(-1, GROUP)
-            scale = fit(groups, 4, even)
-            code = encode(groups, scale, 4)
-            error = (weight[row] - decode(code, scale, 4).view(-1)) / factor[row, row]
+            code = encode(weight[row].view(-1, GROUP), scale[row - first], 4)
+            error = (weight[row] - decode(code, scale[row - first], 4).view(-1)) / factor[row, row]
             weight[row + 1 : last] -= factor[row, row + 1 : last, None] * error
             codes[row], errors[row - first] = code.view(-1), error
-            scales.append(scale)
         weight[last:] -= factor[first:last, last:].T @ errors
-    return codes, torch.stack(scales)
+        scales.append(scale)
+    return codes, torch.cat(scales)

@@ -14,13 +14,16 @@ import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stocha_hf.checkpoints.staging import scratch_folder
-from stocha_hf.conversion.export_metadata import Plan, plan_metadata
+from stocha_hf.conversion.export_metadata import plan_metadata
 from stocha_hf.conversion.source import Source
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import __version__
+
+if TYPE_CHECKING:
+    from stocha_hf.conversion.export_tensors import FileTensor
 
 OWN = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}  # and gguf's names
 BY_LLAMA_CPP = ("q6_k", "q5_k_m", "q4_k_m", "q4_0")
@@ -58,18 +61,20 @@ def write_gguf(source: Source, activation: str, precision: str | None, output: P
     Raises StochaError for a model or tokenizer that llama.cpp does not compute alike, with nothing written.
     """
     from stocha_hf.checkpoints.tensors import Tensors
+    from stocha_hf.conversion.export_tensors import tensors_of
     from stocha_hf.conversion.export_vocabulary import vocabulary
     from stocha_hf.data import load_tokenizer
 
     plan = plan_metadata(source.config, activation, source.id)
-    told = _general(source, activation) | plan.values
+    told = general(source, activation) | plan.values
     told |= vocabulary(load_tokenizer(source.folder), plan.sizes.vocab, source.id)
     tensors = Tensors(source.folder)
     stored = _STORED[str(tensors.read(tensors.ending("embed_tokens.weight")).dtype).removeprefix("torch.")]
     precision = precision or stored
     with scratch_folder(output) as work:
         written = work / "model.gguf"
-        _write(written, plan, told, tensors, precision if precision in OWN else stored)
+        own = precision if precision in OWN else stored
+        write_file(written, plan.architecture, told, list(tensors_of(plan, tensors, own)), own)
         if precision in BY_LLAMA_CPP:
             written = _quantized(written, precision)
         written.replace(output)
@@ -84,7 +89,8 @@ def _is_gguf(path: Path) -> bool:
         return False
 
 
-def _general(source: Source, activation: str) -> dict[str, Any]:
+def general(source: Source, activation: str) -> dict[str, Any]:
+    """Metadata of where a file comes from and what it computes."""
     languages = source.metadata.get("language")
     told = {
         "general.name": source.id,
@@ -96,19 +102,17 @@ def _general(source: Source, activation: str) -> dict[str, Any]:
     return {key: value for key, value in told.items() if value}
 
 
-def _write(path: Path, plan: Plan, told: dict[str, Any], tensors: Any, precision: str) -> None:
+def write_file(path: Path, architecture: str, told: dict[str, Any], found: list[FileTensor], precision: str) -> None:
+    """Write a GGUF file of these metadata and tensors, one tensor in memory at a time."""
     import numpy as np
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
     from tqdm import tqdm
 
-    from stocha_hf.conversion.export_tensors import tensors_of
-
-    writer = GGUFWriter(path, plan.architecture)
+    writer = GGUFWriter(path, architecture)
     writer.add_file_type(int(LlamaFileType[OWN[precision]]))
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for key, value in told.items():
         _add(writer, key, value)
-    found = list(tensors_of(plan, tensors, precision))
     for tensor in found:
         kind = GGMLQuantizationType[tensor.type.upper()]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, kind)

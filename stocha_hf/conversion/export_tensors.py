@@ -78,12 +78,14 @@ def _tensor(plan: Plan, name: str, shape: list[int], tensors: Tensors, precision
     kind = "f32" if len(shape) == 1 else "f16" if precision == "q8_0" and shape[-1] % 32 else precision
     heads = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name.split(".")[-2])
     plus_1 = sizes.gemma and name.endswith("norm.weight")
+    theirs = plan.names[name]
+    transposed = "ffn_down_t." in theirs  # PowerInfer's
 
     def read() -> torch.Tensor:
         value = tensors.read(tensors.ending(name))
         if plan.architecture == "llama" and heads is not None:
             value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2)
-        return value.float() + 1 if plus_1 else value
+        return value.float() + 1 if plus_1 else value.T if transposed else value
 
-    theirs = plan.names[name]
-    return FileTensor(theirs, [1, *shape] if "_exps." in theirs else shape, kind, read)
+    shape = [1, *shape] if "_exps." in theirs else shape[::-1] if transposed else shape
+    return FileTensor(theirs, shape, kind, read)

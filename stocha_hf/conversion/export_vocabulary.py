@@ -143,6 +143,6 @@ def _joined(merge: str | list[str]) -> str:
 
 def _unknown(where: str, what: str) -> StochaError:
     return StochaError(
-        f"the tokenizer of {where} {what[:200]}, which llama.cpp does not: expected that of GPT-2, SmolLM, Llama, "
-        "Mistral, Qwen2 or Gemma"
+        f"the tokenizer of {where} {what[:200]}, which llama.cpp does not support: expected that of GPT-2, SmolLM, "
+        "Llama, Mistral, Qwen2 or Gemma"
     )

@@ -99,7 +99,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
                 _save(folder / part, _quantized(tensors, names, options.entry))
     except (OSError, SafetensorError) as error:
         raise StochaError(
-            f"cannot write {work} ({error}): free space and start again with the same command, which goes on from "
+            f"cannot write {work} ({error}): free space and start again with the same command, which continues from "
             "the finished layers there"
         ) from error
     stage: dict[str, Any] = {"method": "quantize", "bits": options.entry.bits}

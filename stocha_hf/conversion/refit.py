@@ -123,7 +123,7 @@ def refit_checkpoint(source: Source, config: dict[str, Any], options: Refit, wor
         figures = refit_layers(layers, tokens, options, store, folder if options.on_disk else None)
     except (OSError, SafetensorError) as error:
         raise StochaError(
-            f"cannot write {work} ({error}): free space and start again with the same command, which goes on from "
+            f"cannot write {work} ({error}): free space and start again with the same command, which continues from "
             "the finished layers there"
         ) from error
     stocha = refitted_entry(read_entry(config, source.id), options, tokens.numel(), figures)

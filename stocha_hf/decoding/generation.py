@@ -21,7 +21,8 @@ from stocha_hf.decoding.cache import rows_of, takes
 from stocha_hf.decoding.conditions import CACHE, FEW
 from stocha_hf.decoding.ops import available
 
-KNOWN = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
+# generate() has made stopping criteria of a tokenizer before; `transformers serve` always gives it one
+KNOWN = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "tokenizer"}
 
 
 def sample(

@@ -56,6 +56,12 @@ NATIVE_USE = "2. without `trust_remote_code`: the native {architecture}, {note};
 QUANTIZED_USE = (
     "2. without `trust_remote_code` not at all: the weights are quantized, and `quantization_stocha.py` reads them;"
 )
+DENSE_ELSEWHERE = """## Other tools
+
+llama.cpp, MLX-LM, vLLM and the native class of transformers run this model **without the cuts**: dense, and as its
+source does.
+
+"""
 LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 
 
@@ -89,7 +95,7 @@ def write_card(
         The card's path.
 
     Raises:
-        StochaError: the folder is no stocha checkpoint, or a file is malformed, of other weights, or not comparable.
+        StochaError: the folder is not a stocha checkpoint, or a file is malformed, of other weights or not comparable.
     """
     folder = Path(folder)
     config = stocha_config(folder) if config is None else config
@@ -131,7 +137,7 @@ def _umask() -> int:
 def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Measurements | None = None) -> str:
     """Return the card of a checkpoint, given its config.json, its source's metadata and what was measured of it.
 
-    Raises StochaError for a config that is no stocha checkpoint's.
+    Raises StochaError for a config that is not a stocha checkpoint's.
     """
     from huggingface_hub import ModelCardData
 
@@ -221,13 +227,12 @@ def _what_changed(history: list[dict[str, Any]]) -> tuple[str, str]:
 
 def _other_tools(stocha: StochaConfig, base: str) -> str:
     """Which tools run a checkpoint as something else; nothing where it infers as its source does."""
-    if stocha.inference == base and stocha.inputs is None:
-        return ""
-    cuts = stocha.inputs is not None
+    if stocha.common:
+        return "" if stocha.inputs is None else DENSE_ELSEWHERE
     told = {
-        "act": code(str(stocha.inference)) + (" and cut the inputs of projections" if cuts else ""),
+        "act": code(str(stocha.inference)) + (" and cut the inputs of projections" if stocha.inputs else ""),
         "base": code(base),
-        "vllm": "it **without the cuts**" if cuts else "it as it is",
+        "vllm": "it **without the cuts**" if stocha.inputs else "it as it is",
     }
     return Template(TOOLS.read_text(encoding="utf-8")).substitute(told)
 
@@ -252,7 +257,9 @@ def stocha_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a stocha checkpoint folder. Raises StochaError for another folder."""
     config = read_config(folder)
     if not isinstance(config.get("stocha"), dict):
-        raise StochaError(f"{folder} is no stocha checkpoint: expected a folder that stocha-convert or training wrote")
+        raise StochaError(
+            f"{folder} is not a stocha checkpoint: expected a folder that stocha-convert or training wrote"
+        )
     return config
 
 

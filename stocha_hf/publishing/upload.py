@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, check_links, companion_files, dump, without_code
-from stocha_hf.checkpoints.entry import auto_map, read_entry
+from stocha_hf.checkpoints.entry import code_keys, read_entry, with_keys
 from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
 from stocha_hf.checkpoints.modeling_file import code_files, is_ours
 from stocha_hf.checkpoints.paths import local_path
@@ -27,8 +27,9 @@ from stocha_hf.errors import StochaError
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
 from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
+from stocha_hf.publishing.space_upload import publish_space
 from stocha_hf.quantization import QUANTIZATION_FILE
-from stocha_hf.spec import MODELING_FILE
+from stocha_hf.spec import MLX_FILE, MODELING_FILE, class_names
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -40,20 +41,24 @@ _MEASUREMENT = re.compile(rf"{MEASUREMENTS}/[a-z0-9][\w-]*\.(json|png)")
 
 @dataclass(frozen=True)
 class Published:
-    """Where a folder was published: repo, its address, the commit's hash, the tag of its contents, the files sent."""
+    """Where a folder was published: repo, its address, the commit's hash, the tag of its contents, the files sent.
+
+    `space` is the address of the Space that shows it, if one was asked for.
+    """
 
     repo: str
     url: str
     commit: str
     tag: str
     files: list[str]
+    space: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as the command's --json prints them."""
         return asdict(self)
 
 
-def publish(folder: str | Path, repo: str, *, private: bool = False) -> Published:
+def publish(folder: str | Path, repo: str, *, private: bool = False, space: str | None = None) -> Published:
     """Publish a stocha checkpoint folder to a Hub repo in one commit, and tag it.
 
     Stale weight files of an earlier publication are removed in the same commit. A modeling_stocha.py that no release
@@ -63,6 +68,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> Publishe
         folder: a folder that stocha-convert or a training run wrote.
         repo: the Hub repo, which is made if it does not exist.
         private: make a new repo private; an existing one stays as it is.
+        space: a Space to make or renew, which shows what the model's neurons do.
 
     Returns:
         Where it was published. The same contents always have the same tag.
@@ -86,7 +92,8 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> Publishe
     with hub_errors("publishing to", repo), _reading(folder):
         commit = _commit_once(api, repo, [*additions, *deletions], str(head.sha), f"Publish {tag}")
         api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
-    return Published(repo, f"{api.endpoint}/{repo}", commit, tag, [item.path_in_repo for item in additions])
+    shown = publish_space(space, repo, tag, private=private) if space is not None else None
+    return Published(repo, f"{api.endpoint}/{repo}", commit, tag, [item.path_in_repo for item in additions], shown)
 
 
 @contextmanager
@@ -105,7 +112,8 @@ def _reading(folder: Path) -> Iterator[None]:
 def _publishable(folder: Path) -> list[str]:
     """The names of a stocha checkpoint's files, after checking that they are whole."""
     names = inspection.list_files(folder)
-    check_links(folder, {CONFIG, INDEX, CARD, MODELING_FILE.name, QUANTIZATION_FILE.name} & set(names))
+    code = {file.name for file in (MODELING_FILE, QUANTIZATION_FILE, MLX_FILE)}
+    check_links(folder, ({CONFIG, INDEX, CARD} | code) & set(names))
     config = card.stocha_config(folder)
     inspection.check_config(config, str(folder))
     read_entry(config, str(folder))
@@ -126,7 +134,7 @@ def _additions(folder: Path, files: list[str], repo: str) -> list[CommitOperatio
     from huggingface_hub import CommitOperationAdd
 
     additions = [CommitOperationAdd(name, _content(folder, name, files)) for name in files]
-    for file in code_files(inspection.read_config(folder)):
+    for file in code_files(_config(folder)):
         additions.append(CommitOperationAdd(file.name, str(_code_file(folder, file))))
     text = card.published_card(folder, repo, _tag(additions))
     return [*additions, CommitOperationAdd(CARD, text.encode())]
@@ -135,16 +143,23 @@ def _additions(folder: Path, files: list[str], repo: str) -> list[CommitOperatio
 def _content(folder: Path, name: str, files: list[str]) -> str | bytes:
     """What is sent of a file: the file as it is, but no name of code in a config that could be given one."""
     if name == CONFIG:
-        config = inspection.read_config(folder)
-        code, found = auto_map(config["model_type"], config), config.get("auto_map")
-        if not isinstance(found, dict) or found.get("AutoConfig") != code["AutoConfig"]:
-            del code["AutoConfig"]  # the modeling file of stocha_hf 0.1 has no such class
-        return str(folder / name) if found == code else dump(config | {"auto_map": code}).encode()
+        config = _config(folder)
+        return str(folder / name) if config == inspection.read_config(folder) else dump(config).encode()
     if name == TOKENIZER_CONFIG:
         settings = inspection.read_json(folder / name, "a tokenizer's settings")
         cleaned = without_code(folder, files, settings)
         return str(folder / name) if cleaned == settings else dump(cleaned).encode()
     return str(folder / name)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, with what it should say of code and classes."""
+    config = inspection.read_config(folder)
+    code, found = code_keys(config["model_type"], config, read_entry(config, str(folder))), config.get("auto_map")
+    if not isinstance(found, dict) or found.get("AutoConfig") != code["auto_map"]["AutoConfig"]:
+        del code["auto_map"]["AutoConfig"]  # the modeling file of stocha_hf 0.1 has no such class
+        code["architectures"] = class_names(code["architectures"], common=True)  # which its classes would not find
+    return with_keys(config, code)
 
 
 def _code_file(folder: Path, ours: Path) -> Path:

@@ -88,6 +88,6 @@ def _read(path: Path) -> Iterable[tuple[str, Any]]:
             yield row["key"], row["response"]
         except (ValueError, KeyError, TypeError):
             raise StochaError(
-                f"line {number} of {path} is no response that stocha-eval kept: expected a file of its own; name "
+                f"line {number} of {path} is not a response that stocha-eval kept: expected a file of its own; name "
                 "another one with --results, or move this one away"
             ) from None

@@ -27,6 +27,7 @@ LEAST = {  # of trl's and transformers' keys, which take any number and fail lat
     "max_grad_norm": 0,
     "seed": 0,
 }
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass
@@ -55,6 +56,14 @@ class StochaArguments(SFTConfig):
     distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
     distill_hidden: float = field(
         default=0.0, metadata={"help": "Weight of the error of the residual stream, layer by layer, beside the KL."}
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={"help": "The teacher's dtype (default: bfloat16 with bf16 on a GPU, else the model's)."},
+    )
+    uncut_prompts: float = field(
+        default=0.0,
+        metadata={"help": "With inputs cut in training: share of rows with a prompt that is not cut and has no loss."},
     )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}
@@ -90,6 +99,8 @@ class StochaArguments(SFTConfig):
                 f"distill_hidden is {self.distill_hidden} and teacher {self.teacher}: expected a weight of 0 or more, "
                 "and a teacher with it"
             )
+        if self.teacher_dtype not in (None, *DTYPES):
+            raise StochaError(f"teacher_dtype is {self.teacher_dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise StochaError(
                 f"loss_type is {self.loss_type!r} and label_smoothing_factor {self.label_smoothing_factor}: expected "
@@ -113,10 +124,16 @@ class StochaArguments(SFTConfig):
                 f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: expected at least one "
                 "step, or max_steps: -1 and epochs above 0"
             )
-        for key in ("distill_weight", "target_sparsity"):
+        for key in ("distill_weight", "target_sparsity", "uncut_prompts"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise StochaError(f"{key} is {value}: expected a number between 0 and 1")
+
+    @property
+    def loads_teacher_in(self) -> str | None:
+        """The teacher's dtype; None for the model's. Under bf16 a GPU multiplies in bfloat16 whatever it holds."""
+        on_gpu = self.bf16 and not self.use_cpu and torch.cuda.is_available()
+        return self.teacher_dtype or ("bfloat16" if on_gpu else None)
 
     @property
     def n_gpu(self) -> int:

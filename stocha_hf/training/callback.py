@@ -13,12 +13,14 @@ from statistics import mean
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from stocha_hf.measurement.sparsity import SparsityMeter
 from stocha_hf.modeling_stocha import ACTIVATIONS
 from stocha_hf.patching import set_activation
-from stocha_hf.training.entry import change_entry
+from stocha_hf.training.entry import change_entry, stocha_model
+from stocha_hf.training.held_inputs import HeldInputs
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.sparsity_target import SparsityTarget
 from stocha_hf.training.thresholds import apply_thresholds, moved_thresholds
@@ -26,6 +28,7 @@ from stocha_hf.training.thresholds import apply_thresholds, moved_thresholds
 UPDATES = 50  # of the thresholds in a run
 STEERINGS = 200  # of the sparsity target's controller in a run, which may have the last fifth of it alone
 UPDATE_ROWS = 8  # of training data, on which thresholds are moved
+HOLDS = 20  # of input thresholds in a run: inputs drift slowly
 
 
 class ScheduleCallback(TrainerCallback):
@@ -37,6 +40,7 @@ class ScheduleCallback(TrainerCallback):
         accelerator: accelerate's, which averages the shares of zeros over ranks.
         batches: gives the first n rows of the training data as batches of the model's inputs.
         target: the share of zeros to steer to by L1, or None.
+        held: the input thresholds to hold to their shares, or None.
     """
 
     def __init__(
@@ -47,10 +51,12 @@ class ScheduleCallback(TrainerCallback):
         accelerator: Any,
         batches: Callable[[int], Sequence[dict[str, torch.Tensor]]],
         target: float | None = None,
+        held: HeldInputs | None = None,
     ) -> None:
         self.schedule, self.accelerator, self.batches = schedule, accelerator, batches
         self.meter = SparsityMeter(model)
         self.target = None if target is None else SparsityTarget(model, target)
+        self.held = held
         self.phase = -1
         self._recording = ExitStack()
         self._measured: defaultdict[str, list[float]] = defaultdict(list)  # since the last log
@@ -70,6 +76,9 @@ class ScheduleCallback(TrainerCallback):
                 print(f"step {state.global_step}/{state.max_steps}: {self.schedule.phases[now.phase]}", flush=True)
         if now.sparsity is not None and state.global_step % max(state.max_steps // UPDATES, 1) == 0:
             self._move_thresholds(model, now.sparsity)
+        if self.held is not None and self.held.shares is None:
+            with torch.compiler.set_stance("force_eager"):
+                self.held.begin(model, self.batches(UPDATE_ROWS))
         every = [max(int(args.logging_steps), 1)]
         if self.target is not None:
             self.target.resting = ACTIVATIONS[now.activation].cut is None
@@ -77,16 +86,27 @@ class ScheduleCallback(TrainerCallback):
         if any((state.global_step + 1) % steps == 0 for steps in every):
             self._recording.enter_context(self.meter.record())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.meter.recording:
             self._recording.close()
             self._measure(state)
+        update = max(state.max_steps // HOLDS, 1)
+        if self.held is not None and (state.global_step % update == 0 or state.global_step == state.max_steps):
+            self._hold_inputs(model, self.held)  # what is saved or evaluated after this step has them
 
     def _move_thresholds(self, model: Any, sparsity: float) -> None:
         """Move FATReLU thresholds so that a share `sparsity` of the hidden vectors' entries is zero, here and now."""
         with torch.compiler.set_stance("force_eager"):  # what it hooks would compile every layer once more
             thresholds = moved_thresholds(model, self.batches(UPDATE_ROWS), sparsity)
         apply_thresholds(model, thresholds)
+
+    def _hold_inputs(self, model: Any, held: HeldInputs) -> None:
+        """Move input thresholds so that each projection cuts its share, here and now, on all ranks alike."""
+        with torch.compiler.set_stance("force_eager"):
+            found = held.thresholds(model, self.batches(UPDATE_ROWS))
+        thresholds, before = broadcast_object_list([found])[0]
+        change_entry(model, inputs=stocha_model(model).config.stocha["inputs"] | {"thresholds": thresholds})
+        self._measured["inputs_cut"].append(before)
 
     def _measure(self, state: Any) -> None:
         shares = torch.tensor(self.meter.read()["per_layer"], device=self.accelerator.device)

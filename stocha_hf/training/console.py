@@ -16,6 +16,7 @@ SHOWN = {  # key of a log -> how the console says it
     "hidden_error": "layers' error {:.4f}",
     "eval_loss": "evaluation loss {:.3f}",
     "sparsity": "zeros {:.1%}",
+    "inputs_cut": "inputs cut {:.1%}",
     "p": "p {:.2f}",
     "learning_rate": "learning rate {:.1e}",
     "tokens_per_second": "{:,.0f} tokens/s",

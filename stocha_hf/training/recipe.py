@@ -58,7 +58,7 @@ def read_file(name: str) -> dict[str, Any]:
     except OSError as error:
         raise StochaError(f"the recipe {name} cannot be read ({error.strerror}): expected a YAML file") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise StochaError(f"the recipe {name} is not a list of keys: expected lines such as learning_rate: 1.0e-4")
+        raise StochaError(f"the recipe {name} holds no keys: expected lines such as learning_rate: 1.0e-4")
     return config
 
 

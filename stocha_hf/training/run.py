@@ -47,7 +47,7 @@ class TrainingResult:
         steps: optimizer steps done, with those before a resumed start.
         loss: the last logged training loss, a mean over tokens; None where nothing was logged.
         sparsity: the last measured share of zeros in the FFN's hidden vectors, a mean over layers; or None.
-        tokens: trained on since the start, of all ranks.
+        tokens: trained on from the start to the last log, by all ranks.
         seconds: of this start, without loading.
     """
 
@@ -121,6 +121,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     from stocha_hf.data import load_tokenizer
     from stocha_hf.models import load_model, tokenizer_folder
     from stocha_hf.training.fresh import fresh_model
+    from stocha_hf.training.held_inputs import trains_with_cuts
     from stocha_hf.training.hidden_error import check_same_shape
     from stocha_hf.training.losses import check_teacher
     from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
@@ -134,7 +135,13 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     else:
         model = load_model(name, revision=revision, **options)
         refuse_quantized(model.config.to_dict(), name, "training")
-    teacher = load_model(args.teacher, **options) if args.teacher else None
+    if args.uncut_prompts and not trains_with_cuts(model):
+        raise StochaError(
+            f"uncut_prompts is {args.uncut_prompts} and {name} computes all inputs in full in training: expected a "
+            "model that cuts them there; convert it with --inputs SHARE --inputs-train"
+        )
+    taught_in = {"dtype": args.loads_teacher_in} if args.loads_teacher_in else {}
+    teacher = load_model(args.teacher, **options | taught_in) if args.teacher else None
     if teacher is not None:
         check_teacher(model.config, teacher.config)
         if args.distill_hidden:
@@ -223,6 +230,7 @@ def _check_thresholds_stay(args: Any, schedule: Any) -> None:
 def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     """Add this run to the history in the model's config."""
     from stocha_hf.training.entry import change_entry
+    from stocha_hf.training.held_inputs import trains_with_cuts
 
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = {
@@ -240,6 +248,8 @@ def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule:
         "distill_weight": args.distill_weight if args.teacher else None,
         "distill_hidden": args.distill_hidden or None,
         "target_sparsity": args.target_sparsity,
+        "uncut_prompts": args.uncut_prompts or None,
+        "input_thresholds": "held to their shares" if trains_with_cuts(model) and not model_args.use_peft else None,
     }
     change_entry(model, history=with_stage(StochaConfig.from_dict(model.config.stocha), stage).history)
 

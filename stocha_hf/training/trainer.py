@@ -31,16 +31,19 @@ from trl import SFTTrainer
 
 from stocha_hf.checkpoints.metadata import source_metadata
 from stocha_hf.errors import StochaError
+from stocha_hf.models import cutting_everywhere
 from stocha_hf.publishing import card
 from stocha_hf.training.arguments import StochaArguments
 from stocha_hf.training.callback import ScheduleCallback
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream, set_forward
 from stocha_hf.training.console import Bar, Lines
 from stocha_hf.training.entry import change_entry
+from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
 from stocha_hf.training.losses import causal_lm, open_head, token_losses, training_losses
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
+from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, Prompts, prompts_uncut
 
 THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
 MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
@@ -87,6 +90,7 @@ class StochaTrainer(SFTTrainer):
         self._evaluating_forward = inner.__dict__["forward"]  # trl's; on the model while this trainer runs
         set_forward(inner, own_forward)
         self._fitted = False
+        self._prompts = Prompts()
         self.schedule = schedule
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
         self.hidden_error: HiddenError | None = None
@@ -107,11 +111,21 @@ class StochaTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer.train does; afterwards the model is as it came, but for its weights and its config."""
-        with self._fitted_out(), self._steered():
+        with self._fitted_out(), self._steered(), prompts_uncut(self.model) as self._prompts:
             return super().train(*args, **kwargs)
 
+    def get_train_dataloader(self) -> Any:
+        """Trainer's; where prompts are left uncut, its batches say which positions those are."""
+        collate = self.data_collator
+        if self.args.uncut_prompts:
+            self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self._fitted_out():
+        with self._fitted_out(), cutting_everywhere(self.model):
             return super().evaluation_loop(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -162,6 +176,7 @@ class StochaTrainer(SFTTrainer):
             accelerator=self.accelerator,
             batches=self.first_batches,
             target=self.args.target_sparsity,
+            held=HeldInputs() if self.holds_inputs else None,
         )
         self.callback_handler.callbacks.insert(0, self.steering)
         try:
@@ -169,6 +184,11 @@ class StochaTrainer(SFTTrainer):
         finally:
             self.remove_callback(self.steering)
             self.steering.close()
+
+    @property
+    def holds_inputs(self) -> bool:
+        """Whether thresholds of inputs follow them: not beside an adapter, whose folder has no place for them."""
+        return self.model is causal_lm(self.model) and trains_with_cuts(self.model)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -184,6 +204,7 @@ class StochaTrainer(SFTTrainer):
         if self.steering.target is not None:
             accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
             self.steering.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
+        self._prompts.cut_at = cut_at = inputs.pop(CUT_AT, None)
         mask = inputs.get("attention_mask")
         seen = torch.ones_like(inputs["labels"]) if mask is None else mask  # no mask: packed rows
         recording = self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext()
@@ -191,14 +212,17 @@ class StochaTrainer(SFTTrainer):
             losses = training_losses(model, self.teacher, inputs, **self.loss_options)
         loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
         if self.hidden_error:
-            error = self.hidden_error.mean(seen) * tokens
+            error = self.hidden_error.mean(seen if cut_at is None else seen * cut_at) * tokens
             loss = loss + self.args.distill_hidden * error
         self._sums += torch.stack([losses.nll, losses.kl, error.detach()])
         self._tokens += torch.stack([tokens, seen.sum()])
         return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            self._prompts.cut_at = None  # not before: a checkpointed layer runs again in backward
         self.finite &= loss.isfinite()  # looked at only when something is logged or saved: a look waits for the GPU
         return loss
 
@@ -301,10 +325,14 @@ class StochaTrainer(SFTTrainer):
 
     def sparsity_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights and trl's state: the model's `stocha` entry, for which an adapter's
-        folder has no other place, and the sparsity target's controller.
+        folder has no other place, the sparsity target's controller, and the shares that input thresholds are held to.
         """
-        target = self.steering.target
-        return {"stocha": self.model.config.stocha, "target": target and target.state_dict()}
+        target, held = self.steering.target, self.steering.held
+        return {
+            "stocha": self.model.config.stocha,
+            "target": target and target.state_dict(),
+            "input_shares": held and held.shares,
+        }
 
     def _load_sparsity_state(self, state: dict[str, Any]) -> None:
         """A resumed run's schedule sets what runs at its next step; a run that ends keeps what is loaded here."""
@@ -312,6 +340,8 @@ class StochaTrainer(SFTTrainer):
         change_entry(self.model, **state["stocha"] | {"history": history})
         if self.steering.target is not None and state["target"] is not None:  # it may begin with this start
             self.steering.target.load_state_dict(state["target"])
+        if self.steering.held is not None:
+            self.steering.held.shares = state["input_shares"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """This package's card instead of trl's."""
@@ -326,7 +356,7 @@ class StochaTrainer(SFTTrainer):
 def _read_sparsity_state(checkpoint: str) -> dict[str, Any]:
     try:
         state = json.loads((Path(checkpoint) / SPARSITY_STATE).read_text())
-        return {key: state[key] for key in ("stocha", "target")}
+        return {key: state[key] for key in ("stocha", "target", "input_shares")}
     except (OSError, ValueError, KeyError, TypeError):
         raise StochaError(
             f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a "

@@ -7,6 +7,7 @@ relu --data '' -> --data; is empty
 LONG --data text.txt -> bytes: expected at most 255
 ~nouser/x --data text.txt -> home folder of ~nouser, an unknown user
 absent --data text.txt -> absent
+automap5 --data text.txt -> config.json of automap5 has auto_map 5; expected a mapping
 ./absent --data text.txt -> ./absent; does not exist
 text.txt --data text.txt -> text.txt; expected
 relu --data absent.txt -> absent.txt does not exist
@@ -195,8 +196,8 @@ relu -> EVAL
 relu '' -> EVAL; is empty
 '' eval.json -> FOLDER; is empty
 absent eval.json -> absent/config.json does not exist
-native eval.json -> native is no stocha checkpoint
-stocha5 eval.json -> stocha5 is no stocha checkpoint
+native eval.json -> native is not a stocha checkpoint
+stocha5 eval.json -> stocha5 is not a stocha checkpoint
 badconfig eval.json -> badconfig/config.json cannot be read
 nestedconfig eval.json -> nestedconfig/config.json cannot be read
 unknownactivation eval.json -> activation is 'swiglu'
@@ -267,7 +268,7 @@ absent out -> absent
 absent.gguf out -> absent.gguf does not exist
 native relu -> relu exists; --overwrite
 native text.txt -> text.txt exists
-native text.txt --overwrite -> text.txt is no checkpoint folder
+native text.txt --overwrite -> text.txt is not a checkpoint folder
 native text.txt/out -> cannot write text.txt/out
 native out --activation swiglu -> --activation is swiglu; relu
 native out --activation topk -> k is None
@@ -364,7 +365,7 @@ fivebits out -> bits is 5; 4 or 8
 newformat out -> format is 2; newer stocha_hf
 uncoded out -> layers.0.mlp.down_proj.codes; missing
 wrongcodes out -> (I8); U8
-unconverted4 out -> no stocha checkpoint
+unconverted4 out -> not a stocha checkpoint
 broken.gguf out -> broken.gguf
 mixtral out -> model_type 'mixtral'; dense gated
 typeless out -> model_type None
@@ -393,7 +394,7 @@ relu -> OUTPUT
 relu out -> at least two
 relu stocha out -> stocha; relu
 relu relu relu -> relu exists
-relu native out -> native is no stocha checkpoint
+relu native out -> native is not a stocha checkpoint
 relu relu out --shares 1 -> 2 positive numbers
 relu relu out --shares 1 0 -> --shares is 0; above 0
 relu relu out --shares 1 -1 -> --shares is -1
@@ -446,7 +447,7 @@ relu '' -> REPO is ''; org/name
 relu a/b/c -> REPO is a/b/c; org/name
 relu 'user/x y' -> REPO is user/x y
 absent user/x -> absent
-native user/x -> no stocha checkpoint
+native user/x -> not a stocha checkpoint
 LONG user/x -> bytes: expected at most 255
 truncated user/x -> truncated or corrupt
 pickle user/x -> only pickle weights
@@ -470,9 +471,9 @@ TRAIN = """
 --config nothing -> nothing is not a file
 --config broken.yaml -> broken.yaml is not YAML
 --config binary.yaml -> binary.yaml is not YAML
---config list.yaml -> list.yaml is not a list of keys
---config word.yaml -> word.yaml is not a list of keys
---config empty.yaml -> empty.yaml is not a list of keys
+--config list.yaml -> list.yaml holds no keys
+--config word.yaml -> word.yaml holds no keys
+--config empty.yaml -> empty.yaml holds no keys
 --config alias.yaml -> alias.yaml; alias
 --config unknown.yaml -> 'colour'
 --config nomodel.yaml -> model_name_or_path is missing
@@ -525,7 +526,7 @@ relu text.txt absent/out.jsonl -> the folder absent does not exist
 relu text.txt relu -> relu; .jsonl
 relu absent.txt out.jsonl -> absent.txt does not exist
 relu ./absent out.jsonl -> ./absent does not exist
-relu blank.txt out.jsonl -> blank.txt is empty; a prompt a line
+relu blank.txt out.jsonl -> blank.txt is empty; one prompt per line
 relu latin.txt out.jsonl -> latin.txt cannot be read
 relu columns.jsonl out.jsonl -> columns.jsonl has the columns body, id; prompt or messages; --column
 relu columns.jsonl out.jsonl --column title -> columns.jsonl has the columns body, id; expected title

@@ -281,7 +281,7 @@ class Connection(BaseHTTPRequestHandler):
     def create_repo(self) -> Any:
         wanted = json.loads(self.body)
         repo_id = f"{wanted['organization'] or USER}/{wanted['name']}"
-        url = f"{self.server.url}/{repo_id}"
+        url = f"{self.server.url}/{'spaces/' if wanted.get('type') == 'space' else ''}{repo_id}"
         if repo_id in self.server.repos:
             raise HubError(409, "You already created this model repo", url=url)
         self.server.repos[repo_id] = Repo(repo_id, private=wanted.get("visibility") == "private")
@@ -394,7 +394,7 @@ class Connection(BaseHTTPRequestHandler):
 
 
 REPO, REV, NAME, PATH = r"(?P<repo>[^/]+(?:/[^/]+)?)", "(?P<rev>[^/]+)", "(?P<name>[^/]+)", "(?P<path>.+)"
-API = f"/api/models/{REPO}"
+API = f"/api/(?:models|spaces)/{REPO}"
 ROUTES = [  # methods, path, whether a token is needed even for a public repo, handler
     (["GET"], "/api/whoami-v2", True, Connection.whoami),
     (["POST"], "/api/repos/create", True, Connection.create_repo),

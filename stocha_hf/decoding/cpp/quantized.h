@@ -124,20 +124,21 @@ inline Vector load_part(const fp16* p, int64_t count, bool readable = false) {
   return load(part);
 }
 
-// The same of 4-bit groups' words: their scales, and zeros in eighths.
-struct Levels {
-  Vector scale, eighths;
-};
-
-inline Levels load_levels(const uint16_t* p, int64_t count, bool readable = false) {
+// The same of 4-bit groups' words.
+inline Integers load_words(const uint16_t* p, int64_t count, bool readable = false) {
   uint16_t part[kLanes] = {};
   if (count < kLanes && !readable) {
     std::memcpy(part, p, count * sizeof *p);
     p = part;
   }
-  const Integers words = __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Integers);
-  return {(Vector)(((words >> 7) + (103 << 4)) << 19), __builtin_convertvector(words & 127, Vector)};
+  return __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Integers);
 }
+
+struct Levels {  // scales, and zeros in eighths
+  Vector scale, eighths;
+  explicit Levels(Integers words)
+      : scale((Vector)(((words >> 7) + (103 << 4)) << 19)), eighths(__builtin_convertvector(words & 127, Vector)) {}
+};
 
 template <class Code>
 inline auto load_codes_part(const Code* p, int64_t bytes, bool readable = false) {
@@ -224,8 +225,8 @@ inline void dots_4(const uint8_t* codes, const uint16_t* words, int64_t groups, 
   const int64_t stride = x.chunks;
   for (int64_t chunk = 0, g = 0; g < groups; ++chunk, g += kLanes) {
     const int64_t here = groups - g;
-    const Levels levels = load_levels(words + g, here, readable);
-    const Vector scale = arranged(levels.scale), offset = arranged(levels.scale * levels.eighths);
+    const Levels levels(arranged(load_words(words + g, here, readable)));
+    const Vector scale = levels.scale, offset = scale * levels.eighths;
     Vector factor[T];
     for (int t = 0; t < T; ++t) {
       factor[t] = scale * load(&x.scales[(t * stride + chunk) * kLanes]);
@@ -344,7 +345,7 @@ struct BlockOf4 {  // a block's rows from one chunk on, and their weights for on
 inline void add_block_4(const BlockOf4& block, int64_t group, int64_t here, float* acc) {
   Vector shares[kBlock], eighths[kBlock], most = {}, zeros = {};
   for (int r = 0; r < kBlock; ++r) {
-    const Levels levels = load_levels(block.words[r] + group, here);
+    const Levels levels(load_words(block.words[r] + group, here));
     shares[r] = levels.scale * block.hidden[r];
     eighths[r] = levels.eighths;
     most = maximum(most, magnitude(shares[r]));
@@ -407,7 +408,7 @@ inline void dequantize_row_8(const int8_t* codes, const fp16* scales, int64_t si
 
 inline void dequantize_row_4(const uint8_t* codes, const uint16_t* words, int64_t size, float* out) {
   for (int64_t begin = 0; begin < size; begin += kGroupSize, codes += kGroupSize / 2, ++words) {
-    const Levels levels = load_levels(words, 1);
+    const Levels levels(load_words(words, 1));
     const float scale = levels.scale[0], zero = levels.eighths[0] * 0.125f;
     for (int64_t i = 0; i < std::min<int64_t>(kGroupSize, size - begin); ++i)
       out[begin + i] = (static_cast<float>(i < 16 ? codes[i] & 15 : codes[i - 16] >> 4) - zero) * scale;

@@ -30,7 +30,7 @@ class Distribution:
     """Counts of values, in bins of their float32 bits, in order from the most negative to the largest."""
 
     def __init__(self) -> None:
-        self._counts: torch.Tensor | float = 0.0
+        self._counts: torch.Tensor | int = 0  # int64 with what is added: float32 counts no further than 2^24
         self._cumulative: np.ndarray | None = None
 
     def add(self, values: torch.Tensor) -> None:

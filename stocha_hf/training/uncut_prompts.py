@@ -1,0 +1,102 @@
+"""Training as decoding will be: a prompt computed in full, and inputs cut from some position on.
+
+In eval() mode a model with input cuts computes prompts in full and cuts decode steps only, while train() mode cuts at
+every token. So the keys and values that a step attends to would differ between the two. Here a share of the rows is
+uncut up to a random position, or up to the answer where the data has one, and has a loss only where it is cut. The
+other rows are cut everywhere, as text is that the model goes on writing for long.
+
+Which positions are cut is a tensor that comes with the batch, so one compiled layer serves all batches. What a row
+draws is decided by its own tokens: a resumed run, another rank and a data loader's process draw the same.
+
+    with prompts_uncut(model) as prompts:                # for the time of a run
+        batch = PromptCollator(collate, 0.7, seed)(rows)
+        prompts.cut_at = batch.pop(CUT_AT)               # before each forward; None cuts everywhere
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stocha_hf.modeling_stocha import cut_projections
+from stocha_hf.training.losses import IGNORED
+
+CUT_AT = "cut_at"  # key of a batch: bool [batch, seq], the positions whose inputs are cut
+LONGEST = 0.75  # of a row without an answer, that is taken for its prompt at most
+
+
+@dataclass
+class PromptCollator:
+    """A data collator that gives a share of rows a prompt, which is not cut and has no loss.
+
+    Args:
+        collate: the collator of rows to batches with input_ids and labels [batch, seq].
+        share: of the rows, 0 to 1.
+        seed: of what rows draw.
+    """
+
+    collate: Callable[[list[Any]], dict[str, Any]]
+    share: float
+    seed: int
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        """Return the batch, with CUT_AT beside its keys and the labels that are left."""
+        batch = self.collate(rows)
+        labels, tokens = batch["labels"], batch["input_ids"]
+        real = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+        if "position_ids" in batch:  # the first of rows that are packed into one has no label, be it a prompt's or not
+            real = real & (batch["position_ids"] != 0)
+        cut_at = torch.stack([self._cut_at(*row) for row in zip(tokens, labels, real, strict=True)])
+        # a position's loss is that of the label after it
+        without = torch.cat([torch.zeros_like(cut_at[:, :1]), ~cut_at[:, :-1]], dim=1)
+        return batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at}
+
+    def _cut_at(self, tokens: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        draw = random.Random(zlib.crc32(tokens.numpy().tobytes(), self.seed))
+        if draw.random() >= self.share:
+            return torch.ones_like(real)
+        answer = labels != IGNORED
+        if (real & ~answer).any():
+            return answer
+        return torch.arange(len(tokens)) >= draw.randrange(max(int(LONGEST * int(real.sum())), 1))
+
+
+class Prompts:
+    """What a model's projections share: where the batch that runs now is cut, bool [batch, seq]; None: everywhere."""
+
+    cut_at: torch.Tensor | None = None
+
+
+class _CutAfterPrompts:
+    """Mixin before the class of a projection that cuts its input."""
+
+    prompts: Prompts
+
+    def small(self, x: torch.Tensor) -> torch.Tensor:
+        small = super().small(x)  # type: ignore[misc]
+        cut_at = self.prompts.cut_at
+        return small if cut_at is None else small & cut_at[..., None]
+
+
+@contextmanager
+def prompts_uncut(model: nn.Module) -> Iterator[Prompts]:
+    """Inside, the projections of a model that cut do so only where the yielded Prompts say."""
+    prompts, modules = Prompts(), cut_projections(model)
+    before = [type(module) for module in modules]
+    kinds: dict[type, type] = {kind: type(kind.__name__, (_CutAfterPrompts, kind), {}) for kind in set(before)}
+    try:
+        for module in modules:
+            module.__dict__["prompts"] = prompts
+            module.__class__ = kinds[type(module)]
+        yield prompts
+    finally:
+        for module, kind in zip(modules, before, strict=True):
+            module.__class__ = kind
+            module.__dict__.pop("prompts", None)

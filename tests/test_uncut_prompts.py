@@ -1,0 +1,93 @@
+"""Training under input cuts with prompts that are computed in full: which positions are cut, and which have a loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from helpers.training import SILU, run
+from torch._dynamo.utils import counters
+
+from stocha_hf.errors import StochaError
+from stocha_hf.modeling_stocha import StochaConfig, cut_projections, projections
+from stocha_hf.patching import patch
+from stocha_hf.spec import PROJECTIONS, InputCuts
+from stocha_hf.training.compiled_layers import compile_layers
+from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, prompts_uncut
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS = torch.arange(4, 36).view(4, 8)
+SOME = torch.arange(8) >= torch.tensor([[0], [3], [7], [8]])
+
+
+def cut_model() -> Any:
+    model = tiny_model()
+    limits = {name: [0.3, 0.4] for name in PROJECTIONS}
+    patch(model, StochaConfig(activation="silu", inputs=InputCuts(limits, train=True)))
+    return model.train()
+
+
+def test_inputs_are_cut_where_the_batch_says_and_one_compiled_layer_serves_all_batches(fresh_compiler: None) -> None:
+    model, native = cut_model(), tiny_model()
+    everywhere = model(TOKENS, use_cache=False).logits
+    for layer, limit in zip(projections(native), (0.3, 0.4), strict=True):
+        for name in PROJECTIONS:
+            layer[name].register_forward_pre_hook(
+                lambda module, args, limit=limit: args[0] * ((args[0].abs() > limit) | ~SOME[..., None])
+            )
+    undo = compile_layers(model, backend="eager")
+    counters.clear()
+    with prompts_uncut(model) as prompts:
+        for prompts.cut_at in (SOME, SOME.flip(0), SOME.clone()):
+            found = model(TOKENS, use_cache=False).logits
+        assert counters["stats"]["unique_graphs"] == 2  # thresholds as they are, and any thresholds
+        prompts.cut_at = None
+        assert torch.allclose(model(TOKENS, use_cache=False).logits, everywhere, atol=1e-5)
+    undo()
+    assert torch.allclose(found, native(TOKENS, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    assert not any("prompts" in vars(module) for module in cut_projections(model))
+    assert torch.equal(model(TOKENS, use_cache=False).logits, everywhere)
+
+
+def collated(rows: list[Any]) -> dict[str, Any]:
+    return {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
+
+
+def test_a_share_of_texts_begins_uncut_and_has_no_loss_there() -> None:
+    rows = list(torch.randint(4, 64, (400, 40), generator=torch.Generator().manual_seed(0)))
+    batch = PromptCollator(collated, 0.7, 0)(rows)
+    cut, begin = batch[CUT_AT], (~batch[CUT_AT]).sum(1)
+    assert torch.equal(cut, torch.arange(40) >= begin[:, None])
+    assert (begin > 0).float().mean().item() == pytest.approx(0.7, abs=0.07) and 25 < begin.max() < 30
+    assert torch.equal(batch["labels"][:, 1:] != -100, cut[:, :-1])
+    again = PromptCollator(collated, 0.7, 0)(rows[7:9])  # in another batch, as after a resumed start
+    assert torch.equal(again[CUT_AT], cut[7:9])
+    assert not torch.equal(PromptCollator(collated, 0.7, 1)(rows)[CUT_AT], cut)
+    assert PromptCollator(collated, 0.0, 0)(rows)[CUT_AT].all()
+
+
+def test_an_answer_is_cut_and_its_prompt_is_not() -> None:
+    labels = torch.tensor([[-100, -100, -100, 7, 8, 9, -100, -100]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
+    batch = {"input_ids": TOKENS[:1], "labels": labels, "attention_mask": mask}
+    found = PromptCollator(lambda rows: batch, 1.0, 0)([None])
+    assert found[CUT_AT].tolist() == [[False] * 3 + [True] * 3 + [False] * 2]
+    assert found["labels"].tolist() == [[-100, -100, -100, -100, 8, 9, -100, -100]]  # 7 follows from the prompt
+
+
+def test_a_run_trains_on_what_is_cut_and_refuses_a_model_without_cuts(base: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cutting"
+    cut_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    options = {"schedule": SILU, "max_steps": 2, "save_steps": 2, "logging_steps": 1, "distill_weight": 1.0}
+    history = run(folder, text, tmp_path / "some", teacher=base, uncut_prompts=1.0, **options)
+    everywhere = run(folder, text, tmp_path / "all", teacher=base, **options)
+    assert 0 < history[0]["kl"] == pytest.approx(history[0]["loss"], rel=1e-4) != everywhere[0]["kl"]
+    stage = json.loads((tmp_path / "some" / "config.json").read_text())["stocha"]["history"][-1]
+    assert stage["uncut_prompts"] == 1.0
+    with pytest.raises(StochaError, match=r"uncut_prompts is 1\.0 and .*base computes all inputs in full"):
+        run(base, text, tmp_path / "none", uncut_prompts=1.0, **options)
