@@ -403,14 +403,20 @@ inline void add_block_8(const int8_t* const* rows, const fp16* const* scales, co
 
 // A row as float32, for embeddings and prefill.
 inline void dequantize_row_8(const int8_t* codes, const fp16* scales, int64_t size, float* out) {
-  for (int64_t i = 0; i < size; ++i) out[i] = codes[i] * to_float(scales[i / kGroupSize]);
+  for (int64_t begin = 0; begin < size; begin += kGroupSize) {
+    const float scale = to_float(*scales++);
+    for (int64_t i = begin; i < std::min(begin + kGroupSize, size); ++i) out[i] = codes[i] * scale;
+  }
 }
 
 inline void dequantize_row_4(const uint8_t* codes, const uint16_t* words, int64_t size, float* out) {
   for (int64_t begin = 0; begin < size; begin += kGroupSize, codes += kGroupSize / 2, ++words) {
-    const Levels levels(load_words(words, 1));
-    const float scale = levels.scale[0], zero = levels.eighths[0] * 0.125f;
-    for (int64_t i = 0; i < std::min<int64_t>(kGroupSize, size - begin); ++i)
-      out[begin + i] = (static_cast<float>(i < 16 ? codes[i] & 15 : codes[i - 16] >> 4) - zero) * scale;
+    const float scale = Levels(Integers{*words}).scale[0], zero = (*words & 127) * 0.125f;
+    float last[kGroupSize], *group = begin + kGroupSize <= size ? out + begin : last;
+    for (int i = 0; i < kGroupSize / 2; ++i) {
+      group[i] = (static_cast<float>(codes[i] & 15) - zero) * scale;
+      group[i + kGroupSize / 2] = (static_cast<float>(codes[i] >> 4) - zero) * scale;
+    }
+    if (group == last) std::copy(last, last + (size - begin), out + begin);
   }
 }

@@ -15,6 +15,7 @@ from stocha_hf.measurement.blocks import Block, blocks, weight_of
 from stocha_hf.measurement.cett import CettCurve
 from stocha_hf.measurement.selection.cuts import InputCut
 from stocha_hf.measurement.selection.distributions import Distribution, input_distributions, observe
+from stocha_hf.measurement.selection.output_shares import OutputCurve, output_curves
 from stocha_hf.spec import PROJECTIONS
 
 
@@ -33,6 +34,11 @@ class Calibration:
     def inputs(self) -> list[dict[str, Distribution]]:
         """Of each projection's inputs, a mapping a block; down_proj's are the hidden vector."""
         return input_distributions(self.model, self.windows)
+
+    @cached_property
+    def output_curves(self) -> list[OutputCurve]:
+        """What cutting each input alone does to the predictions; minutes for a model of 0.5B on a GPU."""
+        return output_curves(self.model, self.windows, self.inputs)
 
     @cached_property
     def gates(self) -> list[Distribution]:

@@ -31,7 +31,7 @@ from stocha_hf.measurement.selection.cuts import (
     ReusedNeurons,
     TopNeurons,
 )
-from stocha_hf.measurement.selection.output_shares import output_shares
+from stocha_hf.measurement.selection.output_shares import allotted
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
 from stocha_hf.spec import PROJECTIONS
 
@@ -78,7 +78,7 @@ def _teal_greedy(calibration: Calibration, share: float) -> Selection:
 
 
 def _teal_output(calibration: Calibration, share: float) -> Selection:
-    shares = output_shares(calibration.model, calibration.windows, calibration.inputs, share)
+    shares = allotted(calibration.output_curves, share) if share else uniform_shares(calibration.model, share)
     return _by_thresholds(calibration, shares)
 
 

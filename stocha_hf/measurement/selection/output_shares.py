@@ -15,6 +15,7 @@ block, so a GPU is the place for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ STEP = 0.01  # of a share, to which it is interpolated
 TOKENS = 8192  # of text that the curves are measured on, at most
 
 
-@torch.no_grad()
 def output_shares(
     model: Any,
     windows: torch.Tensor,
@@ -55,6 +55,27 @@ def output_shares(
     """
     if not share:
         return [dict.fromkeys(names, 0.0) for _ in seen]
+    return allotted(output_curves(model, windows, seen, names), share)
+
+
+@dataclass(frozen=True)
+class OutputCurve:
+    """What cutting one input of a block alone does to the predictions.
+
+    `losses` are at 0 and at LEVELS; `names` are the projections that read the input, `size` their weights.
+    """
+
+    block: int
+    names: tuple[str, ...]
+    size: int
+    losses: list[float]
+
+
+@torch.no_grad()
+def output_curves(
+    model: Any, windows: torch.Tensor, seen: list[dict[str, Distribution]], names: Sequence[str] = PROJECTIONS
+) -> list[OutputCurve]:
+    """Measure every input's curve, for any number of `allotted` shares; arguments as of `output_shares`."""
     some = spread(windows, TOKENS).to(next(model.parameters()).device)
     groups = [tuple(name for name in shared if name in names) for shared in SHARED]
     places = [(i, block, group) for i, block in enumerate(blocks(model)) for group in groups if group]
@@ -62,16 +83,22 @@ def output_shares(
     curves = []
     with tqdm(total=len(places) * len(LEVELS), desc="Allotting", unit="cut", disable=None, leave=False) as bar:
         for i, block, group in places:
-            curve = [0.0]
+            losses = [0.0]
             for level in LEVELS:
                 with cutting(block, {name: seen[i][name].radius(level) for name in group}):
-                    curve.append(sum(_divergence(model, row, aims) for row, aims in zip(some, expected, strict=True)))
+                    losses.append(sum(_divergence(model, row, aims) for row, aims in zip(some, expected, strict=True)))
                 bar.update()
-            curves.append(curve)
-    sizes = [sum(block.linears[name].weight.numel() for name in group) for _, block, group in places]
-    found: list[dict[str, float]] = [{} for _ in seen]
-    for (i, _, group), given in zip(places, equal_slopes(curves, sizes, share), strict=True):
-        found[i] |= dict.fromkeys(group, given)
+            size = sum(block.linears[name].weight.numel() for name in group)
+            curves.append(OutputCurve(i, group, size, losses))
+    return curves
+
+
+def allotted(curves: Sequence[OutputCurve], share: float) -> list[dict[str, float]]:
+    """Return for each block the share of each projection's inputs that is left out, where curves' slopes are equal."""
+    found: list[dict[str, float]] = [{} for _ in range(1 + max(curve.block for curve in curves))]
+    given = equal_slopes([curve.losses for curve in curves], [curve.size for curve in curves], share)
+    for curve, of_this in zip(curves, given, strict=True):
+        found[curve.block] |= dict.fromkeys(curve.names, of_this)
     return found
 
 
