@@ -35,7 +35,13 @@ import torch
 import transformers
 
 from stocha_hf.measurement.speed import READ
-from stocha_hf.measurement.speed_models import SHAPES, decode_seconds, decoding_in_turn, force_sparsity
+from stocha_hf.measurement.speed_models import (
+    SHAPES,
+    VOCABULARIES,
+    decode_seconds,
+    decoding_in_turn,
+    force_sparsity,
+)
 from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch
@@ -46,8 +52,6 @@ VERSION = "llama-cpp-python 0.3.36"
 TYPES = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama_ftype
 BLOCKS = {"BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q6_K": (256, 210)}  # weights, bytes
 SCALES = {"Q8_0": 0, "Q4_0": 0, "Q6_K": 208}  # where a block's float16 scale is
-SIZES = SHAPES | {"8b": (4096, 14336, 32, 32, 8), "135m": (576, 1536, 30, 9, 3)}
-VOCABULARIES = {"135m": 49152}
 
 
 class Llama:
@@ -85,8 +89,8 @@ def random_gguf(name: str, type_name: str, path: Path) -> None:
     """A GGUF file of random blocks, of the types that llama.cpp's quantizer chooses where embeddings are tied."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    hidden, width, layers, heads, key_heads = SIZES[name]
-    head, vocabulary = hidden // heads, VOCABULARIES.get(name, 128256)
+    hidden, width, layers, heads, key_heads = SHAPES[name]
+    head, vocabulary = hidden // heads, VOCABULARIES[name]
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(2048)
     writer.add_embedding_length(hidden)
@@ -138,9 +142,9 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
     """A patched Llama of a shape with random weights, bfloat16 or made in 8 or 4 bits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden, width, layers, heads, key_heads = SIZES[name]
+    hidden, width, layers, heads, key_heads = SHAPES[name]
     config = LlamaConfig(
-        vocab_size=VOCABULARIES.get(name, 128256), hidden_size=hidden, intermediate_size=width,
+        vocab_size=VOCABULARIES[name], hidden_size=hidden, intermediate_size=width,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=hidden // heads,
         tie_word_embeddings=True, dtype=torch.bfloat16,
     )  # fmt: skip
@@ -210,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", type=Path, required=True, help="llama.cpp's source folder")
     parser.add_argument("--build", type=Path, required=True, help="where it was built")
-    parser.add_argument("--random", choices=sorted(SIZES), help="a shape of random weights")
+    parser.add_argument("--random", choices=sorted(SHAPES), help="a shape of random weights")
     parser.add_argument("--folder", help="a converted checkpoint")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp, of any type")
     parser.add_argument("--ours", type=int, nargs="+", default=[4], choices=[16, 8, 4], help="bits of our weights")

@@ -22,6 +22,7 @@ import pytest
 import torch
 from helpers import tiny_model
 from helpers.kernels import bound, dense, error, matrices
+from helpers.triton import compiling
 
 from stocha_hf.decoding import ops, triton_ffn
 from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
@@ -140,47 +141,13 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there(
     size: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = triton_ffn.triton_one_token if tokens == 1 else triton_ffn.triton_tokens
-    compiled: list[Any] = []
-
-    class Kernel:
-        def __init__(self, function: Any) -> None:
-            self.function = function
-
-        def __getitem__(self, grid: object) -> Any:
-            return lambda *args, **options: compiled.append(compiled_for_h100(self.function, args, options))
-
-    for name in [name for name in vars(module) if name.endswith("_kernel")]:
-        monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
+    compiled = compiling(module, monkeypatch)
     on_an_h100 = (3 if dtype == torch.float32 else 4, True)
     monkeypatch.setattr(triton_ffn.triton_tokens, "_options", lambda *_: on_an_h100)
     x, weights = torch.empty(tokens, size, dtype=dtype), torch.empty(1536, size, dtype=dtype)
     module.launch(x, weights, weights, weights, torch.empty_like(x), "fatrelu", 1.0)
     assert len(compiled) == 2
     assert all(kernel.metadata.shared <= 227 * 2**10 for kernel in compiled), "what a program of an H100 has"
-
-
-def compiled_for_h100(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What a launch with these arguments would compile."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-    values = dict(zip(function.arg_names, args, strict=False))
-    values |= {name: options.pop(name) for name in function.arg_names if name in options}
-    constants = {p.name: values[p.name] for p in function.params if p.is_constexpr}
-    kinds = {
-        name: pointers[value.dtype] if isinstance(value, torch.Tensor) else {int: "i32", float: "fp32"}[type(value)]
-        for name, value in values.items()
-        if name not in constants
-    }
-    signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
-    divisible = {  # as a launch says it of these numbers and of all pointers
-        (function.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in kinds.items()
-        if kind.startswith("*") or (kind == "i32" and values[name] % 16 == 0)
-    }
-    source = ASTSource(function, signature, constants, divisible)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 @needs_gpu

@@ -252,7 +252,7 @@ def test_a_loop_that_is_broken_off_leaves_a_whole_cache(monkeypatch: pytest.Monk
             stopping_criteria=StoppingCriteriaList([criterion]),
         )  # fmt: skip
     assert cache.get_seq_length() == 14 and cache.layers[1].keys.shape[2] == 14
-    assert generation.takes(model.decode_plan, cache)
+    assert generation.takes(cache)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -29,7 +29,7 @@ from stocha_hf.cli import (
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.figures import plot_speedups
 
-SHAPES = ("1b", "3b")  # of stocha_hf.measurement.speed_models, which imports torch
+SHAPES = ("135m", "1b", "3b", "8b")  # of stocha_hf.measurement.speed_models, which imports torch
 
 
 def _sizes(text: str) -> tuple[int, int]:
@@ -50,7 +50,10 @@ def parser() -> Parser:
         "--shape", type=shape, action="append", help="H,M: an FFN with random weights; may be given several times"
     )
     verb.add_argument(
-        "--random", type=one_of(SHAPES), action="append", help="1b or 3b: a Llama with random weights, end to end"
+        "--random",
+        type=one_of(SHAPES),
+        action="append",
+        help=f"a Llama with random weights, end to end: {', '.join(SHAPES)}",
     )
     verb.add_argument(
         "--sparsity", nargs="+", type=share_below_1, help="shares of zeros to force (default: 0 0.5 0.8 0.9 0.95 0.99)"

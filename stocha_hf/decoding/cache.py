@@ -88,7 +88,8 @@ class _StaticLayer:
         self.begin, self.end, self.keys, self.values = 0, int(layer.get_seq_length()), layer.keys, layer.values
 
     def takes(self, new: int, is_padded: bool) -> bool:
-        return int(self.layer.get_seq_length()) + self.pending + new <= self.layer.max_cache_len
+        length = self.end if self.pending else int(self.layer.get_seq_length())
+        return length + new <= self.layer.max_cache_len
 
     def prepare(self, new: int, expected: int) -> bool:
         if not self.pending:
@@ -108,13 +109,18 @@ class _StaticLayer:
         self.pending = 0
 
 
+def rows_in(cache: Any, count: int) -> list[Any]:
+    """Return what the first `count` layers of a cache keep as places to write to."""
+    kind = _StaticLayer if type(cache) is StaticCache else _GrowingLayer
+    return [kind(layer) for layer in cache.layers[:count]]
+
+
 class CacheRows:
     """A cache's layers beside a copy of a plan's structures that point to them: what a step writes and reads."""
 
     def __init__(self, plan: Plan, cache: Any) -> None:
         self.plan = plan
-        kind = _StaticLayer if type(cache) is StaticCache else _GrowingLayer
-        self.rows: list[Any] = [kind(layer) for layer in cache.layers[: len(plan.layers)]]
+        self.rows = rows_in(cache, len(plan.layers))
         self.structs = type(plan.layers).from_buffer_copy(plan.layers)
         self.model = structs.Model.from_buffer_copy(plan.model)
         self.model.layers = ctypes.cast(self.structs, ctypes.POINTER(structs.Layer))
@@ -151,8 +157,8 @@ def _point(row: Any, struct: structs.Layer) -> None:
     )
 
 
-def takes(plan: Plan, cache: Any) -> bool:
-    """Return whether a cache is of a kind that steps of a plan can read and write."""
+def takes(cache: Any) -> bool:
+    """Return whether a cache is of a kind that whole steps can read and write."""
     kinds: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer)
     if type(cache) is StaticCache:
         kinds = (StaticLayer, StaticSlidingWindowLayer)
@@ -164,7 +170,7 @@ def takes(plan: Plan, cache: Any) -> bool:
 def rows_of(plan: Plan, cache: Any, sequences: int) -> CacheRows | None:
     """Return the rows of a cache that holds tokens of these sequences, None where a step cannot read or write it."""
     layers = cache.layers[: len(plan.layers)]
-    if not takes(plan, cache) or len(layers) < len(plan.layers):
+    if not takes(cache) or len(layers) < len(plan.layers):
         return None
     if not all(layer.is_initialized and len(layer.keys) == sequences for layer in layers):
         return None

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from stocha_hf.decoding import ops, structs
 from stocha_hf.decoding.conditions import infers, is_called, is_few, is_plain
+from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.state import neuron_major, sole_copy
 from stocha_hf.spec import ACTIVATIONS
 
@@ -99,7 +100,8 @@ def _decode(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
         if down_t is None:
             return None
         coarse = None if torch.compiler.is_compiling() else mlp.decode_state.coarse
-        return ops.ffn(x, gate, up, down_t, mlp.running, zero_up_to(mlp), coarse)
+        copy = coarse if isinstance(coarse, CoarseGate) else None
+        return ops.ffn(x, gate, up, down_t, mlp.running, zero_up_to(mlp), copy)
     if x.is_cpu and x.numel() == x.shape[-1]:
         return gathered(mlp, x)
     return None

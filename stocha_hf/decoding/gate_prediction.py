@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.decoding.state import DecodeState, key_of
 from stocha_hf.errors import StochaError
 
@@ -37,11 +38,15 @@ class CoarseGate:
     margin: float
     key: tuple[int, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return self.weights.nbytes + self.scales.nbytes
+
     @classmethod
     def of(cls, gate: torch.Tensor, recall: float | None = None) -> CoarseGate:
         """Raises StochaError for a recall that is not a share of at least a half."""
-        if recall is not None and not 0.5 < recall < 1:
-            raise StochaError(f"the recall is {recall}: expected a share between 0.5 and 1, or None for exact results")
+        _check(recall)
         margin = 0.0 if recall is None else NormalDist().inv_cdf(recall)
         gate_32 = gate.detach().float()
         scales = gate_32.abs().amax(1).clamp(min=1e-30) / STEPS
@@ -50,29 +55,46 @@ class CoarseGate:
 
 
 def predict_gates(model: Any, recall: float | None = None) -> int:
-    """Give each FFN of a patched model on a CPU a coarse gate for decoding.
+    """Give each FFN of a patched model a coarse gate for decoding: in 8 bits on a CPU, in 4 on a GPU (packed_gate.py).
 
     A copy is not part of the state dict, and is ignored once its gate's weights change.
 
     Args:
         model: A patched model.
         recall: The share of active neurons to find at the threshold itself; of all active ones more are found.
-            None finds all.
+            None finds all, on a CPU.
 
     Returns:
         The number of FFNs.
 
     Raises:
-        StochaError: For a model without patched FFNs, or a recall that is not between 0.5 and 1.
+        StochaError: For a model without patched FFNs, a recall that is not between 0.5 and 1, or none on a GPU.
     """
     mlps = [module for module in model.modules() if "decode_state" in module.__dict__]
     if not mlps:
         raise StochaError(f"the model is a {type(model).__name__}: expected a patched one, see stocha_hf.patch")
-    gates = [CoarseGate.of(mlp.gate_proj.weight, recall) for mlp in mlps]
+    _check(recall)
+    gates = [_copy_of(mlp.gate_proj.weight, recall) for mlp in mlps]
     for mlp, gate in zip(mlps, gates, strict=True):
         mlp.decode_state = mlp.decode_state or DecodeState()
         mlp.decode_state.coarse = gate
     return len(mlps)
+
+
+def _check(recall: float | None) -> None:
+    if recall is not None and not 0.5 < recall < 1:
+        raise StochaError(f"the recall is {recall}: expected a share between 0.5 and 1, or None for exact results")
+
+
+def _copy_of(gate: torch.Tensor, recall: float | None) -> CoarseGate | PackedGate:
+    if not gate.is_cuda:
+        return CoarseGate.of(gate, recall)
+    if recall is None or gate.shape[1] % 4:
+        raise StochaError(
+            f"the gate is {list(gate.shape)} on a GPU and the recall is {recall}: expected a recall, such as 0.999, "
+            "since 4 bits give no exact bound, and a hidden size that 4 divides"
+        )
+    return PackedGate.of(gate, recall)
 
 
 def candidates(coarse: CoarseGate, x: torch.Tensor, threshold: float) -> torch.Tensor:

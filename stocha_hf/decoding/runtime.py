@@ -56,11 +56,10 @@ def for_contract(number: int) -> Runtime:
         raise StochaError(
             f"modeling_stocha.py asks for contract {number}: expected {CONTRACT}; install a newer stocha_hf"
         )
-    from stocha_hf.decoding import generation
-    from stocha_hf.decoding.step import call
+    from stocha_hf.decoding import calls, generation
 
     return Runtime(
-        call, generation.sample, ffn, quantized.linear, quantized.dequantize, noise.stocha, step, held_bytes
+        calls.call, generation.sample, ffn, quantized.linear, quantized.dequantize, noise.stocha, step, held_bytes
     )
 
 

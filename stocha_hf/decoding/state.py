@@ -22,8 +22,8 @@ from stocha_hf.decoding.memory import release
 
 
 class DecodeState:
-    """Of one FFN: `down_t` [M, H], its dtype the weights'; `coarse`, a CoarseGate or None. Copies and pickles of a
-    model do not take it along.
+    """Of one FFN: `down_t` [M, H], its dtype the weights'; `coarse`, a CoarseGate, a PackedGate or None. Copies and
+    pickles of a model do not take it along.
     """
 
     def __init__(self) -> None:
@@ -97,5 +97,5 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def _bytes(state: DecodeState) -> int:
-    coarse = [] if state.coarse is None else [state.coarse.weights, state.coarse.scales]
-    return sum(tensor.nbytes for tensor in (state.down_t, *coarse) if tensor is not None)
+    coarse = 0 if state.coarse is None else state.coarse.nbytes
+    return coarse + (0 if state.down_t is None else state.down_t.nbytes)

@@ -33,8 +33,8 @@ KNOWN = {
 
 def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """Return what a call of a causal language model in eval mode returns; None where its forward is to run."""
-    given = _given(model, args, kwargs)
-    if given is None or not available() or (plan := plans.of(model)) is None:
+    given = given_to(model, args, kwargs)
+    if given is None or not given["input_ids"].is_cpu or not available() or (plan := plans.of(model)) is None:
         return None
     ids, cache = given["input_ids"], given[CACHE]
     sequences, tokens = ids.shape
@@ -83,9 +83,9 @@ def run(
     return logits
 
 
-def _given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """A decode step's arguments by name, None if it is none, or asks for what only the forward gives."""
-    if len(args) > 1 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+def given_to(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a decode step's arguments by name, None if it is none, or asks for what only the forward gives."""
+    if len(args) > 1 or torch.is_grad_enabled() or torch.jit.is_tracing():
         return None
     given = {CACHE if name == OLD_CACHE else name: value for name, value in kwargs.items()}
     if args:
@@ -94,7 +94,7 @@ def _given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     kept, config = given.get("logits_to_keep", 0), model.config
     plain = (
         type(ids) is torch.Tensor
-        and ids.is_cpu
+        and not torch.is_autocast_enabled(ids.device.type)
         and ids.dim() == 2
         and 0 < ids.numel() <= FEW
         and ids.dtype == torch.int64
@@ -116,7 +116,9 @@ def _fits(given: dict[str, Any], vocabulary: int) -> bool:
     ids, positions = given["input_ids"], given.get("position_ids")
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         return False  # the embedding says so
-    return positions is None or (positions.is_cpu and positions.dim() == 2 and positions.dtype == torch.int64)
+    if positions is None:
+        return True
+    return positions.device == ids.device and positions.dim() == 2 and positions.dtype == torch.int64
 
 
 def padding(mask: Any, sequences: int, length: int) -> torch.Tensor | None:

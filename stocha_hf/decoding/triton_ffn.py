@@ -35,6 +35,16 @@ def available() -> bool:
     return triton is not None and not _failures
 
 
+def fail(error: Exception) -> None:
+    """Use Triton no more, and say why."""
+    _failures.append(error)
+    warnings.warn(
+        f"stocha_hf's Triton kernels cannot be built, so decoding on the GPU is dense: {error!r}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def ffn(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, activation: str, threshold: float
 ) -> torch.Tensor | None:
@@ -50,11 +60,6 @@ def ffn(
         with torch.cuda.device(x.get_device()):  # Triton launches on the current one
             launch(x, gate, up, down_t, out, activation, float(threshold))
     except Exception as error:  # of the compiler, the linker, the driver: Triton has no common class
-        _failures.append(error)
-        warnings.warn(
-            f"stocha_hf's Triton kernels cannot be built, so decoding on the GPU is dense: {error!r}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        fail(error)
         return None
     return out

@@ -25,10 +25,12 @@ from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, stocha_mlps
 from stocha_hf.patching import patch
 
 SHAPES = {  # Llama shapes for random weights: hidden_size, intermediate_size, layers, heads, key heads
+    "135m": (576, 1536, 30, 9, 3),
     "1b": (2048, 8192, 16, 32, 8),
     "3b": (3072, 8192, 28, 24, 8),
+    "8b": (4096, 14336, 32, 32, 8),
 }
-VOCABULARY = 128256
+VOCABULARIES = dict.fromkeys(SHAPES, 128256) | {"135m": 49152}
 
 
 def random_llama(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
@@ -37,7 +39,7 @@ def random_llama(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
 
     hidden, width, layers, heads, key_heads = SHAPES[name]
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARIES[name],
         hidden_size=hidden,
         intermediate_size=width,
         num_hidden_layers=layers,
@@ -75,15 +77,13 @@ def force_sparsity(model: Any, share: float, tokens: torch.Tensor) -> None:
 
 
 class _Clock:
-    """A streamer that notes when each token comes; the first are the prompt's."""
+    """A streamer that notes when each token comes, on the CPU, also from a GPU; the first are the prompt's."""
 
-    def __init__(self, tokens: torch.Tensor, now: Callable[[], float]) -> None:
-        self.is_cuda, self.now = tokens.is_cuda, now
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.times: list[float] = []
 
     def put(self, tokens: torch.Tensor) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize()  # the token is computed, not only asked for
         self.times.append(self.now())
 
     def end(self) -> None:
@@ -94,7 +94,7 @@ def decode_seconds(
     model: Any, tokens: torch.Tensor, new: int, now: Callable[[], float] = time.perf_counter, **options: Any
 ) -> float:
     """Seconds, by the clock `now`, that a new token takes generate(**options) once the prompt is read, greedily."""
-    clock = _Clock(tokens, now)
+    clock = _Clock(now)
     model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
@@ -167,7 +167,7 @@ def benchmark_random(
         recall: Skip gate rows as well, as in `benchmark`.
         batch: Sequences decoded at once.
     """
-    tokens = torch.randint(VOCABULARY, (batch, prompt))
+    tokens = torch.randint(VOCABULARIES[shape], (batch, prompt))
     dense, sparse = (random_llama(shape, dtype) for _ in range(2))
     patch(sparse, StochaConfig(activation="relu"))
     force_sparsity(sparse, share, tokens)

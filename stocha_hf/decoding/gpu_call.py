@@ -1,0 +1,58 @@
+"""A model's call in a decode step on a GPU: one sequence's few tokens, in one replay of a graph.
+
+As step.py on a CPU: what is not the plain case is left to the model's own forward. So assistants' drafts are checked,
+and loops of one's own decode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from stocha_hf.decoding import gpu_plan
+from stocha_hf.decoding.conditions import CACHE
+from stocha_hf.decoding.gpu_cache import rows_of
+from stocha_hf.decoding.step import given_to, padding
+
+MOST = 4  # tokens of a step
+
+
+def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
+    """Return what a call of a causal language model in eval mode returns; None where its forward is to run."""
+    ids: Any = kwargs.get("input_ids", args[0] if args else None)
+    if ids.dim() != 2 or len(ids) != 1 or ids.numel() > MOST or torch.is_grad_enabled():
+        return None
+    plan = gpu_plan.of(model)
+    if plan is None:
+        return None
+    given = given_to(model, args, kwargs)
+    if given is None or not plan.in_use.acquire(blocking=False):
+        return None
+    try:
+        logits = _logits(plan, given)
+    finally:
+        plan.in_use.release()
+    return None if logits is None else CausalLMOutputWithPast(logits=logits, **{CACHE: given[CACHE]})
+
+
+def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any]) -> torch.Tensor | None:
+    """Logits of the last tokens asked for, [1, tokens, vocabulary] in the model's type."""
+    ids, cache = given["input_ids"][0], given[CACHE]
+    rows, step = rows_of(plan, cache), plan.step(len(ids))
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    held = int(cache.get_seq_length())
+    starts = padding(None if mask is None else mask.cpu(), 1, held + len(ids))
+    places = [held] if positions is None else positions.flatten().tolist()
+    if rows is None or step is None or starts is None or places != list(range(places[0], places[0] + len(places))):
+        return None
+    length = rows.prepare(step, step.count, int(starts[0]) > 0)
+    if length is None:
+        return None
+    step.set(places[0], length, int(starts[0]))
+    step.tokens[: len(ids)] = ids
+    step.replay()
+    rows.finish(len(ids))
+    kept = given.get("logits_to_keep") or len(ids)
+    return step.logits[None, len(ids) - kept : len(ids)].to(plan.dtype, copy=True)

@@ -1,0 +1,122 @@
+"""generate()'s loop on a GPU, for one sequence of a model whose steps are replays of a graph.
+
+Greedy tokens are chosen on the GPU: the host asks for the next step before it reads the token of this one, so that the
+GPU never waits. What a step beyond the last token wrote is not counted. Where logits processors, sampling or other
+criteria choose, the host chooses between steps, as in loop.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers.generation import MaxLengthCriteria
+
+from stocha_hf.decoding import gpu_plan, step
+from stocha_hf.decoding.cache import takes
+from stocha_hf.decoding.conditions import CACHE
+from stocha_hf.decoding.gpu_cache import rows_of
+from stocha_hf.decoding.gpu_step import RING
+from stocha_hf.decoding.loop import Loop, ending
+
+AHEAD = 2  # steps asked for and not read yet, at most
+
+
+def loop(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
+    """Return the loop for these arguments of generate(), None where transformers' own is to run."""
+    if len(input_ids) > 1 or input_ids.device != model.device:
+        return None
+    plan = gpu_plan.of(model)
+    if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None:
+        return None
+    return GpuLoop(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
+
+
+class GpuLoop(Loop):
+    """One call of generate(), which has the plan's step for itself until it is through."""
+
+    def run(self, processors: Any, criteria: Any, streamer: Any) -> Any:
+        """Generate, and return what generate() does."""
+        try:
+            return super().run(processors, criteria, streamer)
+        finally:
+            self.plan.in_use.release()
+
+    def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        self.step, self.at = self.plan.step(1), at
+        self.left = self.written = 0  # steps that the cache has room for; steps that it does not count yet
+        mask = self.kwargs.get("attention_mask")
+        starts = step.padding(None if mask is None else mask.cpu(), 1, self.length)
+        self.start = 0 if starts is None else int(starts[0])
+        self.rows = None if starts is None else rows_of(self.plan, cache)
+        self._reserve(max((self.config.max_length or self.length + RING) - self.length - 1, 1))  # but for the last
+
+        def decode(chosen: torch.Tensor) -> torch.Tensor:
+            if self.left or self._reserve(RING):
+                self.step.tokens.copy_(chosen)
+                self._replay()
+                found = self.step.logits.clone()
+            else:
+                found = self._by_call(chosen, at, cache)[:, 0]
+            at.add_(1)
+            return found
+
+        return decode
+
+    def _reserve(self, steps: int) -> bool:
+        """Make room for so many steps; return whether the plan's next steps are this loop's."""
+        self.finish()
+        length = None if self.rows is None else self.rows.prepare(self.step, steps, self.start > 0)
+        if length is None:
+            return False
+        self.step.set(int(self.at[0, 0]), length, self.start)
+        self.left = steps
+        return True
+
+    def _replay(self) -> None:
+        self.step.replay()
+        self.left -= 1
+        self.written += 1
+
+    def finish(self) -> None:
+        """Let the cache have what was written."""
+        if self.rows is not None and self.written:
+            self.rows.finish(self.written)
+        self.left = self.written = 0
+
+    def _generate(
+        self, decode: Callable[[torch.Tensor], torch.Tensor], processors: Any, criteria: Any, streamer: Any
+    ) -> None:
+        longest = min((rule.max_length for rule in criteria if type(rule) is MaxLengthCriteria), default=None)
+        ended = ending(criteria, 1)
+        kept = self.config.do_sample or self.scores is not None or self.logits is not None
+        if ended is criteria or longest is None or kept or len(processors) or self.left < longest - self.length - 1:
+            super()._generate(decode, processors, criteria, streamer)
+            return
+        self.ids = self.ids.cpu()
+        for token in self._tokens(longest - self.length):
+            self._append(token)
+            if streamer is not None:
+                streamer.put(token)
+            if ended(self.ids[:, : self.length], None):
+                return
+
+    def _tokens(self, count: int) -> Iterator[torch.Tensor]:
+        """The most likely tokens, `count` at most, int64 [1] on the CPU: each while the next step runs."""
+        first = self.first.argmax(-1)
+        self.step.tokens.copy_(first)
+        place = int(self.step.state[1])
+        found = torch.empty(AHEAD, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        events = [torch.cuda.Event() for _ in range(AHEAD)]
+        asked = 0
+        yield first.cpu()
+        for read in range(count - 1):
+            while asked < min(read + AHEAD, count - 1):
+                self.step.replay()
+                asked += 1
+                found[asked % AHEAD].copy_(self.step.chosen[(place + asked) % RING], non_blocking=True)
+                events[asked % AHEAD].record()
+            events[(read + 1) % AHEAD].synchronize()
+            self.written += 1
+            yield found[(read + 1) % AHEAD].clone().view(1)

@@ -1,0 +1,161 @@
+"""A model's modules as the tensors that a GPU's whole decode step reads, made once and checked before each use.
+
+For Llama, Mistral, Qwen 2 and 3, as they are or with an activation that makes zeros. `weights_of` takes any such
+model, also a native one: so a dense model can be timed in the same step.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import triton
+from torch import nn
+
+from stocha_hf.decoding import triton_ffn
+from stocha_hf.decoding.gpu_step import GpuStep
+from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
+from stocha_hf.decoding.packed_gate import PackedGate
+from stocha_hf.decoding.plan import CHANGING_ROTARY, FAMILIES
+from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
+from stocha_hf.spec import ACTIVATIONS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class GpuPlan(Watch):
+    """The tensors of one model, and its steps."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises Refused where a step must call the modules."""
+        super().__init__(model, model.device)
+        config = self.config
+        family = FAMILIES.get(config.model_type)
+        if "lm_head" not in model._modules or family is None or family.is_gemma or self.dtype not in DTYPES:
+            raise Refused
+        if config._attn_implementation not in ATTENTION or getattr(config, "use_bidirectional_attention", False):
+            raise Refused
+        self.family = family
+        self.module(model, type(model))
+        base = model._modules["model"]
+        self.module(base, type(base))
+        parts = base._modules
+        self.module(parts["layers"], nn.ModuleList)
+        layers = [self._layer(layer) for layer in parts["layers"][: config.num_hidden_layers]]
+        head, head_bias = self._linear(model._modules["lm_head"])
+        attention = parts["layers"][0].self_attn
+        dim = self.dim = attention.head_dim
+        heads, key_heads = len(layers[0].qkv[0]) // dim, len(layers[0].qkv[1]) // dim
+        if dim % 2 or heads % key_heads or len({layer.gate.shape for layer in layers}) > 1:
+            raise Refused
+        self.module(parts["embed_tokens"], nn.Embedding)
+        self.weights = Weights(
+            self.parameter(parts["embed_tokens"], "weight"), layers, self._norm(parts["norm"]), head, head_bias,
+            *self._rotary(parts["rotary_emb"]), config.rms_norm_eps, heads, key_heads, dim,
+        )  # fmt: skip
+        self.steps: dict[int, GpuStep] = {}  # by the number of their tokens
+        self.in_use = threading.Lock()  # by a loop or a call: a step's state is that of one sequence
+
+    def step(self, tokens: int) -> GpuStep | None:
+        """Return a step of at least so many tokens, its graph recorded; None, after one warning that names the cause,
+        where its kernels cannot be built.
+        """
+        count = triton.next_power_of_2(tokens)
+        if count not in self.steps:
+            if not triton_ffn.available():
+                return None
+            try:
+                with torch.inference_mode(False), torch.no_grad():  # its buffers serve both
+                    step = GpuStep(self.weights, count)
+                    step.record()
+            except Exception as error:  # of the compiler, the linker, the driver: Triton has no common class
+                triton_ffn.fail(error)
+                return None
+            self.steps[count] = step
+        return self.steps[count]
+
+    def _norm(self, module: Any) -> torch.Tensor:
+        self.module(module, self.family.kind("RMSNorm"))
+        return self.parameter(module, "weight")
+
+    def _linear(self, module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if hasattr(module, "input_threshold"):
+            raise Refused  # it cuts its input, which is to be done by its own forward
+        self.module(module, nn.Linear)
+        bias = None if module._parameters.get("bias") is None else self.parameter(module, "bias")
+        return self.parameter(module, "weight"), bias
+
+    def _rotary(self, module: Any) -> tuple[torch.Tensor, float]:
+        """Frequencies, float32, and the scale of cosines and sines."""
+        self.module(module, self.family.kind("RotaryEmbedding"))
+        if isinstance(module.rope_type, dict) or module.rope_type in CHANGING_ROTARY:
+            raise Refused
+        frequencies = module._buffers["inv_freq"].float().contiguous()
+        if frequencies.device != self.device or 2 * len(frequencies) != self.dim:
+            raise Refused  # a part of a head's entries only
+        return frequencies, float(module.attention_scaling)
+
+    def _layer(self, layer: Any) -> LayerWeights:
+        self.module(layer, self.family.kind("DecoderLayer"))
+        parts = layer._modules
+        attention = parts["self_attn"]
+        self.module(attention, self.family.kind("Attention"))
+        inner = attention._modules
+        qkv, biases = zip(*(self._linear(inner[name]) for name in ("q_proj", "k_proj", "v_proj")), strict=True)
+        if len({bias is None for bias in biases}) > 1:
+            raise Refused
+        norms = (self._norm(inner["q_norm"]), self._norm(inner["k_norm"])) if "q_norm" in inner else None
+        window = getattr(self.config if self.family.has_one_window else attention, "sliding_window", None)
+        o, o_bias = self._linear(inner["o_proj"])
+        return LayerWeights(
+            input_norm=self._norm(parts["input_layernorm"]),
+            qkv=qkv,
+            qkv_bias=None if biases[0] is None else biases,
+            head_norms=norms,
+            o=o,
+            o_bias=o_bias,
+            ffn_norm=self._norm(parts["post_attention_layernorm"]),
+            scaling=attention.scaling,
+            window=window or 0,
+            **self._ffn(parts["mlp"]),
+        )
+
+    def _ffn(self, mlp: Any) -> dict[str, Any]:
+        """Its fields of LayerWeights."""
+        is_patched = "decode_state" in mlp.__dict__
+        activation = mlp.running if is_patched else self.config.hidden_act
+        skips = activation in ACTIVATIONS and ACTIVATIONS[activation].cut is not None
+        if not skips and activation != "silu":
+            raise Refused
+        self.module(mlp, type(mlp) if is_patched else self.family.kind("MLP"))
+        self.module(mlp.act_fn, type(mlp.act_fn))
+        found = [self._linear(mlp._modules[name]) for name in ("gate_proj", "up_proj", "down_proj")]
+        if any(bias is not None for _, bias in found):
+            raise Refused
+        skips = skips and is_patched
+        coarse = self.coarse(mlp) if skips else None
+        return {
+            **dict(zip(("gate", "up", "down"), (weight for weight, _ in found), strict=True)),
+            "down_t": self.neuron_major(mlp) if skips else None,
+            "activation": activation,
+            "cut": self.rule(mlp) if is_patched else 0.0,
+            "coarse": coarse if isinstance(coarse, PackedGate) else None,
+        }
+
+
+def weights_of(model: Any) -> Weights:
+    """Return a model's weights. Raises Refused where a step must call its modules."""
+    return GpuPlan(model).weights
+
+
+def of(model: Any) -> GpuPlan | None:
+    """Return the current plan of a causal language model in eval mode, None where modules must be called."""
+    plan = model.__dict__.get("gpu_plan")
+    if plan is None or not plan.is_current():
+        try:
+            plan = GpuPlan(model)
+        except Refused:
+            plan = None
+        model.__dict__["gpu_plan"] = plan
+    return plan

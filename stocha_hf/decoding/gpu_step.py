@@ -1,0 +1,240 @@
+"""A whole decode step on a GPU, for 1 to 4 tokens of one sequence: five kernels a layer, recorded as one CUDA graph.
+
+    layer   norm, q, k, v | attention | o, residual | norm, gate, up | down, residual
+    ends    embedding and angles | ... | norm, lm_head | of one token: the most likely next, with which it goes on
+
+The step reads weights where the model has them, and keys and values at addresses that stand in a table on the GPU: so
+one graph serves any cache. A kernel starts while the one before it ends (triton_products.py).
+
+    step = GpuStep(weights)                  # gpu_plan.py takes them from a model
+    step.use(keys, values)                   # of each layer, [key heads, room, head_dim]
+    step.set(position=512, length=512)
+    step.tokens.copy_(token)
+    step.replay()                            # logits in step.logits; the most likely token is the next step's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from stocha_hf.decoding.gpu_tiles import tiles_for
+from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
+from stocha_hf.decoding.packed_gate import PackedGate
+from stocha_hf.decoding.triton_attention import attention_kernel
+from stocha_hf.decoding.triton_ends import embed_kernel, head_kernel, next_kernel
+from stocha_hf.decoding.triton_prediction import list_kernel, listed_kernel
+from stocha_hf.decoding.triton_products import down_kernel, hidden_kernel, linear_kernel
+
+LEAST = 16  # rows or columns of a tile that tensor cores take
+SLOTS = 64  # of maxima, which the head's programs share
+RING = 64  # the last tokens that are kept
+
+
+class GpuStep:
+    """The buffers and the graph of one model's steps of so many tokens, a power of two.
+
+    `tokens` int64 [tokens] is what a step reads, `logits` float32 [tokens, vocabulary] what it finds. With one token,
+    `chosen` int64 [RING] has the most likely tokens by their places in the cache, counted round and round.
+    """
+
+    def __init__(
+        self, weights: Weights, tokens: int = 1, tiles: dict[str, dict[str, int]] | None = None, early: bool = True
+    ) -> None:
+        self.weights, self.count = weights, tokens
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.early = early and _can_start_early(weights.embedding)
+        self.options: dict[str, Any] = {"launch_pdl": True} if self.early else {}
+        self.vocabulary, self.size = weights.head.shape
+        self.tiles = tiles_for(tokens, self.size) | (tiles or {})
+        self.width, self.half = len(weights.layers[0].gate), weights.head_dim // 2
+        self.columns = max(LEAST, triton.next_power_of_2(self.half))
+        self.group = triton.next_power_of_2(tokens * weights.heads // weights.key_heads)
+        self._allocate(weights.embedding.new_empty)
+        self._allocate_parts(weights.embedding.new_empty)
+
+    def _allocate(self, new: Callable[..., torch.Tensor]) -> None:
+        """What the kernels hand on, and what a host reads and writes."""
+        weights, count = self.weights, self.count
+        rows = (weights.heads + 2 * weights.key_heads) * weights.head_dim
+        self.x, self.middle = new(count, self.size), new(count, self.size)
+        self.qkv, self.attended = new(count, rows), new(count, weights.heads * weights.head_dim)
+        self.hidden, self.angles = new(count, self.width), new(count, 2, self.half)
+        self.state = new(3 + count, dtype=torch.int64).zero_()
+        self.tokens = self.state[3:]
+        self.table = new(len(weights.layers), 4, dtype=torch.int64).zero_()
+        self.logits = new(count, self.vocabulary, dtype=torch.float32)
+        self.best = new(SLOTS, dtype=torch.int64).fill_(-(2**63))
+        self.chosen = new(RING, dtype=torch.int64).zero_()
+
+    def _allocate_parts(self, new: Callable[..., torch.Tensor]) -> None:
+        """What splits of attention and of the down product leave for the last of them, counters of both, and lists."""
+        down, weights = self.tiles["down"], self.weights
+        self.blocks = triton.cdiv(self.size, down["BLOCK"])
+        self.splits = triton.next_power_of_2(max(1, min(down["PROGRAMS"] // self.blocks, self.width // down["TILE"])))
+        self.share = triton.cdiv(self.width, self.splits)
+        self.listed = new(self.splits * self.blocks, triton.next_power_of_2(self.share), dtype=torch.int32)
+        self.parts = new(self.splits, self.count, self.size, dtype=torch.float32)
+        self.arrived = new(max(self.blocks, weights.key_heads), dtype=torch.int32).zero_()
+        self.candidates = new(self.width, dtype=torch.int32)
+        self.counts = new(len(weights.layers), 4, dtype=torch.int32).zero_()
+        each = weights.key_heads * self.tiles["attention"]["SPLITS"] * self.group
+        self.maxima, self.sums = new(each, dtype=torch.float32), new(each, dtype=torch.float32)
+        self.values = new(each, 2 * self.columns, dtype=torch.float32)
+
+    def use(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        """Let the next steps read and write these: of each layer, [key heads, room, head_dim], rows contiguous."""
+        rows = [[k.data_ptr(), v.data_ptr(), k.stride(0), 0] for k, v in zip(keys, values, strict=True)]
+        self.table.copy_(torch.tensor(rows))
+
+    def set(self, position: int, length: int, start: int = 0) -> None:
+        """Say where the next step is: its first token's position, and `length` tokens in the cache, `start` of which
+        are padding.
+        """
+        self.state[:3].copy_(torch.tensor([position, length, start]))
+
+    def replay(self) -> None:
+        """Compute a step: its logits, and the most likely token, which becomes the next step's."""
+        if self.graph is None:
+            self.record()
+        with torch.cuda.device(self.state.device):
+            self.graph.replay()  # type: ignore[union-attr]
+
+    def record(self) -> None:
+        """Build the kernels and record them as a graph, for any cache."""
+        with torch.cuda.device(self.state.device), torch.inference_mode(False), torch.no_grad():
+            saved = self.state.clone(), self.table.clone()
+            room = self.x.new_zeros(2, self.weights.key_heads, self.count, self.weights.head_dim)
+            self.use([room[0]] * len(self.weights.layers), [room[1]] * len(self.weights.layers))
+            self.state.zero_()
+            self.launch()  # compiles
+            self.state.copy_(saved[0])
+            self.table.copy_(saved[1])
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
+                self.launch()
+            self.graph = graph
+
+    def launch(self) -> None:
+        """Launch a step's kernels on the current stream."""
+        weights, size = self.weights, self.size
+        embed_kernel[(self.count,)](
+            self.state, weights.embedding, weights.frequencies, weights.rotary_scaling, self.x, self.angles,
+            self.counts, self.counts.numel(), triton.next_power_of_2(self.counts.numel()), size,
+            triton.next_power_of_2(size), self.half, triton.next_power_of_2(self.half), num_warps=8,
+        )  # fmt: skip
+        for layer, table, count in zip(weights.layers, self.table, self.counts, strict=True):
+            self._qkv(layer)
+            self._attention(layer, table)
+            self._add(layer.o, layer.o_bias, self.attended, self.x, self.middle, "o")
+            self._ffn(layer, count)
+        self._head()
+        if self.count == 1:
+            next_kernel[(1,)](self.best, self.state, self.chosen, SLOTS, RING, self.early, num_warps=1, **self.options)
+
+    def _head(self) -> None:
+        weights, tile = self.weights, self._tile("head", self.size)
+        head_kernel[(triton.cdiv(self.vocabulary, tile["ROWS"]),)](
+            self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits,
+            self.best, self.vocabulary, self.size, self.count, weights.head_bias is not None, SLOTS, self.early,
+            **tile,
+        )  # fmt: skip
+
+    def _tile(self, name: str, size: int, divides: int = 0) -> dict[str, Any]:
+        """How a product is tiled, for rows of this size, of which there are so many, or any number."""
+        tile = self.tiles[name]
+        rows = tile.get("ROWS", 1)
+        while divides % rows:
+            rows //= 2
+        columns = {key: min(tile[key], triton.next_power_of_2(size)) for key in ("BLOCK", "UP") if key in tile}
+        return tile | ({"ROWS": rows} if "ROWS" in tile else {}) | columns | self.options
+
+    def _qkv(self, layer: LayerWeights) -> None:
+        q, k, v = layer.qkv
+        tile = self._tile("qkv", self.size, divides=self.weights.head_dim)
+        biases = layer.qkv_bias or layer.qkv
+        linear_kernel[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
+            self.x, layer.input_norm, self.weights.eps, q, k, v, *biases, self.x, self.qkv, len(q), len(k),
+            self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.early, **tile,
+        )  # fmt: skip
+
+    def _attention(self, layer: LayerWeights, table: torch.Tensor) -> None:
+        weights, tile = self.weights, self.tiles["attention"]
+        norms = layer.head_norms or (self.angles, self.angles)
+        attention_kernel[(weights.key_heads, tile["SPLITS"])](
+            self.qkv, *norms, self.angles, self.state, table, self.maxima, self.sums, self.values, self.arrived,
+            self.attended, layer.scaling, weights.eps, layer.window, self.count, weights.heads, weights.key_heads,
+            self.half, self.columns, self.group, max(LEAST, self.group), layer.head_norms is not None, self.early,
+            **tile, **self.options,
+        )  # fmt: skip
+
+    def _add(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, residual: torch.Tensor,
+        out: torch.Tensor, name: str,
+    ) -> None:  # fmt: skip
+        """out = residual + W x + bias."""
+        rows, size = weight.shape
+        tile = self._tile(name, size)
+        linear_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+            x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size, self.count,
+            1, False, bias is not None, True, self.early, **tile,
+        )  # fmt: skip
+
+    def _ffn(self, layer: LayerWeights, count: torch.Tensor) -> None:
+        if layer.coarse is None or self.count > 1:  # several tokens would list most neurons
+            self._hidden(layer)
+        else:
+            self._list(layer, layer.coarse, count)
+            self._listed(layer, count)
+        if layer.down_t is None:
+            self._add(layer.down, None, self.hidden, self.middle, self.x, "dense down")
+        else:
+            self._down(layer)
+
+    def _list(self, layer: LayerWeights, coarse: PackedGate, count: torch.Tensor) -> None:
+        """List the neurons that may be active, by the gate's 4-bit copy."""
+        width, size = layer.gate.shape
+        tile = self._tile("list", size // 4)
+        list_kernel[(triton.cdiv(width, tile["ROWS"]),)](
+            self.middle, layer.ffn_norm, self.weights.eps, coarse.codes, coarse.steps, coarse.slack, self.hidden,
+            self.candidates, count, layer.cut, width, size, self.early, **tile,
+        )  # fmt: skip
+
+    def _listed(self, layer: LayerWeights, count: torch.Tensor) -> None:
+        width, size = layer.gate.shape
+        tile = self._tile("listed", size)
+        listed_kernel[(min(tile.pop("PROGRAMS"), width),)](
+            self.middle, layer.ffn_norm, self.weights.eps, layer.gate, layer.up, self.hidden, self.candidates, count,
+            layer.cut, layer.activation, size, self.early, **tile,
+        )  # fmt: skip
+
+    def _hidden(self, layer: LayerWeights) -> None:
+        width, size = layer.gate.shape
+        is_sparse = layer.down_t is not None
+        tile = self._tile("hidden" if is_sparse else "dense", size)
+        hidden_kernel[(triton.cdiv(width, tile["ROWS"]),)](
+            self.middle, layer.ffn_norm, self.weights.eps, layer.gate, layer.up, self.hidden, layer.cut, width,
+            layer.activation, is_sparse, size, self.count, self.early, **tile,
+        )  # fmt: skip
+
+    def _down(self, layer: LayerWeights) -> None:
+        tile = {name: value for name, value in self.tiles["down"].items() if name != "PROGRAMS"}
+        down_kernel[(self.blocks, self.splits)](
+            self.hidden, layer.down_t, self.middle, self.listed, self.parts, self.arrived, self.x, self.width,
+            self.share, self.size, self.count, self.splits, triton.next_power_of_2(self.share), self.early, **tile,
+            **self.options,
+        )  # fmt: skip
+
+
+def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """A kernel's pointer that it does not read where there is no tensor."""
+    return other if tensor is None else tensor
+
+
+def _can_start_early(like: torch.Tensor) -> bool:
+    """Whether a kernel's programs can start while the kernel before it ends: from Hopper on."""
+    return like.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(like.device)[0] >= 9

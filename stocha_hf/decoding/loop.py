@@ -1,0 +1,147 @@
+"""generate()'s loop for a model whose steps are one call of the CPU's kernels.
+
+It does what transformers' does: logits processors, stopping criteria, streamers, sampling with the same random
+numbers, padding of sequences that have ended, scores and logits. What it saves is what nobody sees meanwhile: the
+cache's tensors are set when the loop ends, and criteria on length and end tokens are compared as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from stocha_hf.decoding import step
+from stocha_hf.decoding.cache import rows_of
+from stocha_hf.decoding.conditions import CACHE
+
+
+class Loop:
+    """One call of generate(), on a CPU."""
+
+    def __init__(self, model: Any, plan: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:
+        self.model, self.plan, self.config, self.kwargs = model, plan, config, kwargs
+        self.sequences, self.length = input_ids.shape
+        self.device = input_ids.device
+        self.ids = input_ids.new_empty(self.sequences, max(config.max_length or 0, self.length + 256))
+        self.ids[:, : self.length] = input_ids
+        self.scores: Any = () if config.return_dict_in_generate and config.output_scores else None
+        self.logits: Any = () if config.return_dict_in_generate and config.output_logits else None
+
+    def run(self, processors: Any, criteria: Any, streamer: Any) -> Any:
+        """Generate, and return what generate() does."""
+        cache, at = self._prefilled()
+        decode = self._decoder(cache, at)
+        try:
+            self._generate(decode, processors, criteria, streamer)
+        finally:
+            self.finish()
+        return self._result(streamer)
+
+    def _generate(
+        self, decode: Callable[[torch.Tensor], torch.Tensor], processors: Any, criteria: Any, streamer: Any
+    ) -> None:
+        has_end = any(hasattr(rule, "eos_token_id") for rule in criteria)
+        ended = ending(criteria, self.sequences)
+        unfinished = torch.ones(self.sequences, dtype=torch.int64, device=self.device)
+        logits = self.first
+        while True:
+            given = self.ids[:, : self.length]
+            scores = processors(given, logits) if len(processors) else logits
+            if self.scores is not None:
+                self.scores += (scores,)
+            if self.logits is not None:
+                self.logits += (logits,)
+            if self.config.do_sample:
+                chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            else:
+                chosen = scores.argmax(-1)
+            if has_end and self.sequences > 1:
+                chosen = chosen * unfinished + self.config._pad_token_tensor * (1 - unfinished)
+            self._append(chosen)
+            done = ended(self.ids[:, : self.length], self.scores)
+            if streamer is not None:
+                streamer.put(chosen.cpu())
+            if isinstance(done, torch.Tensor):
+                unfinished &= ~done
+                done = not unfinished.any()
+            if done:
+                return
+            logits = decode(chosen)
+
+    def _prefilled(self) -> tuple[Any, torch.Tensor]:
+        """Read the prompt; return the cache, and each sequence's next position, int64 [sequences, 1]."""
+        outputs = self.model._prefill(
+            self.ids[:, : self.length], self.config, self.kwargs, is_first_iteration=not self.config.is_assistant
+        )
+        self.first = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        positions = self.kwargs.get("position_ids")
+        at = self.ids.new_full((self.sequences, 1), self.length) if positions is None else positions[:, -1:] + 1
+        return getattr(outputs, CACHE), at.expand(self.sequences, 1).contiguous()
+
+    def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what gives the logits [sequences, vocabulary] after one more token each."""
+        starts = step.padding(self.kwargs.get("attention_mask"), self.sequences, self.length)
+        rows = None if starts is None else rows_of(self.plan, cache, self.sequences)
+        self.finish: Callable[[], None] = (lambda: None) if rows is None else rows.show
+        expected = self.ids.shape[1] - self.length
+
+        def decode(chosen: torch.Tensor) -> torch.Tensor:
+            found = None
+            if rows is not None and starts is not None:
+                found = step.run(rows, chosen[:, None], at, starts, 1, expected)
+            if found is None:
+                self.finish()
+                found = self._by_call(chosen, at, cache)
+            at.add_(1)
+            return found[:, 0]
+
+        return decode
+
+    def _by_call(self, chosen: torch.Tensor, at: torch.Tensor, cache: Any) -> torch.Tensor:
+        """The same by the model's own call."""
+        mask = self.kwargs.get("attention_mask")
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(self.sequences, self.length - mask.shape[1])], 1)
+        known = {"attention_mask": mask, "position_ids": at, CACHE: cache}
+        return self.model(chosen[:, None], use_cache=True, logits_to_keep=1, **known).logits.float()
+
+    def _append(self, chosen: torch.Tensor) -> None:
+        if self.length == self.ids.shape[1]:
+            self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], 1)
+        self.ids[:, self.length] = chosen
+        self.length += 1
+
+    def _result(self, streamer: Any) -> Any:
+        if streamer is not None:
+            streamer.end()
+        sequences = self.ids[:, : self.length].to(self.device, copy=True)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,  # type: ignore[arg-type]
+            scores=self.scores,
+            logits=self.logits,
+            **{CACHE: self.kwargs.get(CACHE)},
+        )
+
+
+def ending(criteria: Any, sequences: int) -> Callable[[torch.Tensor, Any], Any]:
+    """What tells of the ids so far whether to stop: True, False, or a tensor of one answer a sequence."""
+    if sequences > 1 or not all(type(rule) in (MaxLengthCriteria, EosTokenCriteria) for rule in criteria):
+        return criteria
+    if any(getattr(rule, "max_position_embeddings", None) is not None for rule in criteria):
+        return criteria  # which warns
+    longest = min((rule.max_length for rule in criteria if type(rule) is MaxLengthCriteria), default=None)
+    ends = {
+        int(token)
+        for rule in criteria
+        if type(rule) is EosTokenCriteria
+        for token in torch.as_tensor(rule.eos_token_id).flatten()
+    }
+    return lambda ids, scores: (
+        (longest is not None and ids.shape[1] >= longest) or (bool(ends) and int(ids[0, -1]) in ends)
+    )

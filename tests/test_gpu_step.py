@@ -1,0 +1,272 @@
+"""A GPU's whole decode step and generate() with it, against transformers' own way.
+
+They need a GPU with Triton. On a CPU with Triton installed, TRITON_INTERPRET=1 runs the kernels there, in the same
+loop, with launches in the place of a graph's replays. Elsewhere only what needs no kernel is tested.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model
+from transformers import DynamicCache, StaticCache
+
+from stocha_hf.decoding import calls, generation, triton_ffn
+from stocha_hf.decoding.gate_prediction import predict_gates
+from stocha_hf.decoding.packed_gate import PackedGate
+from stocha_hf.errors import StochaError
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, stocha_mlps
+from stocha_hf.patching import patch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not CUDA
+needs_triton = pytest.mark.skipif(
+    triton_ffn.triton is None or not (CUDA or INTERPRETED), reason="no GPU with Triton, and no TRITON_INTERPRET=1"
+)
+FEW = {"ROWS": 8, "SPLITS": 2, "TILE": 16}  # programs are what takes the interpreter's time
+PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40]], device=DEVICE)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for each step: tokens in the cache before it. Without a GPU its stand-ins are the interpreter's."""
+    from stocha_hf.decoding import gpu_tiles
+    from stocha_hf.decoding.gpu_step import GpuStep
+
+    made: list[int] = []
+    replay = GpuStep.launch if INTERPRETED else GpuStep.replay
+
+    def counted(step: Any) -> None:
+        made.append(int(step.state[1]))
+        replay(step)
+
+    monkeypatch.setattr(GpuStep, "replay", counted)
+    if INTERPRETED:
+        tiles = {name: {key: FEW.get(key, it) for key, it in tile.items()} for name, tile in gpu_tiles.TILES.items()}
+        monkeypatch.setattr(gpu_tiles, "TILES", tiles)
+        monkeypatch.setattr(GpuStep, "record", lambda step: setattr(step, "graph", "launches"))
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+        monkeypatch.setitem(generation.LOOPS, "cpu", generation._on_gpu)
+        monkeypatch.setitem(calls.CALLS, "cpu", calls._on_gpu)
+    return made
+
+
+def model_of(model_type: str = "llama", activation: str = "relu", **overrides: Any) -> Any:
+    torch.manual_seed(0)
+    model = tiny_model(model_type, **overrides)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    patch(model, StochaConfig(activation="relu"))
+    model.eval().to(DEVICE)
+    if activation != "relu":
+        model.stocha_mode(activation).__enter__()
+    return model
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call without this package's kernels and loops."""
+    with monkeypatch.context() as patched:
+        patched.setattr(StochaMLP, "runtime", None)
+        return function(*args, **kwargs)
+
+
+def greedy(new: int, **options: Any) -> dict[str, Any]:
+    mask = torch.ones_like(PROMPT)
+    known = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1_000}
+    return known | {"max_new_tokens": new} | options
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_steps_give_transformers_logits(
+    model_type: str, activation: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(model_type, activation)
+    new = 4 if INTERPRETED else 40
+    options = greedy(new, return_dict_in_generate=True, output_logits=True)
+    found = model.generate(PROMPT, **options)
+    assert steps == list(range(PROMPT.shape[1], PROMPT.shape[1] + new - 1))
+    expected = slowly(monkeypatch, model.generate, PROMPT, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for logits, others in zip(found.logits, expected.logits, strict=True):
+        assert (logits - others).norm() <= 1e-5 * others.norm()
+    for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert layer.keys.shape == other.keys.shape and torch.allclose(layer.keys, other.keys, atol=1e-5)
+        assert torch.allclose(layer.values, other.values, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_the_gpu_chooses_greedy_tokens(cache: str | None, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, new = model_of(), 5 if INTERPRETED else 60
+    options = greedy(new, disable_compile=True, cache_implementation=cache)
+    expected = slowly(monkeypatch, model.generate, PROMPT, **options)
+    assert torch.equal(model.generate(PROMPT, **options), expected)
+    assert len(steps) == new - 1
+    steps.clear()
+    end = int(expected[0, PROMPT.shape[1] + 2])
+    given: list[int] = []
+    streamer = SimpleNamespace(
+        put=lambda tokens: given.extend(tokens.flatten().tolist()), end=lambda: given.append(-1)
+    )
+    found = model.generate(PROMPT, **options | {"eos_token_id": end}, streamer=streamer)
+    assert [*found[0].tolist(), -1] == given
+    assert torch.equal(found, expected[:, : found.shape[1]]) and int(found[0, -1]) == end
+    assert len(steps) <= found.shape[1] - PROMPT.shape[1], "at most one step after the end"
+
+
+@needs_triton
+def test_sampling_padding_and_a_cache_of_an_earlier_call(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, new = model_of(), 4 if INTERPRETED else 20
+
+    def sampled(**options: Any) -> Any:
+        torch.manual_seed(1)
+        return model.generate(PROMPT, **greedy(new, do_sample=True, top_k=5, temperature=0.8) | options)
+
+    padded = {"attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]], device=DEVICE)}
+    for options in ({}, padded):
+        found = sampled(**options)
+        assert len(steps) == new - 1
+        assert torch.equal(found, slowly(monkeypatch, sampled, **options))
+        steps.clear()
+    options = greedy(2 * new) | {"attention_mask": None}
+    whole = slowly(monkeypatch, model.generate, PROMPT, **options)
+    with torch.no_grad():
+        cache = model(PROMPT[:, :5], use_cache=True).past_key_values
+    half = model.generate(PROMPT, past_key_values=cache, **options | {"max_new_tokens": new})
+    assert torch.equal(model.generate(half, past_key_values=cache, **options | {"max_new_tokens": new}), whole)
+    assert len(steps) == 2 * new - 2
+
+
+@needs_triton
+def test_what_must_be_called_is_called(steps: list[int]) -> None:
+    model = model_of()
+    calls: list[int] = []
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *args: calls.append(1))
+    model.generate(PROMPT, **greedy(3))
+    assert len(calls) == 3 and not steps
+    handle.remove()
+    model.generate(PROMPT, **greedy(3))
+    assert len(steps) == 2
+    model.model.layers[0].mlp.up_proj.weight.data = model.model.layers[0].mlp.up_proj.weight.data.clone()
+    before = model.__dict__["gpu_plan"]
+    model.generate(PROMPT, **greedy(3))
+    assert model.__dict__["gpu_plan"] is not before and len(steps) == 4
+
+
+@needs_triton
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_calls_of_a_few_tokens_give_transformers_logits(cache: str, steps: list[int]) -> None:
+    model = model_of("mistral", sliding_window=6)
+    ids = torch.cat([PROMPT, PROMPT.flip(1)], 1)
+    with torch.enable_grad():
+        expected = model(ids).logits.detach()
+    kept = StaticCache(model.config, max_cache_len=24) if cache == "static" else DynamicCache(config=model.config)
+    place = 3 if cache == "static" else 6  # its window of 6 tokens is not full before
+    model(ids[:, :place], past_key_values=kept)
+    for tokens in (1, 2) if cache == "static" else (1, 4, 3, 2):
+        found = model(ids[:, place : place + tokens], past_key_values=kept).logits
+        exact = expected[:, place : place + tokens]
+        assert (found - exact).norm() <= 1e-5 * exact.norm()
+        place += tokens
+    assert len(steps) == (2 if cache == "static" else 4)
+    assert kept.get_seq_length() == place
+
+
+@needs_triton
+def test_an_assistants_drafts_are_checked_in_steps(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, assistant = model_of(), model_of("llama", "silu")
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    options = greedy(4 if INTERPRETED else 20)
+    expected = slowly(monkeypatch, model.generate, PROMPT, **options)
+    assert torch.equal(model.generate(PROMPT, assistant_model=assistant, **options), expected)
+    assert steps
+
+
+@needs_triton
+def test_predicted_gates_change_no_token(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    options = greedy(4 if INTERPRETED else 40)
+    expected = model.generate(PROMPT, **options)
+    for mlp in stocha_mlps(model):
+        mlp.decode_state.coarse = PackedGate.of(mlp.gate_proj.weight, recall=0.999)
+    assert torch.equal(model.generate(PROMPT, **options), expected)
+    counts = model.__dict__["gpu_plan"].step(1).counts[:, 0]
+    assert 0 < int(counts.min()) <= int(counts.max()) < mlp.gate_proj.weight.shape[0], "some neurons are not listed"
+
+
+def test_four_bits_are_off_by_what_they_say() -> None:
+    torch.manual_seed(0)
+    gate, x = torch.randn(3000, 256), torch.randn(256)
+    gate[:, :3] *= 5
+    packed = PackedGate.of(gate, recall=0.95)
+    quarters = [((packed.codes.int() >> 4 * place) & 15) - 8 for place in range(4)]
+    about = torch.cat(quarters, 1) * packed.steps[:, None] @ x
+    beyond = (gate @ x > about + packed.slack * x.norm()).float().mean().item()
+    assert 0.03 < beyond < 0.07, "a share of 1 - recall"
+    assert packed.nbytes < gate.nbytes / 7
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU")
+def test_a_gpu_predicts_with_a_recall() -> None:
+    model = model_of()
+    assert predict_gates(model, recall=0.999) == len(stocha_mlps(model))
+    with pytest.raises(StochaError, match="expected a recall"):
+        predict_gates(model)
+
+
+def test_what_a_gpu_step_does_not_know_is_refused() -> None:
+    if triton_ffn.triton is None:
+        pytest.skip("no Triton")
+    from stocha_hf.decoding import gpu_plan
+
+    assert gpu_plan.of(model_of("gemma2")) is None
+    model = model_of()
+    assert gpu_plan.of(model) is gpu_plan.of(model)
+    model.model.layers[0].mlp.up_proj = torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    assert gpu_plan.of(model) is None
+
+
+def weights_of_no_content(dtype: torch.dtype, coarse: bool, sparse: bool = True) -> Any:
+    from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
+
+    size, width = 576, 1536
+
+    def of(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    packed = PackedGate(torch.empty(width, size // 4, dtype=torch.int16), *torch.empty(2, width), (0, 0))
+    qkv = of(576, size), of(192, size), of(192, size)
+    layer = LayerWeights(
+        of(size), qkv, (of(576), of(192), of(192)), (of(64), of(64)), of(size, 576), None, of(size), of(width, size),
+        of(width, size), of(size, width), of(width, size) if sparse else None, "relu" if sparse else "silu", 0.0,
+        packed if coarse else None, 0.125, 0,
+    )  # fmt: skip
+    return Weights(of(999, size), [layer], of(size), of(999, size), None, torch.empty(32), 1.0, 1e-5, 9, 3, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED or CUDA, reason="no Triton, interpreted, or a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "predicted"])
+def test_the_kernels_compile_for_an_h100_that_is_not_there(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers.triton import compiling
+
+    from stocha_hf.decoding import gpu_step
+
+    monkeypatch.setattr(gpu_step, "_can_start_early", lambda like: True)
+    compiled = compiling(gpu_step, monkeypatch)
+    gpu_step.GpuStep(weights_of_no_content(dtype, kind == "predicted", kind != "dense")).launch()
+    assert len(compiled) == (9 if kind == "predicted" else 8)
+    assert all(kernel.metadata.shared <= 227 * 2**10 for kernel in compiled), "what a program of an H100 has"
