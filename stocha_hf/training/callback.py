@@ -104,6 +104,9 @@ class ScheduleCallback(TrainerCallback):
         """Move input thresholds so that each projection cuts its share, here and now, on all ranks alike."""
         with torch.compiler.set_stance("force_eager"):
             found = held.thresholds(model, self.batches(UPDATE_ROWS))
+        for module in model.modules():
+            if hasattr(module, "reshard"):  # FSDP2 keeps some weights whole until a backward, which does not come
+                module.reshard()
         thresholds, before = broadcast_object_list([found])[0]
         change_entry(model, inputs=stocha_model(model).config.stocha["inputs"] | {"thresholds": thresholds})
         self._measured["inputs_cut"].append(before)
