@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/pretrain_h100.jsonl"
+NOISE = ROOT / "benchmarks/results/pretrain_noise.jsonl"
 PAGE = ROOT / "docs/experiments/pretraining.md"
 IMAGES = ROOT / "docs/images"
 SEEDS = ("", "-s1", "-s2")
@@ -31,8 +32,11 @@ MAIN = {
     "StochA+FT, p 0.7, alpha 0.05": "stocha70-05",
     "StochA+FT, p 0.7, alpha 0.1": "stocha70-10",
     "StochA+FT, p 0.7, alpha 0.2": "stocha70-20",
+    "R+, p 0.5, alpha 0.05": "stocha50-05-rplus",
+    "R+, p 0.5, alpha 0.2": "stocha50-20-rplus",
     "ReLU": "relu",
 }
+AGAIN = {"ReLU": "relu", "StochA p 0.7 to the end": "stocha70-whole"}  # seed 1, trained once more: NAME-again
 VARIANTS = {
     "ReLU": "relu",
     "StochA+FT, p 0.5": "stocha50-05",
@@ -162,11 +166,57 @@ def held_table(all_rows: Rows) -> str:
         "ReLU, then thresholds to 90%": "relu-held90-1e-3-s1",
         "StochA p 0.7, then ReLU": "stocha70-20-1e-3-s1",
         "StochA p 0.7, then thresholds to 90%": "stocha70-held90-1e-3-s1",
+        "ReLU, L1 to 90%": "relu-l1-1e-3-s1",
+        "StochA p 0.7, then ReLU, L1 to 90%": "stocha70-l1-1e-3-s1",
     }
     return table(
-        ("trained with, seed 1", "loss", "zeros"),
-        [[label, f"{loss(all_rows[name]):.4f}", percent(zeros(all_rows[name]))] for label, name in names.items()],
+        ("trained with, seed 1", "loss", "zeros", "dead"),
+        [
+            [label, f"{loss(row):.4f}", percent(zeros(row)), percent(dead(row))]
+            for label, name in names.items()
+            if (row := all_rows.get(name))
+        ],
     )
+
+
+def again_table(all_rows: Rows) -> str:
+    """The same run, seed and data, on two machines."""
+    lines = []
+    for label, name in AGAIN.items():
+        for row in (all_rows[f"{name}-1e-3-s1"], all_rows[f"{name.removesuffix('-whole')}-again-1e-3-s1"]):
+            machine = f"{row['machine']}, {row['device']}"
+            lines.append([label, machine, f"{loss(row):.4f}", f"{end_loss(row):.4f}", percent(zeros(row))])
+    return table(("trained with, seed 1", "machine", "loss", "at the end of training", "zeros"), lines)
+
+
+def noise_table(all_rows: Rows) -> str:
+    """By the likelihood of the samples under the other model, the highest first."""
+    found = sorted(noise_rows(), key=lambda row: -row["log_likelihood_judge"])
+    heads = (
+        "decoding",
+        "log-likelihood",
+        "under the model itself",
+        "distinct-1",
+        "distinct-2",
+        "distinct-3",
+        "self-BLEU",
+    )
+    keys = ("log_likelihood_judge", "log_likelihood_own", "distinct_1", "distinct_2", "distinct_3")
+    return table(
+        heads,
+        [[decoding(row), *(f"{row[key]:.3f}" for key in keys), f"{row['self_bleu']:.1f}"] for row in found],
+    )
+
+
+def noise_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in NOISE.read_text().splitlines()]
+
+
+def decoding(row: dict[str, Any]) -> str:
+    if not row["way"]:
+        return "greedy"
+    (name, value), *_ = row["way"].items()
+    return f"StochA, p = {value:g}" if name == "p" else f"temperature {value:g}"
 
 
 def swapped_table(all_rows: Rows) -> str:
@@ -218,6 +268,8 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "rates": rates_table,
     "held": held_table,
     "swapped": swapped_table,
+    "again": again_table,
+    "noise": noise_table,
     "probes": probes_table,
 }
 
@@ -285,6 +337,15 @@ def draw(all_rows: Rows) -> None:
     right.set(xlabel="layer", ylabel="zeros, %")
     right.legend(fontsize=8)
     figure.savefig(IMAGES / "pretraining-dead.png", **options)
+
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.4))
+    for axes, key, label in zip(both, ("distinct_2", "self_bleu"), ("distinct-2", "self-BLEU"), strict=True):
+        for name, kind in {"noise of the activation": "p", "temperature": "temperature"}.items():
+            found = sorted((r for r in noise_rows() if not r["way"] or kind in r["way"]), key=lambda r: r[key])
+            axes.plot([r["log_likelihood_judge"] for r in found], [r[key] for r in found], ".-", label=name)
+        axes.set(xlabel="log-likelihood of the samples, nats a token", ylabel=label)
+        axes.legend(fontsize=8)
+    figure.savefig(IMAGES / "pretraining-noise.png", **options)
 
 
 def main() -> None:

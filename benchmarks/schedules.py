@@ -19,7 +19,8 @@ Each line has perplexity, zeros and dead neurons on every evaluation text, the d
 model where there is one, and the losses as they were logged.
 
 Every run is the recipe in a process of its own, so one that fails is a line with `error` and the others go on. Started
-again, it skips what `results` holds. Tokens per second mean something with one job a GPU only.
+again, it skips what `results` holds. Tokens per second mean something with one job a GPU only. `--seconds` is for a
+machine that is lent: no run is begun that would not end by then, judging by the slowest that has ended.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from stocha_hf.models import load_model
 ROOT = Path(__file__).parent.parent
 LENGTH = 1024
 COMPARED = 64  # evenly spaced windows of each text for the divergence
+STARTING = 40  # seconds of a run on a GPU that its length does not change: imports, compiling, evaluation
 OF_THE_RUN = {"name", "start", "tokens", "data", "branch", "at", "modes", "probe"}  # keys that are none of the recipe
 
 
@@ -66,6 +68,7 @@ class Bench:
         self.args, self.listed = args, yaml.safe_load(args.runs.read_text())
         self.lock, self.tokenising = threading.Lock(), threading.Lock()
         self.turn, self.unfinished = threading.Condition(), set[str]()
+        self.began, self.paces = time.monotonic(), list[float]()  # seconds a token of the runs that ended
         self.branched = {(run["branch"], run["at"]) for run in self.listed["runs"] if "branch" in run}
         self.free = [job % args.gpus if args.gpus else None for job in range(args.jobs)]
         self.windows = {Path(name).stem: text_windows(name, args.model, LENGTH) for name in args.eval}
@@ -83,13 +86,37 @@ class Bench:
             while jobs:
                 with self.turn:
                     self.turn.wait_for(lambda: self.free and any(map(self.ready, jobs)))
-                    job, gpu = next(filter(self.ready, jobs)), self.free.pop(0)
+                    job = next(filter(self.ready, jobs))
+                    if not self.in_time(job):
+                        jobs[:] = self.without(job, jobs)
+                        continue
+                    gpu = self.free.pop(0)
                 jobs.remove(job)
                 pool.submit(self.on_a_gpu, gpu, job)
 
     def ready(self, job: dict[str, Any]) -> bool:
         """Whether what it begins from is there, or has failed."""
         return not self.needs(job) & self.unfinished
+
+    @staticmethod
+    def trained(job: dict[str, Any]) -> float:
+        """Tokens that a run trains on itself."""
+        return job.get("tokens", 0) * (1 - job.get("at", 0))
+
+    def in_time(self, job: dict[str, Any]) -> bool:
+        if self.args.seconds is None or not self.paces:
+            return True
+        left = self.args.seconds - (time.monotonic() - self.began)
+        return STARTING + max(self.paces) * self.trained(job) <= left
+
+    def without(self, job: dict[str, Any], jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The jobs without this one and those that need it."""
+        left_out = {job["name"]}
+        for other in jobs:
+            if self.needs(other) & left_out:
+                left_out.add(other["name"])
+        print(f"not begun, for want of time: {', '.join(sorted(left_out))}", flush=True)
+        return [other for other in jobs if other["name"] not in left_out]
 
     def results(self) -> list[dict[str, Any]]:
         path = self.args.results
@@ -152,6 +179,8 @@ class Bench:
         row |= {"jobs_per_gpu": self.args.jobs / max(self.args.gpus, 1), **self.figures(gpu, name, run)}
         seconds = {"training_seconds": trained, "seconds": round(time.monotonic() - start, 1)}
         self.add(row | seconds | {"command": shlex.join(command)})
+        if tokens := self.trained(run):
+            self.paces.append(max(seconds["seconds"] - STARTING, 0) / tokens)
         self.drop_checkpoints(name)
 
     def averaging(self, name: str, run: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -298,6 +327,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="lines are added to this file")
     parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, with wildcards")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--seconds", type=float, help="begin no run that would end later than this")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU)")
     args = parser.parse_args()
     args.jobs = args.jobs or max(args.gpus, 1)

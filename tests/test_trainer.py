@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from typing import Any
 
 import pytest
@@ -121,6 +122,23 @@ def test_a_run_that_fails_takes_everything_off_the_model_too(tmp_path):
     with pytest.raises(StochaError, match="not finite"):
         run.train()
     assert additions(model) == additions(patched())
+
+
+def test_a_sparsity_target_rests_before_relu_and_may_begin_with_a_resumed_run(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    ends = {}
+    for name, target in {"none": None, "late": 0.9, "whole": 0.9}.items():
+        out = tmp_path / name
+        if name == "late":
+            shutil.copytree(tmp_path / "none" / "checkpoint-2", out / "checkpoint-2")
+        model = patched()
+        run = trainer(model, arguments(tmp_path, output_dir=str(out), target_sparsity=target, **options))
+        run.train(resume_from_checkpoint=str(out / "checkpoint-2") if name == "late" else None)
+        steered = [log["step"] for log in run.state.log_history if "l1_coefficient" in log]
+        assert steered == ([] if target is None else [3, 4])
+        ends[name] = weights(model)
+    assert all(map(torch.equal, ends["late"], ends["whole"]))  # no penalty before ReLU
+    assert not all(map(torch.equal, ends["none"], ends["whole"]))
 
 
 def test_evaluation_while_training_runs_what_the_checkpoint_will_infer_with(tmp_path):

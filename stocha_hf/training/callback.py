@@ -25,7 +25,8 @@ from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.sparsity_target import SparsityTarget
 from stocha_hf.training.thresholds import apply_thresholds, moved_thresholds
 
-UPDATES = 50  # of the thresholds, or of the sparsity target's controller, in a run
+UPDATES = 50  # of the thresholds in a run
+STEERINGS = 200  # of the sparsity target's controller in a run, which may have the last fifth of it alone
 UPDATE_ROWS = 8  # of training data, on which thresholds are moved
 HOLDS = 20  # of input thresholds in a run: inputs drift slowly
 
@@ -73,13 +74,15 @@ class ScheduleCallback(TrainerCallback):
             change_entry(model, activation=now.activation, p=now.p, inference=None)
             if self.accelerator.is_main_process:
                 print(f"step {state.global_step}/{state.max_steps}: {self.schedule.phases[now.phase]}", flush=True)
-        update = max(state.max_steps // UPDATES, 1)
-        if now.sparsity is not None and state.global_step % update == 0:
+        if now.sparsity is not None and state.global_step % max(state.max_steps // UPDATES, 1) == 0:
             self._move_thresholds(model, now.sparsity)
         if self.held is not None and self.held.shares is None:
             with torch.compiler.set_stance("force_eager"):
                 self.held.begin(model, self.batches(UPDATE_ROWS))
-        every = [max(int(args.logging_steps), 1)] + [update] * (self.target is not None)
+        every = [max(int(args.logging_steps), 1)]
+        if self.target is not None:
+            self.target.resting = ACTIVATIONS[now.activation].cut is None
+            every.append(max(state.max_steps // STEERINGS, 1))
         if any((state.global_step + 1) % steps == 0 for steps in every):
             self._recording.enter_context(self.meter.record())
 
@@ -101,6 +104,9 @@ class ScheduleCallback(TrainerCallback):
         """Move input thresholds so that each projection cuts its share, here and now, on all ranks alike."""
         with torch.compiler.set_stance("force_eager"):
             found = held.thresholds(model, self.batches(UPDATE_ROWS))
+        for module in model.modules():
+            if hasattr(module, "reshard"):  # FSDP2 keeps some weights whole until a backward, which does not come
+                module.reshard()
         thresholds, before = broadcast_object_list([found])[0]
         change_entry(model, inputs=stocha_model(model).config.stocha["inputs"] | {"thresholds": thresholds})
         self._measured["inputs_cut"].append(before)
@@ -114,7 +120,7 @@ class ScheduleCallback(TrainerCallback):
         measured |= {f"sparsity/layer_{layer:02d}": share for layer, share in enumerate(shares.tolist())}
         if not ACTIVATIONS[activation].deterministic:
             measured["p"] = p
-        if self.target is not None:
+        if self.target is not None and not self.target.resting:
             self.target.update(state.global_step / state.max_steps, sparsity)
             measured["l1_coefficient"] = self.target.coefficient
         for key, value in measured.items():

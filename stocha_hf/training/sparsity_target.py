@@ -45,13 +45,13 @@ class SparsityTarget:
 
     when `loss` is a mean over tokens, and set_tokens was told how many tokens one optimizer step averages. The penalty
     sees every position, also those without a label. It is silent in eval() mode and without gradients. L1 makes zeros
-    and cannot take them away: a model that has more than `target` keeps what training leaves it. Zeros must be
-    possible: use it while a ReLU-like activation runs, since SiLU has none at any coefficient.
+    and cannot take them away: a model that has more than `target` keeps what training leaves it. Set `resting` while
+    an activation without such zeros runs, as SiLU does: there is no penalty then, and `update` is not to be called.
 
     `update` moves `coefficient` so that the measured share follows half a cosine from its first value to `target`,
-    reached after `ramp` of training; give it 20 updates or more in a run. Raises StochaError for a target outside
-    (0, 1), for a model without patched layers, and in forward for float16, whose loss scaling would not reach the
-    penalty.
+    reached after `ramp` of the training that is left at the first update; give it 20 updates or more. Raises
+    StochaError for a target outside (0, 1), for a model without patched layers, and in forward for float16, whose loss
+    scaling would not reach the penalty.
     """
 
     START = 0.1  # the coefficient at first
@@ -64,6 +64,7 @@ class SparsityTarget:
             raise StochaError(f"the sparsity target is {target}: expected a share of zeros between 0 and 1")
         self.target, self.ramp = target, ramp
         self.coefficient = self.START
+        self.resting = False
         self._first: tuple[float, float] | None = None  # progress and share at the first update
         self._last = (0.0, 0.0)  # progress and error at the last one
         self._weight = torch.zeros(())
@@ -86,12 +87,13 @@ class SparsityTarget:
         device = next(self._layers[0].parameters()).device
         if self._weight.device != device:
             self._weight = self._weight.to(device)
-        self._weight.copy_(self.coefficient / torch.as_tensor(tokens, dtype=torch.float32))
+        coefficient = 0.0 if self.resting else self.coefficient
+        self._weight.copy_(coefficient / torch.as_tensor(tokens, dtype=torch.float32))
 
     def wanted(self, progress: float) -> float:
         """The share of zeros that the trajectory asks for at `progress` (0 to 1) of training."""
         begin, share = self._first or (progress, self.target)
-        done = min(max((progress - begin) / max(self.ramp - begin, 1e-9), 0.0), 1.0)
+        done = min(max((progress - begin) / max(self.ramp * (1 - begin), 1e-9), 0.0), 1.0)
         return self.target - (1 + math.cos(math.pi * done)) / 2 * max(self.target - share, 0.0)
 
     def update(self, progress: float, measured: float) -> None:

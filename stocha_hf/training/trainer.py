@@ -338,7 +338,7 @@ class StochaTrainer(SFTTrainer):
         """A resumed run's schedule sets what runs at its next step; a run that ends keeps what is loaded here."""
         history = self.model.config.stocha.get("history")  # of this run
         change_entry(self.model, **state["stocha"] | {"history": history})
-        if self.steering.target is not None:
+        if self.steering.target is not None and state["target"] is not None:  # it may begin with this start
             self.steering.target.load_state_dict(state["target"])
         if self.steering.held is not None:
             self.steering.held.shares = state["input_shares"]
