@@ -4,7 +4,7 @@ FOLDER is a converted folder with input cuts, in any number of bits. Each prompt
 in turn: without cuts, with them, and losslessly; a ratio is taken within each prompt. `--dense` names a folder of the
 same model without cuts, whose matrices may lie in another order, as a fourth way.
 
-    python benchmarks/lossless.py qwen-cut-4 --new 128 --json benchmarks/results/lossless.jsonl
+    python benchmarks/lossless.py qwen-cut-4 --new 128 --json lossless.jsonl
 """
 
 from __future__ import annotations
