@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
@@ -69,7 +70,10 @@ def main() -> None:
         self.add_callback(Notes(f"{folder}/run{number}"))
 
     StochaTrainer.__init__ = with_notes  # type: ignore[method-assign]
-    for number, run in enumerate(runs):  # noqa: B007 - of with_notes
+    end = Accelerator.end_training
+    for number, run in enumerate(runs):
+        # one process group for all: a second may read the first's addresses in the launcher's store, and be refused
+        Accelerator.end_training = end if number == len(runs) - 1 else lambda self: None  # type: ignore[method-assign]
         sys.argv[1:] = json.loads(run)
         train.main("probe")
 
