@@ -24,7 +24,6 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"answers"},
     {"models"},
     {"data", "hub"},
-    {"data_files"},
     {"checkpoints"},
     {"patching", "quantization_stocha"},
     {"modeling_stocha", "mlx_stocha", "sparse"},  # sparse: what published files of 0.1 look for
