@@ -83,7 +83,13 @@ struct Fetch {
     at += kLine;
   }
   void lines(int64_t size) {
-    for (int64_t i = 0; i < size; i += kLine) line();
+    if (end - at < size) {
+      for (int64_t i = 0; i < size; i += kLine) line();
+    } else {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < size; i += kLine) prefetch(at + i);
+      at += size;
+    }
   }
 };
 
@@ -96,10 +102,10 @@ struct CodeRows {
   bool readable;
 };
 
-// Dot products of R rows with T tokens of x from the first one on; meanwhile fetches others. Sums are independent of R and T, so that a row gives
-// a token the same number in any company; R * T of them keep the processor busy.
+// Dot products of R rows with T tokens of x from the first one on; meanwhile fetches others. Sums are independent of R
+// and T, so that a row gives a token the same number in any company; R * T of them keep the processor busy.
 template <int R, int T>
-inline void dots(const CodeRows<R, uint8_t>& rows, Fetch& fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+inline void dots(const CodeRows<R, uint8_t>& rows, Fetch fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
   Vector total[R][T] = {};
   for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
     const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
@@ -144,7 +150,7 @@ inline void dots(const CodeRows<R, uint8_t>& rows, Fetch& fetch, const Quantized
 }
 
 template <int R, int T>
-inline void dots(const CodeRows<R, int8_t>& rows, Fetch& fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+inline void dots(const CodeRows<R, int8_t>& rows, Fetch fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
   Vector total[R][T] = {};
   for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
     const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
