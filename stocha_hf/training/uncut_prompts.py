@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stocha_hf.modeling_stocha import cut_projections
+from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.training.losses import IGNORED
 
 CUT_AT = "cut_at"  # key of a batch: bool [batch, seq], the positions whose inputs are cut
