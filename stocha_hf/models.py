@@ -101,7 +101,7 @@ def _check_folder(folder: Path, name: str) -> None:
 
 
 def _check_hub_config(name: str, revision: str | None) -> None:
-    """Read the config of a Hub id before transformers does, whose errors about it are no sentences."""
+    """Read the config of a Hub id before transformers does, whose errors about it are tracebacks."""
     from huggingface_hub import hf_hub_download
 
     path = Path(hf_hub_download(name, inspection.CONFIG, revision=revision))

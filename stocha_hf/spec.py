@@ -265,7 +265,7 @@ def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_keys(cls: Any, where: str, entry: Any) -> None:
-    """Raise ValueError where an entry as JSON holds it is no mapping, or has a key that the class does not know."""
+    """Raise ValueError where an entry as JSON holds it is not a mapping, or has a key that is not a field."""
     require(isinstance(entry, dict), where, entry, "a mapping")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(str(key) for key in entry if key not in known)

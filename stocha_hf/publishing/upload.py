@@ -73,7 +73,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False, space: str 
         Where it was published. The same contents always have the same tag.
 
     Raises:
-        StochaError: before anything is uploaded if the folder is no whole stocha checkpoint, and for what the Hub
+        StochaError: before anything is uploaded if the folder is not a whole stocha checkpoint, and for what the Hub
             refuses.
     """
     from huggingface_hub import CommitOperationDelete
