@@ -111,7 +111,7 @@ def check_card(folder: Path) -> None:
 def published_card(folder: Path, repo: str, tag: str) -> str:
     """Return the folder's card, or a new one where there is none, with the repo and revision that its snippets name.
 
-    Raises StochaError for a card that is no text.
+    Raises StochaError for a card that is not text.
     """
     path = folder / CARD
     try:
