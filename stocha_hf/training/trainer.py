@@ -99,9 +99,9 @@ class StochaTrainer(CheckpointingTrainer):
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's; where prompts are left uncut, its batches say which positions those are."""
+        """Trainer's; where inputs are cut, its batches say at which positions."""
         collate = self.data_collator
-        if self.args.uncut_prompts:
+        if trains_with_cuts(self.model):
             self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed)
         try:
             return super().get_train_dataloader()
