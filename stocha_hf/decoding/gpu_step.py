@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from stocha_hf.decoding.gpu_cuts import CutProducts
 from stocha_hf.decoding.gpu_tiles import tiles_for
 from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
 from stocha_hf.decoding.packed_gate import PackedGate
@@ -55,6 +56,8 @@ class GpuStep:
         self.group = triton.next_power_of_2(tokens * weights.heads // weights.key_heads)
         self._allocate(weights.embedding.new_empty)
         self._allocate_parts(weights.embedding.new_empty)
+        cuts = tokens == 1 and any(layer.cuts for layer in weights.layers)
+        self.cut = CutProducts(weights, self.tiles, self.early, self.options) if cuts else None
 
     def _allocate(self, new: Callable[..., torch.Tensor]) -> None:
         """What the kernels hand on, and what a host reads and writes."""
@@ -130,7 +133,7 @@ class GpuStep:
         for layer, table, count in zip(weights.layers, self.table, self.counts, strict=True):
             self._qkv(layer)
             self._attention(layer, table)
-            self._add(layer.o, layer.o_bias, self.attended, self.x, self.middle, "o")
+            self._o(layer)
             self._ffn(layer, count)
         self._head()
         if self.count == 1:
@@ -155,6 +158,9 @@ class GpuStep:
 
     def _qkv(self, layer: LayerWeights) -> None:
         q, k, v = layer.qkv
+        if self.cut is not None and "q_proj" in layer.cuts:
+            self.cut.qkv(layer, self.x, self.qkv)
+            return
         tile = self._tile("qkv", self.size, divides=self.weights.head_dim)
         biases = layer.qkv_bias or layer.qkv
         linear_kernel[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
@@ -172,6 +178,12 @@ class GpuStep:
             **tile, **self.options,
         )  # fmt: skip
 
+    def _o(self, layer: LayerWeights) -> None:
+        if self.cut is not None and "o_proj" in layer.cuts:
+            self.cut.add(layer.cuts["o_proj"], layer.o_bias, self.attended, self.x, self.middle, "o")
+        else:
+            self._add(layer.o, layer.o_bias, self.attended, self.x, self.middle, "o")
+
     def _add(
         self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, residual: torch.Tensor,
         out: torch.Tensor, name: str,
@@ -185,15 +197,20 @@ class GpuStep:
         )  # fmt: skip
 
     def _ffn(self, layer: LayerWeights, count: torch.Tensor) -> None:
-        if layer.coarse is None or self.count > 1:  # several tokens would list most neurons
+        if self.cut is not None and "gate_proj" in layer.cuts:
+            self.cut.hidden(layer, self.middle, self.hidden)
+        elif layer.coarse is None or self.count > 1:  # several tokens would list most neurons
             self._hidden(layer)
         else:
             self._list(layer, layer.coarse, count)
             self._listed(layer, count)
-        if layer.down_t is None:
-            self._add(layer.down, None, self.hidden, self.middle, self.x, "dense down")
+        down = None if self.cut is None else layer.cuts.get("down_proj")
+        if layer.down_t is not None:
+            self._down(layer, 0.0 if down is None else down.threshold)
+        elif self.cut is not None and down is not None:
+            self.cut.add(down, None, self.hidden, self.middle, self.x, "down")
         else:
-            self._down(layer)
+            self._add(layer.down, None, self.hidden, self.middle, self.x, "dense down")
 
     def _list(self, layer: LayerWeights, coarse: PackedGate, count: torch.Tensor) -> None:
         """List the neurons that may be active, by the gate's 4-bit copy."""
@@ -221,11 +238,11 @@ class GpuStep:
             layer.activation, is_sparse, size, self.count, self.early, **tile,
         )  # fmt: skip
 
-    def _down(self, layer: LayerWeights) -> None:
+    def _down(self, layer: LayerWeights, cut: float) -> None:
         tile = {name: value for name, value in self.tiles["down"].items() if name != "PROGRAMS"}
         down_kernel[(self.blocks, self.splits)](
-            self.hidden, layer.down_t, self.middle, self.listed, self.parts, self.arrived, self.x, self.width,
-            self.share, self.size, self.count, self.splits, triton.next_power_of_2(self.share), self.early, **tile,
+            self.hidden, layer.down_t, self.middle, self.listed, self.parts, self.arrived, self.x, cut,
+            self.width, self.share, self.size, self.count, self.splits, triton.next_power_of_2(self.share), self.early, **tile,
             **self.options,
         )  # fmt: skip
 

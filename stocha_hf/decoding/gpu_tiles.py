@@ -32,13 +32,19 @@ LARGE: dict[str, dict[str, int]] = {  # from a hidden size of 4096 on
     "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 4},
     "head": {"ROWS": 4, "BLOCK": 256, "num_warps": 1},
 }
+CUT: dict[str, dict[str, int]] = {  # products that read some inputs' rows only
+    "cut qkv": {"SPLITS": 16, "TILE": 32, "BLOCK": 64, "num_warps": 4},
+    "cut o": {"SPLITS": 16, "TILE": 32, "BLOCK": 64, "num_warps": 4},
+    "cut hidden": {"SPLITS": 8, "TILE": 32, "BLOCK": 128, "num_warps": 4},
+    "cut down": {"SPLITS": 16, "TILE": 32, "BLOCK": 128, "num_warps": 4},
+}
 SEVERAL = {"ROWS": 4, "BLOCK": 512, "UP": 512, "num_warps": 2}  # of a product with several tokens, but for these:
 ONE_BY_ONE = ("attention", "down", "list", "listed")
 
 
 def tiles_for(tokens: int, size: int) -> dict[str, dict[str, int]]:
     """Return each kernel's tile for a step of so many tokens, in a model of this hidden size."""
-    tiles = TILES | LARGE if size >= 4096 else TILES
+    tiles = TILES | CUT | (LARGE if size >= 4096 else {})
     if tokens == 1:
         return tiles
     found = {}

@@ -125,12 +125,12 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def down_kernel(  # type: ignore[no-untyped-def]
-    hidden_ptr, down_ptr, residual_ptr, list_ptr, part_ptr, arrived_ptr, out_ptr, width, share,
+    hidden_ptr, down_ptr, residual_ptr, list_ptr, part_ptr, arrived_ptr, out_ptr, cut, width, share,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, EARLY: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """residual + hidden [TOKENS, width] times down [width, SIZE]: BLOCK columns, for a split of `share` neurons, SHARE
-    or less.
+    """residual + hidden [TOKENS, width], but for values within the cut, times down [width, SIZE]: BLOCK columns, for a
+    split of `share` neurons, SHARE or less.
 
     A program lists its split's neurons that are active for a token, and reads their rows, TILE at a time. The last
     split to finish adds all up, in their order.
@@ -145,7 +145,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     neurons = split * share + number
     present = (number < share) & (neurons < width)
     hidden = tl.load(hidden_ptr + token[:, None] * width + neurons[None, :], present[None, :], 0.0)
-    taken = tl.max((hidden != 0).to(tl.int32), 0)
+    taken = tl.max((~(tl.abs(hidden.to(tl.float32)) <= cut)).to(tl.int32), 0)  # NaN is taken
     count = tl.sum(taken, 0)
     list_ptr += (split * tl.num_programs(0) + block) * SHARE
     tl.store(list_ptr + tl.cumsum(taken, 0) - 1, neurons, taken > 0)
