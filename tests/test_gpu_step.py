@@ -30,7 +30,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not CUDA
 needs_triton = pytest.mark.skipif(
     triton_ffn.triton is None or not (CUDA or INTERPRETED), reason="no GPU with Triton, and no TRITON_INTERPRET=1"
 )
-FEW = {"ROWS": 8, "SPLITS": 2, "TILE": 16}  # programs are what takes the interpreter's time
+FEW = {"ROWS": 16, "SPLITS": 2, "TILE": 16}  # programs are what takes the interpreter's time
 PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40]], device=DEVICE)
 
 
@@ -49,10 +49,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(GpuStep, "replay", counted)
     if INTERPRETED:
-        tiles = {name: {key: FEW.get(key, it) for key, it in tile.items()} for name, tile in gpu_tiles.TILES.items()}
-        monkeypatch.setattr(gpu_tiles, "TILES", tiles)
-        cut = {name: {key: FEW.get(key, it) for key, it in tile.items()} for name, tile in gpu_tiles.CUT.items()}
-        monkeypatch.setattr(gpu_tiles, "CUT", cut)
+        for kind in ("TILES", "CUT", "SEVERAL"):
+            tiles = getattr(gpu_tiles, kind).items()
+            few = {name: {key: FEW.get(key, value) for key, value in tile.items()} for name, tile in tiles}
+            monkeypatch.setattr(gpu_tiles, kind, few)
         monkeypatch.setattr(GpuStep, "record", lambda step: setattr(step, "graph", "launches"))
         event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
         monkeypatch.setattr(torch.cuda, "Event", lambda: event)
@@ -244,8 +244,8 @@ def test_four_bits_are_off_by_what_they_say() -> None:
     gate, x = torch.randn(3000, 256), torch.randn(256)
     gate[:, :3] *= 5
     packed = PackedGate.of(gate, recall=0.95)
-    quarters = [((packed.codes.int() >> 4 * place) & 15) - 8 for place in range(4)]
-    about = torch.cat(quarters, 1) * packed.steps[:, None] @ x
+    eighths = [((packed.codes >> 4 * place) & 15) - 8 for place in range(8)]
+    about = torch.cat(eighths, 1) * packed.steps[:, None] @ x
     beyond = (gate @ x > about + packed.slack * x.norm()).float().mean().item()
     assert 0.03 < beyond < 0.07, "a share of 1 - recall"
     assert packed.nbytes < gate.nbytes / 7
@@ -280,7 +280,7 @@ def weights_of_no_content(dtype: torch.dtype, coarse: bool, sparse: bool = True,
     def of(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    packed = PackedGate(torch.empty(width, size // 4, dtype=torch.int16), *torch.empty(2, width), (0, 0))
+    packed = PackedGate(torch.empty(width, size // 8, dtype=torch.int32), *torch.empty(2, width), (0, 0))
     qkv = of(576, size), of(192, size), of(192, size)
     rows = (576, 192, 192, size, width, width, size)
     cuts = {
@@ -298,9 +298,11 @@ def weights_of_no_content(dtype: torch.dtype, coarse: bool, sparse: bool = True,
 @pytest.mark.slow
 @pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED or CUDA, reason="no Triton, interpreted, or a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "predicted", "cut"])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("dense", 1), ("sparse", 1), ("predicted", 1), ("cut", 1), ("dense", 4), ("sparse", 4)]
+)
 def test_the_kernels_compile_for_an_h100_that_is_not_there(
-    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: str, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from helpers.triton import compiling
 
@@ -309,6 +311,6 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there(
     monkeypatch.setattr(gpu_step, "_can_start_early", lambda like: True)
     compiled = compiling([gpu_step, gpu_cuts], monkeypatch)
     weights = weights_of_no_content(dtype, kind == "predicted", kind in ("sparse", "predicted"), kind == "cut")
-    gpu_step.GpuStep(weights).launch()
-    assert len(compiled) == (9 if kind == "predicted" else 8)
+    gpu_step.GpuStep(weights, tokens).launch()
+    assert len(compiled) == (9 if kind == "predicted" else 8) - (tokens > 1)
     assert all(kernel.metadata.shared <= 227 * 2**10 for kernel in compiled), "what a program of an H100 has"

@@ -29,6 +29,7 @@ from stocha_hf.decoding.triton_attention import attention_kernel
 from stocha_hf.decoding.triton_ends import embed_kernel, head_kernel, next_kernel
 from stocha_hf.decoding.triton_prediction import list_kernel, listed_kernel
 from stocha_hf.decoding.triton_products import down_kernel, hidden_kernel, linear_kernel
+from stocha_hf.decoding.triton_several import several_head_kernel, several_hidden_kernel, several_linear_kernel
 
 LEAST = 16  # rows or columns of a tile that tensor cores take
 SLOTS = 64  # of maxima, which the head's programs share
@@ -141,11 +142,18 @@ class GpuStep:
 
     def _head(self) -> None:
         weights, tile = self.weights, self._tile("head", self.size)
-        head_kernel[(triton.cdiv(self.vocabulary, tile["ROWS"]),)](
-            self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits,
-            self.best, self.vocabulary, self.size, self.count, weights.head_bias is not None, SLOTS, self.early,
-            **tile,
-        )  # fmt: skip
+        grid, has_bias = (triton.cdiv(self.vocabulary, tile["ROWS"]),), weights.head_bias is not None
+        given = (self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits)
+        if self.count == 1:
+            head_kernel[grid](
+                *given, self.best, self.vocabulary, self.size, has_bias, SLOTS, self.early, **tile
+            )
+        else:
+            several_head_kernel[grid](*given, self.vocabulary, self.size, self.count, has_bias, self.early, **tile)
+
+    @property
+    def _linear(self) -> Any:
+        return linear_kernel if self.count == 1 else several_linear_kernel
 
     def _tile(self, name: str, size: int, divides: int = 0) -> dict[str, Any]:
         """How a product is tiled, for rows of this size, of which there are so many, or any number."""
@@ -163,7 +171,7 @@ class GpuStep:
             return
         tile = self._tile("qkv", self.size, divides=self.weights.head_dim)
         biases = layer.qkv_bias or layer.qkv
-        linear_kernel[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
+        self._linear[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
             self.x, layer.input_norm, self.weights.eps, q, k, v, *biases, self.x, self.qkv, len(q), len(k),
             self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.early, **tile,
         )  # fmt: skip
@@ -191,7 +199,7 @@ class GpuStep:
         """out = residual + W x + bias."""
         rows, size = weight.shape
         tile = self._tile(name, size)
-        linear_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        self._linear[(triton.cdiv(rows, tile["ROWS"]),)](
             x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size, self.count,
             1, False, bias is not None, True, self.early, **tile,
         )  # fmt: skip
@@ -215,7 +223,7 @@ class GpuStep:
     def _list(self, layer: LayerWeights, coarse: PackedGate, count: torch.Tensor) -> None:
         """List the neurons that may be active, by the gate's 4-bit copy."""
         width, size = layer.gate.shape
-        tile = self._tile("list", size // 4)
+        tile = self._tile("list", size // 8)
         list_kernel[(triton.cdiv(width, tile["ROWS"]),)](
             self.middle, layer.ffn_norm, self.weights.eps, coarse.codes, coarse.steps, coarse.slack, self.hidden,
             self.candidates, count, layer.cut, width, size, self.early, **tile,
@@ -233,7 +241,8 @@ class GpuStep:
         width, size = layer.gate.shape
         is_sparse = layer.down_t is not None
         tile = self._tile("hidden" if is_sparse else "dense", size)
-        hidden_kernel[(triton.cdiv(width, tile["ROWS"]),)](
+        kernel = hidden_kernel if self.count == 1 else several_hidden_kernel
+        kernel[(triton.cdiv(width, tile["ROWS"]),)](
             self.middle, layer.ffn_norm, self.weights.eps, layer.gate, layer.up, self.hidden, layer.cut, width,
             layer.activation, is_sparse, size, self.count, self.early, **tile,
         )  # fmt: skip

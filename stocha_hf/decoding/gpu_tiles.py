@@ -14,8 +14,8 @@ TILES: dict[str, dict[str, int]] = {
     "qkv": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
     "o": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
     "hidden": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
-    "list": {"ROWS": 8, "BLOCK": 256, "num_warps": 1},
-    "listed": {"PROGRAMS": 2112, "BLOCK": 4096, "num_warps": 4},
+    "list": {"ROWS": 16, "BLOCK": 128, "num_warps": 2},
+    "listed": {"PROGRAMS": 1320, "ROWS": 2, "BLOCK": 1024, "num_warps": 4},
     "dense": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
     "dense down": {"ROWS": 2, "BLOCK": 2048, "num_warps": 4},
     "down": {"PROGRAMS": 1024, "TILE": 128, "BLOCK": 32, "num_warps": 2},
@@ -38,8 +38,14 @@ CUT: dict[str, dict[str, int]] = {  # products that read some inputs' rows only
     "cut hidden": {"SPLITS": 8, "TILE": 32, "BLOCK": 128, "num_warps": 4},
     "cut down": {"SPLITS": 16, "TILE": 32, "BLOCK": 128, "num_warps": 4},
 }
-SEVERAL = {"ROWS": 4, "BLOCK": 512, "UP": 512, "num_warps": 2}  # of a product with several tokens, but for these:
-ONE_BY_ONE = ("attention", "down", "list", "listed")
+SEVERAL: dict[str, dict[str, int]] = {  # for 2 to 4 tokens, by tensor cores
+    "qkv": {"ROWS": 16, "BLOCK": 256, "num_warps": 4, "num_stages": 4},
+    "o": {"ROWS": 16, "BLOCK": 256, "num_warps": 4, "num_stages": 4},
+    "hidden": {"ROWS": 64, "BLOCK": 128, "TILE": 32, "num_warps": 4, "num_stages": 4},
+    "dense": {"ROWS": 32, "BLOCK": 128, "TILE": 32, "num_warps": 4, "num_stages": 4},
+    "dense down": {"ROWS": 16, "BLOCK": 256, "num_warps": 4, "num_stages": 4},
+    "head": {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
+}
 
 
 def tiles_for(tokens: int, size: int) -> dict[str, dict[str, int]]:
@@ -47,7 +53,4 @@ def tiles_for(tokens: int, size: int) -> dict[str, dict[str, int]]:
     tiles = TILES | CUT | (LARGE if size >= 4096 else {})
     if tokens == 1:
         return tiles
-    found = {}
-    for name, tile in tiles.items():
-        found[name] = tile if name in ONE_BY_ONE else {key: SEVERAL.get(key, value) for key, value in tile.items()}
-    return found | {"down": {"PROGRAMS": 512 * tokens, "TILE": 32, "BLOCK": 64, "num_warps": 4}}
+    return tiles | SEVERAL | {"down": {"PROGRAMS": 512 * tokens, "TILE": 32, "BLOCK": 64, "num_warps": 4}}

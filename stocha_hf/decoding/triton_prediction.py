@@ -4,8 +4,11 @@ The first kernel multiplies the 4-bit copy of the gate and lists the neurons tha
 computes their gates again from all bits, and up where they are active. A list's order does not matter, since each
 neuron's value has a place of its own: the same input gives the same bits.
 
-A number of 16 bits at column j of a row holds, from its lowest bits on, columns j, j + SIZE / 4, j + SIZE / 2 and
-j + 3 * SIZE / 4, each as a number of steps plus 8: so what a thread reads of it and of x are columns of the same kind.
+A number of 32 bits at column j of a row holds, from its lowest bits on, columns j, j + SIZE / 8, and so on to
+j + 7 * SIZE / 8, each as a number of steps plus 8: so what a thread reads of it and of x are columns of the same kind.
+Multiply-adds take longer than reading here, so a code c is not converted: its bits become the first of the fraction of
+a float32, 1 + c / 16. Two more codes are where they are, as 1 + c / 256 and 1 + c / 4096, and x is multiplied by
+16, 256 or 4096 instead. What the ones and the 8 add is known, and is subtracted at the end.
 """
 
 from __future__ import annotations
@@ -30,33 +33,45 @@ def list_kernel(  # type: ignore[no-untyped-def]
     """
     if EARLY:
         gdc_launch_dependents()
-    QUARTER: tl.constexpr = SIZE // 4
+    EIGHTH: tl.constexpr = SIZE // 8
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = rows < width
     column = tl.arange(0, BLOCK)
-    codes_ptrs = codes_ptr + rows[:, None].to(tl.int64) * QUARTER + column[None, :]
-    tile = tl.load(codes_ptrs, present[:, None] & (column < QUARTER)[None, :], 0, eviction_policy="evict_first")
+    codes_ptrs = codes_ptr + rows[:, None].to(tl.int64) * EIGHTH + column[None, :]
+    tile = tl.load(codes_ptrs, present[:, None] & (column < EIGHTH)[None, :], 0, eviction_policy="evict_first")
     if EARLY:
         gdc_wait()
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    total = tl.zeros([1, BLOCK], tl.float32)
+    known = tl.zeros([1, BLOCK], tl.float32)
     squares = tl.zeros([1, BLOCK], tl.float32)
     lengths = tl.zeros([1, BLOCK], tl.float32)
-    for start in range(0, QUARTER, BLOCK):
+    for start in range(0, EIGHTH, BLOCK):
         place = start + BLOCK
-        mask = present[:, None] & (place + column < QUARTER)[None, :]
+        mask = present[:, None] & (place + column < EIGHTH)[None, :]
         following = tl.load(codes_ptrs + place, mask, 0, eviction_policy="evict_first")
-        codes, k = tile.to(tl.int32), (start + column)[None, :]
-        for quarter in tl.static_range(4):
-            x = tl.load(x_ptr + quarter * QUARTER + k, k < QUARTER, 0.0).to(tl.float32)
-            scaled = x * tl.load(norm_ptr + quarter * QUARTER + k, k < QUARTER, 0.0).to(tl.float32)
+        k = (start + column)[None, :]
+        for eighth in tl.static_range(8):
+            x = tl.load(x_ptr + eighth * EIGHTH + k, k < EIGHTH, 0.0).to(tl.float32)
+            scaled = x * tl.load(norm_ptr + eighth * EIGHTH + k, k < EIGHTH, 0.0).to(tl.float32)
             squares += x * x
             lengths += scaled * scaled
-            total += scaled
-            sums += ((codes >> 4 * quarter) & 15).to(tl.float32) * scaled
+            if eighth < 3:
+                moved = tile << 11  # three shifts serve eight codes
+            elif eighth < 6:
+                moved = tile >> 1
+            else:
+                moved = tile >> 9
+            if eighth == 2 or eighth == 5 or eighth == 7:
+                bits, unit = moved & 0x00780000, scaled * 16
+            elif eighth == 1 or eighth == 4 or eighth == 6:
+                bits, unit = moved & 0x00078000, scaled * 256
+            else:
+                bits, unit = moved & 0x00007800, scaled * 4096
+            known += unit + 8 * scaled
+            sums += (bits | 0x3F800000).to(tl.float32, bitcast=True) * unit
         tile = following
     scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)
-    about = (tl.sum(sums, 1) - 8 * tl.sum(total, 1)) * tl.load(step_ptr + rows, present, 0.0)
+    about = (tl.sum(sums, 1) - tl.sum(known, 1)) * tl.load(step_ptr + rows, present, 0.0)
     about += tl.load(slack_ptr + rows, present, 0.0) * tl.sqrt(tl.sum(lengths, 1))
     listed = (present & ~(about * scale <= cut - tl.abs(cut) / 128)).to(tl.int32)  # NaN is listed
     tl.store(hidden_ptr + rows, tl.zeros([ROWS], hidden_ptr.dtype.element_ty), present)
@@ -68,19 +83,24 @@ def list_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def listed_kernel(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, eps, gate_ptr, up_ptr, hidden_ptr, list_ptr, count_ptr, cut,
-    ACTIVATION: tl.constexpr, SIZE: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, SIZE: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The hidden values of the neurons listed, as hidden_kernel computes them; any number of programs."""
+    """The hidden values of the neurons listed, as hidden_kernel computes them, ROWS at a time; any number of programs."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     dtype = hidden_ptr.dtype.element_ty
-    for place in range(tl.program_id(0), tl.load(count_ptr), tl.num_programs(0)):
-        rows = tl.load(list_ptr + place + tl.arange(0, 1))
-        gate, squares = product(x_ptr, norm_ptr, gate_ptr, rows, rows >= 0, SIZE, 1, True, False, BLOCK)
+    count = tl.load(count_ptr)
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        ranks = first + tl.arange(0, ROWS)
+        listed = ranks < count
+        rows = tl.load(list_ptr + ranks, listed, 0)
+        gate, squares = product(x_ptr, norm_ptr, gate_ptr, rows, listed, SIZE, 1, True, False, BLOCK)
         scale = tl.rsqrt(squares / SIZE + eps)
         gate = (gate * scale).to(dtype).to(tl.float32)
-        if tl.max(tl.max((~(gate <= cut)).to(tl.int32), 1), 0) > 0:
-            up, _ = product(x_ptr, norm_ptr, up_ptr, rows, rows >= 0, SIZE, 1, True, False, BLOCK)
+        active = listed[None, :] & ~(gate <= cut)
+        needed = tl.max(active.to(tl.int32), 0) > 0
+        if tl.max(needed.to(tl.int32), 0) > 0:
+            up, _ = product(x_ptr, norm_ptr, up_ptr, rows, needed, SIZE, 1, True, False, BLOCK)
             up = (up * scale).to(dtype).to(tl.float32)
-            tl.store(hidden_ptr + rows[None, :], hidden_value(gate, up, cut, ACTIVATION, dtype))
+            tl.store(hidden_ptr + rows[None, :], hidden_value(gate, up, cut, ACTIVATION, dtype), active)
