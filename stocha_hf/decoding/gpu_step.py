@@ -145,9 +145,7 @@ class GpuStep:
         grid, has_bias = (triton.cdiv(self.vocabulary, tile["ROWS"]),), weights.head_bias is not None
         given = (self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits)
         if self.count == 1:
-            head_kernel[grid](
-                *given, self.best, self.vocabulary, self.size, has_bias, SLOTS, self.early, **tile
-            )
+            head_kernel[grid](*given, self.best, self.vocabulary, self.size, has_bias, SLOTS, self.early, **tile)
         else:
             several_head_kernel[grid](*given, self.vocabulary, self.size, self.count, has_bias, self.early, **tile)
 
@@ -251,8 +249,8 @@ class GpuStep:
         tile = {name: value for name, value in self.tiles["down"].items() if name != "PROGRAMS"}
         down_kernel[(self.blocks, self.splits)](
             self.hidden, layer.down_t, self.middle, self.listed, self.parts, self.arrived, self.x, cut,
-            self.width, self.share, self.size, self.count, self.splits, triton.next_power_of_2(self.share), self.early, **tile,
-            **self.options,
+            self.width, self.share, self.size, self.count, self.splits, triton.next_power_of_2(self.share),
+            self.early, **tile, **self.options,
         )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Products of a GPU's decode step that read the rows of some inputs only, for one token: TEAL (arXiv 2408.14690).
 
 A projection that cuts its input needs no weight of an entry that is cut. So its matrix lies an input a row,
-[inputs, outputs], and loads of rows that multiply zeros are masked, which costs no memory traffic. A program owns BLOCK
-outputs and a split of the inputs; the last split of a block to finish adds all up, in their order. The norm of x is
-computed by each program, since it decides what is cut: rounded as PyTorch rounds, as is all that PyTorch would write.
+[inputs, outputs], and loads of rows that multiply zeros are masked, which costs no memory traffic. A program owns
+BLOCK outputs and a split of the inputs; the last split of a block to finish adds all up, in their order. The norm of x
+is computed by each program, since it decides what is cut: rounded as PyTorch rounds, as is all that it would write.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def cut_hidden_kernel(  # type: ignore[no-untyped-def]
         w_ptr, limit = up_ptr, up_cut
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    sums = cut_product(x_ptr, norm_ptr, eps, w_ptr, columns, inside, split, limit, width, SIZE, ALL, True, SPLITS, TILE)
+    sums = cut_product(
+        x_ptr, norm_ptr, eps, w_ptr, columns, inside, split, limit, width, SIZE, ALL, True, SPLITS, TILE
+    )
     tl.store(part_ptr + (is_up * SPLITS + split) * width + columns, sums, inside)
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + block, 1) == 2 * SPLITS - 1:

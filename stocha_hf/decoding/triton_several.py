@@ -1,11 +1,11 @@
 """The products of a whole decode step on a GPU for 2 to 4 tokens, by tensor cores: multiply-adds would take longer
 than reading.
 
-Tensor cores take 8 tokens or more, so that most of their lanes are empty: a matrix is read once all the same. x times
+Tensor cores take 8 tokens or more, so that some of their lanes are empty: a matrix is read once all the same. x times
 the norm's weight is rounded to the weights' type, as PyTorch rounds it; the norm's scale is a factor of the result, as
-for one token (triton_products.py). A sparse FFN multiplies all gate rows of a segment, lists the neurons that any token
-needs, and takes tiles of the list through up: with masks, most rows of a tile would be empty, while every step of the
-loop still waits for it.
+for one token (triton_products.py). A sparse FFN multiplies all gate rows of a segment, lists the neurons that any
+token needs, and takes tiles of the list through up: with masks, most rows of a tile would be empty, while every step
+of the loop still waits for it.
 """
 
 from __future__ import annotations
