@@ -54,8 +54,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             few = {name: {key: FEW.get(key, value) for key, value in tile.items()} for name, tile in tiles}
             monkeypatch.setattr(gpu_tiles, kind, few)
         monkeypatch.setattr(GpuStep, "record", lambda step: setattr(step, "graph", "launches"))
-        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
         monkeypatch.setitem(generation.LOOPS, "cpu", generation._on_gpu)
         monkeypatch.setitem(calls.CALLS, "cpu", calls._on_gpu)
     return made

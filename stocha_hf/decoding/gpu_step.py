@@ -40,7 +40,8 @@ class GpuStep:
     """The buffers and the graph of one model's steps of so many tokens, a power of two.
 
     `tokens` int64 [tokens] is what a step reads, `logits` float32 [tokens, vocabulary] what it finds. With one token,
-    `chosen` int64 [RING] has the most likely tokens by their places in the cache, counted round and round.
+    `chosen` int64 [RING], in the host's memory, gets the most likely tokens by their places in the cache, counted round
+    and round: a host that waits for one asks nothing of the GPU.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class GpuStep:
         self.table = new(len(weights.layers), 4, dtype=torch.int64).zero_()
         self.logits = new(count, self.vocabulary, dtype=torch.float32)
         self.best = new(SLOTS, dtype=torch.int64).fill_(-(2**63))
-        self.chosen = new(RING, dtype=torch.int64).zero_()
+        self.chosen = torch.zeros(RING, dtype=torch.int64, pin_memory=self.x.is_cuda)
 
     def _allocate_parts(self, new: Callable[..., torch.Tensor]) -> None:
         """What splits of attention and of the down product leave for the last of them, counters of both, and lists."""

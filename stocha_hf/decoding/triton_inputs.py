@@ -18,35 +18,51 @@ from stocha_hf.decoding.triton_one_token import hidden_value
 @triton.jit
 def cut_product(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, eps, w_ptr, columns, inside, split, cut, outputs,
-    SIZE: tl.constexpr, ALL: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    SIZE: tl.constexpr, ALL: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """The split's part of x [SIZE], or of its norm, without entries within the cut, times w [SIZE, outputs]: float32,
-    of the columns.
+    of the columns. ALL is SIZE, rounded up to a power of two.
+
+    The next tile is asked for before this one is used; the first one, all of it, before the program waits for x.
     """
-    dtype = x_ptr.dtype.element_ty
     SHARE: tl.constexpr = (SIZE + SPLITS - 1) // SPLITS
+    begin = split * SHARE
+    end = tl.minimum(begin + SHARE, SIZE)
+    k = begin + tl.arange(0, TILE)
+    w_ptrs = w_ptr + k[:, None].to(tl.int64) * outputs + columns[None, :]
+    tile = tl.load(w_ptrs, (k < end)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first")
+    if EARLY:
+        gdc_wait()
     scale = 1.0
     if NORM:
         every = tl.arange(0, ALL)
         whole = tl.load(x_ptr + every, every < SIZE, 0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(whole * whole, 0) / SIZE + eps)
-    begin = split * SHARE
-    end = tl.minimum(begin + SHARE, SIZE)
+    x = _inputs(x_ptr, norm_ptr, scale, k, end, cut, NORM)
     sums = tl.zeros([TILE, columns.shape[0]], tl.float32)
-    for start in range(0, SHARE, TILE):
-        k = begin + start + tl.arange(0, TILE)
-        there = k < end
-        x = tl.load(x_ptr + k, there, 0.0).to(tl.float32)
-        if NORM:
-            x = (x * scale).to(dtype).to(tl.float32)
-            x = (x * tl.load(norm_ptr + k, there, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
-        needed = there & ~(tl.abs(x) <= cut)  # NaN is not cut
-        mask = needed[:, None] & inside[None, :]
-        tile = tl.load(
+    for _ in range(0, SHARE, TILE):
+        k += TILE
+        following_x = _inputs(x_ptr, norm_ptr, scale, k, end, cut, NORM)
+        mask = (following_x != 0)[:, None] & inside[None, :]
+        following = tl.load(
             w_ptr + k[:, None].to(tl.int64) * outputs + columns[None, :], mask, 0.0, eviction_policy="evict_first"
         )
-        sums += tl.where(needed, x, 0.0)[:, None] * tile.to(tl.float32)
+        sums += x[:, None] * tile.to(tl.float32)
+        x = following_x
+        tile = following
     return tl.sum(sums, 0)
+
+
+@triton.jit
+def _inputs(x_ptr, norm_ptr, scale, k, end, cut, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Entries k of x, or of its norm, with 0 in the place of those within the cut; NaN is not cut."""
+    dtype = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + k, k < end, 0.0).to(tl.float32)
+    if NORM:
+        x = (x * scale).to(dtype).to(tl.float32)
+        x = (x * tl.load(norm_ptr + k, k < end, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    return tl.where(tl.abs(x) <= cut, 0.0, x)
 
 
 @triton.jit
@@ -68,7 +84,6 @@ def cut_linear_kernel(  # type: ignore[no-untyped-def]
     """
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
     block, split = tl.program_id(0), tl.program_id(1)
     first = block * BLOCK
     w_ptr, bias_ptr, cut, shift, rows = first_ptr, first_bias, first_cut, 0, first_rows
@@ -80,7 +95,9 @@ def cut_linear_kernel(  # type: ignore[no-untyped-def]
             w_ptr, bias_ptr, cut, shift, rows = second_ptr, second_bias, second_cut, first_rows, second_rows
     columns = first - shift + tl.arange(0, BLOCK)
     inside = columns < rows
-    sums = cut_product(x_ptr, norm_ptr, eps, w_ptr, columns, inside, split, cut, rows, SIZE, ALL, NORM, SPLITS, TILE)
+    sums = cut_product(
+        x_ptr, norm_ptr, eps, w_ptr, columns, inside, split, cut, rows, SIZE, ALL, NORM, EARLY, SPLITS, TILE
+    )
     tl.store(part_ptr + split * all_rows + shift + columns, sums, inside)
     tl.debug_barrier()  # all threads' sums are stored before the program counts as done
     if tl.atomic_add(arrived_ptr + block, 1) == SPLITS - 1:
@@ -103,7 +120,6 @@ def cut_hidden_kernel(  # type: ignore[no-untyped-def]
     """act(gate cut(norm(x))) * (up cut(norm(x))), [width]; half of the programs multiply gate, half up."""
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
     dtype = hidden_ptr.dtype.element_ty
     block, split, is_up = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     w_ptr, limit = gate_ptr, gate_cut
@@ -112,7 +128,7 @@ def cut_hidden_kernel(  # type: ignore[no-untyped-def]
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     sums = cut_product(
-        x_ptr, norm_ptr, eps, w_ptr, columns, inside, split, limit, width, SIZE, ALL, True, SPLITS, TILE
+        x_ptr, norm_ptr, eps, w_ptr, columns, inside, split, limit, width, SIZE, ALL, True, EARLY, SPLITS, TILE
     )
     tl.store(part_ptr + (is_up * SPLITS + split) * width + columns, sums, inside)
     tl.debug_barrier()
