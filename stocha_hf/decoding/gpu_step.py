@@ -48,6 +48,7 @@ class GpuStep:
         self, weights: Weights, tokens: int = 1, tiles: dict[str, dict[str, int]] | None = None, early: bool = True
     ) -> None:
         self.weights, self.count = weights, tokens
+        self.several = () if tokens == 1 else (tokens,)  # what the kernels for several tokens are told
         self.graph: torch.cuda.CUDAGraph | None = None
         self.early = early and _can_start_early(weights.embedding)
         self.options: dict[str, Any] = {"launch_pdl": True} if self.early else {}
@@ -172,7 +173,7 @@ class GpuStep:
         biases = layer.qkv_bias or layer.qkv
         self._linear[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
             self.x, layer.input_norm, self.weights.eps, q, k, v, *biases, self.x, self.qkv, len(q), len(k),
-            self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.early, **tile,
+            self.qkv.shape[1], self.size, *self.several, 3, True, layer.qkv_bias is not None, False, self.early, **tile,
         )  # fmt: skip
 
     def _attention(self, layer: LayerWeights, table: torch.Tensor) -> None:
@@ -199,7 +200,7 @@ class GpuStep:
         rows, size = weight.shape
         tile = self._tile(name, size)
         self._linear[(triton.cdiv(rows, tile["ROWS"]),)](
-            x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size, self.count,
+            x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size, *self.several,
             1, False, bias is not None, True, self.early, **tile,
         )  # fmt: skip
 
@@ -243,7 +244,7 @@ class GpuStep:
         kernel = hidden_kernel if self.count == 1 else several_hidden_kernel
         kernel[(triton.cdiv(width, tile["ROWS"]),)](
             self.middle, layer.ffn_norm, self.weights.eps, layer.gate, layer.up, self.hidden, layer.cut, width,
-            layer.activation, is_sparse, size, self.count, self.early, **tile,
+            layer.activation, is_sparse, size, *self.several, self.early, **tile,
         )  # fmt: skip
 
     def _down(self, layer: LayerWeights, cut: float) -> None:

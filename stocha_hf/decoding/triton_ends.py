@@ -53,16 +53,16 @@ def head_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < vocabulary
-    logits, squares = product(x_ptr, norm_ptr, head_ptr, rows, inside, SIZE, 1, True, EARLY, BLOCK)
+    logits, squares = product(x_ptr, norm_ptr, head_ptr, rows, inside, SIZE, True, EARLY, BLOCK)
     logits *= tl.rsqrt(squares / SIZE + eps)
     if BIAS:
-        logits += tl.load(bias_ptr + rows, inside, 0.0).to(tl.float32)[None, :]
+        logits += tl.load(bias_ptr + rows, inside, 0.0).to(tl.float32)
     logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(logits_ptr + rows[None, :], logits, inside[None, :])
+    tl.store(logits_ptr + rows, logits, inside)
     bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 equals 0
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    key = tl.where(inside[None, :], (order << 32) | (LOW - rows[None, :].to(tl.int64)), LEAST)
-    tl.atomic_max(best_ptr + tl.program_id(0) % SLOTS, tl.max(tl.max(key, 1), 0))
+    key = tl.where(inside, (order << 32) | (LOW - rows.to(tl.int64)), LEAST)
+    tl.atomic_max(best_ptr + tl.program_id(0) % SLOTS, tl.max(key, 0))
 
 
 @triton.jit
