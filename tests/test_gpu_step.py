@@ -150,6 +150,17 @@ def test_sampling_padding_and_a_cache_of_an_earlier_call(steps: list[int], monke
 
 
 @needs_triton
+def test_a_batch_is_left_to_transformers(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    ids = torch.cat([PROMPT, PROMPT.flip(1)])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = greedy(3, attention_mask=mask)
+    expected = slowly(monkeypatch, model.generate, ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected) and not steps
+
+
+@needs_triton
 def test_what_must_be_called_is_called(steps: list[int]) -> None:
     model = model_of()
     calls: list[int] = []

@@ -40,8 +40,8 @@ class GpuStep:
     """The buffers and the graph of one model's steps of so many tokens, a power of two.
 
     `tokens` int64 [tokens] is what a step reads, `logits` float32 [tokens, vocabulary] what it finds. With one token,
-    `chosen` int64 [RING], in the host's memory, gets the most likely tokens by their places in the cache, counted round
-    and round: a host that waits for one asks nothing of the GPU.
+    `chosen` int64 [RING], in the host's memory, gets the most likely tokens by their places in the cache, counted
+    round and round: a host that waits for one asks nothing of the GPU.
     """
 
     def __init__(
@@ -173,7 +173,8 @@ class GpuStep:
         biases = layer.qkv_bias or layer.qkv
         self._linear[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
             self.x, layer.input_norm, self.weights.eps, q, k, v, *biases, self.x, self.qkv, len(q), len(k),
-            self.qkv.shape[1], self.size, *self.several, 3, True, layer.qkv_bias is not None, False, self.early, **tile,
+            self.qkv.shape[1], self.size, *self.several, 3, True, layer.qkv_bias is not None, False, self.early,
+            **tile,
         )  # fmt: skip
 
     def _attention(self, layer: LayerWeights, table: torch.Tensor) -> None:
@@ -200,8 +201,8 @@ class GpuStep:
         rows, size = weight.shape
         tile = self._tile(name, size)
         self._linear[(triton.cdiv(rows, tile["ROWS"]),)](
-            x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size, *self.several,
-            1, False, bias is not None, True, self.early, **tile,
+            x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size,
+            *self.several, 1, False, bias is not None, True, self.early, **tile,
         )  # fmt: skip
 
     def _ffn(self, layer: LayerWeights, count: torch.Tensor) -> None:

@@ -85,7 +85,7 @@ def listed_kernel(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, eps, gate_ptr, up_ptr, hidden_ptr, list_ptr, count_ptr, cut,
     ACTIVATION: tl.constexpr, SIZE: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The hidden values of the neurons listed, ROWS at a time, as hidden_kernel computes them; any number of programs."""
+    """Hidden values of the neurons listed, ROWS at a time, as hidden_kernel computes them; any number of programs."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()

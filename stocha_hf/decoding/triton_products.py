@@ -18,7 +18,8 @@ from stocha_hf.decoding.triton_one_token import hidden_value
 
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
-    x_ptr, norm_ptr, w_ptr, rows, taken, SIZE: tl.constexpr, NORM: tl.constexpr, WAIT: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, norm_ptr, w_ptr, rows, taken,
+    SIZE: tl.constexpr, NORM: tl.constexpr, WAIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The taken rows of w [., SIZE] times x [SIZE], or times x * norm: float32 [rows]; and the sum of x * x, [1].
 
