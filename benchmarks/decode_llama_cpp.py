@@ -256,6 +256,11 @@ def main() -> None:
                 measures[f"ours {bits}"] = partial(together_seconds, model, tokens, args.new, args.together)
         seconds = decoding_in_turn(measures, args.rounds)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
+    ratios = {
+        f"{theirs} / {bits}": [a / b for a, b in zip(seconds[theirs], seconds[f"ours {bits}"], strict=True)]
+        for theirs in args.theirs
+        for bits in args.ours
+    }
     record = {
         "model": f"random Llama {args.random}" if args.random else Path(args.folder).name,
         "forced_sparsity": args.sparsity,
@@ -268,13 +273,8 @@ def main() -> None:
         "gigabytes": {name: size / 1e9 for name, size in sizes.items()},
         "gbps": {name: sizes[name] / medians[name] / 1e9 for name in measures},
         "read_gbps": READ / medians["read"] / 1e9,
-        "llama_cpp_over_ours": {
-            f"{theirs} / {bits}": statistics.median(
-                a / b for a, b in zip(seconds[theirs], seconds[f"ours {bits}"], strict=True)
-            )
-            for theirs in args.theirs
-            for bits in args.ours
-        },
+        "llama_cpp_over_ours": {pair: statistics.median(found) for pair, found in ratios.items()},
+        "each_round": {pair: [round(ratio, 3) for ratio in found] for pair, found in ratios.items()},
         "processor": platform.processor() or platform.machine(),
         "versions": {"llama.cpp": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from stocha_hf.conversion.convert import convert
     from stocha_hf.conversion.export import export
     from stocha_hf.conversion.refit_model import refit
+    from stocha_hf.cuts_stocha import cut_inputs
     from stocha_hf.decoding.lossless import lossless
     from stocha_hf.errors import StochaError
     from stocha_hf.measurement.evaluation import compare, evaluate
     from stocha_hf.measurement.sampling import sample
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
     from stocha_hf.measurement.speed_models import benchmark
-    from stocha_hf.modeling_stocha import StochaConfig, cut_inputs, stocha_mode
+    from stocha_hf.modeling_stocha import StochaConfig, stocha_mode
     from stocha_hf.models import load_model
     from stocha_hf.patching import patch, set_activation, unpatch
     from stocha_hf.publishing.card import write_card
@@ -38,7 +39,7 @@ _HOMES = {
     "compare": "measurement.evaluation",
     "compare_tasks": "tasks.evaluate",
     "convert": "conversion.convert",
-    "cut_inputs": "modeling_stocha",
+    "cut_inputs": "cuts_stocha",
     "evaluate": "measurement.evaluation",
     "evaluate_tasks": "tasks.evaluate",
     "export": "conversion.export",

@@ -3,8 +3,9 @@
 
 Llama-class models compute y = W_down(act(W_gate x) * (W_up x)). This file replaces `act` by one of FUNCTIONS: StochA
 (Lomeli et al., arXiv 2509.22358), its deterministic expectation, ReLU, and the sparse activations of neighbouring
-papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`. It
-can also cut small entries of projections' inputs, as `config.stocha["inputs"]` says.
+papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`. A
+model whose config has `stocha["inputs"]` also cuts small entries of projections' inputs: cuts_stocha.py, which ships
+beside this file then, does that.
 
 Why this way: patching changes the *class* of existing modules and nothing else, so parameters, state-dict keys, hooks
 and devices stay as they are, and any stocha checkpoint is a valid checkpoint of its native class. The file imports
@@ -57,11 +58,10 @@ class Architecture:
     act_key: str
     act: str
 
-    @property
-    def auto_map(self) -> dict[str, str]:
-        """The `auto_map` of config.json, which makes the Auto classes find modeling_stocha.py."""
+    def auto_map(self, module: str) -> dict[str, str]:
+        """Return config.json's `auto_map`, which makes the Auto classes find this file's classes in a module."""
         names = {"AutoConfig": "AutoConfig", "AutoModel": self.model, "AutoModelForCausalLM": self.causal_lm}
-        return {auto: f"modeling_stocha.Stocha{name}" for auto, name in names.items()}
+        return {auto: f"{module}.Stocha{name}" for auto, name in names.items()}
 
 
 ARCHITECTURES = {  # by model_type
@@ -253,6 +253,11 @@ class StochaConfig:
         native = ACTIVATIONS[str(self.inference)].native or self.base
         return str(native)
 
+    @property
+    def module(self) -> str:
+        """The module that `auto_map` names: the file that cuts inputs imports the one of all models."""
+        return "cuts_stocha" if self.inputs else "modeling_stocha"
+
     @classmethod
     def from_dict(cls, entry: Any) -> StochaConfig:
         """Return the config of an entry as JSON holds it. Raises ValueError for whatever is not one."""
@@ -281,7 +286,7 @@ def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_keys(cls: Any, where: str, entry: Any) -> None:
-    """Raise ValueError where an entry as JSON holds it is no mapping, or has a key that the class does not know."""
+    """Raise ValueError where an entry as JSON holds it is not a mapping, or has a key that is not a field."""
     require(isinstance(entry, dict), where, entry, "a mapping")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(str(key) for key in entry if key not in known)
@@ -321,6 +326,8 @@ def _require_all(entry: Any, prefix: str, rules: Rules) -> None:
 
 
 # --- to here ---
+
+CUTTING = "one with input cuts: see stocha-convert --inputs"
 
 if __name__ == "stocha_hf.modeling_stocha":  # inside the package there is one StochaConfig
     _spec = importlib.import_module("stocha_hf.spec")  # no import statement: transformers would ask for the package
@@ -533,144 +540,8 @@ def is_called(module: nn.Module) -> bool:
     return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
 
 
-CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
-
-
-class CutInput:
-    """Mixin before the class of a projection, which may be nn.Linear, quantized or other: it cuts its input.
-
-    The cut is the projection's own: hooks on it see what it was given, and an adapter around it reads that in full.
-
-    "decode" is a call with one new token for each sequence, x [batch, 1, size]. Prompts are computed in full, and so
-    are several tokens at once after a cache, as assisted generation verifies them: together they would read nearly all
-    weights anyway, and drafts with cuts are then judged without. The length decides, not the cache, whose own length a
-    compiler does not know, and which also holds earlier turns of a chat when the next prompt comes.
-    """
-
-    state = (
-        *("input_threshold", "input_centre"),
-        *("cut_training", "cut_inference", "cut_forced", "native_class", "input_major"),
-    )
-
-    training: bool
-    input_threshold: float
-    input_centre: float
-    cut_training: str
-    cut_inference: str
-    cut_forced: str | None
-    native_class: type[nn.Module]
-    input_major: Any  # the runtime's
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compute the projection of x [batch, length, size], cut where that is to be, with x's shape and dtype."""
-        x = self.cut(x) if self.cuts(x) else x
-        if StochaMLP.runtime is not None and not self.training:
-            found = StochaMLP.runtime.cut_linear(self, x)  # None where the native class is to compute it
-            if found is not None:
-                return found
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-
-    def train(self, mode: bool = True) -> Any:
-        if mode:  # as a StochaMLP's
-            self.input_major = None
-        return super().train(mode)  # type: ignore[misc]
-
-    def cuts(self, x: torch.Tensor) -> bool:
-        """Return whether a forward on x [batch, length, size] now cuts."""
-        where = self.cut_forced or (self.cut_training if self.training else self.cut_inference)
-        return where == "always" or (where == "decode" and x.shape[-2] == 1)
-
-    def cut(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x with the centre in the place of all entries within the threshold of it; NaN stays."""
-        return x.masked_fill(self.small(x), self.input_centre)
-
-    def small(self, x: torch.Tensor) -> torch.Tensor:
-        """Return which entries of x are cut, bool of x's shape."""
-        centred = x - self.input_centre if self.input_centre else x
-        return centred.abs() <= self.input_threshold
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        made: Any = super().__reduce_ex__(protocol)  # a function that makes it, the function's arguments, its state
-        return _new_cut, (self.native_class,), *made[2:]
-
-
-_cut_classes: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that cuts now
-
-
-def _cut_class(native: type[nn.Module]) -> type[nn.Module]:
-    if native not in _cut_classes:
-        _cut_classes[native] = type(f"Cut{native.__name__}", (CutInput, native), {"__module__": __name__})
-    return _cut_classes[native]
-
-
-def _new_cut(native: type[nn.Module]) -> nn.Module:
-    """An empty module, for copy and pickle, which find no class that was made while running."""
-    kind = _cut_class(native)
-    return kind.__new__(kind)
-
-
-def cut_projections(model: nn.Module) -> list[CutInput]:
-    """The projections of a model that cut their inputs, layer by layer."""
-    return [module for module in model.modules() if is_cut(module)]  # type: ignore[misc]
-
-
-def is_cut(module: nn.Module) -> bool:
-    """Return whether a module is a CutInput."""
-    return _is_a(module, CutInput)
-
-
-def projections(native: nn.Module) -> list[dict[str, nn.Module]]:
-    """The projections of each decoder layer by name; of one with an adapter around it, the one inside."""
-    base: Any = native
-    parts = [(layer.self_attn, layer.mlp) for layer in base.base_model.layers]
-    return [
-        {name: getattr(module, "base_layer", module) for part in both for name, module in part.named_children()}
-        for both in parts
-    ]
-
-
-def set_cuts(native: Any) -> None:
-    """Let the projections that a model's config names cut their inputs, those of them that do not yet."""
-    cuts = StochaConfig.from_dict(native.config.stocha).inputs
-    if cuts is None:
-        return
-    for index, layer in enumerate(projections(native)):
-        for name in cuts.thresholds:
-            module = layer[name]
-            if not is_cut(module):
-                threshold, centre = cuts.of(index, name)
-                module.__dict__.update(
-                    input_threshold=threshold,
-                    input_centre=centre,
-                    cut_training="always" if cuts.train else "never",
-                    cut_inference="always" if cuts.prefill else "decode",
-                    cut_forced=None,
-                    native_class=type(module),
-                    input_major=None,
-                )
-                become(module, _cut_class(type(module)))
-
-
 @contextmanager
-def cut_inputs(model: nn.Module, where: str) -> Iterator[nn.Module]:
-    """Force where a model cuts its projections' inputs, in train() and eval() alike; restored on exit.
-
-    Args:
-        model: A patched model whose config has input cuts.
-        where: "always" at every token, "decode" where each sequence has one new token, "never".
-
-    Raises:
-        ValueError: For another `where`, or a model without input cuts.
-    """
-    cutting = cut_projections(model)
-    require(bool(cutting), "the model", type(model).__name__, "one with input cuts: see stocha-convert --inputs")
-    require(where in CUTS, "where the model cuts inputs", where, f"one of {', '.join(CUTS)}")
-    with _holding(cutting, cut_forced=where):
-        yield model
-
-
-@contextmanager
-def _holding(modules: list[Any], **values: Any) -> Iterator[None]:
+def holding(modules: list[Any], **values: Any) -> Iterator[None]:
     """Set attributes of modules, and give each its own values back on exit."""
     before = [{key: getattr(module, key) for key in values} for module in modules]
     try:
@@ -740,10 +611,10 @@ def become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def stocha_mlps(model: nn.Module) -> list[StochaMLP]:
     """The patched MLPs of a model in layer order."""
-    return [module for module in model.modules() if _is_a(module, StochaMLP)]  # type: ignore[misc]
+    return [module for module in model.modules() if is_a(module, StochaMLP)]  # type: ignore[misc]
 
 
-def _is_a(module: nn.Module, kind: type) -> bool:
+def is_a(module: nn.Module, kind: type) -> bool:
     """By name: each trust_remote_code load has classes of its own, and FSDP2 derives one from a module's."""
     return any(cls.__name__ == kind.__name__ for cls in type(module).__mro__)
 
@@ -769,7 +640,7 @@ def stocha_mode(model: nn.Module, name: str, p: float | None = None) -> Iterator
         ValueError: For an unknown name, a p outside [0, 1] or a model without patched MLPs.
     """
     mlps = checked_mlps(model, name, p)
-    with _holding(mlps, forced=name, **({} if p is None else {"p": p})):
+    with holding(mlps, forced=name, **({} if p is None else {"p": p})):
         yield model
 
 
@@ -778,6 +649,7 @@ class StochaModel:
 
     config: Any
     training: bool
+    cutting: Any = None  # cuts_stocha.py, which says so here when it is imported
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -797,7 +669,8 @@ class StochaModel:
         """As the native one; and sets the input cuts, which thus come after from_pretrained's quantizers: these look
         for nn.Linear, and put other modules in its place.
         """
-        set_cuts(self)
+        if self.config.stocha.get("inputs"):
+            self._cuts().set_cuts(self)
         return super().train(mode)  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -826,27 +699,33 @@ class StochaModel:
         return stocha_mode(self, name, p)  # type: ignore[arg-type]
 
     def cut_inputs(self, where: str) -> Any:
-        """`with model.cut_inputs("never"): ...`; see the function of the same name."""
-        return cut_inputs(self, where)  # type: ignore[arg-type]
+        """`with model.cut_inputs("never"): ...`; see the function of the same name in cuts_stocha.py."""
+        require(bool(self.config.stocha.get("inputs")), "the model", type(self).__name__, CUTTING)
+        return self._cuts().cut_inputs(self, where)
+
+    def _cuts(self) -> Any:
+        require(self.cutting is not None, "cuts_stocha.py", None, "it beside modeling_stocha.py: run stocha-convert")
+        return self.cutting
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """As the native one; the folder gets this file, and MLX-LM's if it is at hand, and its config names them."""
+        """As the native one; the folder gets this file and those of its kind beside it, and its config names them."""
         entry = self.config.stocha
         if isinstance(entry["threshold"], list):  # of the layers that there are: some may be cut out
             entry = entry | {"threshold": [mlp.threshold for mlp in stocha_mlps(self)]}  # type: ignore[arg-type]
         if entry.get("inputs"):
-            entry = entry | {"inputs": self._input_cuts(entry["inputs"])}
+            entry = entry | {"inputs": self._cuts().saved_cuts(self, entry["inputs"])}
         self.config.stocha = entry
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         resolved = StochaConfig.from_dict(entry).resolve(ARCHITECTURES[self.config.model_type].act)
         quantized = getattr(self, "hf_quantizer", None) is not None
         self.config.architectures = class_names(self.config.architectures, resolved.common and not quantized)
-        self.config.auto_map = ARCHITECTURES[self.config.model_type].auto_map
+        self.config.auto_map = ARCHITECTURES[self.config.model_type].auto_map(resolved.module)
         if kwargs.get("is_main_process", args[0] if args else True):
             self.config.save_pretrained(save_directory)
-            for name in (os.path.basename(__file__), *(["mlx_stocha.py"] * hasattr(self.config, "model_file"))):
+            others = ["mlx_stocha.py"] * hasattr(self.config, "model_file")
+            for name in {os.path.basename(__file__), f"{resolved.module}.py", *others}:
                 if os.path.isfile(path := os.path.join(os.path.dirname(__file__), name)):  # transformers caches one
                     shutil.copyfile(path, os.path.join(save_directory, name))
             if complete := getattr(getattr(self, "hf_quantizer", None), "complete", None):  # quantization_stocha.py's
@@ -854,15 +733,6 @@ class StochaModel:
         if push_to_hub:
             hub = {key: kwargs[key] for key in ("commit_message", "private", "token", "create_pr") if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)  # type: ignore
-
-    def _input_cuts(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The config's input cuts, of the layers that there are."""
-        set_cuts(self)
-        kept = {"thresholds": "input_threshold", "centres": "input_centre"}
-        return inputs | {
-            key: {name: [getattr(layer[name], kept[key]) for layer in projections(self)] for name in inputs[key]}  # type: ignore[arg-type]
-            for key in kept.keys() & inputs.keys()
-        }
 
 
 class StochaAutoConfig:

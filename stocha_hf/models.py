@@ -21,9 +21,10 @@ from stocha_hf.checkpoints.companions import CHAT_TEMPLATES, COMPANIONS
 from stocha_hf.checkpoints.inspection import CONFIG
 from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.cuts_stocha import cut_inputs, cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
-from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, cut_inputs, cut_projections, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, stocha_mlps
 from stocha_hf.patching import patch
 from stocha_hf.spec import ARCHITECTURES
 
@@ -100,7 +101,7 @@ def _check_folder(folder: Path, name: str) -> None:
 
 
 def _check_hub_config(name: str, revision: str | None) -> None:
-    """Read the config of a Hub id before transformers does, whose errors about it are no sentences."""
+    """Read the config of a Hub id before transformers does, whose errors about it are tracebacks."""
     from huggingface_hub import hf_hub_download
 
     path = Path(hf_hub_download(name, inspection.CONFIG, revision=revision))

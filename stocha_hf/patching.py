@@ -16,21 +16,18 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from stocha_hf import modeling_stocha
+from stocha_hf.cuts_stocha import CutInput, cut_projections, projections, set_cuts
 from stocha_hf.modeling_stocha import (
     ARCHITECTURES,
-    CutInput,
     StochaConfig,
     StochaMLP,
     become,
     checked_mlps,
-    cut_projections,
     is_native,
     native_mlps,
     patch_mlps,
-    projections,
     refuse_replaced_forward,
     require,
-    set_cuts,
     stocha_mlps,
 )
 
@@ -85,7 +82,7 @@ def patch(model: nn.Module, config: StochaConfig) -> int:
         for name in config.inputs.thresholds:  # type: ignore[union-attr]
             refuse_replaced_forward(layer[name], f"the forward of a {name}")
     patch_mlps(native_mlps(native, row, hf_config), config)
-    hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map
+    hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map(config.module)
     setattr(hf_config, row.act_key, config.native_act)
     set_cuts(native)
     become(native, getattr(modeling_stocha, f"Stocha{type(native).__name__}"))

@@ -1,10 +1,10 @@
 # Copyright 2026 the stocha_hf authors. Licensed under the Apache License, Version 2.0.
-"""Weights in 8 and 4 bits: the second file that ships with a checkpoint, with quantized ones only.
+"""Weights in 8 and 4 bits: ships beside modeling_stocha.py and cuts_stocha.py with quantized checkpoints.
 
 transformers finds StochaQuantConfig and StochaQuantizer by the `quant_method` of config.json, as importing this file
 registers them. The folder's `auto_map` names this file, which hands on the classes of modeling_stocha.py; so loading a
-quantized folder with `trust_remote_code=True` works without stocha_hf, and folders that are not quantized carry one
-file as before. What is computed here is PyTorch: a block of rows becomes floats, is multiplied, and is gone. Where
+quantized folder with `trust_remote_code=True` works without stocha_hf, and folders that are not quantized do not carry
+this file. What is computed here is PyTorch: a block of rows becomes floats, is multiplied, and is gone. Where
 stocha_hf is installed, its runtime takes the decode steps.
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)                    # a quantized folder
@@ -27,8 +27,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .cuts_stocha import cut_class, is_cut
 from .modeling_stocha import *  # noqa: F403 - the classes that auto_map names
-from .modeling_stocha import StochaMLP, _cut_class, is_cut
+from .modeling_stocha import StochaMLP
 
 # --- stocha_hf/quantization.py, from here ---
 
@@ -439,13 +440,14 @@ class StochaQuantizer(HfQuantizer):
 
     @staticmethod
     def complete(model: Any, folder: str | os.PathLike) -> None:
-        """Give a saved folder this file, and let its config name it."""
+        """Give a saved folder this file and the one that it needs, and let its config name this one."""
         model.config.auto_map = {
             auto: f"{__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}"
             for auto, name in model.config.auto_map.items()
         }
         model.config.save_pretrained(folder)
-        shutil.copyfile(__file__, os.path.join(folder, os.path.basename(__file__)))
+        for name in ("cuts_stocha.py", os.path.basename(__file__)):
+            shutil.copyfile(os.path.join(os.path.dirname(__file__), name), os.path.join(folder, name))
 
 
 def exchange(model: Any, entry: Quantization, fill: bool = False) -> int:
@@ -470,7 +472,7 @@ def exchange(model: Any, entry: Quantization, fill: bool = False) -> int:
                 "input_major": None,
             }
             module.__dict__.update(state)
-            module.__class__ = _cut_class(type(module))
+            module.__class__ = cut_class(type(module))
         setattr(model.get_submodule(parent), last, module)
         made[name] = module
     if tied:  # transformers ties parameters by name

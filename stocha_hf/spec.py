@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODELING_FILE, MLX_FILE = (Path(__file__).with_name(name) for name in ("modeling_stocha.py", "mlx_stocha.py"))
+MODELING_FILE, CUTS_FILE, MLX_FILE = (
+    Path(__file__).with_name(f"{name}_stocha.py") for name in ("modeling", "cuts", "mlx")
+)
 ALLOTMENTS = ("uniform", "greedy", "output")  # of the share of inputs to cut to projections
 
 # --- copied into modeling_stocha.py from here ---
@@ -35,11 +37,10 @@ class Architecture:
     act_key: str
     act: str
 
-    @property
-    def auto_map(self) -> dict[str, str]:
-        """The `auto_map` of config.json, which makes the Auto classes find modeling_stocha.py."""
+    def auto_map(self, module: str) -> dict[str, str]:
+        """Return config.json's `auto_map`, which makes the Auto classes find this file's classes in a module."""
         names = {"AutoConfig": "AutoConfig", "AutoModel": self.model, "AutoModelForCausalLM": self.causal_lm}
-        return {auto: f"modeling_stocha.Stocha{name}" for auto, name in names.items()}
+        return {auto: f"{module}.Stocha{name}" for auto, name in names.items()}
 
 
 ARCHITECTURES = {  # by model_type
@@ -231,6 +232,11 @@ class StochaConfig:
         native = ACTIVATIONS[str(self.inference)].native or self.base
         return str(native)
 
+    @property
+    def module(self) -> str:
+        """The module that `auto_map` names: the file that cuts inputs imports the one of all models."""
+        return "cuts_stocha" if self.inputs else "modeling_stocha"
+
     @classmethod
     def from_dict(cls, entry: Any) -> StochaConfig:
         """Return the config of an entry as JSON holds it. Raises ValueError for whatever is not one."""
@@ -259,7 +265,7 @@ def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_keys(cls: Any, where: str, entry: Any) -> None:
-    """Raise ValueError where an entry as JSON holds it is no mapping, or has a key that the class does not know."""
+    """Raise ValueError where an entry as JSON holds it is not a mapping, or has a key that is not a field."""
     require(isinstance(entry, dict), where, entry, "a mapping")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(str(key) for key in entry if key not in known)

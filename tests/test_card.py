@@ -23,7 +23,8 @@ from stocha_hf.checkpoints.metadata import source_metadata
 from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement import figures
-from stocha_hf.publishing.card import check_card, model_card, write_card
+from stocha_hf.publishing.card import check_card, write_card
+from stocha_hf.publishing.card_text import card_text
 from stocha_hf.publishing.markdown import code, fence, text
 
 
@@ -54,9 +55,9 @@ def test_the_card_warns_of_tools_that_run_another_activation(checkpoint: Callabl
         assert "Other tools" not in cards[name]
     config = json.loads((tmp_path / "stocha" / "config.json").read_text())
     config["stocha"]["inputs"] = {"thresholds": {"q_proj": [0.1, 0.1]}}
-    assert "run this model **without the cuts**" in model_card(config, {})
+    assert "run this model **without the cuts**" in card_text(config, {})
     config["stocha"]["inference"] = "relu"
-    assert "trust-remote-code` runs it **without the cuts**" in model_card(config, {})
+    assert "trust-remote-code` runs it **without the cuts**" in card_text(config, {})
 
 
 def test_the_card_tells_what_the_files_tell(converted: Path, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_the_card_says_what_was_done_to_the_weights(converted: Path) -> None:
     cards = []
     for history in ([], [refit], [refit, trained]):
         config["stocha"]["history"] = history
-        cards.append(model_card(config, {}))
+        cards.append(card_text(config, {}))
     assert "leaves every weight" in cards[0] and "Recipe" not in cards[0]
     assert "refitted layer by layer on 98,304 tokens of docs.parquet" in cards[1]
     assert "trained after the conversion" in cards[2] and "leaves every weight" not in cards[2]
@@ -220,7 +221,7 @@ def test_names_that_no_model_has_are_refused(converted: Path, changes: dict[str,
     config = json.loads((converted / "config.json").read_text())
     config["stocha"] |= changes
     with pytest.raises(StochaError, match="expected"):
-        model_card(config, {})
+        card_text(config, {})
 
 
 @given(st.text(max_size=60))

@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError
 
-from stocha_hf.data import _plain_text, load_data, load_mixture
+from stocha_hf.data import load_data, load_mixture
+from stocha_hf.data.row_text import plain_text
 from stocha_hf.errors import StochaError
 
 HTTPError = HfHubHTTPError.__bases__[0]  # the root of whichever HTTP library the client uses
@@ -74,7 +75,7 @@ def test_what_is_no_training_data_is_refused_in_one_sentence(tmp_path, streaming
 
 
 def test_without_the_package_datasets_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("stocha_hf.data.find_spec", lambda name: None)
+    monkeypatch.setattr("stocha_hf.data.rows.find_spec", lambda name: None)
     (tmp_path / "data.txt").write_text("text")
     with pytest.raises(StochaError, match=r"pip install 'stocha_hf\[train\]'"):
         load_data(str(tmp_path / "data.txt"))
@@ -87,7 +88,7 @@ def test_null_is_no_text_and_lists_of_parts_are_theirs(tmp_path, caplog):
     ]
     chat = tmp_path / "chat.jsonl"
     chat.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (call, parts, None)))
-    assert [_plain_text(row).strip() for row in load_data(str(chat))] == ["weather?", "ab"]
+    assert [plain_text(row).strip() for row in load_data(str(chat))] == ["weather?", "ab"]
     assert "chat.jsonl: 1 of 3 rows have no text and are left out" in caplog.text
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": null, "completion": "c"}\n')

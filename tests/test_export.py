@@ -280,7 +280,7 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     stocha_hf.export(folder, out, overwrite=True)
     assert out.read_bytes() == first
     out.write_bytes(b"letters")
-    with pytest.raises(StochaError, match="is no GGUF file: expected one to overwrite"):
+    with pytest.raises(StochaError, match="is not a GGUF file: expected one to overwrite"):
         stocha_hf.export(folder, out, overwrite=True)
     assert out.read_bytes() == b"letters" and not list(out.parent.glob(".*"))
 

@@ -24,9 +24,9 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"answers"},
     {"models"},
     {"data", "hub"},
-    {"data_files"},
     {"checkpoints"},
     {"patching", "quantization_stocha"},
+    {"cuts_stocha"},
     {"modeling_stocha", "mlx_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
     {"spec", "quantization"},

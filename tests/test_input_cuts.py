@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import stocha_hf
+from stocha_hf.cuts_stocha import CutInput, cut_inputs, cut_projections, projections
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
-from stocha_hf.modeling_stocha import CutInput, StochaConfig, cut_inputs, cut_projections, projections
+from stocha_hf.modeling_stocha import StochaConfig, StochaModel
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch, unpatch
 from stocha_hf.spec import ARCHITECTURES, ATTENTION, PROJECTIONS, InputCuts
@@ -303,6 +304,24 @@ def test_converting_again_changes_what_is_asked_for(checkpoint: Any, text: Path,
     )
     last = stocha_hf.convert(tmp_path / "c", tmp_path / "d", inputs=0)
     assert "inputs" not in last.stocha and last.stocha["activation"] == "relu"
+
+
+def test_only_folders_that_cut_carry_the_code_that_cuts_and_without_it_a_sentence_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = cut_model(), tiny_model()
+    patch(plain, StochaConfig(activation="relu"))
+    for name, saved in (("cut", model), ("plain", plain)):
+        saved.save_pretrained(tmp_path / name)
+    assert (tmp_path / "cut" / "cuts_stocha.py").is_file() and not (tmp_path / "plain" / "cuts_stocha.py").exists()
+    named = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("cut", "plain")]
+    assert [names["AutoModel"] for names in named] == [
+        "cuts_stocha.StochaLlamaModel",
+        "modeling_stocha.StochaLlamaModel",
+    ]
+    monkeypatch.setattr(StochaModel, "cutting", None)
+    with pytest.raises(ValueError, match=r"cuts_stocha.py is None: expected it beside modeling_stocha.py"):
+        model.eval()
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path
     name, logits = json.loads(done.stdout.splitlines()[-1])
     assert name == "StochaLlamaForCausalLM"
     torch.testing.assert_close(torch.tensor(logits), load_model(str(tmp_path / "small"))(TOKENS).logits)
-    for file in ("modeling_stocha.py", "quantization_stocha.py", "config.json"):
+    for file in ("modeling_stocha.py", "cuts_stocha.py", "quantization_stocha.py", "config.json"):
         assert (tmp_path / "saved" / file).is_file()
     assert torch.equal(
         load_model(str(tmp_path / "saved"))(TOKENS).logits, load_model(str(tmp_path / "small"))(TOKENS).logits
@@ -210,12 +210,12 @@ def test_projections_that_cut_their_inputs_go_on_cutting_and_are_stored_by_input
     torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_publishing_sends_both_files_of_code(checkpoint, tmp_path: Path) -> None:
+def test_publishing_sends_all_files_of_code(checkpoint, tmp_path: Path) -> None:
     convert(checkpoint(), tmp_path / "small", bits=4)
     sent = {
         item.path_in_repo for item in _additions(tmp_path / "small", _publishable(tmp_path / "small"), "user/model")
     }
-    assert {"modeling_stocha.py", "quantization_stocha.py", "model.safetensors"} <= sent
+    assert {"modeling_stocha.py", "cuts_stocha.py", "quantization_stocha.py", "model.safetensors"} <= sent
     settings = json.loads((tmp_path / "small" / "config.json").read_text())
     assert settings["auto_map"]["AutoModelForCausalLM"] == "quantization_stocha.StochaLlamaForCausalLM"
 

@@ -12,7 +12,7 @@ from helpers import CONFIGS, assert_refused, run_command, tiny_model, tiny_token
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stocha_hf import StochaConfig, data, patch
+from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.inspection import read_config
 from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion import refit
@@ -22,6 +22,7 @@ from stocha_hf.conversion.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn
 from stocha_hf.conversion.refit_model import refit as refit_model
 from stocha_hf.conversion.refit_shares import allocate
 from stocha_hf.data import calibration_windows
+from stocha_hf.data import rows as data_rows
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.sparsity import SparsityMeter
 from stocha_hf.models import load_model
@@ -256,8 +257,8 @@ def test_a_hub_data_set_is_streamed_for_calibration(checkpoint, text, monkeypatc
         opened.append((name, streaming))
         return open_data(str(text), config, split, streaming, ("json", [text]))
 
-    open_data = data._open
-    monkeypatch.setattr(data, "_open", open_local)
+    open_data = data_rows._open
+    monkeypatch.setattr(data_rows, "_open", open_local)
     first, again = (calibration_windows("org/terabytes", checkpoint(), 1024, 64, seed=0) for _ in range(2))
     assert opened == [("org/terabytes", True)] * 2
     assert first.shape == (16, 64) and torch.equal(first, again)

@@ -24,7 +24,7 @@ def test_the_package_has_one_config_class_and_every_activation_a_function() -> N
     assert set(modeling_stocha.FUNCTIONS) == set(spec.ACTIVATIONS)
     assert set(modeling_stocha.BASE_FUNCTIONS) == {row.act for row in spec.ARCHITECTURES.values()}
     for row in spec.ARCHITECTURES.values():
-        for name in row.auto_map.values():
+        for name in row.auto_map("modeling_stocha").values():
             assert hasattr(modeling_stocha, name.removeprefix("modeling_stocha."))
 
 

@@ -22,10 +22,11 @@ from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, stocha_mlps
 from stocha_hf.patching import patch, set_activation
+from stocha_hf.training.checkpointing import last_checkpoint
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream
 from stocha_hf.training.run import parse
 from stocha_hf.training.run import run as run_training
-from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
+from stocha_hf.training.trainer import StochaTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KILLED_IN_THE_FOURTH_STEP = """

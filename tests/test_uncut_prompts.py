@@ -12,12 +12,13 @@ from helpers import tiny_model, tiny_tokenizer
 from helpers.training import SILU, run
 from torch._dynamo.utils import counters
 
+from stocha_hf.cuts_stocha import cut_projections, projections
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import StochaConfig, cut_projections, projections
+from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.patching import patch
 from stocha_hf.spec import PROJECTIONS, InputCuts
 from stocha_hf.training.compiled_layers import compile_layers
-from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, prompts_uncut
+from stocha_hf.training.uncut_prompts import CUT_AT, FIRST, PromptCollator, prompts_uncut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(4, 36).view(4, 8)
@@ -61,22 +62,28 @@ def test_a_share_of_texts_begins_uncut_and_has_no_loss_there() -> None:
     rows = list(torch.randint(4, 64, (400, 40), generator=torch.Generator().manual_seed(0)))
     batch = PromptCollator(collated, 0.7, 0)(rows)
     cut, begin = batch[CUT_AT], (~batch[CUT_AT]).sum(1)
-    assert torch.equal(cut, torch.arange(40) >= begin[:, None])
-    assert (begin > 0).float().mean().item() == pytest.approx(0.7, abs=0.07) and 25 < begin.max() < 30
+    assert torch.equal(cut, torch.arange(40) >= begin[:, None]) and begin.min() == FIRST
+    assert (begin > FIRST).float().mean().item() == pytest.approx(0.7, abs=0.07) and 25 < begin.max() < 30
     assert torch.equal(batch["labels"][:, 1:] != -100, cut[:, :-1])
     again = PromptCollator(collated, 0.7, 0)(rows[7:9])  # in another batch, as after a resumed start
     assert torch.equal(again[CUT_AT], cut[7:9])
     assert not torch.equal(PromptCollator(collated, 0.7, 1)(rows)[CUT_AT], cut)
-    assert PromptCollator(collated, 0.0, 0)(rows)[CUT_AT].all()
+    assert (PromptCollator(collated, 0.0, 0)(rows)[CUT_AT] == (torch.arange(40) >= FIRST)).all()
+
+
+def test_the_first_tokens_of_each_text_in_a_packed_row_are_uncut() -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
+    batch = {"input_ids": positions + 4, "labels": positions + 4, "position_ids": positions}
+    assert torch.equal(PromptCollator(lambda rows: batch, 0.0, 0)([None])[CUT_AT], positions >= FIRST)
 
 
 def test_an_answer_is_cut_and_its_prompt_is_not() -> None:
-    labels = torch.tensor([[-100, -100, -100, 7, 8, 9, -100, -100]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
-    batch = {"input_ids": TOKENS[:1], "labels": labels, "attention_mask": mask}
+    labels = torch.tensor([[-100, -100, -100, -100, -100, 7, 8, 9, -100, -100]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
+    batch = {"input_ids": torch.arange(4, 14)[None], "labels": labels, "attention_mask": mask}
     found = PromptCollator(lambda rows: batch, 1.0, 0)([None])
-    assert found[CUT_AT].tolist() == [[False] * 3 + [True] * 3 + [False] * 2]
-    assert found["labels"].tolist() == [[-100, -100, -100, -100, 8, 9, -100, -100]]  # 7 follows from the prompt
+    assert found[CUT_AT].tolist() == [[False] * 5 + [True] * 3 + [False] * 2]
+    assert found["labels"].tolist() == [[-100] * 6 + [8, 9, -100, -100]]  # 7 follows from the prompt
 
 
 def test_a_run_trains_on_what_is_cut_and_refuses_a_model_without_cuts(base: Path, text: Path, tmp_path: Path) -> None:

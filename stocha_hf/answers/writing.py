@@ -135,7 +135,9 @@ def check_output(path: str | Path) -> None:
     """Raise StochaError for a file that answers cannot be written to: of another kind, or in no folder."""
     path = local_path(path)
     if path.suffix not in KINDS:
-        raise StochaError(f"the output {path} is no {' or '.join(KINDS)} file: expected answers{KINDS[0]}, say")
+        raise StochaError(
+            f"the output {path} is not a {' or '.join(KINDS)} file: expected a name such as answers{KINDS[0]}"
+        )
     if not path.parent.is_dir():
         raise StochaError(f"the folder {path.parent} does not exist: expected one for {path.name}")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -17,7 +17,7 @@ from typing import Any
 from stocha_hf.checkpoints.names import check_label, check_origin
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import QUANTIZATION_FILE
-from stocha_hf.spec import ARCHITECTURES, MLX_FILE, MODELING_FILE, InputCuts, StochaConfig, class_names
+from stocha_hf.spec import ARCHITECTURES, MLX_FILE, InputCuts, StochaConfig, class_names
 
 SIZES = ("num_hidden_layers", "intermediate_size")
 MOST_LAYERS = 10_000
@@ -66,17 +66,15 @@ def code_keys(model_type: str, present: Mapping[str, Any], stocha: StochaConfig)
     names = present.get("architectures") or [ARCHITECTURES[model_type].causal_lm]
     return {
         "architectures": class_names(names, common),
-        "auto_map": auto_map(model_type, present),
+        "auto_map": auto_map(model_type, present, stocha),
         "model_file": None if common else MLX_FILE.name,
     }
 
 
-def auto_map(model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """The `auto_map` of a config: a quantized folder names the second file, which hands on the first's classes."""
-    names = ARCHITECTURES[model_type].auto_map
-    if not config.get("quantization_config"):
-        return names
-    return {auto: name.replace(MODELING_FILE.stem, QUANTIZATION_FILE.stem) for auto, name in names.items()}
+def auto_map(model_type: str, config: Mapping[str, Any], stocha: StochaConfig) -> dict[str, str]:
+    """The `auto_map` of a config: it names the last of the code files, each of which hands on the first's classes."""
+    quantized = bool(config.get("quantization_config"))
+    return ARCHITECTURES[model_type].auto_map(QUANTIZATION_FILE.stem if quantized else stocha.module)
 
 
 def with_entry(config: Mapping[str, Any], stocha: StochaConfig) -> dict[str, Any]:

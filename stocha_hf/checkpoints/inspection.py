@@ -27,7 +27,7 @@ LONGEST = 2**26  # bytes of a JSON file; the index of a large model has one or t
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder as a dict. Raises StochaError where there is none or it is no JSON object."""
+    """config.json of a folder as a dict. Raises StochaError where there is none or it is not a JSON object."""
     return read_json(folder / CONFIG, "a Hugging Face checkpoint folder, which has one")
 
 

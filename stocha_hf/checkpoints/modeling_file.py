@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf.quantization import QUANTIZATION_FILE
-from stocha_hf.spec import MLX_FILE, MODELING_FILE
+from stocha_hf.spec import CUTS_FILE, MLX_FILE, MODELING_FILE
 
+CODE_FILES = (MODELING_FILE, CUTS_FILE, QUANTIZATION_FILE, MLX_FILE)
 RELEASED = {  # SHA-256 of the file in each release
     "c86c193bf88e9f47677e386c67c1b2687159c41206c41621bfeae8c72ccbe9e3": "0.1.0",
 }
@@ -21,12 +22,14 @@ RELEASED = {  # SHA-256 of the file in each release
 
 def code_files(config: Mapping[str, Any]) -> list[Path]:
     """The package's code that a checkpoint of this config carries."""
-    wanted = {QUANTIZATION_FILE: "quantization_config", MLX_FILE: "model_file"}
-    return [MODELING_FILE, *(file for file, key in wanted.items() if config.get(key))]
+    quantized = bool(config.get("quantization_config"))
+    cuts = bool((config.get("stocha") or {}).get("inputs"))
+    wanted = {CUTS_FILE: cuts or quantized, QUANTIZATION_FILE: quantized, MLX_FILE: bool(config.get("model_file"))}
+    return [MODELING_FILE, *(file for file, carried in wanted.items() if carried)]
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file of one of these names was written by this package or a release of it."""
     data = path.read_bytes()
-    own = next(file for file in (MODELING_FILE, QUANTIZATION_FILE, MLX_FILE) if file.name == path.name)
+    own = next(file for file in CODE_FILES if file.name == path.name)
     return data == own.read_bytes() or hashlib.sha256(data).hexdigest() in RELEASED

@@ -35,7 +35,7 @@ _STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 def check_gguf_output(output: Path, precision: str | None, overwrite: bool) -> None:
     """Raise StochaError where `output` cannot be a new GGUF file of this precision."""
     if output.suffix.lower() != ".gguf":
-        raise StochaError(f"{output} is no name of a GGUF file: expected one that ends in .gguf")
+        raise StochaError(f"{output} is not the name of a GGUF file: expected one that ends in .gguf")
     if find_spec("gguf") is None:
         raise StochaError("GGUF needs the package gguf, which is not installed: run pip install 'stocha_hf[gguf]'")
     if precision is not None and precision not in PRECISIONS:
@@ -52,7 +52,7 @@ def check_gguf_output(output: Path, precision: str | None, overwrite: bool) -> N
     elif not overwrite:
         raise StochaError(f"{output} exists: expected a new file; choose another one or pass --overwrite")
     elif not _is_gguf(output):
-        raise StochaError(f"{output} is no GGUF file: expected one to overwrite; choose another output")
+        raise StochaError(f"{output} is not a GGUF file: expected one to overwrite; choose another output")
 
 
 def write_gguf(source: Source, activation: str, precision: str | None, output: Path) -> tuple[str, str]:

@@ -28,9 +28,9 @@ class Calibration:
     """What to cut, and the text to measure thresholds on.
 
     `share` is the share of input entries to cut; 0 takes a source's cuts off, and then nothing else is given. `data`
-    is a file, folder or Hub data set (stocha_hf/data.py), `tokens` how many of its tokens to use, `of` the projections
-    to cut (None: all, or attention's where the activation makes the FFN sparse), `allotment` one of ALLOTMENTS.
-    `prefill` and `train` are those of InputCuts. Raises StochaError.
+    is a file, folder or Hub data set (stocha_hf/data/rows.py), `tokens` how many of its tokens to use, `of` the
+    projections to cut (None: all, or attention's where the activation makes the FFN sparse), `allotment` one of
+    ALLOTMENTS. `prefill` and `train` are those of InputCuts. Raises StochaError.
     """
 
     share: float

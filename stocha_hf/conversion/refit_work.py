@@ -27,7 +27,7 @@ LAYER_FILES = "layer-*.safetensors"
 class Refit:
     """What to refit on and towards; recorded in config.json under `stocha.history`.
 
-    `data` is a file, folder or Hub data set (stocha_hf/data.py), `tokens` how many of its tokens to use,
+    `data` is a file, folder or Hub data set (stocha_hf/data/rows.py), `tokens` how many of its tokens to use,
     `target_sparsity` the wanted share of zeros in the hidden vectors (None: plain ReLU's), `on_disk` whether the
     streams are kept in the work folder instead of in memory. Raises StochaError.
     """

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from stocha_hf.cuts_stocha import is_cut
 from stocha_hf.measurement.blocks import PROJECTIONS, blocks
 from stocha_hf.measurement.records import BytesRead
-from stocha_hf.modeling_stocha import is_cut
 
 
 class Tally:

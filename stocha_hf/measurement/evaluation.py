@@ -18,10 +18,11 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
-from stocha_hf.modeling_stocha import cut_projections, stocha_mlps
+from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.models import cutting_everywhere, patched_layers
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory

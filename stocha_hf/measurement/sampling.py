@@ -57,7 +57,7 @@ def generate(
         The token ids of each sample, without the prompt's.
 
     Raises:
-        ValueError: `p` is no probability, as `stocha_mode` says.
+        ValueError: `p` is not a probability, as `stocha_mode` says.
         StochaError: the model's logits are NaN or infinite.
     """
     prompts = torch.tensor([list(prompt)] * samples, device=model.device)
@@ -155,7 +155,7 @@ def sample(
         The samples, their mean log-likelihood a token, distinct n-grams and self-BLEU.
 
     Raises:
-        ValueError: `p` is no probability.
+        ValueError: `p` is not a probability.
         StochaError: a prompt is empty, the logits are NaN or infinite, or sacrebleu is missing.
     """
     rows, found = [], []

@@ -1,9 +1,8 @@
-"""The model card: README.md with Hub metadata, written at conversion, with measurements, and completed at publication.
+"""The model card: README.md, written at conversion, again with measurements, and completed at publication.
 
-The text is model_card.md beside this file; tables.py tells what was measured. `write_card` is the one function that
-writes a card, whoever wants one: conversion, training and stocha-card. A card still has REPO_ID and REVISION, whose
-values only the publication knows; `published_card` fills them in for the upload and leaves the folder as it is. What
-comes from a config, a source or a file of measurements is escaped by markdown.py.
+card_text.py says what stands in it. `write_card` is the one function that writes a card, whoever wants one:
+conversion, training and stocha-card. A card still has REPO_ID and REVISION; `published_card` fills them in for the
+upload and leaves the folder as it is.
 
     write_card("smollm2-relu", evaluation="eval.json", bench="bench.json")
 """
@@ -15,54 +14,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from stocha_hf.checkpoints.entry import began_random, cuts_told, read_entry
 from stocha_hf.checkpoints.inspection import CARD, read_config
-from stocha_hf.checkpoints.metadata import INHERITED, source_metadata
-from stocha_hf.checkpoints.quantized import read_quantization
+from stocha_hf.checkpoints.metadata import source_metadata
 from stocha_hf.errors import StochaError
-from stocha_hf.publishing.markdown import code, fence, text
+from stocha_hf.publishing.card_text import card_text
 from stocha_hf.publishing.measurements import HASH_KEY, Measurements, check_measurements
-from stocha_hf.publishing.tables import measured_metadata, measured_section
-from stocha_hf.spec import ARCHITECTURES, StochaConfig
-
-TEMPLATE, TOOLS = (Path(__file__).with_name(name) for name in ("model_card.md", "other_tools.md"))
-COPIED = "Converting leaves every weight, its name and its shape as they are."
-REFITTED = (
-    "The feed-forward weights were refitted layer by layer on {tokens} of {data}, without training; every other "
-    "weight, all names and all shapes are the source's."
-)
-TRAINED = (
-    "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
-)
-FROM_SCRATCH = "No weight comes from another model: the recipe below began with random ones."
-SCRATCH_LIMITS = "The model has seen the text of its recipe and nothing else."
-SWAPPED_LIMITS = (
-    "The conversion itself trains nothing: a checkpoint whose activation was only swapped needs continued pretraining "
-    "or a ReLU fine-tune before its outputs under the new activation are useful."
-)
-REFITTED_LIMITS = (
-    "A refit comes near the source's quality on text like that it was fitted on, less so on other text; continued "
-    "pretraining goes on from it."
-)
-TRAINED_LIMITS = (
-    "Training moves the model towards the text it was trained on; on other text it may be worse than the source."
-)
-ROUNDED = "The weights are the source's, rounded to {bits} bits in groups of 32."
-ROUNDED_AFTER = "{weights} At last all matrices were rounded to {bits} bits in groups of 32, under names of their own."
-NATIVE_USE = "2. without `trust_remote_code`: the native {architecture}, {note};"
-QUANTIZED_USE = (
-    "2. without `trust_remote_code` not at all: the weights are quantized, and `quantization_stocha.py` reads them;"
-)
-DENSE_ELSEWHERE = """## Other tools
-
-llama.cpp, MLX-LM, vLLM and the native class of transformers run this model **without the cuts**: dense, and as its
-source does.
-
-"""
-LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 
 
 def write_card(
@@ -102,7 +60,7 @@ def write_card(
     if evaluation is None and (rows or bench or generation or tasks):
         raise StochaError("a card was given measurements but no evaluation: expected what stocha-eval --json printed")
     measured = None if evaluation is None else Measurements.read(folder, evaluation, rows, bench, generation, tasks)
-    card = model_card(config, source_metadata(folder) if metadata is None else metadata, measured)
+    card = card_text(config, source_metadata(folder) if metadata is None else metadata, measured)
     path = folder / CARD
     if measured is None:
         _replace(path, card)
@@ -134,125 +92,6 @@ def _umask() -> int:
     return mask
 
 
-def model_card(config: dict[str, Any], inherited: dict[str, Any], measured: Measurements | None = None) -> str:
-    """Return the card of a checkpoint, given its config.json, its source's metadata and what was measured of it.
-
-    Raises StochaError for a config that is not a stocha checkpoint's.
-    """
-    from huggingface_hub import ModelCardData
-
-    row = ARCHITECTURES.get(str(config.get("model_type")))
-    if row is None:
-        raise StochaError(f"the config has model_type {config.get('model_type')!r}: expected a stocha checkpoint's")
-    stocha = read_entry(config, "the config")
-    source = stocha.source or {}
-    source_id, revision = str(source.get("id") or ""), source.get("revision")
-    on_hub = "/" in source_id
-    kept = {key: value for key in INHERITED if (value := _plain(inherited.get(key)))}
-    metadata = ModelCardData(
-        base_model=source_id if on_hub else None,
-        library_name="transformers",
-        tags=["stocha", "activation-sparsity", config["model_type"]],
-        **{"pipeline_tag": "text-generation", **kept},
-        **(measured_metadata(measured) if measured else {}),
-    )
-    p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
-    native = stocha.native_act
-    note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
-    history = stocha.history or []
-    before = [stage for stage in history if stage.get("method") != "quantize"]
-    weights, limits = _what_was_done(before)
-    native_use = NATIVE_USE.format(architecture=row.causal_lm, note=note)
-    if quantization := read_quantization(config, "the config"):
-        rounded = ROUNDED_AFTER if before else ROUNDED
-        weights, native_use = rounded.format(weights=weights, bits=quantization.bits), QUANTIZED_USE
-    linked = f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else code(source_id) or "an unnamed model"
-    commit = f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file"
-    licence = text(kept.get("license_name") or kept.get("license") or "not stated")
-    version = text(stocha.stocha_version)
-    made = {
-        "title": f"Stochastic-activation checkpoint of {linked}",
-        "made": f"Made from {linked} ({commit}) with stocha_hf {version}.",
-        "changes": f"What changes is the activation of the feed-forward layers of {row.causal_lm}:",
-        "license": f"Licence of the source: {licence}",
-    }
-    if began_random(history):
-        made = {
-            "title": f"{row.causal_lm} trained from scratch with stochastic activations or ReLU",
-            "made": f"Trained from random weights with stocha_hf {version}.",
-            "changes": "The activation of its feed-forward layers:",
-            "license": f"Licence: {licence}",
-        }
-    values = {
-        "weights": weights,
-        "measured": measured_section(measured) + "\n\n" if measured else "",
-        "recipe": _recipe(history),
-        "limits": limits,
-        "metadata": metadata.to_yaml(),
-        **made,
-        "activation": stocha.activation + p,
-        "inference": stocha.inference,
-        "cuts": f"In the custom class, {cuts_told(stocha.inputs)}.\n\n" if stocha.inputs else "",
-        "native": "not possible: the weights are quantized" if quantization else native,
-        "native_use": native_use,
-        "tools": "" if quantization else _other_tools(stocha, str(stocha.base)),
-    }
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
-
-
-def _plain(value: Any) -> Any:
-    """A source's metadata as far as a card takes it over: a line of text, or a list of a few such lines."""
-    if isinstance(value, list):
-        return [item for item in value if _plain(item) and isinstance(item, str)][:100]
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 500 else None
-
-
-def _what_was_done(history: list[dict[str, Any]]) -> tuple[str, str]:
-    """What a card says of the weights, and of their limits."""
-    if began_random(history):
-        return FROM_SCRATCH, SCRATCH_LIMITS
-    weights, limits = _what_changed(history)
-    return weights, f"{limits} What limits the source model limits this one too."
-
-
-def _what_changed(history: list[dict[str, Any]]) -> tuple[str, str]:
-    if any(stage.get("method") != "refit" for stage in history):
-        return TRAINED, TRAINED_LIMITS
-    if not history:
-        return COPIED, SWAPPED_LIMITS
-    tokens = history[-1].get("tokens")
-    said = f"{tokens:,} tokens" if isinstance(tokens, int) else "tokens"
-    return REFITTED.format(tokens=said, data=text(history[-1].get("data", "a text"))), REFITTED_LIMITS
-
-
-def _other_tools(stocha: StochaConfig, base: str) -> str:
-    """Which tools run a checkpoint as something else; nothing where it infers as its source does."""
-    if stocha.common:
-        return "" if stocha.inputs is None else DENSE_ELSEWHERE
-    told = {
-        "act": code(str(stocha.inference)) + (" and cut the inputs of projections" if stocha.inputs else ""),
-        "base": code(base),
-        "vllm": "it **without the cuts**" if stocha.inputs else "it as it is",
-    }
-    return Template(TOOLS.read_text(encoding="utf-8")).substitute(told)
-
-
-def _recipe(history: list[dict[str, Any]]) -> str:
-    """What was done to the weights, stage by stage, as YAML; nothing where they are the source's."""
-    import yaml
-
-    if not history:
-        return ""
-    return f"## Recipe\n\n{fence(yaml.safe_dump(_shortened(history), sort_keys=False), 'yaml')}\n\n"
-
-
-def _shortened(value: Any) -> Any:
-    """Without what is too long for a card; the stages of averaged checkpoints lie within a stage."""
-    if isinstance(value, dict):
-        return {key: _shortened(inner) for key, inner in value.items() if key not in LONG}
-    return [_shortened(inner) for inner in value] if isinstance(value, list) else value
-
-
 def stocha_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a stocha checkpoint folder. Raises StochaError for another folder."""
     config = read_config(folder)
@@ -272,11 +111,11 @@ def check_card(folder: Path) -> None:
 def published_card(folder: Path, repo: str, tag: str) -> str:
     """Return the folder's card, or a new one where there is none, with the repo and revision that its snippets name.
 
-    Raises StochaError for a card that is no text.
+    Raises StochaError for a card that is not text.
     """
     path = folder / CARD
     try:
-        card = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_config(folder), {})
+        card = path.read_text(encoding="utf-8") if path.is_file() else card_text(read_config(folder), {})
     except (OSError, UnicodeDecodeError) as error:
         raise StochaError(f"{path} cannot be read ({error}): expected text in UTF-8") from None
     return card.replace("REPO_ID", repo).replace("REVISION", tag)

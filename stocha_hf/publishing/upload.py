@@ -21,15 +21,14 @@ from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, check_links, companion_files, dump, without_code
 from stocha_hf.checkpoints.entry import code_keys, read_entry, with_keys
 from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
-from stocha_hf.checkpoints.modeling_file import code_files, is_ours
+from stocha_hf.checkpoints.modeling_file import CODE_FILES, code_files, is_ours
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import check_login, hub_errors
 from stocha_hf.publishing import card
 from stocha_hf.publishing.measurements import FOLDER as MEASUREMENTS
 from stocha_hf.publishing.space_upload import publish_space
-from stocha_hf.quantization import QUANTIZATION_FILE
-from stocha_hf.spec import MLX_FILE, MODELING_FILE, class_names
+from stocha_hf.spec import class_names
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -74,7 +73,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False, space: str 
         Where it was published. The same contents always have the same tag.
 
     Raises:
-        StochaError: before anything is uploaded if the folder is no whole stocha checkpoint, and for what the Hub
+        StochaError: before anything is uploaded if the folder is not a whole stocha checkpoint, and for what the Hub
             refuses.
     """
     from huggingface_hub import CommitOperationDelete
@@ -112,7 +111,7 @@ def _reading(folder: Path) -> Iterator[None]:
 def _publishable(folder: Path) -> list[str]:
     """The names of a stocha checkpoint's files, after checking that they are whole."""
     names = inspection.list_files(folder)
-    code = {file.name for file in (MODELING_FILE, QUANTIZATION_FILE, MLX_FILE)}
+    code = {file.name for file in CODE_FILES}
     check_links(folder, ({CONFIG, INDEX, CARD} | code) & set(names))
     config = card.stocha_config(folder)
     inspection.check_config(config, str(folder))

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stocha_hf.data_files import first_line
+from stocha_hf.data.files import first_line
 from stocha_hf.errors import StochaError
 
 DEFINITIONS = Path(__file__).parent / "definitions"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.paths import local_path
-from stocha_hf.data_files import first_line
+from stocha_hf.data.files import first_line
 from stocha_hf.errors import StochaError
 
 VARIABLE = "STOCHA_TASK_DATA"

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from stocha_hf.checkpoints.entry import set_entry
+from stocha_hf.cuts_stocha import is_cut, projections
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import is_cut, projections
 from stocha_hf.models import patched_layers
 from stocha_hf.spec import StochaConfig
 

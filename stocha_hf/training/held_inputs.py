@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stocha_hf.cuts_stocha import cut_inputs, projections
 from stocha_hf.measurement.selection.distributions import watching
-from stocha_hf.modeling_stocha import cut_inputs, projections
 from stocha_hf.training.entry import stocha_model
 
 SAMPLE = 2**18  # entries of a projection's input, at most, from each batch

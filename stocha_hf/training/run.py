@@ -24,7 +24,7 @@ LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass
 class DataArguments:
-    """Where the text comes from; see stocha_hf/data.py."""
+    """Where the text comes from; see stocha_hf/data/rows.py."""
 
     dataset: str | None = field(default=None, metadata={"help": "Hub data set, local file or folder."})
     datasets: dict[str, Any] | str | None = field(
@@ -120,11 +120,12 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
 
     from stocha_hf.data import load_tokenizer
     from stocha_hf.models import load_model, tokenizer_folder
+    from stocha_hf.training.checkpointing import last_checkpoint
     from stocha_hf.training.fresh import fresh_model
     from stocha_hf.training.held_inputs import trains_with_cuts
     from stocha_hf.training.hidden_error import check_same_shape
     from stocha_hf.training.losses import check_teacher
-    from stocha_hf.training.trainer import StochaTrainer, last_checkpoint
+    from stocha_hf.training.trainer import StochaTrainer
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}

@@ -15,42 +15,33 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
-import re
-import shutil
 import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback
-from trl import SFTTrainer
 
-from stocha_hf.checkpoints.metadata import source_metadata
 from stocha_hf.errors import StochaError
 from stocha_hf.models import cutting_everywhere
-from stocha_hf.publishing import card
 from stocha_hf.training.arguments import StochaArguments
 from stocha_hf.training.callback import ScheduleCallback
+from stocha_hf.training.checkpointing import CheckpointingTrainer, last_checkpoint
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream, set_forward
 from stocha_hf.training.console import Bar, Lines
-from stocha_hf.training.entry import change_entry
 from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
 from stocha_hf.training.losses import causal_lm, open_head, token_losses, training_losses
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
+from stocha_hf.training.totals import Totals
 from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, Prompts, prompts_uncut
 
 THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
 MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
-SPARSITY_STATE = "sparsity_state.json"  # in each checkpoint; what it holds: StochaTrainer.sparsity_state
 
 
-class StochaTrainer(SFTTrainer):
+class StochaTrainer(CheckpointingTrainer):
     """trl's SFTTrainer for a patched model that trains under an activation schedule.
 
     What it puts on the model and the teacher (hooks, compiled forwards, an open head) stays for the time of train()
@@ -69,10 +60,7 @@ class StochaTrainer(SFTTrainer):
             checkpoint stays.
     """
 
-    args: Any  # a StochaArguments; transformers types these three as what any Trainer may hold
-    model: Any
     train_dataset: Any
-    steering: ScheduleCallback  # of the train() that is running
 
     def __init__(self, model: Any, args: StochaArguments, *, schedule: Schedule, teacher: Any = None, **kwargs: Any):
         args, use_cache = copy.deepcopy(args), model.config.use_cache
@@ -100,12 +88,8 @@ class StochaTrainer(SFTTrainer):
         if teacher is not None:
             self.loss_options |= {"kl_weight": args.distill_weight, "temperature": args.distill_temperature}
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
-        # since the last log, on the device, so that no step waits for one: nll, kl and hidden_error, times tokens;
-        # tokens with a loss, all tokens
-        self._sums = torch.zeros(3, device=self.accelerator.device)
-        self._tokens = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+        self._totals = Totals(self.accelerator.device)
         self._flops: int | None = None
-        self._last_log = time.monotonic()
         if self.pop_callback(PrinterCallback) or self.pop_callback(ProgressCallback):
             self.add_callback(Bar() if sys.stderr.isatty() and not args.disable_tqdm else Lines())
 
@@ -115,9 +99,9 @@ class StochaTrainer(SFTTrainer):
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's; where prompts are left uncut, its batches say which positions those are."""
+        """Trainer's; where inputs are cut, its batches say at which positions."""
         collate = self.data_collator
-        if self.args.uncut_prompts:
+        if trains_with_cuts(self.model):
             self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed)
         try:
             return super().get_train_dataloader()
@@ -214,8 +198,7 @@ class StochaTrainer(SFTTrainer):
         if self.hidden_error:
             error = self.hidden_error.mean(seen if cut_at is None else seen * cut_at) * tokens
             loss = loss + self.args.distill_hidden * error
-        self._sums += torch.stack([losses.nll, losses.kl, error.detach()])
-        self._tokens += torch.stack([tokens, seen.sum()])
+        self._totals.add(losses, error, seen.sum())
         return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -248,50 +231,21 @@ class StochaTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._read_sums() | self.steering.read()
+            logs |= self._read_totals() | self.steering.read()
         super().log(logs, start_time)
 
-    def _read_sums(self) -> dict[str, float]:
+    def _read_totals(self) -> dict[str, float]:
         """What all ranks trained on since the last log: losses a token, tokens so far, tokens per second."""
-        nll, kl, error = self.accelerator.reduce(self._sums, reduction="sum").tolist()
-        tokens, seen = self.accelerator.reduce(self._tokens, reduction="sum").tolist()
-        self._sums.zero_()
-        self._tokens.zero_()
-        self._total_train_tokens += seen
-        before, self._last_log = self._last_log, time.monotonic()
-        speed = round(seen / (self._last_log - before), 1)
-        read = {"num_tokens": self._total_train_tokens, "tokens_per_second": speed}
+        found = self._totals.read(self.accelerator)
+        self._total_train_tokens += found["seen"]
+        read = {"num_tokens": self._total_train_tokens, "tokens_per_second": found["tokens_per_second"]}
         if self.teacher is not None:
-            read |= {"lm_loss": nll / max(tokens, 1), "kl": kl / max(tokens, 1)}
+            read |= {"lm_loss": found["lm_loss"], "kl": found["kl"]}
         if self.hidden_error:
-            read["hidden_error"] = error / max(tokens, 1)
+            read["hidden_error"] = found["hidden_error"]
         if torch.cuda.is_available():
             read["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         return read
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that could not be written to its end is removed: the one before it stays the last."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            if self.accelerator.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / SPARSITY_STATE).write_text(json.dumps(self.sparsity_state()))
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "write" not in str(error):
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
-            raise StochaError(
-                f"{folder} could not be written ({str(error).splitlines()[0]}): free space and start again with the "
-                f"same command; the last whole checkpoint is {last_checkpoint(self.args.output_dir) or 'none yet'}"
-            ) from None
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A tied head once: FSDP gathers it as a tensor of its own, which save_pretrained cannot tell from another."""
-        if state_dict is not None:
-            tied = causal_lm(self.model).all_tied_weights_keys
-            state_dict = {key: tensor for key, tensor in state_dict.items() if key not in tied}
-        super()._save(output_dir, state_dict=state_dict)
 
     def shift_thresholds(self) -> None:
         """End a run with FATReLU thresholds that meet target_sparsity on the first rows of the training data."""
@@ -311,68 +265,3 @@ class StochaTrainer(SFTTrainer):
         batches = [self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
         device = self.accelerator.device
         return [{key: batch[key].to(device) for key in MODEL_INPUTS & set(batch)} for batch in batches]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = _read_sparsity_state(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_sparsity_state(state)
-
-    def _load_best_model(self) -> None:
-        """The best checkpoint's weights, and with them its activation and thresholds."""
-        state = _read_sparsity_state(str(self.state.best_model_checkpoint))
-        super()._load_best_model()
-        self._load_sparsity_state(state)
-
-    def sparsity_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside weights and trl's state: the model's `stocha` entry, for which an adapter's
-        folder has no other place, the sparsity target's controller, and the shares that input thresholds are held to.
-        """
-        target, held = self.steering.target, self.steering.held
-        return {
-            "stocha": self.model.config.stocha,
-            "target": target and target.state_dict(),
-            "input_shares": held and held.shares,
-        }
-
-    def _load_sparsity_state(self, state: dict[str, Any]) -> None:
-        """A resumed run's schedule sets what runs at its next step; a run that ends keeps what is loaded here."""
-        history = self.model.config.stocha.get("history")  # of this run
-        change_entry(self.model, **state["stocha"] | {"history": history})
-        if self.steering.target is not None and state["target"] is not None:  # it may begin with this start
-            self.steering.target.load_state_dict(state["target"])
-        if self.steering.held is not None:
-            self.steering.held.shares = state["input_shares"]
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """This package's card instead of trl's."""
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            source = self.model.config._name_or_path  # nothing where training began with random weights
-            inherited = source_metadata(Path(source)) if source else {}
-            card.write_card(folder, config=self.model.config.to_dict(), metadata=inherited)
-
-
-def _read_sparsity_state(checkpoint: str) -> dict[str, Any]:
-    try:
-        state = json.loads((Path(checkpoint) / SPARSITY_STATE).read_text())
-        return {key: state[key] for key in ("stocha", "target", "input_shares")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StochaError(
-            f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a "
-            "checkpoint of the same recipe; name another output_dir"
-        ) from None
-
-
-def last_checkpoint(output: str | Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end: trainer_state.json is the last file of each."""
-    found = []
-    for folder in Path(output).glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        if step and state.get("global_step") == int(step[1]):
-            found.append((int(step[1]), folder))
-    return max(found)[1] if found else None

@@ -3,7 +3,10 @@
 In eval() mode a model with input cuts computes prompts in full and cuts decode steps only, while train() mode cuts at
 every token. So the keys and values that a step attends to would differ between the two. Here a share of the rows is
 uncut up to a random position, or up to the answer where the data has one, and has a loss only where it is cut. The
-other rows are cut everywhere, as text is that the model goes on writing for long.
+other rows are cut from their FIRST tokens on, as text is that the model goes on writing for long. The first tokens are
+never cut: attention rests on them (Xiao et al., attention sinks, arXiv 2309.17453), and in decoding they are a
+prompt's. A model that is trained with its first tokens cut learns to work around an error that decoding never makes
+(docs/experiments/input_training.md).
 
 Which positions are cut is a tensor that comes with the batch, so one compiled layer serves all batches. What a row
 draws is decided by its own tokens: a resumed run, another rank and a data loader's process draw the same.
@@ -25,16 +28,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from stocha_hf.modeling_stocha import cut_projections
+from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.training.losses import IGNORED
 
 CUT_AT = "cut_at"  # key of a batch: bool [batch, seq], the positions whose inputs are cut
+FIRST = 4  # tokens of a row, that are never cut
 LONGEST = 0.75  # of a row without an answer, that is taken for its prompt at most
 
 
 @dataclass
 class PromptCollator:
-    """A data collator that gives a share of rows a prompt, which is not cut and has no loss.
+    """A data collator that leaves each row's first tokens uncut, and a share of the rows' prompts, without a loss.
 
     Args:
         collate: the collator of rows to batches with input_ids and labels [batch, seq].
@@ -51,9 +55,12 @@ class PromptCollator:
         batch = self.collate(rows)
         labels, tokens = batch["labels"], batch["input_ids"]
         real = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         if "position_ids" in batch:  # the first of rows that are packed into one has no label, be it a prompt's or not
-            real = real & (batch["position_ids"] != 0)
+            positions = batch["position_ids"]
+            real = real & (positions != 0)
         cut_at = torch.stack([self._cut_at(*row) for row in zip(tokens, labels, real, strict=True)])
+        cut_at &= positions >= FIRST
         # a position's loss is that of the label after it
         without = torch.cat([torch.zeros_like(cut_at[:, :1]), ~cut_at[:, :-1]], dim=1)
         return batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at}
@@ -65,7 +72,7 @@ class PromptCollator:
         answer = labels != IGNORED
         if (real & ~answer).any():
             return answer
-        return torch.arange(len(tokens)) >= draw.randrange(max(int(LONGEST * int(real.sum())), 1))
+        return torch.arange(len(tokens)) >= draw.randrange(FIRST, max(int(LONGEST * int(real.sum())), FIRST + 1))
 
 
 class Prompts:

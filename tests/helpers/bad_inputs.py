@@ -419,9 +419,9 @@ relu '' -> OUT; is empty
 relu LONG.gguf -> bytes: expected at most 255
 absent out.gguf -> absent
 ./absent out.gguf -> absent does not exist
-relu out -> out is no name of a GGUF file; .gguf
+relu out -> out is not the name of a GGUF file; .gguf
 relu broken.gguf -> broken.gguf exists; --overwrite
-relu letters.gguf --overwrite -> letters.gguf is no GGUF file
+relu letters.gguf --overwrite -> letters.gguf is not a GGUF file
 relu text.txt/out.gguf -> cannot write text.txt/out.gguf
 relu out.gguf --format onnx -> --format is onnx; gguf
 relu out.gguf --precision q2 -> --precision is q2; q8_0

@@ -106,7 +106,8 @@ template <int T, class Code>
 void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i, int64_t here, int64_t first, float* values,
                    int64_t stride) {
   constexpr int R = kRows / T;
-  const int64_t ahead = first ? 0 : std::max<int64_t>(kAheadAlone / m.row_bytes(), kRows);
+  const int64_t ahead = std::max<int64_t>(kAheadAlone / m.row_bytes(), kRows);
+  const uint8_t* later[R];
   for (int64_t from = 0; from < here; from += R) {
     CodeRows<R, Code> rows;
     rows.groups = m.groups();
@@ -114,15 +115,17 @@ void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i,
     for (int r = 0; r < R; ++r) {
       const int64_t at = i + std::min(from + r, here - 1), row = chosen[at];
       rows.codes[r] = reinterpret_cast<const Code*>(m.row(row));
-      rows.next[r] = reinterpret_cast<const Code*>(m.row(chosen[std::min(at + ahead, chosen.limit - 1)]));
+      later[r] = m.row(chosen[std::min(at + ahead, chosen.limit - 1)]);
       if constexpr (std::is_same_v<Code, uint8_t>)
         rows.scales[r] = m.row_words(row);
       else
         rows.scales[r] = m.row_scales(row);
       rows.readable &= (m.rows - 1 - row) * m.groups() >= kLanes;
     }
+    Fetch fetch{nullptr, nullptr, later, first ? 0 : R, m.row_bytes()};
+    if (!chosen.list && !first) fetch = {later[0], later[R - 1] + m.row_bytes()};
     float found[R][T];
-    dots<R, T>(rows, x, first, found);
+    dots<R, T>(rows, fetch, x, first, found);
     for (int64_t r = 0; r < std::min<int64_t>(R, here - from); ++r)
       for (int t = 0; t < T; ++t) values[(from + r) * stride + first + t] = found[r][t];
   }

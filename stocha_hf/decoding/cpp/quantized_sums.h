@@ -67,21 +67,6 @@ struct BlockOf4 {  // a block's rows, and what each is multiplied with
   bool readable;  // behind each row are at least kLanes more groups
 };
 
-struct Fetch {  // the next block's lines, in the order in which they lie in memory
-  const uint8_t* const* rows;
-  int64_t begin, end;  // bytes of a row
-  int64_t at;
-  int row;
-  void line() {
-    prefetch(rows[row] + at);
-    at += kLine;
-    if (at >= end) {
-      at = begin;
-      row = (row + 1) % kBlock;
-    }
-  }
-};
-
 struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 255 steps
   Integers pairs[kBlock / 2], start;
   float step[kLanes], offset[kLanes];
@@ -139,10 +124,7 @@ inline void add_vectors(const BlockOf4& block, Fetch& fetch, bool fetches, const
   for (int p = 0; p < block.pairs; ++p) {
     const uint8_t *a = block.rows[2 * p] + from, *b = block.rows[2 * p + 1] + from;
     if (fetches)
-      for (int64_t byte = 0; byte < V * kBytes; byte += kLine) {
-        fetch.line();
-        fetch.line();
-      }
+      fetch.lines(2 * std::max<int64_t>(V * kBytes, kLine));
     repeated<0, V>([&](auto v) {
       const int64_t bytes = (here - (i + v) * kPer) * 16;
       const PairOf4 codes(load_codes_part(a + v * kBytes, bytes, whole), load_codes_part(b + v * kBytes, bytes, whole));

@@ -40,7 +40,9 @@ void sum_rows_of(const Matrix& m, const int64_t* list, const float* hidden, int6
       const BlockOf4& block = blocks[i / kBlock % 2];
       BlockOf4& next = blocks[1 - i / kBlock % 2];
       set_block(m, list, hidden, i + kBlock < count ? i + kBlock : i, count, T, tokens, next);
-      Fetch fetch{next.rows, first * 16, last * 16, first * 16, 0};
+      const uint8_t* later[kBlock];
+      for (int r = 0; r < kBlock; ++r) later[r] = next.rows[r] + first * 16;
+      Fetch fetch{nullptr, nullptr, later, kBlock, (last - first) * 16};
       for (int64_t g = first; g < last; g += kLanes)
         add_block_4(block, next, fetch, not_finite, tokens, g, std::min<int64_t>(kLanes, last - g), acc + g * kGroupSize,
                     stride);

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.evaluation import check_vocabulary
 from stocha_hf.measurement.selection.distributions import EDGES, Distribution, input_distributions
 from stocha_hf.measurement.selection.output_shares import output_shares
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
-from stocha_hf.modeling_stocha import cut_projections
 from stocha_hf.spec import ALLOTMENTS, PROJECTIONS, InputCuts
 
 

@@ -1,4 +1,4 @@
-"""Text to train and measure on: a Hub data set (streaming or not), or local parquet, jsonl, json, csv or txt files.
+"""The rows of a Hub data set (streaming or not), or of local parquet, jsonl, json, csv or txt files.
 
 Which of trl's formats a data set has is read off its columns: `input_ids` (token ids, whose rows are used as they are
 with packing off and dataset_kwargs {"skip_prepare_dataset": true}), `messages` (chat), `prompt` and `completion`, or a
@@ -8,7 +8,6 @@ wrong with it. A row whose text is null is left out: null never becomes a word.
     load_data("HuggingFaceFW/fineweb-edu", split="train", streaming=True)
     load_data("books.parquet", text_column="body")
     load_mixture({"answers.jsonl": 0.7, "code.parquet": 0.3}, seed=0)
-    text_windows("books.parquet", Path("smollm2"), length=1024)
 """
 
 from __future__ import annotations
@@ -23,18 +22,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocha_hf.data_files import explain, first_line, local_files
+from stocha_hf.data.files import explain, first_line, local_files
+from stocha_hf.data.row_text import text_of
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import is_number
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset, IterableDataset
 
-STREAMED = 4000  # rows: some millions of tokens of ordinary text, from shards in random order
 READY_COLUMNS = (["input_ids"], ["messages"], ["completion", "prompt"])
 HTTP = ("httpx", "httpcore", "requests", "aiohttp")  # whose messages may hold headers or signed addresses
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def load_data(
@@ -62,7 +59,7 @@ def load_data(
             a row may raise it when it is read.
     """
     found = local_files(name)
-    with _reading(name, found and found[1]):
+    with reading(name, found and found[1]):
         data = _open(name, config, split, streaming, found)
         first = next(iter(data), None)
     if first is None:
@@ -76,7 +73,7 @@ def load_data(
     if columns == ["text"] and text_column != "text":
         data = (data.remove_columns("text") if "text" in first else data).rename_column(text_column, "text")
         first["text"] = first[text_column]
-    with _reading(name, found and found[1]):
+    with reading(name, found and found[1]):
         return _usable(name, data.select_columns(columns), first, partial(_is_usable, columns, name, text_column))
 
 
@@ -124,7 +121,7 @@ def load_rows(name: str, *, split: str = "train") -> Dataset:
         StochaError: there is no such data set, it cannot be read, or it is empty.
     """
     found = local_files(name)
-    with _reading(name, found and found[1]):
+    with reading(name, found and found[1]):
         data = _open(name, None, split, False, found)
     if len(data) == 0:
         raise StochaError(f"{name} (split {split}) is empty: expected at least one row")
@@ -151,7 +148,7 @@ def _open(name: str, config: str | None, split: str, streaming: bool, found: tup
 
 
 @contextmanager
-def _reading(name: str, files: list[Path] | None) -> Iterator[None]:
+def reading(name: str, files: list[Path] | None) -> Iterator[None]:
     """Turn what datasets, pyarrow, pandas and httpx raise for a broken file or connection into a sentence.
 
     A stream is opened without being read, so that it may be raised at any row.
@@ -204,128 +201,5 @@ def _is_usable(columns: list[str], name: str, text_column: str, row: dict[str, A
     if "input_ids" not in columns:
         for column in columns:
             given = text_column if column == "text" else column
-            _text_of(row[column], column, f"in the column {given} of row {index + 1} of {name}")
+            text_of(row[column], column, f"in the column {given} of row {index + 1} of {name}")
     return all(row[column] is not None for column in columns)
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """Load the tokenizer of a checkpoint folder; no code of the folder is run.
-
-    Raises:
-        StochaError: it has none, or a broken one.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-        raise StochaError(f"{folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)} in it")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (MemoryError, ImportError):
-        raise
-    except Exception as error:  # the tokenizers library raises no other kind
-        raise StochaError(
-            f"the tokenizer of {folder} cannot be read ({first_line(error)}): expected whole tokenizer files; copy "
-            "them again from the model that it was made from"
-        ) from error
-
-
-def calibration_windows(name: str, tokenizer_folder: str | Path, tokens: int, length: int, seed: int) -> torch.Tensor:
-    """Draw windows of token ids from a data set's text, to calibrate a refit on.
-
-    Rows come in random order, and no row gives more than four windows or its share, so that the text is as varied as
-    the data set. A Hub data set is streamed, STREAMED rows of it at most: some are terabytes. Each window begins with
-    what the tokenizer puts before a text (a BOS token or nothing).
-
-    Args:
-        name: As in `load_data`.
-        tokenizer_folder: Checkpoint folder with the tokenizer.
-        tokens: How many token ids to draw, about.
-        length: Tokens of a window.
-        seed: Decides the order of rows.
-
-    Returns:
-        Token ids, int64 [windows, length]; fewer than asked for where the data set has fewer.
-
-    Raises:
-        StochaError: as `load_data` and `load_tokenizer` do.
-    """
-    import torch
-
-    tokenizer = load_tokenizer(tokenizer_folder)
-    data: Any = load_data(name, streaming=local_files(name) is None)
-    if not hasattr(data, "__len__"):
-        with _reading(name, None):
-            data = list(data.shuffle(seed=seed, buffer_size=1000).take(STREAMED))
-    start = tokenizer("")["input_ids"][:1]
-    most = max(4 * length, 2 * tokens // len(data))
-    ids: list[int] = []
-    for row in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist():
-        text = _plain_text(data[row])[: 16 * most]  # a token of more than 16 characters is rare
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"][:most]
-        if len(ids) >= tokens:
-            break
-    body = length - len(start)
-    windows = [start + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
-    return torch.tensor(windows[: tokens // length], dtype=torch.int64).view(-1, length)
-
-
-def text_windows(name: str, tokenizer_folder: str | Path, length: int, most: int | None = None) -> torch.Tensor:
-    """Cut a data set's text, in order, into windows of token ids.
-
-    Args:
-        name: As in `load_data`.
-        tokenizer_folder: Checkpoint folder with the tokenizer.
-        length: Tokens of a window.
-        most: Take at most so many windows, evenly spaced.
-
-    Returns:
-        Token ids, int64 [windows, length].
-
-    Raises:
-        StochaError: there is less than one window of text, or as `load_data` and `load_tokenizer` do.
-    """
-    import torch
-
-    tokenizer = load_tokenizer(tokenizer_folder)
-    ids = torch.tensor([token for row in load_data(name) for token in tokenizer(_plain_text(row))["input_ids"]])
-    windows = ids[: len(ids) // length * length].view(-1, length)
-    if len(windows) == 0:
-        raise StochaError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
-    step = max(len(windows) // most, 1) if most else 1
-    return windows[::step][:most]
-
-
-def _plain_text(row: dict[str, Any]) -> str:
-    """A row's text: its messages', or its prompt's, completion's and text's, with empty lines between."""
-    if "input_ids" in row:
-        raise StochaError("the data set holds token ids: expected text, which the model's own tokenizer reads")
-    columns = [column for column in ("messages", "prompt", "completion", "text") if column in row]
-    return "\n\n".join(
-        text for column in columns if (text := _text_of(row[column], column, f"in the column {column}"))
-    )
-
-
-def _text_of(value: Any, column: str, where: str) -> str:
-    """The text in a column: a string, or messages. `where` says in an error which value it is."""
-    if value is None or (isinstance(value, str) and column != "messages"):
-        return value or ""
-    if not isinstance(value, list) or column == "text":
-        expected = "a list of messages" if column == "messages" else "text"
-        raise StochaError(f"there is {_shown(value)} {where}: expected {expected}")
-    return "\n\n".join(_content_of(message, where) for message in value)
-
-
-def _content_of(message: Any, where: str) -> str:
-    """The text of a chat message, whose content is a string, null, or a list of parts of which some are text."""
-    if not isinstance(message, dict) or "content" not in message:
-        raise StochaError(f"there is the message {_shown(message)} {where}: expected an object with role and content")
-    content = message["content"]
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = "".join(text for part in content if isinstance(text := part.get("text"), str))
-    if content is not None and not isinstance(content, str):
-        raise StochaError(f"a message has the content {_shown(content)} {where}: expected text")
-    return content or ""
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}..."

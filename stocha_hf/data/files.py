@@ -5,7 +5,7 @@ nesting ends the process. So the files are found and looked over here, and a fai
 in plain Python, which only happens then.
 
     local_files("books")                       # ("text", [PosixPath("books/a.txt"), ...])
-    explain(files, error)                      # "row 3 of chat.jsonl is no JSON object (Expecting value)"
+    explain(files, error)                      # "row 3 of chat.jsonl is not a JSON object (Expecting value)"
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _bad_json_line(file: Path, lines: Iterable[str]) -> str | None:
         try:
             content = json.loads(line) if line.strip() else {}
         except (ValueError, RecursionError) as error:
-            return f"row {number} of {file} is no JSON object ({getattr(error, 'msg', error)}): expected one a line"
+            return f"row {number} of {file} is not a JSON object ({getattr(error, 'msg', error)}): expected one a line"
         if not isinstance(content, dict):
             return f"row {number} of {file} is a JSON {type(content).__name__}: expected an object with a text column"
     return None

@@ -1,0 +1,172 @@
+# Copyright 2026 the stocha_hf authors. Licensed under the Apache License, Version 2.0.
+"""Projections that cut small entries of their inputs: ships beside modeling_stocha.py with checkpoints that cut.
+
+`config.stocha["inputs"]` says which projections cut, and from which size on an entry stays (TEAL, arXiv 2408.14690;
+SCAP, arXiv 2412.07174). The folder's `auto_map` names this file, which hands on the classes of modeling_stocha.py; so
+folders that cut nothing carry one file. A quantized folder's quantization_stocha.py imports this one.
+
+    model = AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=True)
+    with model.cut_inputs("never"):                 # force where it cuts; restored on exit
+        model.generate(**inputs)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modeling_stocha import *  # noqa: F403 - the classes that auto_map names
+from .modeling_stocha import CUTTING, StochaConfig, StochaMLP, StochaModel, become, holding, is_a, require
+
+CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
+
+
+class CutInput:
+    """Mixin before the class of a projection, which may be nn.Linear, quantized or other: it cuts its input.
+
+    The cut is the projection's own: hooks on it see what it was given, and an adapter around it reads that in full.
+
+    "decode" is a call with one new token for each sequence, x [batch, 1, size]. Prompts are computed in full, and so
+    are several tokens at once after a cache, as assisted generation verifies them: together they would read nearly all
+    weights anyway, and drafts with cuts are then judged without. The length decides, not the cache, whose own length a
+    compiler does not know, and which also holds earlier turns of a chat when the next prompt comes.
+    """
+
+    state = (
+        *("input_threshold", "input_centre"),
+        *("cut_training", "cut_inference", "cut_forced", "native_class", "input_major"),
+    )
+
+    training: bool
+    input_threshold: float
+    input_centre: float
+    cut_training: str
+    cut_inference: str
+    cut_forced: str | None
+    native_class: type[nn.Module]
+    input_major: Any  # the runtime's
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute the projection of x [batch, length, size], cut where that is to be, with x's shape and dtype."""
+        x = self.cut(x) if self.cuts(x) else x
+        if StochaMLP.runtime is not None and not self.training:
+            found = StochaMLP.runtime.cut_linear(self, x)  # None where the native class is to compute it
+            if found is not None:
+                return found
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:  # as a StochaMLP's
+            self.input_major = None
+        return super().train(mode)  # type: ignore[misc]
+
+    def cuts(self, x: torch.Tensor) -> bool:
+        """Return whether a forward on x [batch, length, size] now cuts."""
+        where = self.cut_forced or (self.cut_training if self.training else self.cut_inference)
+        return where == "always" or (where == "decode" and x.shape[-2] == 1)
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x with the centre in the place of all entries within the threshold of it; NaN stays."""
+        return x.masked_fill(self.small(x), self.input_centre)
+
+    def small(self, x: torch.Tensor) -> torch.Tensor:
+        """Return which entries of x are cut, bool of x's shape."""
+        centred = x - self.input_centre if self.input_centre else x
+        return centred.abs() <= self.input_threshold
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        made: Any = super().__reduce_ex__(protocol)  # a function that makes it, the function's arguments, its state
+        return _new_cut, (self.native_class,), *made[2:]
+
+
+_cut_classes: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that cuts now
+
+
+def cut_class(native: type[nn.Module]) -> type[nn.Module]:
+    if native not in _cut_classes:
+        _cut_classes[native] = type(f"Cut{native.__name__}", (CutInput, native), {"__module__": __name__})
+    return _cut_classes[native]
+
+
+def _new_cut(native: type[nn.Module]) -> nn.Module:
+    """An empty module, for copy and pickle, which find no class that was made while running."""
+    kind = cut_class(native)
+    return kind.__new__(kind)
+
+
+def cut_projections(model: nn.Module) -> list[CutInput]:
+    """The projections of a model that cut their inputs, layer by layer."""
+    return [module for module in model.modules() if is_cut(module)]  # type: ignore[misc]
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Return whether a module is a CutInput."""
+    return is_a(module, CutInput)
+
+
+def projections(native: nn.Module) -> list[dict[str, nn.Module]]:
+    """The projections of each decoder layer by name; of one with an adapter around it, the one inside."""
+    base: Any = native
+    parts = [(layer.self_attn, layer.mlp) for layer in base.base_model.layers]
+    return [
+        {name: getattr(module, "base_layer", module) for part in both for name, module in part.named_children()}
+        for both in parts
+    ]
+
+
+def set_cuts(native: Any) -> None:
+    """Let the projections that a model's config names cut their inputs, those of them that do not yet."""
+    cuts = StochaConfig.from_dict(native.config.stocha).inputs
+    if cuts is None:
+        return
+    for index, layer in enumerate(projections(native)):
+        for name in cuts.thresholds:
+            module = layer[name]
+            if not is_cut(module):
+                threshold, centre = cuts.of(index, name)
+                module.__dict__.update(
+                    input_threshold=threshold,
+                    input_centre=centre,
+                    cut_training="always" if cuts.train else "never",
+                    cut_inference="always" if cuts.prefill else "decode",
+                    cut_forced=None,
+                    native_class=type(module),
+                    input_major=None,
+                )
+                become(module, cut_class(type(module)))
+
+
+@contextmanager
+def cut_inputs(model: nn.Module, where: str) -> Iterator[nn.Module]:
+    """Force where a model cuts its projections' inputs, in train() and eval() alike; restored on exit.
+
+    Args:
+        model: A patched model whose config has input cuts.
+        where: "always" at every token, "decode" where each sequence has one new token, "never".
+
+    Raises:
+        ValueError: For another `where`, or a model without input cuts.
+    """
+    cutting = cut_projections(model)
+    require(bool(cutting), "the model", type(model).__name__, CUTTING)
+    require(where in CUTS, "where the model cuts inputs", where, f"one of {', '.join(CUTS)}")
+    with holding(cutting, cut_forced=where):
+        yield model
+
+
+def saved_cuts(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's `inputs`, of the layers that the model has: some may be cut out."""
+    set_cuts(model)
+    kept = {"thresholds": "input_threshold", "centres": "input_centre"}
+    return inputs | {
+        key: {name: [getattr(layer[name], kept[key]) for layer in projections(model)] for name in inputs[key]}
+        for key in kept.keys() & inputs.keys()
+    }
+
+
+StochaModel.cutting = sys.modules[__name__]

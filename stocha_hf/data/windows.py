@@ -1,0 +1,107 @@
+"""Windows of token ids, cut from a data set's text: in order, to measure on, or at random, to calibrate on.
+
+text_windows("books.parquet", Path("smollm2"), length=1024)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stocha_hf.data.files import first_line, local_files
+from stocha_hf.data.row_text import plain_text
+from stocha_hf.data.rows import load_data, reading
+from stocha_hf.errors import StochaError
+
+if TYPE_CHECKING:
+    import torch
+
+STREAMED = 4000  # rows: some millions of tokens of ordinary text, from shards in random order
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Load the tokenizer of a checkpoint folder; no code of the folder is run.
+
+    Raises:
+        StochaError: it has none, or a broken one.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise StochaError(f"{folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)} in it")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # the tokenizers library raises no other kind
+        raise StochaError(
+            f"the tokenizer of {folder} cannot be read ({first_line(error)}): expected whole tokenizer files; copy "
+            "them again from the model that it was made from"
+        ) from error
+
+
+def calibration_windows(name: str, tokenizer_folder: str | Path, tokens: int, length: int, seed: int) -> torch.Tensor:
+    """Draw windows of token ids from a data set's text, to calibrate a refit on.
+
+    Rows come in random order, and no row gives more than four windows or its share, so that the text is as varied as
+    the data set. A Hub data set is streamed, STREAMED rows of it at most: some are terabytes. Each window begins with
+    what the tokenizer puts before a text (a BOS token or nothing).
+
+    Args:
+        name: As in `load_data`.
+        tokenizer_folder: Checkpoint folder with the tokenizer.
+        tokens: How many token ids to draw, about.
+        length: Tokens of a window.
+        seed: Decides the order of rows.
+
+    Returns:
+        Token ids, int64 [windows, length]; fewer than asked for where the data set has fewer.
+
+    Raises:
+        StochaError: as `load_data` and `load_tokenizer` do.
+    """
+    import torch
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    data: Any = load_data(name, streaming=local_files(name) is None)
+    if not hasattr(data, "__len__"):
+        with reading(name, None):
+            data = list(data.shuffle(seed=seed, buffer_size=1000).take(STREAMED))
+    start = tokenizer("")["input_ids"][:1]
+    most = max(4 * length, 2 * tokens // len(data))
+    ids: list[int] = []
+    for row in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist():
+        text = plain_text(data[row])[: 16 * most]  # a token of more than 16 characters is rare
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"][:most]
+        if len(ids) >= tokens:
+            break
+    body = length - len(start)
+    windows = [start + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
+    return torch.tensor(windows[: tokens // length], dtype=torch.int64).view(-1, length)
+
+
+def text_windows(name: str, tokenizer_folder: str | Path, length: int, most: int | None = None) -> torch.Tensor:
+    """Cut a data set's text, in order, into windows of token ids.
+
+    Args:
+        name: As in `load_data`.
+        tokenizer_folder: Checkpoint folder with the tokenizer.
+        length: Tokens of a window.
+        most: Take at most so many windows, evenly spaced.
+
+    Returns:
+        Token ids, int64 [windows, length].
+
+    Raises:
+        StochaError: there is less than one window of text, or as `load_data` and `load_tokenizer` do.
+    """
+    import torch
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    ids = torch.tensor([token for row in load_data(name) for token in tokenizer(plain_text(row))["input_ids"]])
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    if len(windows) == 0:
+        raise StochaError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
+    step = max(len(windows) // most, 1) if most else 1
+    return windows[::step][:most]
