@@ -210,7 +210,63 @@ def together_seconds(model: Any, tokens: torch.Tensor, steps: int, together: int
         return (time.perf_counter() - start) / steps
 
 
-def main() -> None:
+def prepared(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int]]:
+    """Functions that return seconds of a step, and the bytes that each reads; files go to a folder."""
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    tokens = torch.randint(1000, (1, args.prompt))
+    now = time.process_time if args.cpu else time.perf_counter
+    measures: dict[str, Callable[[], float]] = {}
+    sizes: dict[str, int] = {}
+    library = shim(args.llama, args.build, folder)
+    for kind in args.theirs:
+        path = folder / f"{kind}.gguf"
+        if args.random:
+            random_gguf(args.random, kind, path)
+        elif library.quantize(str(args.gguf).encode(), str(path).encode(), TYPES[kind]):
+            raise SystemExit(f"llama.cpp cannot turn {args.gguf} into {kind}")
+        sizes[kind] = path.stat().st_size
+        llama = Llama(library, path, args.threads)
+        measures[kind] = partial(llama.seconds, tokens[0].tolist(), args.new, args.together, args.cpu)
+    for bits in args.ours:
+        model = ours(args, bits, tokens)
+        sizes[f"ours {bits}"] = step_bytes(model, args.sparsity or 0.0)
+        if args.together == 1:
+            measures[f"ours {bits}"] = partial(decode_seconds, model, tokens, args.new, now)
+        else:
+            measures[f"ours {bits}"] = partial(together_seconds, model, tokens, args.new, args.together)
+    return measures, sizes
+
+
+def record_of(args: argparse.Namespace, seconds: dict[str, list[float]], sizes: dict[str, int]) -> dict[str, Any]:
+    """The line for the file of results."""
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    ratios = {
+        f"{theirs} / {bits}": [a / b for a, b in zip(seconds[theirs], seconds[f"ours {bits}"], strict=True)]
+        for theirs in args.theirs
+        for bits in args.ours
+    }
+    return {
+        "model": f"random Llama {args.random}" if args.random else Path(args.folder).name,
+        "forced_sparsity": args.sparsity,
+        "head_bits": args.head_bits,
+        "tokens_a_step": args.together,
+        "threads": args.threads,
+        "clock": "of the process" if args.cpu else "wall",
+        "ms": {name: 1e3 * medians[name] for name in sizes},
+        "tokens_per_second": {name: args.together / medians[name] for name in sizes},
+        "gigabytes": {name: size / 1e9 for name, size in sizes.items()},
+        "gbps": {name: size / medians[name] / 1e9 for name, size in sizes.items()},
+        "read_gbps": READ / medians["read"] / 1e9,
+        "llama_cpp_over_ours": {pair: statistics.median(found) for pair, found in ratios.items()},
+        "each_round": {pair: [round(ratio, 3) for ratio in found] for pair, found in ratios.items()},
+        "processor": platform.processor() or platform.machine(),
+        "versions": {"llama.cpp": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", type=Path, required=True, help="llama.cpp's source folder")
     parser.add_argument("--build", type=Path, required=True, help="where it was built")
@@ -228,56 +284,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens before")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
-    args = parser.parse_args()
-    torch.manual_seed(0)
+    args = parser.parse_args(given)
     args.threads = 1 if args.cpu else args.threads
-    now = time.process_time if args.cpu else time.perf_counter
-    torch.set_num_threads(args.threads)
-    tokens = torch.randint(1000, (1, args.prompt))
-    measures: dict[str, Callable[[], float]] = {}
-    sizes: dict[str, int] = {}
+    return args
+
+
+def main() -> None:
+    args = arguments()
     with tempfile.TemporaryDirectory(prefix="stocha-gguf-", ignore_cleanup_errors=True) as folder:
-        library = shim(args.llama, args.build, Path(folder))
-        for kind in args.theirs:
-            path = Path(folder) / f"{kind}.gguf"
-            if args.random:
-                random_gguf(args.random, kind, path)
-            elif library.quantize(str(args.gguf).encode(), str(path).encode(), TYPES[kind]):
-                raise SystemExit(f"llama.cpp cannot turn {args.gguf} into {kind}")
-            sizes[kind] = path.stat().st_size
-            llama = Llama(library, path, args.threads)
-            measures[kind] = partial(llama.seconds, tokens[0].tolist(), args.new, args.together, args.cpu)
-        for bits in args.ours:
-            model = ours(args, bits, tokens)
-            sizes[f"ours {bits}"] = step_bytes(model, args.sparsity or 0.0)
-            if args.together == 1:
-                measures[f"ours {bits}"] = partial(decode_seconds, model, tokens, args.new, now)
-            else:
-                measures[f"ours {bits}"] = partial(together_seconds, model, tokens, args.new, args.together)
-        seconds = decoding_in_turn(measures, args.rounds)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    ratios = {
-        f"{theirs} / {bits}": [a / b for a, b in zip(seconds[theirs], seconds[f"ours {bits}"], strict=True)]
-        for theirs in args.theirs
-        for bits in args.ours
-    }
-    record = {
-        "model": f"random Llama {args.random}" if args.random else Path(args.folder).name,
-        "forced_sparsity": args.sparsity,
-        "head_bits": args.head_bits,
-        "tokens_a_step": args.together,
-        "threads": args.threads,
-        "clock": "of the process" if args.cpu else "wall",
-        "ms": {name: 1e3 * medians[name] for name in measures},
-        "tokens_per_second": {name: args.together / medians[name] for name in measures},
-        "gigabytes": {name: size / 1e9 for name, size in sizes.items()},
-        "gbps": {name: sizes[name] / medians[name] / 1e9 for name in measures},
-        "read_gbps": READ / medians["read"] / 1e9,
-        "llama_cpp_over_ours": {pair: statistics.median(found) for pair, found in ratios.items()},
-        "each_round": {pair: [round(ratio, 3) for ratio in found] for pair, found in ratios.items()},
-        "processor": platform.processor() or platform.machine(),
-        "versions": {"llama.cpp": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
+        measures, sizes = prepared(args, Path(folder))
+        record = record_of(args, decoding_in_turn(measures, args.rounds), sizes)
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=1))

@@ -50,6 +50,7 @@ def stocha(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["stocha"]
 
 
+@pytest.mark.slow
 def test_the_mean_of_runs_is_written_and_loads_natively_and_with_remote_code(runs, tmp_path):
     out = tmp_path / "mean"
     done = run_command("stocha-average", *runs, out, "--shares", 2, 1, 1, "--json")

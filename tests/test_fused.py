@@ -145,6 +145,7 @@ def test_the_gradient_can_be_differentiated_again(base, positive):
         torch.testing.assert_close(given, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positive", POSITIVE_SIDES)
 def test_compiled_it_draws_the_same_coins_in_backward_also_under_checkpointing(positive):
     """Fullgraph, and the forward's mask is the gradients' mask; what it keeps is gate, up and the keys."""

@@ -58,6 +58,7 @@ def inputs(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text())["stocha"]["inputs"]
 
 
+@pytest.mark.slow
 def test_each_projection_goes_on_cutting_its_share(
     cutting: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import first_is_fast, tiny_model
 
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig
@@ -61,7 +61,7 @@ def test_a_model_has_no_error_to_itself_and_features_of_any_size_count_alike():
     )
 
 
-@pytest.mark.parametrize("how", ["compiled", "checkpointed", "checkpointed in a reentrant way"])
+@pytest.mark.parametrize("how", first_is_fast(["checkpointed", "checkpointed in a reentrant way", "compiled"]))
 def test_its_gradient_reaches_every_ffn_of_the_student_and_nothing_outside_of_recording_counts(how):
     gradients = []
     for case in ("plainly", how):

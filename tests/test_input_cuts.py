@@ -259,6 +259,7 @@ def test_evaluation_cuts_at_every_token_and_says_how_much() -> None:
         assert evaluate(model, windows).perplexity == found.perplexity
 
 
+@pytest.mark.slow
 def test_convert_writes_thresholds_and_the_native_folder_is_the_original(
     checkpoint: Any, text: Path, tmp_path: Path
 ) -> None:
@@ -282,6 +283,7 @@ def test_convert_writes_thresholds_and_the_native_folder_is_the_original(
     assert "inputs are cut at every token" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 def test_converting_again_changes_what_is_asked_for(checkpoint: Any, text: Path, tmp_path: Path) -> None:
     source = checkpoint()
     first = stocha_hf.convert(source, tmp_path / "a", inputs=0.4, calibrate=text, calibrate_tokens=64)

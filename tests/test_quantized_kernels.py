@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers.packing import packed
 
 from stocha_hf.decoding import build, ops
+from stocha_hf.decoding.memory import use_large_pages
 from stocha_hf.decoding.structs import ACTIVATIONS, DTYPES, Ffn
 
 SHAPES = [(64, 96), (33, 77), (300, 530), (1, 1), (160, 32), (576, 40)]  # columns, rows
@@ -108,3 +109,11 @@ def test_numbers_that_are_not_finite_do_not_come_out_finite(library: Any, value:
     x[1, 5] = value
     found = ops.run_linear(x, weights.matrix())
     assert found[0].isfinite().all() and not found[1].isfinite().any()
+
+
+def test_larger_pages_keep_what_a_tensor_holds() -> None:
+    """Whatever the system answers, also for parts of an allocation that share pages with others."""
+    whole = torch.arange(2**20, dtype=torch.int32)
+    for part in (whole[:10], whole[1000 : 2**19 + 1000], whole):
+        use_large_pages(part)
+    assert torch.equal(whole, torch.arange(2**20, dtype=torch.int32))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, assert_refused, run_command, tiny_model, tiny_tokenizer
+from helpers import CONFIGS, assert_refused, first_is_fast, run_command, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,6 +78,7 @@ def test_balance_keeps_the_relu_function_and_evens_contributions() -> None:
     assert factor.max() / factor.min() < 1.01
 
 
+@pytest.mark.slow
 def test_each_part_of_the_fit_lowers_the_error_on_rows_it_has_not_seen() -> None:
     ffn, rows = silu_rows(16384)
     seen, unseen = rows[:12288], rows[12288:]
@@ -88,7 +89,7 @@ def test_each_part_of_the_fit_lowers_the_error_on_rows_it_has_not_seen() -> None
     assert told == pytest.approx(relative_error(fitted, unseen), rel=0.1)
 
 
-@pytest.mark.parametrize("share", [0.7, 0.9])
+@pytest.mark.parametrize("share", first_is_fast([0.7, 0.9]))
 def test_a_share_of_zeros_is_met_by_a_threshold(share: float) -> None:
     ffn, rows = silu_rows()
     fitted, _ = refit_ffn(ffn, rows, share=share, steps=50)
@@ -110,7 +111,7 @@ def test_hidden_vectors_of_zeros_only_are_refused() -> None:
         solve_down(FFN(ffn.gate, ffn.up, ffn.down, threshold=1e9), rows, rows)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", first_is_fast(CONFIGS))
 def test_layer_by_layer_computes_what_the_model_computes(checkpoint, model_type: str) -> None:
     folder = checkpoint(model_type, num_hidden_layers=3)
     layers = Layers(Tensors(folder), read_config(folder), "cpu")
@@ -129,7 +130,7 @@ def test_layer_by_layer_computes_what_the_model_computes(checkpoint, model_type:
             assert all(parameter.is_meta for parameter in layers.model.layers.parameters())
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", first_is_fast(CONFIGS))
 def test_conversion_with_refit_comes_nearer_to_the_source(
     checkpoint, text, tmp_path, monkeypatch, model_type: str
 ) -> None:
@@ -186,6 +187,7 @@ def test_shares_follow_what_zeros_cost(checkpoint) -> None:
     assert shares[1] > max(shares[0], shares[2]) + 0.1
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_and_ends_with_the_same_weights(checkpoint, text, tmp_path, monkeypatch) -> None:
     source = checkpoint(num_hidden_layers=3)
     options: dict[str, Any] = {"refit": str(text), "refit_tokens": 512, "target_sparsity": 0.8}

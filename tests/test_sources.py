@@ -154,6 +154,7 @@ stocha_hf.convert(source, out, refit=text, refit_tokens=512)
 """
 
 
+@pytest.mark.slow
 def test_a_sources_code_is_not_copied_named_or_run(checkpoint, tmp_path):
     """Whoever answers yes when transformers asks has not run it either."""
     source, out, trace, text = checkpoint(), tmp_path / "out", tmp_path / "trace", tmp_path / "text.jsonl"

@@ -145,6 +145,7 @@ def test_a_target_that_begins_late_rises_over_what_is_left_of_training() -> None
     assert [target.wanted(at) for at in (0.8, 0.85, 0.9, 1.0)] == pytest.approx([0.7, 0.8, 0.9, 0.9])
 
 
+@pytest.mark.slow
 def test_compiled_model_recompiles_for_recording_only() -> None:
     model = relu_model(num_hidden_layers=1)
     meter, target = SparsityMeter(model), SparsityTarget(model, 0.9)
@@ -219,6 +220,7 @@ def trained(text: torch.Tensor) -> dict[str, Any]:
     return {"fresh": fresh, "taught": taught}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "rate", "share"),
     [("fresh", 2e-3, 0.6), ("fresh", 1e-2, 0.9), ("taught", 2e-3, 0.9), ("taught", 1e-2, 0.6), ("taught", 1e-2, 0.95)],
@@ -229,6 +231,7 @@ def test_target_is_reached(trained: Any, text: torch.Tensor, start: str, rate: f
     assert len({round(coefficient, 6) for _, coefficient in history}) > 20  # it was steered all along
 
 
+@pytest.mark.slow
 def test_target_below_the_start_switches_the_penalty_off(trained: Any, text: torch.Tensor) -> None:
     unpenalised, _ = train(copy.deepcopy(trained["taught"]), text, 2e-3, 1e-3, 60)
     reached, history = train(copy.deepcopy(trained["taught"]), text, 2e-3, 0.2, 60)
@@ -236,6 +239,7 @@ def test_target_below_the_start_switches_the_penalty_off(trained: Any, text: tor
     assert reached == pytest.approx(unpenalised, abs=0.03) and reached > 0.2
 
 
+@pytest.mark.slow
 def test_resume_continues_the_same_trajectory(trained: Any, text: torch.Tensor) -> None:
     runs = [train(copy.deepcopy(trained["fresh"]), text, 5e-3, 0.8, 60, resume_at=at) for at in (-1, 35)]
     assert runs[0] == runs[1]

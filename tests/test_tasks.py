@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call_command, tiny_model, tiny_tokenizer
+from helpers import call_command, first_is_fast, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.answers.batches import continue_prompts
@@ -154,7 +154,7 @@ def test_differences_are_taken_question_by_question() -> None:
         compare_tasks(model, TaskResults([], {("t", "acc", 0): 1.0}))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("kind", first_is_fast(["llama", "mistral", "qwen2", "gemma2", "gemma3_text"]))
 def test_prompts_of_any_length_are_continued_as_if_alone(kind: str) -> None:
     model = tiny_model(kind, **({} if kind == "llama" else {"sliding_window": 6}))
     draw = torch.Generator().manual_seed(0)

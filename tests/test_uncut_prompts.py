@@ -32,6 +32,7 @@ def cut_model() -> Any:
     return model.train()
 
 
+@pytest.mark.slow
 def test_inputs_are_cut_where_the_batch_says_and_one_compiled_layer_serves_all_batches(fresh_compiler: None) -> None:
     model, native = cut_model(), tiny_model()
     everywhere = model(TOKENS, use_cache=False).logits
@@ -86,6 +87,7 @@ def test_an_answer_is_cut_and_its_prompt_is_not() -> None:
     assert found["labels"].tolist() == [[-100] * 6 + [8, 9, -100, -100]]  # 7 follows from the prompt
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_what_is_cut_and_refuses_a_model_without_cuts(base: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cutting"
     cut_model().save_pretrained(folder)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from helpers import CONFIGS, tiny_model
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from stocha_hf.decoding import generation, step
+from stocha_hf.decoding.loop import ending
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
@@ -269,3 +271,12 @@ def test_quantized_models_decode_as_their_modules_do(model_type: str, bits: int,
     dense = model(TOKENS).logits[:, 9:]
     assert (fast - torch.cat(slow, 1)).norm() < 0.02 * dense.norm()
     assert (fast - dense).norm() < 0.05 * dense.norm()
+
+
+def test_usual_criteria_are_compared_as_numbers_and_one_that_may_warn_is_called() -> None:
+    """Calling transformers' two for each token takes longer than all else between two steps of a small model."""
+    usual = StoppingCriteriaList([MaxLengthCriteria(4, max_position_embeddings=8), EosTokenCriteria([3])])
+    done = ending(usual, 1)
+    assert [done(torch.tensor([ids]), None) for ids in ([1, 2], [1, 3], [1, 2, 1, 2])] == [False, True, True]
+    long = StoppingCriteriaList([MaxLengthCriteria(10, max_position_embeddings=8)])
+    assert ending(long, 1) is long and ending(usual, 2) is usual

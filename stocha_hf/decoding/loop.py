@@ -148,9 +148,10 @@ def ending(criteria: Any, sequences: int) -> Callable[[torch.Tensor, Any], Any]:
     """What tells of the ids so far whether to stop: True, False, or a tensor of one answer a sequence."""
     if sequences > 1 or not all(type(rule) in (MaxLengthCriteria, EosTokenCriteria) for rule in criteria):
         return criteria
-    if any(getattr(rule, "max_position_embeddings", None) is not None for rule in criteria):
+    limits = [(rule.max_length, rule.max_position_embeddings) for rule in criteria if type(rule) is MaxLengthCriteria]
+    if any(known is not None and length > known + 1 for length, known in limits):
         return criteria  # which warns
-    longest = min((rule.max_length for rule in criteria if type(rule) is MaxLengthCriteria), default=None)
+    longest = min((length for length, _ in limits), default=None)
     ends = {
         int(token)
         for rule in criteria

@@ -16,6 +16,7 @@ from stocha_hf.decoding import structs
 from stocha_hf.decoding.cuts import is_cut, with_cut
 from stocha_hf.decoding.families import FAMILIES
 from stocha_hf.decoding.gate_prediction import CoarseGate
+from stocha_hf.decoding.memory import use_large_pages
 from stocha_hf.decoding.structs import matrix, matrix_of, pointer
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS
@@ -87,6 +88,7 @@ class Plan(Watch):
         for name in ("codes", "scale"):
             tensor = getattr(module, name)
             self.tensor(holder._buffers, name, tensor)
+            use_large_pages(tensor)
 
     def _embedding(self, module: Any) -> tuple[structs.Matrix, float]:
         scaled = self.family.kind("TextScaledWordEmbedding")

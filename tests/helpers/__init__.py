@@ -9,6 +9,7 @@ conftest.py holds the fixtures and sets the environment; import plain functions 
 
 from helpers.commands import BIN, assert_refused, call_command, run_command, run_python, run_warm
 from helpers.models import CONFIGS, SIZES, tiny_model, tiny_tokenizer
+from helpers.tiers import first_is_fast
 
 __all__ = [
     "BIN",
@@ -16,6 +17,7 @@ __all__ = [
     "SIZES",
     "assert_refused",
     "call_command",
+    "first_is_fast",
     "run_command",
     "run_python",
     "run_warm",

@@ -27,6 +27,14 @@ inline Signed load_codes(const int8_t* p) { return *reinterpret_cast<const Loose
 inline Unsigned low_halves(Unsigned codes) { return codes & 15; }
 inline Unsigned high_halves(Unsigned codes) { return (Unsigned)((Words)codes >> 4) & 15; }
 
+inline Integers load_integers(const uint8_t* p) {  // kLanes of them
+#if defined(STOCHA_AVX2)
+  return (Integers)_mm256_cvtepu8_epi32(_mm_loadu_si64(p));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(p), Integers) & 255;
+#endif
+}
+
 // Each lane's sum of four products, of codes 0 to 15 in two vectors, and of signed ones from -127 to 127.
 inline Integers dot(Unsigned low, Signed x_low, Unsigned high, Signed x_high) {
 #if defined(__AVX512VNNI__) && defined(STOCHA_AVX512)

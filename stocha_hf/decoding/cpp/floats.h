@@ -30,6 +30,7 @@ struct Step<bf16> {
 // are active, it stops at the end of a page, and rows read side by side look to it like short streams.
 constexpr int64_t kAhead = 16384;  // bytes, of rows side by side
 constexpr int64_t kAheadAlone = 4096;  // bytes, of rows one after the other
+constexpr int64_t kAheadListed = 8192;  // bytes, of rows here and there, whose addresses take longer to find
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 

@@ -85,8 +85,9 @@ extern "C" void stocha_dequantize(const Matrix* m, int64_t first, int64_t last, 
     row.resize(size);
     const Part mine(last - first, 1, team);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      dequantize(*m, first + r, size, row.data());
-      narrow(type, row.data(), size, static_cast<char*>(out) + r * width);
+      char* to = static_cast<char*>(out) + r * width;
+      dequantize(*m, first + r, size, type == kFloat ? reinterpret_cast<float*>(to) : row.data());
+      if (type != kFloat) narrow(type, row.data(), size, to);
     }
   });
 }

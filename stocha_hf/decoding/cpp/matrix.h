@@ -106,7 +106,7 @@ template <int T, class Code>
 void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i, int64_t here, int64_t first, float* values,
                    int64_t stride) {
   constexpr int R = kRows / T;
-  const int64_t ahead = std::max<int64_t>(kAheadAlone / m.row_bytes(), kRows);
+  const int64_t ahead = std::max<int64_t>((chosen.list ? kAheadListed : kAheadAlone) / m.row_bytes(), kRows);
   const uint8_t* later[R];
   for (int64_t from = 0; from < here; from += R) {
     CodeRows<R, Code> rows;
@@ -115,7 +115,10 @@ void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i,
     for (int r = 0; r < R; ++r) {
       const int64_t at = i + std::min(from + r, here - 1), row = chosen[at];
       rows.codes[r] = reinterpret_cast<const Code*>(m.row(row));
-      later[r] = m.row(chosen[std::min(at + ahead, chosen.limit - 1)]);
+      const int64_t then = chosen[std::min(at + ahead, chosen.limit - 1)];
+      later[r] = m.row(then);
+      if (chosen.list && !first)
+        for (int64_t g = 0; g < m.groups(); g += kLine / 2) prefetch(m.row_words(then) + g);
       if constexpr (std::is_same_v<Code, uint8_t>)
         rows.scales[r] = m.row_words(row);
       else

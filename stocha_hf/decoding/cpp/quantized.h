@@ -83,7 +83,13 @@ struct Fetch {
     at += kLine;
   }
   void lines(int64_t size) {
-    for (int64_t i = 0; i < size; i += kLine) line();
+    if (end - at < size) {
+      for (int64_t i = 0; i < size; i += kLine) line();
+    } else {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < size; i += kLine) prefetch(at + i);
+      at += size;
+    }
   }
 };
 
@@ -96,10 +102,10 @@ struct CodeRows {
   bool readable;
 };
 
-// Dot products of R rows with T tokens of x from the first one on; meanwhile fetches others. Sums are independent of R and T, so that a row gives
-// a token the same number in any company; R * T of them keep the processor busy.
+// Dot products of R rows with T tokens of x from the first one on; meanwhile fetches others. Sums are independent of R
+// and T, so that a row gives a token the same number in any company; R * T of them keep the processor busy.
 template <int R, int T>
-inline void dots(const CodeRows<R, uint8_t>& rows, Fetch& fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+inline void dots(const CodeRows<R, uint8_t>& rows, Fetch fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
   Vector total[R][T] = {};
   for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
     const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
@@ -144,7 +150,7 @@ inline void dots(const CodeRows<R, uint8_t>& rows, Fetch& fetch, const Quantized
 }
 
 template <int R, int T>
-inline void dots(const CodeRows<R, int8_t>& rows, Fetch& fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+inline void dots(const CodeRows<R, int8_t>& rows, Fetch fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
   Vector total[R][T] = {};
   for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
     const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
@@ -184,19 +190,22 @@ inline void dots(const CodeRows<R, int8_t>& rows, Fetch& fetch, const QuantizedX
 
 // A row as float32, for embeddings and prefill.
 inline void dequantize_row_8(const int8_t* codes, const fp16* scales, int64_t size, float* out) {
-  for (int64_t begin = 0; begin < size; begin += kGroupSize) {
+  int64_t begin = 0;
+  for (; begin + kGroupSize <= size; begin += kGroupSize) {
     const float scale = to_float(*scales++);
-    for (int64_t i = begin; i < std::min(begin + kGroupSize, size); ++i) out[i] = codes[i] * scale;
+    for (int64_t i = begin; i < begin + kGroupSize; i += kLanes) store(load(codes + i) * scale, out + i);
   }
+  for (int64_t i = begin; i < size; ++i) out[i] = codes[i] * to_float(*scales);
 }
 
 inline void dequantize_row_4(const uint8_t* codes, const uint16_t* words, int64_t size, float* out) {
   for (int64_t begin = 0; begin < size; begin += kGroupSize, codes += kGroupSize / 2, ++words) {
-    const float scale = Levels(Integers{*words}).scale[0], zero = (*words & 127) * 0.125f;
+    const float scale = Levels(Integers{*words}).scale[0], offset = (*words & 127) * -0.125f;
     float last[kGroupSize], *group = begin + kGroupSize <= size ? out + begin : last;
-    for (int i = 0; i < kGroupSize / 2; ++i) {
-      group[i] = (static_cast<float>(codes[i] & 15) - zero) * scale;
-      group[i + kGroupSize / 2] = (static_cast<float>(codes[i] >> 4) - zero) * scale;
+    for (int i = 0; i < kGroupSize / 2; i += kLanes) {
+      const Integers both = load_integers(codes + i);
+      store((__builtin_convertvector(both & 15, Vector) + offset) * scale, group + i);
+      store((__builtin_convertvector(both >> 4, Vector) + offset) * scale, group + i + kGroupSize / 2);
     }
     if (group == last) std::copy(last, last + (size - begin), out + begin);
   }

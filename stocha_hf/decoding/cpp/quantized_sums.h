@@ -111,10 +111,11 @@ inline void add_sums(const Words (&sums)[4], const FactorsOf4& factors, int64_t 
 
 // acc[t * stride + ...] of V vectors from i on of a chunk, for T tokens; V * T <= 2. Meanwhile fetches the next block.
 template <int i, int V, int T>
-inline void add_vectors(const BlockOf4& block, Fetch& fetch, bool fetches, const FactorsOf4* factors, int64_t group,
+inline void add_vectors(const BlockOf4& block, Fetch& fetched, bool fetches, const FactorsOf4* factors, int64_t group,
                         int64_t here, float* acc, int64_t stride) {
   const int64_t from = group * 16 + i * kBytes;
   const bool whole = block.readable || here >= (i + V) * kPer;
+  Fetch fetch = fetched;  // a copy stays in registers
   Words sums[V][T][4];  // which wrap around on the way to what fits
   repeated<0, V>([&](auto v) {
 #pragma GCC unroll 2
@@ -132,6 +133,7 @@ inline void add_vectors(const BlockOf4& block, Fetch& fetch, bool fetches, const
       for (int t = 0; t < T; ++t) codes.add_to(sums[v][t], spread<i + v>(factors[t].pairs[p]));
     });
   }
+  fetched = fetch;
   repeated<0, V>([&](auto v) {
 #pragma GCC unroll 2
     for (int t = 0; t < T; ++t) add_sums<i + v>(sums[v][t], factors[t], here, acc + t * stride);
