@@ -20,7 +20,7 @@ from stocha_hf.decoding.gpu_cache import rows_of
 from stocha_hf.decoding.gpu_step import RING
 from stocha_hf.decoding.loop import Loop, ending
 
-AHEAD = 2  # steps asked for and not read yet, at most
+AHEAD = 4  # steps asked for and not read yet, at most
 UNKNOWN = -1  # a token that a step has not written yet
 
 

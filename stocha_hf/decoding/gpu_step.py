@@ -48,7 +48,7 @@ class GpuStep:
         self, weights: Weights, tokens: int = 1, tiles: dict[str, dict[str, int]] | None = None, early: bool = True
     ) -> None:
         self.weights, self.count = weights, tokens
-        self.several = () if tokens == 1 else (tokens,)  # what the kernels for several tokens are told
+        self.by_tensor_cores = tokens > 2  # for 2 tokens multiply-adds are faster
         self.graph: torch.cuda.CUDAGraph | None = None
         self.early = early and _can_start_early(weights.embedding)
         self.options: dict[str, Any] = {"launch_pdl": True} if self.early else {}
@@ -144,16 +144,19 @@ class GpuStep:
 
     def _head(self) -> None:
         weights, tile = self.weights, self._tile("head", self.size)
-        grid, has_bias = (triton.cdiv(self.vocabulary, tile["ROWS"]),), weights.head_bias is not None
-        given = (self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits)
-        if self.count == 1:
-            head_kernel[grid](*given, self.best, self.vocabulary, self.size, has_bias, SLOTS, self.early, **tile)
-        else:
-            several_head_kernel[grid](*given, self.vocabulary, self.size, self.count, has_bias, self.early, **tile)
+        has_bias = weights.head_bias is not None
+        kernel, shared = head_kernel, (self.count, has_bias, SLOTS, self.early)
+        if self.by_tensor_cores:
+            kernel, shared = several_head_kernel, (self.count, has_bias, self.early)
+        best = () if self.by_tensor_cores else (self.best,)
+        kernel[(triton.cdiv(self.vocabulary, tile["ROWS"]),)](
+            self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits, *best,
+            self.vocabulary, self.size, *shared, **tile,
+        )  # fmt: skip
 
     @property
     def _linear(self) -> Any:
-        return linear_kernel if self.count == 1 else several_linear_kernel
+        return several_linear_kernel if self.by_tensor_cores else linear_kernel
 
     def _tile(self, name: str, size: int, divides: int = 0) -> dict[str, Any]:
         """How a product is tiled, for rows of this size, of which there are so many, or any number."""
@@ -173,7 +176,7 @@ class GpuStep:
         biases = layer.qkv_bias or layer.qkv
         self._linear[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
             self.x, layer.input_norm, self.weights.eps, q, k, v, *biases, self.x, self.qkv, len(q), len(k),
-            self.qkv.shape[1], self.size, *self.several, 3, True, layer.qkv_bias is not None, False, self.early,
+            self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.early,
             **tile,
         )  # fmt: skip
 
@@ -202,7 +205,7 @@ class GpuStep:
         tile = self._tile(name, size)
         self._linear[(triton.cdiv(rows, tile["ROWS"]),)](
             x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size,
-            *self.several, 1, False, bias is not None, True, self.early, **tile,
+            self.count, 1, False, bias is not None, True, self.early, **tile,
         )  # fmt: skip
 
     def _ffn(self, layer: LayerWeights, count: torch.Tensor) -> None:
@@ -242,10 +245,10 @@ class GpuStep:
         width, size = layer.gate.shape
         is_sparse = layer.down_t is not None
         tile = self._tile("hidden" if is_sparse else "dense", size)
-        kernel = hidden_kernel if self.count == 1 else several_hidden_kernel
+        kernel = several_hidden_kernel if self.by_tensor_cores else hidden_kernel
         kernel[(triton.cdiv(width, tile["ROWS"]),)](
             self.middle, layer.ffn_norm, self.weights.eps, layer.gate, layer.up, self.hidden, layer.cut, width,
-            layer.activation, is_sparse, size, *self.several, self.early, **tile,
+            layer.activation, is_sparse, size, self.count, self.early, **tile,
         )  # fmt: skip
 
     def _down(self, layer: LayerWeights, cut: float) -> None:

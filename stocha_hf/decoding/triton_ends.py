@@ -41,11 +41,11 @@ def embed_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def head_kernel(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, eps, head_ptr, bias_ptr, logits_ptr, best_ptr, vocabulary,
-    SIZE: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token's logits [vocabulary], float32 rounded to x's type; and the greatest in `best` int64 [SLOTS], above
-    the complement of its row.
+    """Logits [TOKENS, vocabulary], float32 rounded to x's type; of one token, the greatest in `best` int64 [SLOTS],
+    above the complement of its row.
 
     So a maximum of integers finds the greatest logit, of equal ones that of the least row.
     """
@@ -53,16 +53,18 @@ def head_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < vocabulary
-    logits, squares = product(x_ptr, norm_ptr, head_ptr, rows, inside, SIZE, True, EARLY, BLOCK)
+    logits, squares = product(x_ptr, norm_ptr, head_ptr, rows, inside, SIZE, TOKENS, True, EARLY, BLOCK)
     logits *= tl.rsqrt(squares / SIZE + eps)
     if BIAS:
-        logits += tl.load(bias_ptr + rows, inside, 0.0).to(tl.float32)
+        logits += tl.load(bias_ptr + rows, inside, 0.0).to(tl.float32)[None, :]
     logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(logits_ptr + rows, logits, inside)
-    bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 equals 0
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    key = tl.where(inside, (order << 32) | (LOW - rows.to(tl.int64)), LEAST)
-    tl.atomic_max(best_ptr + tl.program_id(0) % SLOTS, tl.max(key, 0))
+    place = tl.arange(0, TOKENS)[:, None] * vocabulary + rows[None, :]
+    tl.store(logits_ptr + place, logits, inside[None, :])
+    if TOKENS == 1:
+        bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 equals 0
+        order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        key = tl.where(inside[None, :], (order << 32) | (LOW - rows[None, :].to(tl.int64)), LEAST)
+        tl.atomic_max(best_ptr + tl.program_id(0) % SLOTS, tl.max(tl.max(key, 1), 0))
 
 
 @triton.jit

@@ -91,11 +91,12 @@ def listed_kernel(  # type: ignore[no-untyped-def]
         ranks = first + tl.arange(0, ROWS)
         listed = ranks < count
         rows = tl.load(list_ptr + ranks, listed, 0)
-        gate, squares = product(x_ptr, norm_ptr, gate_ptr, rows, listed, SIZE, True, False, BLOCK)
+        gate, squares = product(x_ptr, norm_ptr, gate_ptr, rows, listed, SIZE, 1, True, False, BLOCK)
         scale = tl.rsqrt(squares / SIZE + eps)
         gate = (gate * scale).to(dtype).to(tl.float32)
-        active = listed & ~(gate <= cut)
-        if tl.max(active.to(tl.int32), 0) > 0:
-            up, _ = product(x_ptr, norm_ptr, up_ptr, rows, active, SIZE, True, False, BLOCK)
+        active = listed[None, :] & ~(gate <= cut)
+        needed = tl.max(active.to(tl.int32), 0) > 0
+        if tl.max(needed.to(tl.int32), 0) > 0:
+            up, _ = product(x_ptr, norm_ptr, up_ptr, rows, needed, SIZE, 1, True, False, BLOCK)
             up = (up * scale).to(dtype).to(tl.float32)
-            tl.store(hidden_ptr + rows, hidden_value(gate, up, cut, ACTIVATION, dtype), active)
+            tl.store(hidden_ptr + rows[None, :], hidden_value(gate, up, cut, ACTIVATION, dtype), active)

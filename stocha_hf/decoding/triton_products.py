@@ -1,10 +1,10 @@
-"""The products of a whole decode step on a GPU, for one token: a row of a matrix is read once, by a few warps.
+"""The products of a whole decode step on a GPU, for 1 or 2 tokens: a row of a matrix is read once, by a few warps.
 
 A program owns ROWS rows and goes through them BLOCK columns at a time; the next tile is asked for before this one is
 used. The first tile is asked for before the program waits for the kernel before it (EARLY: from Hopper on a kernel's
 programs may start while that one ends). The RMS norm before a product is a factor of its result: x times the norm's
 weight is multiplied, squares of x are summed beside it. Sums are in float32; what PyTorch would write is rounded to
-the weights' type. Several tokens' products are in triton_several.py, but for the sparse down product, which is here.
+the weights' type. Four tokens' products are in triton_several.py, but for the sparse down product, which is here.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ from stocha_hf.decoding.triton_one_token import hidden_value
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, w_ptr, rows, taken,
-    SIZE: tl.constexpr, NORM: tl.constexpr, WAIT: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr, WAIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The taken rows of w [., SIZE] times x [SIZE], or times x * norm: float32 [rows]; and the sum of x * x, [1].
+    """The taken rows of w [., SIZE] times x [TOKENS, SIZE], or times x * norm: float32 [TOKENS, rows]; and the sum of
+    each token's x * x, float32 [TOKENS, 1].
 
     With WAIT, x is there once the kernel before is through; w is there before.
     """
     EVEN: tl.constexpr = SIZE % BLOCK == 0
-    column = tl.arange(0, BLOCK)[None, :]
-    taken = taken[:, None]
-    w_ptrs = w_ptr + rows[:, None].to(tl.int64) * SIZE + column
+    column = tl.arange(0, BLOCK)[None, None, :]
+    taken = taken[None, :, None]
+    x_ptrs = x_ptr + tl.arange(0, TOKENS)[:, None, None] * SIZE
+    w_ptrs = w_ptr + rows[None, :, None].to(tl.int64) * SIZE + column
     tile = tl.load(w_ptrs, taken if EVEN else taken & (column < SIZE), 0.0, eviction_policy="evict_first")
     if WAIT:
         gdc_wait()
-    sums = tl.zeros([rows.shape[0], BLOCK], tl.float32)
-    squares = tl.zeros([1, BLOCK], tl.float32)
+    sums = tl.zeros([TOKENS, rows.shape[0], BLOCK], tl.float32)
+    squares = tl.zeros([TOKENS, 1, BLOCK], tl.float32)
     for start in range(0, SIZE, BLOCK):
         place = start + BLOCK
         mask = taken & (place < SIZE) if EVEN else taken & (place + column < SIZE)
         following = tl.load(w_ptrs + place, mask, 0.0, eviction_policy="evict_first")
         k = start + column
         inside = None if EVEN else k < SIZE
-        x = tl.load(x_ptr + k, inside).to(tl.float32)
+        x = tl.load(x_ptrs + k, inside).to(tl.float32)
         if not EVEN:
             x = tl.where(inside, x, 0.0)
         if NORM:
@@ -48,17 +50,17 @@ def product(  # type: ignore[no-untyped-def]
             x *= tl.load(norm_ptr + k, inside).to(tl.float32)
         sums += tile.to(tl.float32) * x
         tile = following
-    return tl.sum(sums, 1), tl.sum(squares, 1)
+    return tl.sum(sums, 2), tl.sum(squares, 2)
 
 
 @triton.jit
 def linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, eps, first_ptr, second_ptr, third_ptr, first_bias, second_bias, third_bias, residual_ptr, out_ptr,
     first_rows, second_rows, all_rows,
-    SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [rows] = residual + W norm(x) + bias, for one matrix, or three whose results stand side by side.
+    """out [TOKENS, rows] = residual + W norm(x) + bias, for one matrix, or three whose results stand side by side.
 
     ROWS divides the rows of the first and the second of three.
     """
@@ -73,49 +75,52 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             w_ptr, bias_ptr, shift = second_ptr, second_bias, first_rows
     rows = first + tl.arange(0, ROWS)
     inside = rows < all_rows
-    sums, squares = product(x_ptr, norm_ptr, w_ptr, rows - shift, inside, SIZE, NORM, EARLY, BLOCK)
+    sums, squares = product(x_ptr, norm_ptr, w_ptr, rows - shift, inside, SIZE, TOKENS, NORM, EARLY, BLOCK)
     if NORM:
         sums *= tl.rsqrt(squares / SIZE + eps)
     if BIAS:
-        sums += tl.load(bias_ptr + rows - shift, inside, 0.0).to(tl.float32)
+        sums += tl.load(bias_ptr + rows - shift, inside, 0.0).to(tl.float32)[None, :]
+    place = tl.arange(0, TOKENS)[:, None] * all_rows + rows[None, :]
     if RESIDUAL:
         sums = sums.to(out_ptr.dtype.element_ty).to(tl.float32)
-        sums += tl.load(residual_ptr + rows, inside, 0.0).to(tl.float32)
-    tl.store(out_ptr + rows, sums.to(out_ptr.dtype.element_ty), inside)
+        sums += tl.load(residual_ptr + place, inside[None, :], 0.0).to(tl.float32)
+    tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), inside[None, :])
 
 
 @triton.jit
 def hidden_kernel(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, eps, gate_ptr, up_ptr, hidden_ptr, cut, width,
-    ACTIVATION: tl.constexpr, SPARSE: tl.constexpr, SIZE: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, UP: tl.constexpr,
+    ACTIVATION: tl.constexpr, SPARSE: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """act(gate norm(x)) * (up norm(x)), [width]. SPARSE reads the rows of up whose gate is above the cut only, UP
-    columns at a time: nothing else of the program is left to do meanwhile.
+    """act(gate norm(x)) * (up norm(x)), [TOKENS, width]. SPARSE reads the rows of up that a token has a gate above the
+    cut for only, UP columns at a time: nothing else of the program is left to do meanwhile.
     """
     if EARLY:
         gdc_launch_dependents()
     dtype = hidden_ptr.dtype.element_ty
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < width
-    gate, squares = product(x_ptr, norm_ptr, gate_ptr, rows, inside, SIZE, True, EARLY, BLOCK)
+    gate, squares = product(x_ptr, norm_ptr, gate_ptr, rows, inside, SIZE, TOKENS, True, EARLY, BLOCK)
     scale = tl.rsqrt(squares / SIZE + eps)
     gate = (gate * scale).to(dtype).to(tl.float32)
     if SPARSE:
-        active = inside & ~(gate <= cut)  # NaN is active, and an x that is not finite makes all gates NaN
-        up = tl.zeros([ROWS], tl.float32)
-        if tl.max(active.to(tl.int32), 0) > 0:
-            up, _ = product(x_ptr, norm_ptr, up_ptr, rows, active, SIZE, True, False, UP)
+        active = inside[None, :] & ~(gate <= cut)  # NaN is active, and an x that is not finite makes all gates NaN
+        needed = tl.max(active.to(tl.int32), 0) > 0
+        up = tl.zeros([TOKENS, ROWS], tl.float32)
+        if tl.max(needed.to(tl.int32), 0) > 0:
+            up, _ = product(x_ptr, norm_ptr, up_ptr, rows, needed, SIZE, TOKENS, True, False, UP)
         up = (up * scale).to(dtype).to(tl.float32)
         hidden = tl.where(active, hidden_value(gate, up, cut, ACTIVATION, dtype), 0.0)
     else:
-        up, _ = product(x_ptr, norm_ptr, up_ptr, rows, inside, SIZE, True, False, UP)
+        up, _ = product(x_ptr, norm_ptr, up_ptr, rows, inside, SIZE, TOKENS, True, False, UP)
         up = (up * scale).to(dtype).to(tl.float32)
         if ACTIVATION == "silu":
             hidden = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
         else:
             hidden = hidden_value(gate, up, cut, ACTIVATION, dtype)
-    tl.store(hidden_ptr + rows, hidden.to(dtype), inside)
+    place = tl.arange(0, TOKENS)[:, None] * width + rows[None, :]
+    tl.store(hidden_ptr + place, hidden.to(dtype), inside[None, :])
 
 
 @triton.jit
