@@ -144,15 +144,13 @@ class GpuStep:
 
     def _head(self) -> None:
         weights, tile = self.weights, self._tile("head", self.size)
-        has_bias = weights.head_bias is not None
-        kernel, shared = head_kernel, (self.count, has_bias, SLOTS, self.early)
+        grid, has_bias = (triton.cdiv(self.vocabulary, tile["ROWS"]),), weights.head_bias is not None
+        given = (self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits)
+        sizes = (self.vocabulary, self.size, self.count, has_bias)
         if self.by_tensor_cores:
-            kernel, shared = several_head_kernel, (self.count, has_bias, self.early)
-        best = () if self.by_tensor_cores else (self.best,)
-        kernel[(triton.cdiv(self.vocabulary, tile["ROWS"]),)](
-            self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits, *best,
-            self.vocabulary, self.size, *shared, **tile,
-        )  # fmt: skip
+            several_head_kernel[grid](*given, *sizes, self.early, **tile)
+        else:
+            head_kernel[grid](*given, self.best, *sizes, SLOTS, self.early, **tile)
 
     @property
     def _linear(self) -> Any:
