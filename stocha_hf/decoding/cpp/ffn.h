@@ -2,7 +2,7 @@
 //
 // down is transposed, a row a neuron, or as the parameter has it where no neuron is skipped. Rounding follows PyTorch's
 // dense path: gate, up, activation and hidden are rounded to the model's type, sums are float32. Results do not depend
-// on the number of threads: a sum is never split between them.
+// on the number of threads: a sum of down's rows has two halves for any number, other sums are never split.
 #pragma once
 
 #include "linear.h"
@@ -21,12 +21,13 @@ struct Ffn {  // as structs.py has it
 };
 
 struct Scratch {  // shared by a team
-  std::vector<float> hidden;
+  std::vector<float> hidden, halves;
   std::vector<int64_t> active, counts;
   void reserve(const Ffn& f, int64_t padded_tokens, int threads) {
     hidden.resize(std::max<size_t>(hidden.size(), f.gate.outputs() * padded_tokens));
     active.resize(std::max<size_t>(active.size(), f.gate.outputs()));
     counts.assign(threads, 0);
+    halves.resize(std::max<size_t>(halves.size(), 2 * padded_tokens * f.down.groups() * kGroupSize));
   }
 };
 
@@ -155,7 +156,7 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   scratch.counts[team.thread] = kept_end - mine.begin;
   team.wait();
 
-  // 3. All active rows of down, in this thread's columns.
+  // 3. All active rows of down.
   static thread_local std::vector<int64_t> neurons;
   static thread_local std::vector<float> factors;
   neurons.clear();
@@ -167,10 +168,14 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   }
   const auto count = static_cast<int64_t>(neurons.size());
   if (f.down.rows_are_inputs) {
+    float* halves = scratch.halves.data();
+    const int64_t stride = f.down.groups() * kGroupSize;
+    sum_halves(f.down, neurons.data(), factors.data(), count, T, x.tokens, team, halves);
+    team.wait();
     const Part columns = part_of(f.down, team);
-    const Sums sums = sums_of(f.down, neurons.data(), factors.data(), count, T, x.tokens, columns);
     for (int64_t t = 0; t < x.tokens; ++t)
-      for (int64_t c = columns.begin; c < columns.end; ++c) keep(c, t, rounded(type, sums(c, t)));
+      for (int64_t c = columns.begin; c < columns.end; ++c)
+        keep(c, t, rounded(type, halves[t * stride + c] + halves[(T + t) * stride + c]));
   } else {
     static thread_local std::vector<float> rows;
     static thread_local Inputs hidden_x;

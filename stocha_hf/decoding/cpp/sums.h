@@ -96,6 +96,22 @@ inline void sum_rows(const Matrix& m, const int64_t* list, const float* hidden, 
   });
 }
 
+// A team's sums of both halves of a list, [2][padded, stride] in `halves`, stride as in sum_rows. Every other thread has the
+// second half, since rows are read much faster whole than by two threads side by side; one half's threads divide columns.
+inline void sum_halves(const Matrix& m, const int64_t* list, const float* hidden, int64_t count, int64_t padded,
+                       int64_t tokens, Team team, float* halves) {
+  const int64_t stride = m.groups() * kGroupSize;
+  const int64_t middle = std::min((count / 2 + kBlock - 1) / kBlock * kBlock, count);
+  for (int half = 0; half < 2; ++half) {
+    const bool alone = team.threads == 1;
+    if (!alone && team.thread % 2 != half) continue;
+    const Team own{alone ? 0 : team.thread / 2, alone ? 1 : (team.threads + 1 - half) / 2, nullptr};
+    const int64_t first = half ? middle : 0, last = half ? count : middle;
+    sum_rows(m, list + first, hidden + first * padded, last - first, padded, tokens, Part(m.columns, kUnit, own),
+             halves + half * padded * stride, stride);
+  }
+}
+
 // Of several tokens, thread by thread.
 struct Sums {
   const float* values;
