@@ -51,6 +51,7 @@ from stocha_hf.measurement.selection.calibration import Calibration
 from stocha_hf.measurement.selection.methods import METHODS
 from stocha_hf.models import load_model
 
+HIGHEST = 3  # times the original's perplexity: the end of the axis
 SHARES = [0.25, 0.4, 0.5, 0.6, 0.7]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Scorer = Callable[[Any, bool], list[dict[str, Any]]]  # of a model, and whether a text at a time: its tasks' scores
@@ -259,21 +260,40 @@ def scorer(args: argparse.Namespace, tokenizer: Any) -> Scorer | None:
 
 
 def draw(rows: list[dict[str, Any]], target: Path) -> None:
-    """Each task's score and each text's perplexity against the megabytes of a step, a line a method."""
+    """Each task's score and each text's perplexity against the megabytes of a step, a line a method.
+
+    A perplexity's axis ends at HIGHEST times the original's: some methods go to 100,000, and would hide the others.
+    Oracles are left out: they know the next token, and are below the original. Of rows of one method and share the
+    first is drawn.
+    """
+    rows = [row for row in rows if not row.get("oracle")]
+    originals: dict[str, float] = {}
+    for row in rows:
+        originals |= row.get("perplexity", {}) if row["method"] == "original" else {}
     tasks = sorted({(task["task"], task["metric"]) for row in rows for task in row.get("tasks", [])})
     texts = sorted({name for row in rows for name in row.get("perplexity", {})})
     pictures = []
     for title in [*tasks, *texts]:
-        lines: dict[str, list[tuple[Any, ...]]] = {}
+        lines: dict[str, dict[float, tuple[Any, ...]]] = {}
         for row in rows:
             for y, error in _values(row, title):
-                lines.setdefault(_label(row), []).append((row["bytes_read"]["step"] / 1e6, y, _text(row), error))
-        name = title if isinstance(title, str) else f"{title[0]}, {title[1]}"
-        y = "perplexity" if isinstance(title, str) else "score, %"
-        pictures.append(
-            Picture(name, lines, "weights read for a token, MB", y, "y" if y == "perplexity" else "", False)
-        )
+                point = (row["bytes_read"]["step"] / 1e6, y, _text(row), error)
+                lines.setdefault(row["method"], {}).setdefault(row["share"], point)
+        points = {method: list(found.values()) for method, found in lines.items()}
+        x = "weights read for a token, MB"
+        if isinstance(title, str):
+            limits = _limits(originals.get(title), [point[1] for found in points.values() for point in found])
+            pictures.append(Picture(title, points, x, "perplexity", "y", False, limits))
+        else:
+            pictures.append(Picture(f"{title[0]}, {title[1]}", points, x, "score, %", "", False))
     plot(target, pictures)
+
+
+def _limits(original: float | None, values: list[float]) -> tuple[float, float] | None:
+    """The range of perplexities that is shown; what the points ask for where the original is not among them."""
+    if original is None:
+        return None
+    return 0.97 * min(values), min(1.03 * max(values), HIGHEST * original)
 
 
 def _values(row: dict[str, Any], title: Any) -> list[tuple[float, float | None]]:
@@ -282,10 +302,6 @@ def _values(row: dict[str, Any], title: Any) -> list[tuple[float, float | None]]
         return [(row["perplexity"][title], None)] if title in row.get("perplexity", {}) else []
     found = [task for task in row.get("tasks", []) if (task["task"], task["metric"]) == title]
     return [(100 * task["score"], 100 * (task["stderr"] or 0.0)) for task in found]
-
-
-def _label(row: dict[str, Any]) -> str:
-    return f"{row['method']} (oracle)" if row.get("oracle") else row["method"]
 
 
 def _text(row: dict[str, Any]) -> str:

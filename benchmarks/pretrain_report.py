@@ -34,6 +34,7 @@ MAIN = {
     "StochA+FT, p 0.7, alpha 0.2": "stocha70-20",
     "R+, p 0.5, alpha 0.05": "stocha50-05-rplus",
     "R+, p 0.5, alpha 0.2": "stocha50-20-rplus",
+    "R+, p 0.7, alpha 0.2": "stocha70-20-rplus",
     "ReLU": "relu",
 }
 AGAIN = {"ReLU": "relu", "StochA p 0.7 to the end": "stocha70-whole"}  # seed 1, trained once more: NAME-again
@@ -45,6 +46,7 @@ VARIANTS = {
     "p from 0.7 to 0 over 80%, then ReLU": "annealed",
     "ReLU^2": "relu2",
 }
+SIZES = {"33.6M, 100M tokens": "1e-3", "136M, 66M tokens": "135m-1e-3"}  # seed 0
 Rows = dict[str, dict[str, Any]]
 
 
@@ -82,7 +84,8 @@ def change(difference: float) -> str:
 
 def end_loss(row: dict[str, Any]) -> float:
     """On the last 2.5% of the training text, which no step before had seen."""
-    return statistics.mean(value for step, value, _ in row["curve"] if step > 2980)
+    last = row["curve"][-1][0]
+    return statistics.mean(value for step, value, _ in row["curve"] if step > 0.975 * last)
 
 
 def main_table(all_rows: Rows) -> str:
@@ -261,8 +264,26 @@ def probes_table(all_rows: Rows) -> str:
     return table(heads, lines)
 
 
+def sizes_table(all_rows: Rows) -> str:
+    """Seed 0, learning rate 1e-3, for both sizes."""
+    lines = []
+    for size, ending in SIZES.items():
+        base = all_rows[f"relu-{ending}"]
+        for label, name in {"ReLU": "relu", "StochA+FT, p 0.7, alpha 0.2": "stocha70-20"}.items():
+            row = all_rows[f"{name}-{ending}"]
+            told = [f"{perplexity([row], kind):.2f}" for kind in ("docs", "code")]
+            against = ["", ""]
+            if row is not base:
+                against = [change(loss(row) - loss(base)), change(end_loss(row) - end_loss(base))]
+            told = [size, label, f"{loss(row):.4f}", ", ".join(told), *against]
+            lines.append([*told, percent(zeros(row)), percent(dead(row))])
+    heads = ("parameters", "trained with", "loss", "perplexity: docs, code", "perplexity against ReLU's")
+    return table((*heads, "at the end of training", "zeros", "dead"), lines)
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
     "main": main_table,
+    "sizes": sizes_table,
     "sweep": sweep_table,
     "variants": variants_table,
     "rates": rates_table,

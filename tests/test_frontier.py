@@ -66,6 +66,27 @@ def test_a_second_run_adds_what_is_missing(frontier, monkeypatch, checkpoint, te
     assert json.loads(out.read_text().splitlines()[0])["settings"]["length"] == 32
 
 
+def test_the_picture_shows_what_can_be_compared(frontier, monkeypatch, tmp_path) -> None:
+    """No oracles, one point a share, and an axis that a broken method does not stretch."""
+
+    def row(method: str, share: float, perplexity: float, **more: Any) -> dict[str, Any]:
+        return {
+            "method": method,
+            "share": share,
+            "perplexity": {"docs": perplexity},
+            "bytes_read": {"step": 1e6},
+        } | more
+
+    rows = [row("original", 0.0, 10.0), row("teal", 0.5, 12.0), row("reuse", 0.5, 1e5), row("teal", 0.5, 12.0)]
+    drawn: list[Any] = []
+    monkeypatch.setattr(frontier, "plot", lambda target, pictures: drawn.extend(pictures))
+    frontier.draw([*rows, row("attribution", 0.5, 2.0, oracle=True)], tmp_path / "out.png")
+    (picture,) = drawn
+    assert {label: len(points) for label, points in picture.lines.items()} == {"original": 1, "teal": 1, "reuse": 1}
+    low, high = picture.y_limits
+    assert 9 < low < 10 and high == frontier.HIGHEST * 10
+
+
 def test_acceptance_judges_what_decode_steps_would_write() -> None:
     """Against generation itself: a cut model that is given the original's text, a token at a time."""
     model = tiny_model()

@@ -7,6 +7,7 @@ loop, with launches in the place of a graph's replays. Elsewhere only what needs
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from helpers import tiny_model
 from transformers import DynamicCache, StaticCache
 
+from stocha_hf.cuts_stocha import cut_inputs
 from stocha_hf.decoding import calls, generation, triton_ffn
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, stocha_mlps
 from stocha_hf.patching import patch
+from stocha_hf.spec import PROJECTIONS, InputCuts
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -28,7 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not CUDA
 needs_triton = pytest.mark.skipif(
     triton_ffn.triton is None or not (CUDA or INTERPRETED), reason="no GPU with Triton, and no TRITON_INTERPRET=1"
 )
-FEW = {"ROWS": 8, "SPLITS": 2, "TILE": 16}  # programs are what takes the interpreter's time
+FEW = {"ROWS": 16, "SPLITS": 2, "TILE": 16}  # programs are what takes the interpreter's time
 PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40]], device=DEVICE)
 
 
@@ -47,22 +50,24 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(GpuStep, "replay", counted)
     if INTERPRETED:
-        tiles = {name: {key: FEW.get(key, it) for key, it in tile.items()} for name, tile in gpu_tiles.TILES.items()}
-        monkeypatch.setattr(gpu_tiles, "TILES", tiles)
+        for kind in ("TILES", "FOUR"):
+            tiles = getattr(gpu_tiles, kind).items()
+            few = {name: {key: FEW.get(key, value) for key, value in tile.items()} for name, tile in tiles}
+            monkeypatch.setattr(gpu_tiles, kind, few)
         monkeypatch.setattr(GpuStep, "record", lambda step: setattr(step, "graph", "launches"))
-        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
         monkeypatch.setitem(generation.LOOPS, "cpu", generation._on_gpu)
         monkeypatch.setitem(calls.CALLS, "cpu", calls._on_gpu)
     return made
 
 
-def model_of(model_type: str = "llama", activation: str = "relu", **overrides: Any) -> Any:
+def model_of(
+    model_type: str = "llama", activation: str = "relu", inputs: InputCuts | None = None, **overrides: Any
+) -> Any:
     torch.manual_seed(0)
     model = tiny_model(model_type, **overrides)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    patch(model, StochaConfig(activation="relu"))
+    patch(model, StochaConfig(activation="relu", inputs=inputs))
     model.eval().to(DEVICE)
     if activation != "relu":
         model.stocha_mode(activation).__enter__()
@@ -105,6 +110,8 @@ def test_steps_give_transformers_logits(
 @needs_triton
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_the_gpu_chooses_greedy_tokens(cache: str | None, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from stocha_hf.decoding.gpu_loop import AHEAD
+
     model, new = model_of(), 5 if INTERPRETED else 60
     options = greedy(new, disable_compile=True, cache_implementation=cache)
     expected = slowly(monkeypatch, model.generate, PROMPT, **options)
@@ -119,7 +126,7 @@ def test_the_gpu_chooses_greedy_tokens(cache: str | None, steps: list[int], monk
     found = model.generate(PROMPT, **options | {"eos_token_id": end}, streamer=streamer)
     assert [*found[0].tolist(), -1] == given
     assert torch.equal(found, expected[:, : found.shape[1]]) and int(found[0, -1]) == end
-    assert len(steps) <= found.shape[1] - PROMPT.shape[1], "at most one step after the end"
+    assert len(steps) < found.shape[1] - PROMPT.shape[1] + AHEAD - 1, "few steps after the end"
 
 
 @needs_triton
@@ -143,6 +150,17 @@ def test_sampling_padding_and_a_cache_of_an_earlier_call(steps: list[int], monke
     half = model.generate(PROMPT, past_key_values=cache, **options | {"max_new_tokens": new})
     assert torch.equal(model.generate(half, past_key_values=cache, **options | {"max_new_tokens": new}), whole)
     assert len(steps) == 2 * new - 2
+
+
+@needs_triton
+def test_a_batch_is_left_to_transformers(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    ids = torch.cat([PROMPT, PROMPT.flip(1)])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = greedy(3, attention_mask=mask)
+    expected = slowly(monkeypatch, model.generate, ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected) and not steps
 
 
 @needs_triton
@@ -181,6 +199,35 @@ def test_calls_of_a_few_tokens_give_transformers_logits(cache: str, steps: list[
     assert kept.get_seq_length() == place
 
 
+def cuts_of(names: Iterable[str], **fields: Any) -> InputCuts:
+    return InputCuts({name: [0.05, 0.1] if name == "down_proj" else [0.4, 0.5] for name in names}, **fields)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("model_type", "activation", "names"),
+    [("qwen2", "silu", PROJECTIONS), ("llama", "relu", PROJECTIONS), ("llama", "silu", ("o_proj", "down_proj"))],
+)
+def test_inputs_are_cut_in_steps_of_one_token(
+    model_type: str, activation: str, names: tuple[str, ...], steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(model_type, activation, cuts_of(names))
+    new = 4 if INTERPRETED else 40
+    options = greedy(new, return_dict_in_generate=True, output_logits=True)
+    found = model.generate(PROMPT, **options)
+    assert len(steps) == new - 1
+    expected = slowly(monkeypatch, model.generate, PROMPT, **options)
+    with cut_inputs(model, "never"):
+        full = slowly(monkeypatch, model.generate, PROMPT, **options)
+    for logits, others in zip(found.logits, expected.logits, strict=True):
+        assert (logits - others).norm() <= 1e-5 * others.norm()
+    assert (found.logits[1] - full.logits[1]).norm() > 1e-2 * full.logits[1].norm(), "a cut that changes something"
+    with torch.no_grad():
+        pair = model(PROMPT[:, :2], past_key_values=found.past_key_values).logits
+        other = slowly(monkeypatch, model, PROMPT[:, :2], past_key_values=expected.past_key_values).logits
+    assert len(steps) == new and (pair - other).norm() <= 1e-5 * other.norm(), "two tokens are not cut"
+
+
 @needs_triton
 def test_an_assistants_drafts_are_checked_in_steps(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, assistant = model_of(), model_of("llama", "silu")
@@ -209,8 +256,8 @@ def test_four_bits_are_off_by_what_they_say() -> None:
     gate, x = torch.randn(3000, 256), torch.randn(256)
     gate[:, :3] *= 5
     packed = PackedGate.of(gate, recall=0.95)
-    quarters = [((packed.codes.int() >> 4 * place) & 15) - 8 for place in range(4)]
-    about = torch.cat(quarters, 1) * packed.steps[:, None] @ x
+    eighths = [((packed.codes >> 4 * place) & 15) - 8 for place in range(8)]
+    about = torch.cat(eighths, 1) * packed.steps[:, None] @ x
     beyond = (gate @ x > about + packed.slack * x.norm()).float().mean().item()
     assert 0.03 < beyond < 0.07, "a share of 1 - recall"
     assert packed.nbytes < gate.nbytes / 7
@@ -230,26 +277,32 @@ def test_what_a_gpu_step_does_not_know_is_refused() -> None:
     from stocha_hf.decoding import gpu_plan
 
     assert gpu_plan.of(model_of("gemma2")) is None
+    assert gpu_plan.of(model_of(inputs=cuts_of(["q_proj"]))) is None, "one kernel multiplies q, k and v"
     model = model_of()
     assert gpu_plan.of(model) is gpu_plan.of(model)
     model.model.layers[0].mlp.up_proj = torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
     assert gpu_plan.of(model) is None
 
 
-def weights_of_no_content(dtype: torch.dtype, coarse: bool, sparse: bool = True) -> Any:
-    from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
+def weights_of_no_content(dtype: torch.dtype, coarse: bool, sparse: bool = True, cut: bool = False) -> Any:
+    from stocha_hf.decoding.gpu_weights import CutWeights, LayerWeights, Weights
 
     size, width = 576, 1536
 
     def of(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    packed = PackedGate(torch.empty(width, size // 4, dtype=torch.int16), *torch.empty(2, width), (0, 0))
+    packed = PackedGate(torch.empty(width, size // 8, dtype=torch.int32), *torch.empty(2, width), (0, 0))
     qkv = of(576, size), of(192, size), of(192, size)
+    rows = (576, 192, 192, size, width, width, size)
+    cuts = {
+        name: CutWeights(of(width if name == "down_proj" else size, count), 0.5)
+        for name, count in zip(PROJECTIONS, rows, strict=True)
+    }
     layer = LayerWeights(
         of(size), qkv, (of(576), of(192), of(192)), (of(64), of(64)), of(size, 576), None, of(size), of(width, size),
         of(width, size), of(size, width), of(width, size) if sparse else None, "relu" if sparse else "silu", 0.0,
-        packed if coarse else None, 0.125, 0,
+        packed if coarse else None, 0.125, 0, cuts if cut else {},
     )  # fmt: skip
     return Weights(of(999, size), [layer], of(size), of(999, size), None, torch.empty(32), 1.0, 1e-5, 9, 3, 64)
 
@@ -257,16 +310,19 @@ def weights_of_no_content(dtype: torch.dtype, coarse: bool, sparse: bool = True)
 @pytest.mark.slow
 @pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED or CUDA, reason="no Triton, interpreted, or a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "predicted"])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("dense", 1), ("sparse", 1), ("predicted", 1), ("cut", 1), ("dense", 4), ("sparse", 4)]
+)
 def test_the_kernels_compile_for_an_h100_that_is_not_there(
-    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: str, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from helpers.triton import compiling
 
-    from stocha_hf.decoding import gpu_step
+    from stocha_hf.decoding import gpu_cuts, gpu_step
 
     monkeypatch.setattr(gpu_step, "_can_start_early", lambda like: True)
-    compiled = compiling(gpu_step, monkeypatch)
-    gpu_step.GpuStep(weights_of_no_content(dtype, kind == "predicted", kind != "dense")).launch()
-    assert len(compiled) == (9 if kind == "predicted" else 8)
+    compiled = compiling([gpu_step, gpu_cuts], monkeypatch)
+    weights = weights_of_no_content(dtype, kind == "predicted", kind in ("sparse", "predicted"), kind == "cut")
+    gpu_step.GpuStep(weights, tokens).launch()
+    assert len(compiled) == (9 if kind == "predicted" else 8) - (tokens > 1)
     assert all(kernel.metadata.shared <= 227 * 2**10 for kernel in compiled), "what a program of an H100 has"

@@ -141,7 +141,7 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there(
     size: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = triton_ffn.triton_one_token if tokens == 1 else triton_ffn.triton_tokens
-    compiled = compiling(module, monkeypatch)
+    compiled = compiling([module], monkeypatch)
     on_an_h100 = (3 if dtype == torch.float32 else 4, True)
     monkeypatch.setattr(triton_ffn.triton_tokens, "_options", lambda *_: on_an_h100)
     x, weights = torch.empty(tokens, size, dtype=dtype), torch.empty(1536, size, dtype=dtype)

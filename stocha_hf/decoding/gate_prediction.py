@@ -89,10 +89,10 @@ def _check(recall: float | None) -> None:
 def _copy_of(gate: torch.Tensor, recall: float | None) -> CoarseGate | PackedGate:
     if not gate.is_cuda:
         return CoarseGate.of(gate, recall)
-    if recall is None or gate.shape[1] % 4:
+    if recall is None or gate.shape[1] % 8:
         raise StochaError(
             f"the gate is {list(gate.shape)} on a GPU and the recall is {recall}: expected a recall, such as 0.999, "
-            "since 4 bits give no exact bound, and a hidden size that 4 divides"
+            "since 4 bits give no exact bound, and a hidden size that 8 divides"
         )
     return PackedGate.of(gate, recall)
 

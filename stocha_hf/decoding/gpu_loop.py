@@ -20,7 +20,8 @@ from stocha_hf.decoding.gpu_cache import rows_of
 from stocha_hf.decoding.gpu_step import RING
 from stocha_hf.decoding.loop import Loop, ending
 
-AHEAD = 2  # steps asked for and not read yet, at most
+AHEAD = 4  # steps asked for and not read yet, at most
+UNKNOWN = -1  # a token that a step has not written yet
 
 
 def loop(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
@@ -106,17 +107,15 @@ class GpuLoop(Loop):
         """The most likely tokens, `count` at most, int64 [1] on the CPU: each while the next step runs."""
         first = self.first.argmax(-1)
         self.step.tokens.copy_(first)
-        place = int(self.step.state[1])
-        found = torch.empty(AHEAD, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        events = [torch.cuda.Event() for _ in range(AHEAD)]
+        place, ring = int(self.step.state[1]) + 1, self.step.chosen.numpy()
         asked = 0
         yield first.cpu()
         for read in range(count - 1):
             while asked < min(read + AHEAD, count - 1):
+                ring[(place + asked) % RING] = UNKNOWN
                 self.step.replay()
                 asked += 1
-                found[asked % AHEAD].copy_(self.step.chosen[(place + asked) % RING], non_blocking=True)
-                events[asked % AHEAD].record()
-            events[(read + 1) % AHEAD].synchronize()
+            while (token := int(ring[(place + read) % RING])) == UNKNOWN:
+                torch.cuda.current_stream(self.device).query()  # raises what the GPU has failed with
             self.written += 1
-            yield found[(read + 1) % AHEAD].clone().view(1)
+            yield torch.tensor([token])

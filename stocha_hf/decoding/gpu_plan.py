@@ -14,15 +14,17 @@ import triton
 from torch import nn
 
 from stocha_hf.decoding import triton_ffn
+from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.families import FAMILIES
 from stocha_hf.decoding.gpu_step import GpuStep
-from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
+from stocha_hf.decoding.gpu_weights import CutWeights, LayerWeights, Weights
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.decoding.plan import CHANGING_ROTARY
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
-from stocha_hf.spec import ACTIVATIONS
+from stocha_hf.spec import ACTIVATIONS, PROJECTIONS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOGETHER = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # one kernel multiplies: all cut, or none
 
 
 class GpuPlan(Watch):
@@ -64,7 +66,7 @@ class GpuPlan(Watch):
         """
         count = triton.next_power_of_2(tokens)
         if count not in self.steps:
-            if not triton_ffn.available():
+            if not triton_ffn.available() or (count > 1 and self.cuts(count)):
                 return None
             try:
                 with torch.inference_mode(False), torch.no_grad():  # its buffers serve both
@@ -81,9 +83,12 @@ class GpuPlan(Watch):
         return self.parameter(module, "weight")
 
     def _linear(self, module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if hasattr(module, "input_threshold"):
-            raise Refused  # it cuts its input, which is to be done by its own forward
-        self.module(module, nn.Linear)
+        cuts = is_cut(module)
+        self.module(module, type(module) if cuts and module.native_class is nn.Linear else nn.Linear)
+        if cuts:
+            if module.input_centre:
+                raise Refused  # what is cut counts
+            self.cut(module)
         bias = None if module._parameters.get("bias") is None else self.parameter(module, "bias")
         return self.parameter(module, "weight"), bias
 
@@ -120,7 +125,18 @@ class GpuPlan(Watch):
             scaling=attention.scaling,
             window=window or 0,
             **self._ffn(parts["mlp"]),
+            cuts=self._cuts(inner | parts["mlp"]._modules),
         )
+
+    def _cuts(self, modules: dict[str, Any]) -> dict[str, CutWeights]:
+        """Which projections cut in a step of one token."""
+        names = [name for name in PROJECTIONS if is_cut(modules[name])]
+        if any(0 < len(group & set(names)) < len(group) for group in TOGETHER):
+            raise Refused
+        if not self.cuts(1):
+            return {}
+        limits = {name: torch.tensor(modules[name].input_threshold, dtype=self.dtype).item() for name in names}
+        return {name: CutWeights(self.input_major(modules[name]), limit) for name, limit in limits.items()}
 
     def _ffn(self, mlp: Any) -> dict[str, Any]:
         """Its fields of LayerWeights."""
@@ -135,10 +151,14 @@ class GpuPlan(Watch):
         if any(bias is not None for _, bias in found):
             raise Refused
         skips = skips and is_patched
-        coarse = self.coarse(mlp) if skips else None
+        gate, down = mlp._modules["gate_proj"], mlp._modules["down_proj"]
+        coarse = self.coarse(mlp) if skips and not is_cut(gate) else None
+        down_t = None
+        if skips:
+            down_t = self.input_major(down) if is_cut(down) and self.cuts(1) else self.neuron_major(mlp)
         return {
             **dict(zip(("gate", "up", "down"), (weight for weight, _ in found), strict=True)),
-            "down_t": self.neuron_major(mlp) if skips else None,
+            "down_t": down_t,
             "activation": activation,
             "cut": self.rule(mlp) if is_patched else 0.0,
             "coarse": coarse if isinstance(coarse, PackedGate) else None,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from stocha_hf.decoding.gpu_cuts import CutProducts
 from stocha_hf.decoding.gpu_tiles import tiles_for
 from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
 from stocha_hf.decoding.packed_gate import PackedGate
@@ -28,6 +29,7 @@ from stocha_hf.decoding.triton_attention import attention_kernel
 from stocha_hf.decoding.triton_ends import embed_kernel, head_kernel, next_kernel
 from stocha_hf.decoding.triton_prediction import list_kernel, listed_kernel
 from stocha_hf.decoding.triton_products import down_kernel, hidden_kernel, linear_kernel
+from stocha_hf.decoding.triton_several import several_head_kernel, several_hidden_kernel, several_linear_kernel
 
 LEAST = 16  # rows or columns of a tile that tensor cores take
 SLOTS = 64  # of maxima, which the head's programs share
@@ -38,13 +40,15 @@ class GpuStep:
     """The buffers and the graph of one model's steps of so many tokens, a power of two.
 
     `tokens` int64 [tokens] is what a step reads, `logits` float32 [tokens, vocabulary] what it finds. With one token,
-    `chosen` int64 [RING] has the most likely tokens by their places in the cache, counted round and round.
+    `chosen` int64 [RING], in the host's memory, gets the most likely tokens by their places in the cache, counted
+    round and round: a host that waits for one asks nothing of the GPU.
     """
 
     def __init__(
         self, weights: Weights, tokens: int = 1, tiles: dict[str, dict[str, int]] | None = None, early: bool = True
     ) -> None:
         self.weights, self.count = weights, tokens
+        self.by_tensor_cores = tokens > 2  # for 2 tokens multiply-adds are faster
         self.graph: torch.cuda.CUDAGraph | None = None
         self.early = early and _can_start_early(weights.embedding)
         self.options: dict[str, Any] = {"launch_pdl": True} if self.early else {}
@@ -55,6 +59,8 @@ class GpuStep:
         self.group = triton.next_power_of_2(tokens * weights.heads // weights.key_heads)
         self._allocate(weights.embedding.new_empty)
         self._allocate_parts(weights.embedding.new_empty)
+        cuts = tokens == 1 and any(layer.cuts for layer in weights.layers)
+        self.cut = CutProducts(weights, self.tiles, self.early, self.options) if cuts else None
 
     def _allocate(self, new: Callable[..., torch.Tensor]) -> None:
         """What the kernels hand on, and what a host reads and writes."""
@@ -68,7 +74,7 @@ class GpuStep:
         self.table = new(len(weights.layers), 4, dtype=torch.int64).zero_()
         self.logits = new(count, self.vocabulary, dtype=torch.float32)
         self.best = new(SLOTS, dtype=torch.int64).fill_(-(2**63))
-        self.chosen = new(RING, dtype=torch.int64).zero_()
+        self.chosen = torch.zeros(RING, dtype=torch.int64, pin_memory=self.x.is_cuda)
 
     def _allocate_parts(self, new: Callable[..., torch.Tensor]) -> None:
         """What splits of attention and of the down product leave for the last of them, counters of both, and lists."""
@@ -130,7 +136,7 @@ class GpuStep:
         for layer, table, count in zip(weights.layers, self.table, self.counts, strict=True):
             self._qkv(layer)
             self._attention(layer, table)
-            self._add(layer.o, layer.o_bias, self.attended, self.x, self.middle, "o")
+            self._o(layer)
             self._ffn(layer, count)
         self._head()
         if self.count == 1:
@@ -138,11 +144,17 @@ class GpuStep:
 
     def _head(self) -> None:
         weights, tile = self.weights, self._tile("head", self.size)
-        head_kernel[(triton.cdiv(self.vocabulary, tile["ROWS"]),)](
-            self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits,
-            self.best, self.vocabulary, self.size, self.count, weights.head_bias is not None, SLOTS, self.early,
-            **tile,
-        )  # fmt: skip
+        grid, has_bias = (triton.cdiv(self.vocabulary, tile["ROWS"]),), weights.head_bias is not None
+        given = (self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits)
+        sizes = (self.vocabulary, self.size, self.count, has_bias)
+        if self.by_tensor_cores:
+            several_head_kernel[grid](*given, *sizes, self.early, **tile)
+        else:
+            head_kernel[grid](*given, self.best, *sizes, SLOTS, self.early, **tile)
+
+    @property
+    def _linear(self) -> Any:
+        return several_linear_kernel if self.by_tensor_cores else linear_kernel
 
     def _tile(self, name: str, size: int, divides: int = 0) -> dict[str, Any]:
         """How a product is tiled, for rows of this size, of which there are so many, or any number."""
@@ -155,11 +167,15 @@ class GpuStep:
 
     def _qkv(self, layer: LayerWeights) -> None:
         q, k, v = layer.qkv
+        if self.cut is not None and "q_proj" in layer.cuts:
+            self.cut.qkv(layer, self.x, self.qkv)
+            return
         tile = self._tile("qkv", self.size, divides=self.weights.head_dim)
         biases = layer.qkv_bias or layer.qkv
-        linear_kernel[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
+        self._linear[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
             self.x, layer.input_norm, self.weights.eps, q, k, v, *biases, self.x, self.qkv, len(q), len(k),
-            self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.early, **tile,
+            self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.early,
+            **tile,
         )  # fmt: skip
 
     def _attention(self, layer: LayerWeights, table: torch.Tensor) -> None:
@@ -172,6 +188,12 @@ class GpuStep:
             **tile, **self.options,
         )  # fmt: skip
 
+    def _o(self, layer: LayerWeights) -> None:
+        if self.cut is not None and "o_proj" in layer.cuts:
+            self.cut.add(layer.cuts["o_proj"], layer.o_bias, self.attended, self.x, self.middle, "o")
+        else:
+            self._add(layer.o, layer.o_bias, self.attended, self.x, self.middle, "o")
+
     def _add(
         self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, residual: torch.Tensor,
         out: torch.Tensor, name: str,
@@ -179,26 +201,31 @@ class GpuStep:
         """out = residual + W x + bias."""
         rows, size = weight.shape
         tile = self._tile(name, size)
-        linear_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-            x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size, self.count,
-            1, False, bias is not None, True, self.early, **tile,
+        self._linear[(triton.cdiv(rows, tile["ROWS"]),)](
+            x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size,
+            self.count, 1, False, bias is not None, True, self.early, **tile,
         )  # fmt: skip
 
     def _ffn(self, layer: LayerWeights, count: torch.Tensor) -> None:
-        if layer.coarse is None or self.count > 1:  # several tokens would list most neurons
+        if self.cut is not None and "gate_proj" in layer.cuts:
+            self.cut.hidden(layer, self.middle, self.hidden)
+        elif layer.coarse is None or self.count > 1:  # several tokens would list most neurons
             self._hidden(layer)
         else:
             self._list(layer, layer.coarse, count)
             self._listed(layer, count)
-        if layer.down_t is None:
-            self._add(layer.down, None, self.hidden, self.middle, self.x, "dense down")
+        down = None if self.cut is None else layer.cuts.get("down_proj")
+        if layer.down_t is not None:
+            self._down(layer, 0.0 if down is None else down.threshold)
+        elif self.cut is not None and down is not None:
+            self.cut.add(down, None, self.hidden, self.middle, self.x, "down")
         else:
-            self._down(layer)
+            self._add(layer.down, None, self.hidden, self.middle, self.x, "dense down")
 
     def _list(self, layer: LayerWeights, coarse: PackedGate, count: torch.Tensor) -> None:
         """List the neurons that may be active, by the gate's 4-bit copy."""
         width, size = layer.gate.shape
-        tile = self._tile("list", size // 4)
+        tile = self._tile("list", size // 8)
         list_kernel[(triton.cdiv(width, tile["ROWS"]),)](
             self.middle, layer.ffn_norm, self.weights.eps, coarse.codes, coarse.steps, coarse.slack, self.hidden,
             self.candidates, count, layer.cut, width, size, self.early, **tile,
@@ -216,17 +243,18 @@ class GpuStep:
         width, size = layer.gate.shape
         is_sparse = layer.down_t is not None
         tile = self._tile("hidden" if is_sparse else "dense", size)
-        hidden_kernel[(triton.cdiv(width, tile["ROWS"]),)](
+        kernel = several_hidden_kernel if self.by_tensor_cores else hidden_kernel
+        kernel[(triton.cdiv(width, tile["ROWS"]),)](
             self.middle, layer.ffn_norm, self.weights.eps, layer.gate, layer.up, self.hidden, layer.cut, width,
             layer.activation, is_sparse, size, self.count, self.early, **tile,
         )  # fmt: skip
 
-    def _down(self, layer: LayerWeights) -> None:
+    def _down(self, layer: LayerWeights, cut: float) -> None:
         tile = {name: value for name, value in self.tiles["down"].items() if name != "PROGRAMS"}
         down_kernel[(self.blocks, self.splits)](
-            self.hidden, layer.down_t, self.middle, self.listed, self.parts, self.arrived, self.x, self.width,
-            self.share, self.size, self.count, self.splits, triton.next_power_of_2(self.share), self.early, **tile,
-            **self.options,
+            self.hidden, layer.down_t, self.middle, self.listed, self.parts, self.arrived, self.x, cut,
+            self.width, self.share, self.size, self.count, self.splits, triton.next_power_of_2(self.share),
+            self.early, **tile, **self.options,
         )  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 A product's program has ROWS rows and BLOCK columns at a time, UP of the up projection. PROGRAMS is about how many
 there are, where tiles do not say it. SPLITS and TILE are those of attention; TILE are also rows of the sparse down
-product.
+product, and of the inputs of a product that cuts them.
 
-Found on an H200, by the time of the whole step: TILES with a Llama of 1B shape, LARGE with one of 8B. To bring a
-product's rows into the L2 cache before it waits for x made the step slower, by up to 9%.
+Found on an H200, by the time of the whole step: TILES with a Llama of 1B shape, but for the products that cut, which
+are of Qwen2.5-0.5B; LARGE and FOUR with one of 8B. To bring a product's rows into the L2 cache before it waits for x
+made the step slower, by up to 9%.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ TILES: dict[str, dict[str, int]] = {
     "qkv": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
     "o": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
     "hidden": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
-    "list": {"ROWS": 8, "BLOCK": 256, "num_warps": 1},
-    "listed": {"PROGRAMS": 2112, "BLOCK": 4096, "num_warps": 4},
+    "list": {"ROWS": 8, "BLOCK": 256, "num_warps": 2},
+    "listed": {"PROGRAMS": 2112, "ROWS": 1, "BLOCK": 4096, "num_warps": 4},
     "dense": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
     "dense down": {"ROWS": 2, "BLOCK": 2048, "num_warps": 4},
     "down": {"PROGRAMS": 1024, "TILE": 128, "BLOCK": 32, "num_warps": 2},
     "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 8},
     "head": {"ROWS": 4, "BLOCK": 2048, "num_warps": 4},
+    "cut qkv": {"SPLITS": 16, "TILE": 32, "BLOCK": 64, "num_warps": 4},
+    "cut o": {"SPLITS": 16, "TILE": 32, "BLOCK": 64, "num_warps": 4},
+    "cut hidden": {"SPLITS": 4, "TILE": 64, "BLOCK": 64, "num_warps": 4},
+    "cut down": {"SPLITS": 32, "TILE": 32, "BLOCK": 64, "num_warps": 4},
 }
 LARGE: dict[str, dict[str, int]] = {  # from a hidden size of 4096 on
     "qkv": {"ROWS": 4, "BLOCK": 512, "num_warps": 1},
@@ -31,17 +36,32 @@ LARGE: dict[str, dict[str, int]] = {  # from a hidden size of 4096 on
     "down": {"PROGRAMS": 512, "TILE": 128, "BLOCK": 64, "num_warps": 4},
     "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 4},
     "head": {"ROWS": 4, "BLOCK": 256, "num_warps": 1},
+    "cut qkv": {"SPLITS": 8, "TILE": 32, "BLOCK": 64, "num_warps": 4},
+    "cut o": {"SPLITS": 8, "TILE": 64, "BLOCK": 64, "num_warps": 4},
+    "cut hidden": {"SPLITS": 8, "TILE": 32, "BLOCK": 128, "num_warps": 4},
+    "cut down": {"SPLITS": 16, "TILE": 32, "BLOCK": 128, "num_warps": 4},
 }
-SEVERAL = {"ROWS": 4, "BLOCK": 512, "UP": 512, "num_warps": 2}  # of a product with several tokens, but for these:
+TWO = {"ROWS": 4, "BLOCK": 512, "UP": 512, "num_warps": 2}  # of a product with two tokens, but for these:
 ONE_BY_ONE = ("attention", "down", "list", "listed")
+FOUR: dict[str, dict[str, int]] = {  # by tensor cores
+    "qkv": {"ROWS": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
+    "o": {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 6},
+    "hidden": {"ROWS": 64, "BLOCK": 128, "TILE": 32, "num_warps": 4, "num_stages": 4},
+    "dense": {"ROWS": 64, "BLOCK": 128, "TILE": 32, "num_warps": 4, "num_stages": 4},
+    "dense down": {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 6},
+    "down": {"PROGRAMS": 1024, "TILE": 32, "BLOCK": 64, "num_warps": 2},
+    "head": {"ROWS": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
+}
 
 
 def tiles_for(tokens: int, size: int) -> dict[str, dict[str, int]]:
-    """Return each kernel's tile for a step of so many tokens, in a model of this hidden size."""
+    """Return each kernel's tile for a step of 1, 2 or 4 tokens, in a model of this hidden size."""
     tiles = TILES | LARGE if size >= 4096 else TILES
     if tokens == 1:
         return tiles
+    if tokens > 2:
+        return tiles | FOUR
     found = {}
     for name, tile in tiles.items():
-        found[name] = tile if name in ONE_BY_ONE else {key: SEVERAL.get(key, value) for key, value in tile.items()}
-    return found | {"down": {"PROGRAMS": 512 * tokens, "TILE": 32, "BLOCK": 64, "num_warps": 4}}
+        found[name] = tile if name in ONE_BY_ONE else {key: TWO.get(key, value) for key, value in tile.items()}
+    return found | {"down": {"PROGRAMS": 1024, "TILE": 32, "BLOCK": 64, "num_warps": 4}}

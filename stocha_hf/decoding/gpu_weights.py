@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,9 +11,18 @@ from stocha_hf.decoding.packed_gate import PackedGate
 
 
 @dataclass(frozen=True)
+class CutWeights:
+    """Of a projection that cuts its input: its matrix an input a row, [inputs, outputs], and the threshold."""
+
+    weight: torch.Tensor
+    threshold: float
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """Of one layer; a bias is None where the projection has none. `down` is [H, M], `down_t` [M, H] or None: then
-    all neurons are computed. `coarse` predicts gates, or is None.
+    all neurons are computed. `coarse` predicts gates, or is None. `cuts` are the projections that cut their inputs in
+    a step of one token, by their names.
     """
 
     input_norm: torch.Tensor
@@ -32,6 +41,7 @@ class LayerWeights:
     coarse: PackedGate | None
     scaling: float
     window: int
+    cuts: Mapping[str, CutWeights] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ ROWS = 4096  # at a time
 
 @dataclass(frozen=True)
 class PackedGate:
-    """A gate in 4 bits: `codes` int16 [M, H / 4] as triton_prediction.py reads them; `steps` float32 [M], what a unit
+    """A gate in 4 bits: `codes` int32 [M, H / 8] as triton_prediction.py reads them; `steps` float32 [M], what a unit
     of a code is worth; `slack` float32 [M], what a row's rounding may be worth, times |x|_2. `key` tells whether the
     gate has changed since.
     """
@@ -34,7 +34,7 @@ class PackedGate:
 
     @classmethod
     def of(cls, gate: torch.Tensor, recall: float) -> PackedGate:
-        """Return the copy of a gate [M, H], H a multiple of 4, that misses a share 1 - recall at the threshold."""
+        """Return the copy of a gate [M, H], H a multiple of 8, that misses a share 1 - recall at the threshold."""
         parts = [_of_rows(rows.detach().float(), NormalDist().inv_cdf(recall)) for rows in gate.split(ROWS)]
         codes, steps, slack = (torch.cat(part) for part in zip(*parts, strict=True))
         return cls(codes, steps, slack, key_of(gate))
@@ -53,9 +53,10 @@ def _of_rows(rows: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.T
         error = (_rounded(rows, share * greatest) * (share * greatest)[:, None] - rows).square().sum(1)
         steps = torch.where(error < best, share * greatest, steps)
         best = torch.minimum(error, best)
-    quarters = (_rounded(rows, steps) + 8).to(torch.int32).chunk(4, 1)
-    codes = torch.stack([quarter << 4 * place for place, quarter in enumerate(quarters)]).sum(0)
-    return codes.to(torch.int16), steps, quantile * (best / rows.shape[1]).sqrt()
+    codes = torch.zeros(len(rows), rows.shape[1] // 8, dtype=torch.int32, device=rows.device)
+    for place, eighth in enumerate((_rounded(rows, steps) + 8).to(torch.int32).chunk(8, 1)):
+        codes |= eighth << 4 * place
+    return codes, steps, quantile * (best / rows.shape[1]).sqrt()
 
 
 def _rounded(rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""The products of a whole decode step on a GPU, for 1 to 4 tokens: a row of a matrix is read once, by a few warps.
+"""The products of a whole decode step on a GPU, for 1 or 2 tokens: a row of a matrix is read once, by a few warps.
 
 A program owns ROWS rows and goes through them BLOCK columns at a time; the next tile is asked for before this one is
 used. The first tile is asked for before the program waits for the kernel before it (EARLY: from Hopper on a kernel's
 programs may start while that one ends). The RMS norm before a product is a factor of its result: x times the norm's
 weight is multiplied, squares of x are summed beside it. Sums are in float32; what PyTorch would write is rounded to
-the weights' type.
+the weights' type. Four tokens' products are in triton_several.py, but for the sparse down product, which is here.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def down_kernel(  # type: ignore[no-untyped-def]
-    hidden_ptr, down_ptr, residual_ptr, list_ptr, part_ptr, arrived_ptr, out_ptr, width, share,
+    hidden_ptr, down_ptr, residual_ptr, list_ptr, part_ptr, arrived_ptr, out_ptr, cut, width, share,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, EARLY: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """residual + hidden [TOKENS, width] times down [width, SIZE]: BLOCK columns, for a split of `share` neurons, SHARE
-    or less.
+    """residual + hidden [TOKENS, width], but for values within the cut, times down [width, SIZE]: BLOCK columns, for a
+    split of `share` neurons, SHARE or less.
 
     A program lists its split's neurons that are active for a token, and reads their rows, TILE at a time. The last
     split to finish adds all up, in their order.
@@ -145,7 +145,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     neurons = split * share + number
     present = (number < share) & (neurons < width)
     hidden = tl.load(hidden_ptr + token[:, None] * width + neurons[None, :], present[None, :], 0.0)
-    taken = tl.max((hidden != 0).to(tl.int32), 0)
+    taken = tl.max((~(tl.abs(hidden.to(tl.float32)) <= cut)).to(tl.int32), 0)  # NaN is taken
     count = tl.sum(taken, 0)
     list_ptr += (split * tl.num_programs(0) + block) * SHARE
     tl.store(list_ptr + tl.cumsum(taken, 0) - 1, neurons, taken > 0)

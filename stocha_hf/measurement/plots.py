@@ -1,4 +1,4 @@
-"""Plots: lines from points, one picture or several side by side, written to a file.
+"""Plots: lines from points, one picture or several, written to a file, where a label has one style.
 
 Matplotlib is an optional dependency (`pip install 'stocha_hf[plot]'`), imported when a plot is asked for. figures.py
 says what a measurement looks like.
@@ -16,6 +16,9 @@ from typing import Any
 
 from stocha_hf.errors import StochaError
 
+MANY = (
+    10  # labels: with more, colours come again with dashes, one legend stands beside the pictures, texts are left out
+)
 # label: points (x, y), (x, y, text beside the point) or (x, y, text, half the height of an error bar)
 Lines = Mapping[str, Iterable[tuple[Any, ...]]]
 
@@ -56,22 +59,43 @@ def plot_lines(path: str | Path, pictures: Mapping[str, Lines], *, x: str, y: st
 
 
 def plot(path: str | Path, pictures: Sequence[Picture]) -> None:
-    """Draw each picture beside the others and write `path`, whose ending says the format.
+    """Draw each picture, up to three in a row or four in two rows, and write `path`, whose ending says the format.
 
     Raises StochaError as check_plot does.
     """
     check_plot(path)
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
-    figure = Figure(figsize=(6 * len(pictures), 4), layout="constrained")
-    for axis, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
-        _draw(axis, picture)
+    columns = 2 if len(pictures) == 4 else min(len(pictures), 3)
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(6 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    styles = _styles(dict.fromkeys(label for picture in pictures for label in picture.lines))
+    for axis, picture in zip(axes, pictures, strict=False):
+        _draw(axis, picture, styles)
+    for axis in axes[len(pictures) :]:
+        axis.remove()
+    if len(styles) > MANY:
+        handles = {
+            label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend([handles[label] for label in styles], styles, loc="outside right center")
     figure.savefig(path, dpi=120)
 
 
-def _draw(axis: Any, picture: Picture) -> None:
+def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each label is drawn."""
+    dashes = ("-", "--", ":")
+    return {
+        label: {"color": f"C{at % MANY}", "linestyle": dashes[at // MANY % len(dashes)]}
+        for at, label in enumerate(labels)
+    }
+
+
+def _draw(axis: Any, picture: Picture, styles: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.ticker import LogFormatter
 
+    few = len(styles) <= MANY
     for label, points in picture.lines.items():
         ordered = sorted(points, key=lambda point: point[:2])
         if len(ordered) == 1 and picture.levels:
@@ -79,8 +103,8 @@ def _draw(axis: Any, picture: Picture) -> None:
         else:
             errors = [point[3] or 0.0 for point in ordered] if all(point[3:] for point in ordered) else None
             xs, ys = zip(*[point[:2] for point in ordered], strict=True)
-            axis.errorbar(xs, ys, errors, label=label, marker="o", capsize=2)
-        for x, y, text in (point[:3] for point in ordered if point[2:]):
+            axis.errorbar(xs, ys, errors, label=label, marker="o", capsize=2, **styles[label])
+        for x, y, text in (point[:3] for point in ordered if few and point[2:]):
             axis.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
     for scale in picture.log:
         getattr(axis, f"set_{scale}scale")("log")
@@ -90,4 +114,5 @@ def _draw(axis: Any, picture: Picture) -> None:
     axis.margins(x=0.08)  # room for a text beside the last point
     axis.set(title=picture.title, xlabel=picture.x, ylabel=picture.y, ylim=picture.y_limits)
     axis.grid(alpha=0.3)
-    axis.legend()
+    if few:
+        axis.legend()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -15,8 +16,8 @@ POINTERS = {
 NUMBERS = {int: "i32", float: "fp32"}
 
 
-def compiling(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list to which launches of a module's kernels add what they compile, in the place of running it."""
+def compiling(modules: Iterable[ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list to which launches of modules' kernels add what they compile, in the place of running it."""
     compiled: list[Any] = []
 
     class Kernel:
@@ -26,8 +27,9 @@ def compiling(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __getitem__(self, grid: object) -> Any:
             return lambda *args, **options: compiled.append(compiled_for_h100(self.function, args, options))
 
-    for name in [name for name in vars(module) if name.endswith("_kernel")]:
-        monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
     return compiled
 
 
