@@ -6,9 +6,9 @@ neuron's value has a place of its own: the same input gives the same bits.
 
 A number of 32 bits at column j of a row holds, from its lowest bits on, columns j, j + SIZE / 8, and so on to
 j + 7 * SIZE / 8, each as a number of steps plus 8: so what a thread reads of it and of x are columns of the same kind.
-Multiply-adds take longer than reading here, so a code c is not converted: its bits, where they are, are those of a
-float32 without exponent, c * 2^(4 place - 149), and x is multiplied by 2^(100 - 4 place) instead. The last three codes
-would reach into the exponent, and are moved. What the 8 adds is subtracted at the end.
+Multiply-adds take longer than reading here, so a code c is not converted: its bits become the first of the fraction of
+a float32, 1 + c / 16. Two more codes are where they are, as 1 + c / 256 and 1 + c / 4096, and x is multiplied by
+16, 256 or 4096 instead. What the ones and the 8 add is known, and is subtracted at the end.
 """
 
 from __future__ import annotations
@@ -19,14 +19,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stocha_hf.decoding.triton_one_token import hidden_value
 from stocha_hf.decoding.triton_products import product
-
-
-@triton.jit
-def _times_2_to_minus_49(words, x, EIGHTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes number EIGHTH of the words times x times 2^-49."""
-    PLACE: tl.constexpr = 4 * EIGHTH if EIGHTH < 5 else 4 * EIGHTH - 12
-    codes = (words if EIGHTH < 5 else words >> 12) & (15 << PLACE)
-    return codes.to(tl.float32, bitcast=True) * (x * 2.0 ** (100 - PLACE))
 
 
 @triton.jit
@@ -50,24 +42,36 @@ def list_kernel(  # type: ignore[no-untyped-def]
     if EARLY:
         gdc_wait()
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    total = tl.zeros([1, BLOCK], tl.float32)
+    known = tl.zeros([1, BLOCK], tl.float32)
     squares = tl.zeros([1, BLOCK], tl.float32)
     lengths = tl.zeros([1, BLOCK], tl.float32)
     for start in range(0, EIGHTH, BLOCK):
-        ahead = start + BLOCK
-        mask = present[:, None] & (ahead + column < EIGHTH)[None, :]
-        following = tl.load(codes_ptrs + ahead, mask, 0, eviction_policy="evict_first")
+        place = start + BLOCK
+        mask = present[:, None] & (place + column < EIGHTH)[None, :]
+        following = tl.load(codes_ptrs + place, mask, 0, eviction_policy="evict_first")
         k = (start + column)[None, :]
         for eighth in tl.static_range(8):
             x = tl.load(x_ptr + eighth * EIGHTH + k, k < EIGHTH, 0.0).to(tl.float32)
             scaled = x * tl.load(norm_ptr + eighth * EIGHTH + k, k < EIGHTH, 0.0).to(tl.float32)
             squares += x * x
             lengths += scaled * scaled
-            total += scaled
-            sums += _times_2_to_minus_49(tile, scaled, eighth)
+            if eighth < 3:
+                moved = tile << 11  # three shifts serve eight codes
+            elif eighth < 6:
+                moved = tile >> 1
+            else:
+                moved = tile >> 9
+            if eighth == 2 or eighth == 5 or eighth == 7:
+                bits, unit = moved & 0x00780000, scaled * 16
+            elif eighth == 1 or eighth == 4 or eighth == 6:
+                bits, unit = moved & 0x00078000, scaled * 256
+            else:
+                bits, unit = moved & 0x00007800, scaled * 4096
+            known += unit + 8 * scaled
+            sums += (bits | 0x3F800000).to(tl.float32, bitcast=True) * unit
         tile = following
     scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)
-    about = (tl.sum(sums, 1) * 2.0**49 - 8 * tl.sum(total, 1)) * tl.load(step_ptr + rows, present, 0.0)
+    about = (tl.sum(sums, 1) - tl.sum(known, 1)) * tl.load(step_ptr + rows, present, 0.0)
     about += tl.load(slack_ptr + rows, present, 0.0) * tl.sqrt(tl.sum(lengths, 1))
     listed = (present & ~(about * scale <= cut - tl.abs(cut) / 128)).to(tl.int32)  # NaN is listed
     tl.store(hidden_ptr + rows, tl.zeros([ROWS], hidden_ptr.dtype.element_ty), present)
