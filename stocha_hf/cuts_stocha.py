@@ -12,7 +12,6 @@ folders that cut nothing carry one file. A quantized folder's quantization_stoch
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from .modeling_stocha import *  # noqa: F403 - the classes that auto_map names
-from .modeling_stocha import CUTTING, StochaConfig, StochaMLP, StochaModel, become, holding, is_a, require
+from .modeling_stocha import CUTTING, StochaConfig, StochaMLP, become, holding, is_a, require
 
 CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
 
@@ -167,6 +166,3 @@ def saved_cuts(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         key: {name: [getattr(layer[name], kept[key]) for layer in projections(model)] for name in inputs[key]}
         for key in kept.keys() & inputs.keys()
     }
-
-
-StochaModel.cutting = sys.modules[__name__]

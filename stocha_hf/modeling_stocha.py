@@ -649,7 +649,6 @@ class StochaModel:
 
     config: Any
     training: bool
-    cutting: Any = None  # cuts_stocha.py, which says so here when it is imported
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -704,8 +703,11 @@ class StochaModel:
         return self._cuts().cut_inputs(self, where)
 
     def _cuts(self) -> Any:
-        require(self.cutting is not None, "cuts_stocha.py", None, "it beside modeling_stocha.py: run stocha-convert")
-        return self.cutting
+        try:  # not by an import statement, for which transformers would ask every folder to hold that file
+            return importlib.import_module(".cuts_stocha", __package__)
+        except ImportError as error:
+            reason = f"cuts_stocha.py cannot be imported ({error}): expected it beside modeling_stocha.py, of the same"
+            raise ValueError(f"{reason} version: run stocha-convert on the folder") from error
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any

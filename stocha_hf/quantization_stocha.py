@@ -440,13 +440,13 @@ class StochaQuantizer(HfQuantizer):
 
     @staticmethod
     def complete(model: Any, folder: str | os.PathLike) -> None:
-        """Give a saved folder this file and the one that it needs, and let its config name this one."""
+        """Give a saved folder this file and those that it imports, all of one version, and let its config name it."""
         model.config.auto_map = {
             auto: f"{__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}"
             for auto, name in model.config.auto_map.items()
         }
         model.config.save_pretrained(folder)
-        for name in ("cuts_stocha.py", os.path.basename(__file__)):
+        for name in ("modeling_stocha.py", "cuts_stocha.py", os.path.basename(__file__)):
             shutil.copyfile(os.path.join(os.path.dirname(__file__), name), os.path.join(folder, name))
 
 

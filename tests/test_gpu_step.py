@@ -16,11 +16,12 @@ import torch
 from helpers import tiny_model
 from transformers import DynamicCache, StaticCache
 
+from stocha_hf.cuts_stocha import cut_inputs
 from stocha_hf.decoding import calls, generation, triton_ffn
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, cut_inputs, stocha_mlps
+from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, stocha_mlps
 from stocha_hf.patching import patch
 from stocha_hf.spec import PROJECTIONS, InputCuts
 

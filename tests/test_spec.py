@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import run_python
 
-from stocha_hf import modeling_stocha, spec
+from stocha_hf import cuts_stocha, modeling_stocha, quantization_stocha, spec
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,9 +23,10 @@ def test_the_package_has_one_config_class_and_every_activation_a_function() -> N
     assert modeling_stocha.StochaConfig is spec.StochaConfig
     assert set(modeling_stocha.FUNCTIONS) == set(spec.ACTIVATIONS)
     assert set(modeling_stocha.BASE_FUNCTIONS) == {row.act for row in spec.ARCHITECTURES.values()}
-    for row in spec.ARCHITECTURES.values():
-        for name in row.auto_map("modeling_stocha").values():
-            assert hasattr(modeling_stocha, name.removeprefix("modeling_stocha."))
+    for module in (modeling_stocha, cuts_stocha, quantization_stocha):
+        for row in spec.ARCHITECTURES.values():
+            for name in row.auto_map("").values():
+                assert getattr(module, name.lstrip(".")) is getattr(modeling_stocha, name.lstrip("."))
 
 
 def test_importing_spec_does_not_import_torch() -> None:

@@ -28,8 +28,13 @@ def code_files(config: Mapping[str, Any]) -> list[Path]:
     return [MODELING_FILE, *(file for file, carried in wanted.items() if carried)]
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file of one of these names was written by this package or a release of it."""
+def version_of(path: Path) -> str | None:
+    """The release that wrote a file of one of these names, "current" for the installed package's, else None."""
     data = path.read_bytes()
     own = next(file for file in CODE_FILES if file.name == path.name)
-    return data == own.read_bytes() or hashlib.sha256(data).hexdigest() in RELEASED
+    return "current" if data == own.read_bytes() else RELEASED.get(hashlib.sha256(data).hexdigest())
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file of one of these names was written by this package or a release of it."""
+    return version_of(path) is not None

@@ -21,7 +21,7 @@ from stocha_hf.checkpoints import inspection
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, check_links, companion_files, dump, without_code
 from stocha_hf.checkpoints.entry import code_keys, read_entry, with_keys
 from stocha_hf.checkpoints.inspection import CARD, CONFIG, INDEX
-from stocha_hf.checkpoints.modeling_file import CODE_FILES, code_files, is_ours
+from stocha_hf.checkpoints.modeling_file import CODE_FILES, MLX_FILE, code_files, is_ours, version_of
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import check_login, hub_errors
@@ -133,8 +133,15 @@ def _additions(folder: Path, files: list[str], repo: str) -> list[CommitOperatio
     from huggingface_hub import CommitOperationAdd
 
     additions = [CommitOperationAdd(name, _content(folder, name, files)) for name in files]
-    for file in code_files(_config(folder)):
-        additions.append(CommitOperationAdd(file.name, str(_code_file(folder, file))))
+    code = _code(folder, _config(folder))
+    for file in (folder / file.name for file in code):
+        if file.exists() and not (file.is_file() and is_ours(file)):
+            warnings.warn(
+                f"{file} is not a file that stocha_hf wrote, so the package's own {file.name} is published in its "
+                "place; the folder's stays as it is",
+                stacklevel=3,
+            )
+    additions += [CommitOperationAdd(file.name, str(file)) for file in code]
     text = card.published_card(folder, repo, _tag(additions))
     return [*additions, CommitOperationAdd(CARD, text.encode())]
 
@@ -154,25 +161,23 @@ def _content(folder: Path, name: str, files: list[str]) -> str | bytes:
 def _config(folder: Path) -> dict[str, Any]:
     """The folder's config.json, with what it should say of code and classes."""
     config = inspection.read_config(folder)
-    code, found = code_keys(config["model_type"], config, read_entry(config, str(folder))), config.get("auto_map")
-    if not isinstance(found, dict) or found.get("AutoConfig") != code["auto_map"]["AutoConfig"]:
-        del code["auto_map"]["AutoConfig"]  # the modeling file of stocha_hf 0.1 has no such class
+    code = code_keys(config["model_type"], config, read_entry(config, str(folder)))
+    if version_of(_code(folder, config)[0]) == "0.1.0":
+        del code["auto_map"]["AutoConfig"]  # its modeling file has no such class
         code["architectures"] = class_names(code["architectures"], common=True)  # which its classes would not find
     return with_keys(config, code)
 
 
-def _code_file(folder: Path, ours: Path) -> Path:
-    """The folder's own copy of a code file if it is ours, else the package's; a native class saves none."""
-    own = folder / ours.name
-    if own.is_file() and is_ours(own):
-        return own
-    if own.exists():
-        warnings.warn(
-            f"{own} is not a file that stocha_hf wrote, so the package's own {own.name} is published in its place; "
-            "the folder's stays as it is",
-            stacklevel=4,
-        )
-    return ours
+def _code(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The code files to send, the modeling file first.
+
+    Those that import one another are the folder's own if one version of the package wrote them all, else the
+    package's: a native class saves none.
+    """
+    ours = code_files(config)
+    linked = [folder / file.name for file in ours if file != MLX_FILE]
+    versions = {version_of(file) if file.is_file() else None for file in linked}
+    return ours if None in versions or len(versions) > 1 else [*linked, *(file for file in ours if file == MLX_FILE)]
 
 
 def _tag(additions: list[CommitOperationAdd]) -> str:
