@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_refused, call_command, run_warm, tiny_model
+from helpers import assert_refused, call_command, run_warm, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,8 @@ from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
 from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch, unpatch
-from stocha_hf.spec import ARCHITECTURES, ATTENTION, PROJECTIONS, InputCuts
+from stocha_hf.publishing.upload import _additions, _publishable
+from stocha_hf.spec import ARCHITECTURES, ATTENTION, CUTS_FILE, MODELING_FILE, PROJECTIONS, InputCuts
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
 OTHER = torch.randint(3, 64, (1, 8), generator=torch.Generator().manual_seed(2))  # cuts change what follows it
@@ -325,6 +326,23 @@ def test_only_folders_that_cut_carry_the_code_that_cuts_and_without_it_a_sentenc
     monkeypatch.setitem(sys.modules, "stocha_hf.cuts_stocha", None)
     with pytest.raises(ValueError, match=r"cuts_stocha.py cannot be imported .*: expected it beside modeling_stocha"):
         model.eval()
+
+
+def test_the_code_that_is_published_is_of_one_version(tmp_path: Path) -> None:
+    cut_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    def sent() -> dict[str, Any]:
+        return {
+            item.path_in_repo: item.path_or_fileobj for item in _additions(tmp_path, _publishable(tmp_path), "a/b")
+        }
+
+    assert Path(sent()["cuts_stocha.py"]) == tmp_path / "cuts_stocha.py"
+    released = next((Path(__file__).parent / "released").glob("*.py")).read_bytes()
+    (tmp_path / "modeling_stocha.py").write_bytes(released)  # which knows nothing that cuts_stocha.py asks it for
+    found = sent()
+    assert Path(found["modeling_stocha.py"]) == MODELING_FILE and Path(found["cuts_stocha.py"]) == CUTS_FILE
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"].startswith("cuts_stocha.")
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,9 +113,15 @@ def test_numbers_that_are_not_finite_do_not_come_out_finite(library: Any, value:
     assert found[0].isfinite().all() and not found[1].isfinite().any()
 
 
-def test_larger_pages_keep_what_a_tensor_holds() -> None:
-    """Whatever the system answers, also for parts of an allocation that share pages with others."""
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages")
+def test_larger_pages_are_asked_for_around_a_large_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    system = SimpleNamespace(madvise=lambda start, size, advice: asked.append((start.value, size.value, advice)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: system)
     whole = torch.arange(2**20, dtype=torch.int32)
     for part in (whole[:10], whole[1000 : 2**19 + 1000], whole):
         use_large_pages(part)
-    assert torch.equal(whole, torch.arange(2**20, dtype=torch.int32))
+    assert [advice for *_, advice in asked] == [25, 25]  # MADV_COLLAPSE, and none for the small one
+    for part, (start, size, _) in zip((whole[1000 : 2**19 + 1000], whole), asked, strict=True):
+        assert start % 2**21 == size % 2**21 == 0
+        assert start <= part.data_ptr() and part.data_ptr() + part.nbytes <= start + size
