@@ -25,7 +25,12 @@ from stocha_hf.training.held_inputs import HeldInputs
 from stocha_hf.training.trainer import StochaTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPTIONS = {"schedule": SILU, "save_steps": 4, "logging_steps": 1, "learning_rate": 3e-2}  # at which inputs move in few steps
+OPTIONS = {
+    "schedule": SILU,
+    "save_steps": 4,
+    "logging_steps": 1,
+    "learning_rate": 3e-2,
+}  # at which inputs move in few steps
 SOME = ("q_proj", "o_proj", "down_proj")
 
 
