@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stocha_hf.measurement.evaluation import compare, evaluate
     from stocha_hf.measurement.sampling import sample
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
+    from stocha_hf.measurement.selection.learned import learn_input_cuts
     from stocha_hf.measurement.speed_models import benchmark
     from stocha_hf.modeling_stocha import StochaConfig, stocha_mode
     from stocha_hf.models import load_model
@@ -43,6 +44,7 @@ _HOMES = {
     "evaluate": "measurement.evaluation",
     "evaluate_tasks": "tasks.evaluate",
     "export": "conversion.export",
+    "learn_input_cuts": "measurement.selection.learned",
     "load_model": "models",
     "lossless": "decoding.lossless",
     "patch": "patching",
@@ -83,6 +85,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "learn_input_cuts",
     "load_model",
     "lossless",
     "patch",

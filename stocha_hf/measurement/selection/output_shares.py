@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.distributions import Distribution
+from stocha_hf.measurement.selection.input_scales import SHARED
 from stocha_hf.measurement.selection.thresholds import cutting, spread
 from stocha_hf.spec import PROJECTIONS
 
-SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # the same input
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
 STEP = 0.01  # of a share, to which it is interpolated
 TOKENS = 8192  # of text that the curves are measured on, at most
