@@ -11,6 +11,7 @@ from helpers import tiny_model
 from transformers import AutoModelForCausalLM
 
 from stocha_hf.cuts_stocha import cut_inputs
+from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
@@ -37,6 +38,22 @@ def test_scaled_inputs_leave_the_model_as_it_was(model_type: str) -> None:
             seen[names] = (weight - block.linears[names[-1]].weight).abs().max()
     assert all(change > 1e-3 for change in seen.values())
     torch.testing.assert_close(model(WINDOWS[:2]).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_learned_is_refused_before_a_weight_changes() -> None:
+    model = tiny_model().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for windows, share, words in (
+        (WINDOWS, 1.0, "is 1.0: expected a share between 0 and 1"),
+        (WINDOWS[:0], 0.5, "there are no windows"),
+        (WINDOWS + 10_000, 0.5, "has the token"),
+    ):
+        with pytest.raises(StochaError, match=words):
+            learn_input_cuts(model, windows, share)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    patch(model, StochaConfig(activation="silu", inputs=calibrate_inputs(model, WINDOWS, 0.5)))
+    with pytest.raises(StochaError, match="cuts its inputs already"):
+        learn_input_cuts(model, WINDOWS, 0.5)
 
 
 def test_learned_thresholds_read_what_was_asked_for_and_predict_better_than_one_share_for_all(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,13 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from stocha_hf.cuts_stocha import cut_projections
+from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import Block, blocks
+from stocha_hf.measurement.evaluation import check_vocabulary
 from stocha_hf.measurement.selection.distributions import input_distributions
 from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, scale_inputs, spread_over_heads
-from stocha_hf.spec import InputCuts
+from stocha_hf.spec import InputCuts, is_number
 
 STEPS, RATE = 140, 0.02  # of Adam on the logarithms of thresholds
 WIDTH = 0.3  # of the sigmoid, in log|x|
@@ -45,7 +48,7 @@ class Group:
     names: tuple[str, ...]
     logs: nn.Parameter  # [inputs], of o_proj [key heads * head size]
     weight: float  # share of all projections' weights
-    kept: torch.Tensor | None = None  # mean share of its inputs, with a gradient
+    kept: torch.Tensor = field(default_factory=lambda: torch.ones(()))  # mean share of its inputs, with a gradient
 
     def limits(self) -> torch.Tensor:
         return spread_over_heads(self.block, self.logs) if self.names == ("o_proj",) else self.logs
@@ -66,7 +69,12 @@ def learn_input_cuts(
 
     Returns:
         One threshold a projection, for the model as it is now.
+
+    Raises:
+        StochaError: the model cuts already or is quantized, the share is not between 0 and 1, there is no window, a
+            token id is beyond the vocabulary, or what the model computes is not finite.
     """
+    _check(model, windows, share)
     device = next(model.parameters()).device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -93,6 +101,22 @@ def learn_input_cuts(
     return InputCuts(_fold(groups), share=share, **fields)
 
 
+def _check(model: Any, windows: torch.Tensor, share: float) -> None:
+    if cut_projections(model):
+        raise StochaError("the model cuts its inputs already: expected one that does not; call stocha_hf.unpatch")
+    if others := {
+        type(x).__name__ for block in blocks(model) for x in block.linears.values() if type(x) is not nn.Linear
+    }:
+        raise StochaError(
+            f"the model's projections are {', '.join(sorted(others))}: expected Linear, in full precision"
+        )
+    if not is_number(share) or not 0 < share < 1:
+        raise StochaError(f"the share of weights not to read is {share!r}: expected a share between 0 and 1")
+    if not len(windows):
+        raise StochaError("there are no windows: expected at least one window of text to learn from")
+    check_vocabulary(model.config, windows)
+
+
 def _groups(model: Any, windows: torch.Tensor, share: float) -> list[Group]:
     """Every group, at the threshold that cuts the share of its inputs."""
     seen, found = input_distributions(model, windows), blocks(model)
@@ -115,13 +139,18 @@ def _learn(model: Any, groups: list[Group], row: torch.Tensor, share: float, pri
         aims = model(row, use_cache=False).logits[0, start:]
     with cutting(groups, start):
         logits = model(row, use_cache=False).logits[0, start:]
-        read = sum(group.weight * group.kept for group in groups)  # type: ignore[operator]
+        read = torch.stack([group.weight * group.kept for group in groups]).sum()
     over = float(read.detach()) - (1 - share)
-    found = sum(
+    parts = [
         F.kl_div(a.float().log_softmax(-1), b.float().log_softmax(-1), reduction="sum", log_target=True)
         for a, b in zip(logits.split(CHUNK), aims.split(CHUNK), strict=True)
-    )
-    ((found / len(logits) + (price + STIFF * over) * read) / rows).backward()
+    ]
+    loss = torch.stack(parts).sum() / len(logits)
+    if not loss.isfinite():
+        raise StochaError(
+            "the model's predictions are not finite on the windows: expected finite ones; check its weights"
+        )
+    ((loss + (price + STIFF * over) * read) / rows).backward()
     return over
 
 
@@ -159,14 +188,14 @@ def _meet(model: Any, groups: list[Group], rows: torch.Tensor, share: float) -> 
         for row in rows:
             with cutting(groups, len(row) // UNCUT):
                 model(row[None], use_cache=False, logits_to_keep=1)
-            total += sum(group.weight * float(group.kept) for group in groups)  # type: ignore[arg-type]
+            total += sum(group.weight * float(group.kept) for group in groups)
         return total / len(rows)
 
     low, high, now = -1.0, 1.0, 0.0
     for _ in range(10):
         middle = (low + high) / 2
         for group in groups:
-            group.logs += middle - now
+            group.logs.add_(middle - now)
         now = middle
         low, high = (middle, high) if read() > 1 - share else (low, middle)
 
