@@ -89,6 +89,7 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
     from stocha_hf.models import load_model
     from stocha_hf.patching import patch, unpatch
+    from stocha_hf.quantization_stocha import computing_dtype
 
     length = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
     tokens = max(options.tokens or TOKENS, length)
@@ -100,6 +101,7 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(str(source.folder), dtype="auto").to(device)
+    model.to(computing_dtype(next(model.parameters())))  # not bfloat16 on a processor that is slow in it
     unpatch(model)  # of what the source infers with
     patch(model, entry)  # type: ignore[arg-type] # inside the package there is one StochaConfig
     sparse = ACTIVATIONS[str(entry.inference)].native not in (None, entry.base)
