@@ -8,9 +8,9 @@ example:
   stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
-SOURCE's files are copied byte for byte (except the FFN weights with --refit, and all weights with --bits) and nothing
-of it is run. OUTPUT appears complete or not at all; a refit or quantization that was killed continues when started
-again with the same command.
+SOURCE's files are copied byte for byte (except the FFN weights with --refit, the decoder layers' with
+--inputs-allotment learned, and all weights with --bits) and nothing of it is run. OUTPUT appears complete or not at
+all; a refit or quantization that was killed continues when started again with the same command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stocha_hf.cli import (
 )
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES
-from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
+from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, LEARNED, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
@@ -95,7 +95,11 @@ def parser() -> Parser:
         metavar="DATA",
         help="text to measure the thresholds of --inputs on, or to quantize to 4 bits for",
     )
-    verb.add_argument("--calibrate-tokens", type=whole_number(1), help="tokens of it to use (default: 16384)")
+    verb.add_argument(
+        "--calibrate-tokens",
+        type=whole_number(1),
+        help="tokens of it to use (default: 16384, or 2097152 where thresholds are learned)",
+    )
     verb.add_argument(
         "--inputs-of",
         nargs="+",
@@ -105,9 +109,10 @@ def parser() -> Parser:
     )
     verb.add_argument(
         "--inputs-allotment",
-        type=one_of(ALLOTMENTS),
+        type=one_of((*ALLOTMENTS, LEARNED)),
         help="uniform: SHARE of each projection; greedy: of each layer, output: of all layers, most where it matters "
-        "least (default: uniform)",
+        "least; learned: of all layers, with a threshold for each input that is folded into the weights (default: "
+        "uniform)",
     )
     verb.add_argument("--inputs-prefill", action="store_true", help="cut at every token, not only in decode steps")
     verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
