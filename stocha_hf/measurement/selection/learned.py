@@ -250,7 +250,7 @@ def cutting(groups: list[Group], at: torch.Tensor) -> Iterator[None]:
 
     def cut(args: tuple[torch.Tensor, ...], group: Group) -> tuple[torch.Tensor, ...]:
         if group.last[0] is not args[0]:
-            left, group.kept = _Cut.apply(args[0], group.limits(), at)  # type: ignore[no-untyped-call]
+            left, group.kept = _Cut.apply(args[0], group.limits(), at)
             group.last = args[0], left
         return group.last[1], *args[1:]
 
