@@ -82,7 +82,7 @@ def test_learned_thresholds_read_what_was_asked_for_and_predict_better_than_one_
     assert found["learned"][1] < 0.9 * found["uniform"][1]
     learned.save_pretrained(tmp_path)  # natively it is the original
     native = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(native(WINDOWS[:2]).logits, original(WINDOWS[:2]).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(native(WINDOWS[:2]).logits, original(WINDOWS[:2]).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_are_whole_texts_that_are_cut_behind_a_random_beginning(checkpoint: Any, tmp_path: Path) -> None:
