@@ -8,9 +8,9 @@ example:
   stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
-SOURCE's files are copied byte for byte (except the FFN weights with --refit, and all weights with --bits), and none
-of its code is run. OUTPUT appears complete or not at all. If a refit or quantization was killed, run the same command
-again: it continues.
+SOURCE's files are copied byte for byte (except the FFN weights with --refit, the decoder layers' with
+--inputs-allotment learned, and all weights with --bits), and none of its code is run. OUTPUT appears complete or not at
+all. If a refit or quantization was killed, run the same command again: it continues.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stocha_hf.cli import (
 )
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES
-from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
+from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, LEARNED, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
@@ -97,7 +97,11 @@ def parser() -> Parser:
         metavar="DATA",
         help="text that --inputs measures thresholds on, and --bits 4 fits its rounding to",
     )
-    verb.add_argument("--calibrate-tokens", type=whole_number(1), help="tokens of it to use (default: 16384)")
+    verb.add_argument(
+        "--calibrate-tokens",
+        type=whole_number(1),
+        help="tokens of it to use (default: 16384, or 2097152 where thresholds are learned)",
+    )
     verb.add_argument(
         "--inputs-of",
         nargs="+",
@@ -107,9 +111,10 @@ def parser() -> Parser:
     )
     verb.add_argument(
         "--inputs-allotment",
-        type=one_of(ALLOTMENTS),
+        type=one_of((*ALLOTMENTS, LEARNED)),
         help="uniform: SHARE of each projection; greedy: of each layer, output: of all layers, most where it matters "
-        "least (default: uniform)",
+        "least; learned: of all layers, with a threshold for each input that is folded into the weights (default: "
+        "uniform)",
     )
     verb.add_argument("--inputs-prefill", action="store_true", help="cut at every token, not only in decode steps")
     verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
