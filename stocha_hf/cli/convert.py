@@ -9,8 +9,8 @@ example:
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
 SOURCE's files are copied byte for byte (except the FFN weights with --refit, the decoder layers' with
---inputs-allotment learned, and all weights with --bits), and none of its code is run. OUTPUT appears complete or not at
-all. If a refit or quantization was killed, run the same command again: it continues.
+--inputs-allotment learned, and all weights with --bits), and none of its code is run. OUTPUT appears complete or not
+at all. If a refit or quantization was killed, run the same command again: it continues.
 """
 
 from __future__ import annotations
