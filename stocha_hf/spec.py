@@ -20,6 +20,7 @@ MODELING_FILE, CUTS_FILE, MLX_FILE = (
     Path(__file__).with_name(f"{name}_stocha.py") for name in ("modeling", "cuts", "mlx")
 )
 ALLOTMENTS = ("uniform", "greedy", "output")  # of the share of inputs to cut to projections
+LEARNED = "learned"  # a threshold for each input instead, which takes scaled weights
 
 # --- copied into modeling_stocha.py from here ---
 

@@ -8,9 +8,9 @@ example:
   stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
-SOURCE's files are copied byte for byte (except the FFN weights with --refit, and all weights with --bits) and nothing
-of it is run. OUTPUT appears complete or not at all; a refit or quantization that was killed continues when started
-again with the same command.
+SOURCE's files are copied byte for byte (except the FFN weights with --refit, the decoder layers' with
+--inputs-allotment learned, and all weights with --bits), and none of its code is run. OUTPUT appears complete or not
+at all. If a refit or quantization was killed, run the same command again: it continues.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stocha_hf.cli import (
 )
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES, is_bits
-from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, POSITIVE_SIDES, PROJECTIONS, StochaConfig
+from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, LEARNED, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
@@ -86,7 +86,9 @@ def parser() -> Parser:
     )
     verb.add_argument("--target-sparsity", type=share, help="share of zeros to refit for (default: what ReLU makes)")
     verb.add_argument(
-        "--refit-tokens", type=whole_number(1), help="tokens to refit on (default: 98304, or 8 a neuron if more)"
+        "--refit-tokens",
+        type=whole_number(1),
+        help="tokens to refit on (default: 98304, or 8 per neuron of a layer if more)",
     )
     verb.add_argument("--refit-on-disk", action="store_true", help="keep the refit's streams on disk, not in memory")
     verb.add_argument(
@@ -99,9 +101,13 @@ def parser() -> Parser:
         "--calibrate",
         type=path_or_id,
         metavar="DATA",
-        help="text to measure the thresholds of --inputs on, or to quantize to 4 bits for",
+        help="text that --inputs measures thresholds on, and --bits 4 fits its rounding to",
     )
-    verb.add_argument("--calibrate-tokens", type=whole_number(1), help="tokens of it to use (default: 16384)")
+    verb.add_argument(
+        "--calibrate-tokens",
+        type=whole_number(1),
+        help="tokens of it to use (default: 16384, or 2097152 where thresholds are learned)",
+    )
     verb.add_argument(
         "--inputs-of",
         nargs="+",
@@ -111,9 +117,10 @@ def parser() -> Parser:
     )
     verb.add_argument(
         "--inputs-allotment",
-        type=one_of(ALLOTMENTS),
+        type=one_of((*ALLOTMENTS, LEARNED)),
         help="uniform: SHARE of each projection; greedy: of each layer, output: of all layers, most where it matters "
-        "least (default: uniform)",
+        "least; learned: of all layers, with a threshold for each input that is folded into the weights (default: "
+        "uniform)",
     )
     verb.add_argument("--inputs-prefill", action="store_true", help="cut at every token, not only in decode steps")
     verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
@@ -127,7 +134,7 @@ def parser() -> Parser:
         nargs="*",
         type=one_of(MATRICES),
         metavar="NAME",
-        help=f"with fewer --bits, what gets 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4)",
+        help=f"with fewer --bits, kept in 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4)",
     )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")

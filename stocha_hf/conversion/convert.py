@@ -3,7 +3,8 @@
 Patching changes the activation and not one weight, so the shards are copied byte for byte (copy-on-write where the
 file system can) and only config.json, the modeling file and the card are written. Hence the time of `cp`, and memory
 independent of the model's size. Converting a converted checkpoint changes only what is asked for. Input cuts
-(input_cuts.py) and refits (refit.py) run text through the model first.
+(input_cuts.py) and refits (refit.py) run text through the model first; a refit, and cuts whose thresholds are learned,
+then write other weights.
 
 With `bits` the weights are quantized on the way (quantize.py).
 
@@ -34,7 +35,7 @@ from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing import card
 from stocha_hf.quantization import BITS, MATRICES, is_bits
-from stocha_hf.spec import StochaConfig, __version__
+from stocha_hf.spec import LEARNED, StochaConfig, __version__
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -106,12 +107,13 @@ def convert(
         inputs: share of the entries of projections' inputs to cut, by size (TEAL); 0 takes a source's cuts off.
         calibrate: text to measure thresholds of `inputs` on, and to quantize to 4 bits for: a file, folder or Hub data
             set.
-        calibrate_tokens: tokens of it to use (default: 16384).
+        calibrate_tokens: tokens of it to use (default: 16384, or 2,097,152 where thresholds are learned).
         inputs_of: the projections to cut, names in PROJECTIONS (default: all, or attention's where the activation
             makes the FFN sparse).
         inputs_allotment: "uniform" cuts the share in each projection, "greedy" on average of a layer's weights, more
             where that changes the layer's output less, "output" on average of all layers, more where that changes the
-            predictions less (default: "uniform").
+            predictions less, "learned" by a threshold for each input of all layers, found by gradient and folded into
+            the weights (default: "uniform").
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded. A
@@ -151,6 +153,11 @@ def convert(
         raise StochaError(f"bits is {bits!r}: expected 4 or 8, or a mean of bits between them")
     if bits is not None and options is not None:
         raise StochaError("bits was given with refit: expected one of them; refit first, then quantize the result")
+    if bits is not None and inputs_allotment == LEARNED:
+        raise StochaError(
+            f"bits {bits} was given with inputs_allotment {LEARNED}: expected one of them; cut first, then quantize "
+            "the result"
+        )
     if in_8_bits is not None and (not in_4 or not set(in_8_bits) <= set(MATRICES)):
         raise StochaError(
             f"in_8_bits {' '.join(in_8_bits)} was given with bits {bits}: expected bits below 8, and names among "
@@ -173,7 +180,12 @@ def convert(
         if cuts is not None and cuts.share and "stocha" not in found.config:  # the FFN stays as it is
             changes = {"activation": found.architecture.act} | changes
         config, change = _converted_config(found, base_model, changes), None
-        if cuts is not None:
+        if cuts is not None and cuts.allotment == LEARNED:
+            from stocha_hf.conversion.learned_cuts import learned_cuts  # needs torch, as a refit does
+
+            learned = learned_cuts(found, config, cuts)
+            config, change = learned.config, learned.apply_to
+        elif cuts is not None:
             config = with_cuts(found, config, cuts)
         if options is not None and work is not None:
             from stocha_hf.conversion.refit import refit_checkpoint  # needs torch, which copying does not

@@ -1,8 +1,8 @@
-"""Input cuts: a conversion that lets projections skip the small entries of their inputs; no weight changes.
+"""Input cuts: a conversion that lets projections skip the small entries of their inputs.
 
 Thresholds are measured on calibration text that runs through the model as it will infer
 (measurement/selection/input_cuts.py), and stand in config.json under `stocha.inputs`. The custom class cuts; the
-native class computes every input in full.
+native class computes every input in full. No weight changes, but where thresholds are learned (learned_cuts.py).
 
     stocha-convert SOURCE OUTPUT --inputs 0.4 --calibrate text.parquet
 """
@@ -17,7 +17,7 @@ from stocha_hf.checkpoints.entry import read_entry, with_entry
 from stocha_hf.checkpoints.names import public_name
 from stocha_hf.conversion.source import Source
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, ATTENTION, PROJECTIONS, StochaConfig, is_number
+from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, ATTENTION, LEARNED, PROJECTIONS, StochaConfig, is_number
 
 TOKENS = 16_384  # default: tens of millions of entries for each threshold
 WINDOW = 1024  # tokens
@@ -30,7 +30,7 @@ class Calibration:
     `share` is the share of input entries to cut; 0 takes a source's cuts off, and then nothing else is given. `data`
     is a file, folder or Hub data set (stocha_hf/data/rows.py), `tokens` how many of its tokens to use, `of` the
     projections to cut (None: all, or attention's where the activation makes the FFN sparse), `allotment` one of
-    ALLOTMENTS. `prefill` and `train` are those of InputCuts. Raises StochaError.
+    ALLOTMENTS or LEARNED. `prefill` and `train` are those of InputCuts. Raises StochaError.
     """
 
     share: float
@@ -64,8 +64,15 @@ class Calibration:
             raise StochaError(
                 f"the projections to cut are {self.of!r}: expected one or more of {', '.join(PROJECTIONS)}"
             )
-        if self.allotment not in (None, *ALLOTMENTS):
-            raise StochaError(f"the allotment is {self.allotment!r}: expected one of {', '.join(ALLOTMENTS)}")
+        if self.allotment not in (None, *ALLOTMENTS, LEARNED):
+            raise StochaError(
+                f"the allotment is {self.allotment!r}: expected one of {', '.join((*ALLOTMENTS, LEARNED))}"
+            )
+        if self.allotment == LEARNED and self.of is not None:
+            raise StochaError(
+                f"inputs_of {' '.join(self.of)} was given with inputs_allotment {LEARNED}: expected one of them, as "
+                "thresholds are learned for all projections together"
+            )
 
 
 OPTIONS = ("data", "tokens", "of", "allotment", "prefill", "train")  # that go with a share above 0
@@ -83,13 +90,8 @@ def with_cuts(source: Source, config: dict[str, Any], options: Calibration) -> d
 
 
 def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> Any:
-    import torch  # which copying does not need
-
-    from stocha_hf.data import calibration_windows
+    from stocha_hf.data import calibration_windows  # none of this is needed for copying
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
-    from stocha_hf.models import load_model
-    from stocha_hf.patching import patch, unpatch
-    from stocha_hf.quantization_stocha import computing_dtype
 
     length = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
     tokens = max(options.tokens or TOKENS, length)
@@ -99,17 +101,11 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
             f"{options.data} has less than {length} tokens: expected at least one window of text to calibrate "
             "thresholds on"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(str(source.folder), dtype="auto").to(device)
-    model.to(computing_dtype(next(model.parameters())))  # not bfloat16 on a processor that is slow in it
-    unpatch(model)  # of what the source infers with
-    patch(model, entry)  # type: ignore[arg-type] # inside the package there is one StochaConfig
-    sparse = ACTIVATIONS[str(entry.inference)].native not in (None, entry.base)
-    of = options.of or (ATTENTION if sparse else PROJECTIONS)
+    of = options.of or (ATTENTION if is_sparse(entry) else PROJECTIONS)
     allotment = options.allotment or ALLOTMENTS[0]
     used = {"data": public_name(str(options.data)), "tokens": windows.numel(), "seed": options.seed}
     return calibrate_inputs(
-        model.eval(),
+        uncut_model(source, entry),
         windows,
         options.share,
         of,
@@ -118,6 +114,30 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
         train=options.train,
         calibration=used | {"allotment": allotment},
     )
+
+
+def is_sparse(entry: StochaConfig) -> bool:
+    """Return whether the activation in eval() mode makes the FFN sparse by its gate."""
+    return ACTIVATIONS[str(entry.inference)].native not in (None, entry.base)
+
+
+def uncut_model(source: Source, entry: StochaConfig, on_cpu: str = "auto") -> Any:
+    """The source's model as it will infer, without cuts, in eval mode: on a GPU where there is one.
+
+    Its dtype is its weights', on a CPU `on_cpu`, and float32 where the processor has no products in that.
+    """
+    import torch
+
+    from stocha_hf.models import load_model
+    from stocha_hf.patching import patch, unpatch
+    from stocha_hf.quantization_stocha import computing_dtype
+
+    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", on_cpu)
+    model = load_model(str(source.folder), dtype=dtype).to(device)
+    model.to(computing_dtype(next(model.parameters())))  # not bfloat16 on a processor that is slow in it
+    unpatch(model)  # of what the source infers with
+    patch(model, entry)  # type: ignore[arg-type] # inside the package there is one StochaConfig
+    return model.eval()
 
 
 def check_uncut(entry: StochaConfig, where: str) -> None:

@@ -1,10 +1,11 @@
-"""Windows of token ids, cut from a data set's text: in order, to measure on, or at random, to calibrate on.
+"""Token ids of a data set's text: windows of it, in order to measure on or at random to calibrate on, and whole texts.
 
 text_windows("books.parquet", Path("smollm2"), length=1024)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 STREAMED = 4000  # rows: some millions of tokens of ordinary text, from shards in random order
+SHORTEST = 16  # tokens of a text that is a row of its own
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -64,21 +66,73 @@ def calibration_windows(name: str, tokenizer_folder: str | Path, tokens: int, le
     import torch
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    data: Any = load_data(name, streaming=local_files(name) is None)
-    if not hasattr(data, "__len__"):
-        with reading(name, None):
-            data = list(data.shuffle(seed=seed, buffer_size=1000).take(STREAMED))
+    data = _varied(name, seed)
     start = tokenizer("")["input_ids"][:1]
     most = max(4 * length, 2 * tokens // len(data))
     ids: list[int] = []
-    for row in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist():
-        text = plain_text(data[row])[: 16 * most]  # a token of more than 16 characters is rare
+    for row in _shuffled(data, seed):
+        text = plain_text(row)[: 16 * most]  # a token of more than 16 characters is rare
         ids += tokenizer(text, add_special_tokens=False)["input_ids"][:most]
         if len(ids) >= tokens:
             break
     body = length - len(start)
     windows = [start + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
     return torch.tensor(windows[: tokens // length], dtype=torch.int64).view(-1, length)
+
+
+def calibration_texts(
+    name: str, tokenizer_folder: str | Path, rows: int, length: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw whole texts from a data set, one a row from its first token, as decoding meets them.
+
+    Rows come in random order, as in `calibration_windows`. A text of fewer than SHORTEST tokens is left out, and of a
+    long one its beginning is taken.
+
+    Args:
+        name: As in `load_data`.
+        tokenizer_folder: Checkpoint folder with the tokenizer.
+        rows: How many texts to draw.
+        length: Tokens of a row.
+        seed: Decides the order of rows.
+
+    Returns:
+        Token ids, int64 [rows, length], with zeros behind each text, and the tokens of each text, int64 [rows]; fewer
+        rows than asked for where the data set has fewer.
+
+    Raises:
+        StochaError: as `load_data` and `load_tokenizer` do.
+    """
+    import torch
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    start = tokenizer("")["input_ids"][:1]
+    found: list[list[int]] = []
+    for row in _shuffled(_varied(name, seed), seed):
+        ids = tokenizer(plain_text(row)[: 16 * length], add_special_tokens=False)["input_ids"]
+        ids = (ids if ids[:1] == start else start + ids)[:length]
+        if len(ids) >= min(SHORTEST, length):
+            found.append(ids)
+        if len(found) == rows:
+            break
+    padded = [ids + [0] * (length - len(ids)) for ids in found]
+    sizes = torch.tensor([len(ids) for ids in found], dtype=torch.int64)
+    return torch.tensor(padded, dtype=torch.int64).view(-1, length), sizes
+
+
+def _varied(name: str, seed: int) -> Any:
+    """The rows of a data set; of one on the Hub, that may be terabytes, some that are streamed."""
+    data: Any = load_data(name, streaming=local_files(name) is None)
+    if not hasattr(data, "__len__"):
+        with reading(name, None):
+            data = list(data.shuffle(seed=seed, buffer_size=1000).take(STREAMED))
+    return data
+
+
+def _shuffled(data: Any, seed: int) -> Iterator[dict[str, Any]]:
+    import torch
+
+    for row in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist():
+        yield data[row]
 
 
 def text_windows(name: str, tokenizer_folder: str | Path, length: int, most: int | None = None) -> torch.Tensor:

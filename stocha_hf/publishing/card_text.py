@@ -31,6 +31,12 @@ REFITTED = (
 TRAINED = (
     "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
 )
+SCALED = (
+    "The inputs of its projections were scaled, in the weights of the layers before and after them, so that one "
+    "threshold a projection does what one for each input did, learned on {data}. Without cuts the model computes what "
+    "the source does, up to rounding; names and shapes are the source's."
+)
+SCALED_AFTER = "{weights} Weights of projections and norms were scaled for thresholds that were learned on {data}."
 FROM_SCRATCH = "No weight comes from another model: the recipe below began with random ones."
 SCRATCH_LIMITS = "The model has seen the text of its recipe and nothing else."
 SWAPPED_LIMITS = (
@@ -56,6 +62,7 @@ llama.cpp, MLX-LM, vLLM and the native class of transformers run this model **wi
 source does.
 
 """
+LEARNED_INPUTS = "learned_inputs"  # the method of a stage that scales weights and trains none
 LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 
 
@@ -141,6 +148,11 @@ def _what_was_done(history: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _what_changed(history: list[dict[str, Any]]) -> tuple[str, str]:
+    others = [stage for stage in history if stage.get("method") != LEARNED_INPUTS]
+    if len(others) < len(history):
+        data = text(next(stage.get("data", "a text") for stage in history if stage.get("method") == LEARNED_INPUTS))
+        weights, limits = _what_changed(others)
+        return (SCALED_AFTER if others else SCALED).format(weights=weights, data=data), limits
     if any(stage.get("method") != "refit" for stage in history):
         return TRAINED, TRAINED_LIMITS
     if not history:

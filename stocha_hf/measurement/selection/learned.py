@@ -5,6 +5,9 @@ are cut at once, and thresholds follow the gradient of the predictions' divergen
 times the bytes read. The forward pass cuts hard. In the backward pass the step at a threshold t is a sigmoid of
 (log|x| - log t) / WIDTH, so t feels the entries near it. The price rises while more is read than was asked for.
 
+Only what is cut has a loss, as a prompt has none in decoding: `answers` begins at a random place in each text. The
+head and its predictions are computed there alone, for CHUNK tokens at a time.
+
 No weight is trained. When it is done, each projection keeps one threshold, and the differences between its inputs
 become scales that input_scales.py moves into the weights around it: the model computes what it did, up to rounding.
 
@@ -29,15 +32,17 @@ from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import Block, blocks
 from stocha_hf.measurement.evaluation import check_vocabulary
-from stocha_hf.measurement.selection.distributions import input_distributions
+from stocha_hf.measurement.selection.distributions import Distribution, watching
 from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, scale_inputs, spread_over_heads
 from stocha_hf.spec import InputCuts, is_number
 
-STEPS, RATE = 140, 0.02  # of Adam on the logarithms of thresholds
+STEPS, BATCH, RATE = 140, 32, 0.02  # of Adam on the logarithms of thresholds
 WIDTH = 0.3  # of the sigmoid, in log|x|
-UNCUT = 8  # a window's first part, of so many, that is computed in full and has no loss, as a prompt
+UNCUT = 8  # where nothing says what is cut: a window's first part, of so many, is not
+FIRST, LONGEST = 4, 0.75  # tokens of a text that are never cut, and the share of it that is uncut at most
 STIFF = 20.0  # how much reading all bytes too many raises their price at once, beside what adds up
-CHUNK = 256  # tokens whose predictions are compared at a time
+CHUNK = 512  # tokens whose predictions are compared at a time
+PASS, CPU_PASS = 8192, 512  # tokens in a pass, on a GPU at most
 
 
 @dataclass
@@ -46,23 +51,52 @@ class Group:
 
     block: Block
     names: tuple[str, ...]
-    logs: nn.Parameter  # [inputs], of o_proj [key heads * head size]
+    logs: nn.Parameter  # float32 [inputs], of o_proj [key heads * head size]
     weight: float  # share of all projections' weights
     kept: torch.Tensor = field(default_factory=lambda: torch.ones(()))  # mean share of its inputs, with a gradient
+    last: tuple[Any, Any] = (None, None)  # an input, and what was left of it: the projections read the same one
 
     def limits(self) -> torch.Tensor:
         return spread_over_heads(self.block, self.logs) if self.names == ("o_proj",) else self.logs
 
 
+def answers(lengths: torch.Tensor, longest: int, seed: int = 0) -> torch.Tensor:
+    """Return which tokens of rows, each a whole text, are cut: those behind a random beginning of it.
+
+    Args:
+        lengths: Tokens of each text, int64 [rows]; what is behind them is padding.
+        longest: Tokens of a row.
+        seed: Of the beginnings.
+
+    Returns:
+        bool [rows, longest].
+    """
+    draws = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed))
+    starts = FIRST + (draws * (LONGEST * lengths - FIRST).clamp(min=0)).long()
+    positions = torch.arange(longest)
+    return (positions >= starts[:, None]) & (positions < lengths[:, None])
+
+
 def learn_input_cuts(
-    model: Any, windows: torch.Tensor, share: float, *, steps: int = STEPS, batch: int = 16, **fields: Any
+    model: Any,
+    windows: torch.Tensor,
+    share: float,
+    *,
+    cut_at: torch.Tensor | None = None,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    **fields: Any,
 ) -> InputCuts:
     """Learn which inputs to cut, all layers at once; the model's weights are scaled in place.
+
+    Takes 70 bytes times hidden size and layers for each of PASS tokens on a GPU, fewer tokens where that is too much.
 
     Args:
         model: A CausalLM of a known architecture that does not cut its inputs, in eval mode.
         windows: Token ids, int64 [windows, length], of text as the model will meet it.
         share: Of the weights of all projections, that are not to be read, between 0 and 1.
+        cut_at: The tokens whose inputs are cut, bool [windows, length], one or more in each window; None: all but a
+            window's first eighth.
         steps: Of the optimizer.
         batch: Windows a step; at most as many as there are.
         **fields: More of InputCuts.
@@ -75,26 +109,32 @@ def learn_input_cuts(
             token id is beyond the vocabulary, or what the model computes is not finite.
     """
     _check(model, windows, share)
+    if cut_at is None:
+        cut_at = (torch.arange(windows.shape[1]) >= windows.shape[1] // UNCUT).expand(windows.shape)
     device = next(model.parameters()).device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
-    groups = _groups(model, windows, share)
     order = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam([group.logs for group in groups], lr=RATE, betas=(0.9, 0.95))
-    price = 1.0
+    rows = max(_tokens_a_pass(model) // windows.shape[1], 1)
+
+    def draw() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        chosen = torch.randperm(len(windows), generator=order)[:batch]
+        return [(windows[part].to(device), cut_at[part].to(device)) for part in chosen.split(rows)]
+
     try:
+        groups = _groups(model, draw(), share)
+        optimizer = torch.optim.Adam([group.logs for group in groups], lr=RATE, betas=(0.9, 0.95))
+        price = 1.0
         for step in tqdm(range(steps), desc="Learning thresholds", unit="step", disable=None, leave=False):
-            rows = windows[torch.randperm(len(windows), generator=order)[:batch]].to(device)
+            passes = draw()
+            tokens = sum(int(at.sum()) for _, at in passes)
             for setting in optimizer.param_groups:
                 setting["lr"] = RATE * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
-            over = 0.0
-            for row in rows:  # one at a time, as memory is what a head of many words takes
-                over += _learn(model, groups, row[None], share, price, len(rows)) / len(rows)
-            price = max(0.0, price + over)
+            price = max(0.0, price + sum(_learn(model, groups, *one, share, price, tokens) for one in passes))
             optimizer.step()
             optimizer.zero_grad()
-        _meet(model, groups, windows[:batch].to(device), share)
+        _meet(model, groups, draw(), share)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -117,55 +157,102 @@ def _check(model: Any, windows: torch.Tensor, share: float) -> None:
     check_vocabulary(model.config, windows)
 
 
-def _groups(model: Any, windows: torch.Tensor, share: float) -> list[Group]:
-    """Every group, at the threshold that cuts the share of its inputs."""
-    seen, found = input_distributions(model, windows), blocks(model)
+def _tokens_a_pass(model: Any) -> int:
+    """How many tokens' activations half of a GPU's free memory holds, at most PASS."""
+    if (device := next(model.parameters()).device).type != "cuda":
+        return CPU_PASS
+    config = model.config
+    token = config.num_hidden_layers * (60 * config.hidden_size + 10 * config.intermediate_size) * model.dtype.itemsize
+    return min(PASS, torch.cuda.mem_get_info(device)[0] // token)
+
+
+def _groups(model: Any, passes: list[tuple[torch.Tensor, torch.Tensor]], share: float) -> list[Group]:
+    """Every group, at the threshold that cuts the share of its inputs on these windows."""
+    found, now = blocks(model), passes[0][1]
     total = sum(linear.weight.numel() for block in found for linear in block.linears.values())
-    device = next(model.parameters()).device
+    places = [(block, names, Distribution()) for block in found for names in SHARED]
+    watched = [(block.linears[names[0]], lambda x, seen=seen: seen.add(x[now].abs())) for block, names, seen in places]
+    with torch.no_grad(), watching(watched):
+        for rows, now in passes:  # noqa: B007 - which the functions above read
+            model(rows, use_cache=False, logits_to_keep=1)
     groups = []
-    for row, block in zip(seen, found, strict=True):
-        for names in SHARED:
-            start = math.log(max(row[names[0]].radius(share), 1e-6))
-            logs = nn.Parameter(torch.full((inputs_of(block, names),), start, device=device))
-            size = sum(block.linears[name].weight.numel() for name in names)
-            groups.append(Group(block, names, logs, size / total))
+    for block, names, seen in places:
+        start = math.log(max(seen.quantile(share), 1e-6))
+        logs = nn.Parameter(torch.full((inputs_of(block, names),), start, device=now.device))
+        size = sum(block.linears[name].weight.numel() for name in names)
+        groups.append(Group(block, names, logs, size / total))
     return groups
 
 
-def _learn(model: Any, groups: list[Group], row: torch.Tensor, share: float, price: float, rows: int) -> float:
-    """Add one window's gradient; returns by how much more is read than is to be."""
-    start = row.shape[1] // UNCUT
+def _learn(
+    model: Any, groups: list[Group], rows: torch.Tensor, at: torch.Tensor, share: float, price: float, tokens: int
+) -> float:
+    """Add the gradient of some windows of a step of so many `tokens`; returns this part of what is read too much."""
     with torch.no_grad():
-        aims = model(row, use_cache=False).logits[0, start:]
-    with cutting(groups, start):
-        logits = model(row, use_cache=False).logits[0, start:]
+        aims = model.base_model(rows, use_cache=False).last_hidden_state[at]
+    with cutting(groups, at):
+        found = model.base_model(rows, use_cache=False).last_hidden_state[at]
         read = torch.stack([group.weight * group.kept for group in groups]).sum()
-    over = float(read.detach()) - (1 - share)
-    parts = [
-        F.kl_div(a.float().log_softmax(-1), b.float().log_softmax(-1), reduction="sum", log_target=True)
-        for a, b in zip(logits.split(CHUNK), aims.split(CHUNK), strict=True)
-    ]
-    loss = torch.stack(parts).sum() / len(logits)
+    over, part = float(read.detach()) - (1 - share), len(found) / tokens
+    hidden = found.detach().requires_grad_()
+    loss = torch.zeros((), device=rows.device)
+    for a, b in zip(hidden.split(CHUNK), aims.split(CHUNK), strict=True):
+        with torch.no_grad():
+            expected = _predictions(model, b)
+        chunk = F.kl_div(_predictions(model, a), expected, reduction="sum", log_target=True)
+        chunk.backward()
+        loss += chunk.detach()
     if not loss.isfinite():
         raise StochaError(
             "the model's predictions are not finite on the windows: expected finite ones; check its weights"
         )
-    ((loss + (price + STIFF * over) * read) / rows).backward()
-    return over
+    torch.autograd.backward([found, (price + STIFF * over) * part * read], [hidden.grad / tokens, None])
+    return over * part
+
+
+def _predictions(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logarithms of probabilities, float32 [tokens, vocabulary], of the last hidden states [tokens, hidden size]."""
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+
+
+class _Cut(torch.autograd.Function):
+    """Inputs x [windows, length, inputs] above their limit, and the mean share of them at the tokens that are cut.
+
+    A function of its own, since autograd would keep nine tensors of x's size in float32 where this keeps x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, limits: torch.Tensor, at: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, limits, at)
+        above = x.float().abs().log() > limits
+        kept = (above & at[..., None]).sum() / (at.sum() * x.shape[-1])
+        return torch.where(above | ~at[..., None], x, 0), kept
+
+    @staticmethod
+    def backward(ctx: Any, *of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, limits, at = ctx.saved_tensors
+        of_cut, of_kept = of[0].float(), of[1] / (at.sum() * x.shape[-1])
+        value = x.float()
+        above = value.abs().log() - limits
+        soft = torch.sigmoid(above / WIDTH)
+        pull = (of_cut * value + of_kept) * soft * (1 - soft) / WIDTH * at[..., None]
+        of_x = torch.where((above > 0) | ~at[..., None], of_cut, 0) + pull / value.masked_fill(value == 0, math.inf)
+        return of_x.to(x.dtype), -pull.sum((0, 1)), None
 
 
 @contextmanager
-def cutting(groups: list[Group], start: int) -> Iterator[None]:
-    """Inside, the groups' projections leave out what is at most its threshold, from position `start` on."""
+def cutting(groups: list[Group], at: torch.Tensor) -> Iterator[None]:
+    """Inside, the groups' projections leave out what is at most its threshold, at the tokens that `at` says."""
 
     def cut(args: tuple[torch.Tensor, ...], group: Group) -> tuple[torch.Tensor, ...]:
-        x = args[0]
-        above = x.float().abs().clamp(min=1e-12).log() - group.limits()
-        soft = torch.sigmoid(above / WIDTH)
-        keep = (above > 0).float() + soft - soft.detach()
-        group.kept = keep[:, start:].mean()
-        whole = torch.ones_like(keep[:, :start])
-        return x * torch.cat([whole, keep[:, start:]], 1).to(x.dtype), *args[1:]
+        if group.last[0] is not args[0]:
+            left, group.kept = _Cut.apply(args[0], group.limits(), at)
+            group.last = args[0], left
+        return group.last[1], *args[1:]
 
     hooks = [
         group.block.linears[name].register_forward_pre_hook(lambda module, args, group=group: cut(args, group))
@@ -177,19 +264,22 @@ def cutting(groups: list[Group], start: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        for group in groups:
+            group.last = (None, None)
 
 
 @torch.no_grad()
-def _meet(model: Any, groups: list[Group], rows: torch.Tensor, share: float) -> None:
+def _meet(model: Any, groups: list[Group], passes: list[tuple[torch.Tensor, torch.Tensor]], share: float) -> None:
     """Multiply all thresholds by one factor, with which so much is read of these rows."""
+    tokens = sum(int(at.sum()) for _, at in passes)
 
     def read() -> float:
         total = 0.0
-        for row in rows:
-            with cutting(groups, len(row) // UNCUT):
-                model(row[None], use_cache=False, logits_to_keep=1)
-            total += sum(group.weight * float(group.kept) for group in groups)
-        return total / len(rows)
+        for rows, at in passes:
+            with cutting(groups, at):
+                model(rows, use_cache=False, logits_to_keep=1)
+            total += int(at.sum()) / tokens * sum(group.weight * float(group.kept) for group in groups)
+        return total
 
     low, high, now = -1.0, 1.0, 0.0
     for _ in range(10):
@@ -204,9 +294,22 @@ def _meet(model: Any, groups: list[Group], rows: torch.Tensor, share: float) -> 
 def _fold(groups: list[Group]) -> dict[str, list[float]]:
     """Scale each group's inputs so that one threshold is left, and return these."""
     found: dict[str, list[float]] = {}
-    for group in groups:
-        common = group.logs.mean()
-        scale_inputs(group.block, group.names, (group.logs - common).exp())
-        for name in group.names:
-            found.setdefault(name, []).append(common.exp().item())
+    for first in range(0, len(groups), len(SHARED)):
+        of_block = groups[first : first + len(SHARED)]
+        with _in_float32(of_block[0].block.module):
+            for group in of_block:
+                common = group.logs.mean()
+                scale_inputs(group.block, group.names, (group.logs - common).exp())
+                for name in group.names:
+                    found.setdefault(name, []).append(common.exp().item())
     return found
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """Inside, the weights are float32, so that one that is scaled twice is rounded once."""
+    kinds = [parameter.dtype for parameter in module.parameters()]
+    module.float()
+    yield
+    for parameter, kind in zip(module.parameters(), kinds, strict=True):
+        parameter.data = parameter.data.to(kind)
