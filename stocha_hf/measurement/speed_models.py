@@ -76,7 +76,7 @@ def force_sparsity(model: Any, share: float, tokens: torch.Tensor) -> None:
         handle.remove()
 
 
-class Clock:
+class _Clock:
     """A streamer that notes when each token comes, on the CPU, also from a GPU; the first are the prompt's."""
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -94,7 +94,7 @@ def decode_seconds(
     model: Any, tokens: torch.Tensor, new: int, now: Callable[[], float] = time.perf_counter, **options: Any
 ) -> float:
     """Seconds, by the clock `now`, that a new token takes generate(**options) once the prompt is read, greedily."""
-    clock = Clock(now)
+    clock = _Clock(now)
     model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
