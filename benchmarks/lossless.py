@@ -33,13 +33,26 @@ PROMPTS = (
 
 
 class Counted(rounds.Pace):
-    """A Pace that also counts: drafted and accepted tokens of each verification."""
+    """A Pace that also counts: drafted and accepted tokens of each verification and its seconds, and drafts'."""
 
-    counts: ClassVar[list[tuple[int, int]]] = []
+    counts: ClassVar[list[tuple[int, int, float]]] = []
+    drafts_taken: ClassVar[list[tuple[int, float]]] = []
+
+    def drafted(self, steps: int, seconds: float) -> None:
+        Counted.drafts_taken.append((steps, seconds))
+        super().drafted(steps, seconds)
 
     def verified(self, count: int, accepted: int, seconds: float) -> None:
-        Counted.counts.append((count, accepted))
+        Counted.counts.append((count, accepted, seconds))
         super().verified(count, accepted, seconds)
+
+    @staticmethod
+    def steps_ms() -> dict[str, float]:
+        """Milliseconds of a draft's step, and of verifications by their number of tokens."""
+        found: dict[str, list[float]] = {"draft": [seconds / steps for steps, seconds in Counted.drafts_taken]}
+        for count, _, seconds in Counted.counts:
+            found.setdefault(f"verification of {count + 1}", []).append(seconds)
+        return {name: 1e3 * statistics.median(times) for name, times in sorted(found.items()) if times}
 
 
 def seconds_a_token(model: Any, ids: torch.Tensor, new: int, now: Callable[[], float], **options: Any) -> Any:
@@ -90,12 +103,13 @@ def main() -> None:
         texts += 1
         if texts == 1:
             Counted.counts.clear()
+            Counted.drafts_taken.clear()
             continue
         same &= torch.equal(found, text)
         for name, value in took.items():
             seconds.setdefault(name, []).append(value)
         print({name: round(1e3 * value, 1) for name, value in took.items()}, flush=True)
-    drafted, accepted = (sum(column) for column in zip(*Counted.counts, strict=True))
+    drafted, accepted, _ = (sum(column) for column in zip(*Counted.counts, strict=True))
     record = {
         "model": Path(args.folder).name,
         "share": model.config.stocha["inputs"].get("share"),
@@ -108,6 +122,7 @@ def main() -> None:
             for name in seconds
             if name != "lossless"
         },
+        "steps_ms": Counted.steps_ms(),
         "same_text": same,
         "drafted": drafted,
         "accepted": accepted,
