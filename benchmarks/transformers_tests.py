@@ -40,6 +40,7 @@ from transformers.testing_utils import torch_device
 import stocha_hf.modeling_stocha as ours
 from stocha_hf.spec import ARCHITECTURES
 
+from .generation.test_utils import GenerationTesterMixin
 from .test_configuration_common import ConfigTester
 from .test_modeling_common import ModelTesterMixin, ids_tensor
 
@@ -72,7 +73,7 @@ class Tester:
         return self.get_config(), {{"input_ids": ids, "attention_mask": mask}}
 
 
-class Common(ModelTesterMixin):
+class Common(ModelTesterMixin, GenerationTesterMixin):
     classes, entry = (), None
 
     def setUp(self):
