@@ -1,7 +1,7 @@
 """Run transformers' own model tests on a native class and on the stocha class, and compare what they say.
 
-transformers' sdist holds the installed version's tests/test_modeling_common.py, which the wheel lacks. It lacks the
-tests of generation and export, so these are left out here. Each family runs twice in this process, as pytest counts:
+transformers' sdist holds the installed version's test_modeling_common.py, which the wheel lacks. It lacks the tests of
+generation and export, so these are left out here. Each family runs twice in this process, as pytest counts:
 native, and with its stocha MLPs. What fails on both sides is the test's; what fails on one is a difference.
 
     python benchmarks/transformers_tests.py [--families llama qwen2] [--activation relu] [--json RESULTS.jsonl]
