@@ -309,6 +309,12 @@ def record_of(args: argparse.Namespace, seconds: dict[str, list[float]], sizes: 
     }
 
 
+def runs_base(folder: Path) -> bool:
+    """Whether a folder's native class runs the activation that the model was made with."""
+    stocha = read_config(folder).get("stocha") or {}
+    return stocha.get("inference") == stocha.get("base")
+
+
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -336,6 +342,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
     args = parser.parse_args(given)
+    if args.text and (args.random or not args.folder):
+        parser.error("--text measures a real model: give --folder and --gguf in place of --random")
+    if args.text and not args.original and not runs_base(Path(args.folder)):
+        parser.error("--folder runs another activation than the GGUF file's weights: give --original with --text")
     args.threads = 1 if args.cpu else args.threads
     return args
 

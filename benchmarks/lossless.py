@@ -56,7 +56,7 @@ class Counted(rounds.Pace):
 
 
 def seconds_a_token(model: Any, ids: torch.Tensor, new: int, now: Callable[[], float], **options: Any) -> Any:
-    """Seconds of a token after the first, and the text; transformers hands a custom_generate no streamer to ask."""
+    """Seconds of a token after the first, and the text."""
     times = [now()]
     for count in (1, 1, new):  # the first time a step may be planned anew
         text = model.generate(ids, max_new_tokens=count, do_sample=False, **options)

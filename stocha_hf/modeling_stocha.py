@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import shutil
 import types
@@ -180,7 +181,7 @@ class StochaConfig:
         k: For topk, the number of neurons that stay.
         inputs: Which entries of projections' inputs are cut, if any are.
         source: {"id", "revision"} of the model that was converted.
-        history: What refits and training did to the weights, stage by stage.
+        history: What refits, training, learned thresholds, averages and quantizing did to the weights, by stage.
         stocha_version: The version of stocha_hf that wrote the entry.
 
     Raises:
@@ -679,6 +680,12 @@ class StochaModel:
         runtime = StochaMLP.runtime
         found = None if runtime is None or self.training else runtime.sample(self, *args, **kwargs)
         return super()._sample(*args, **kwargs) if found is None else found  # type: ignore[misc]
+
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, *args: Any) -> dict[str, Any]:
+        """As the native one, which forgets the streamer, the last argument, where `custom_generate` is a function."""
+        found: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, *args)  # type: ignore[misc]
+        takes_one = callable(custom_generate) and "streamer" in inspect.signature(custom_generate).parameters
+        return found | {"streamer": args[-1]} if takes_one and args[-1] is not None else found
 
     def get_memory_footprint(self, *args: Any, **kwargs: Any) -> int:
         """The bytes of parameters and buffers, and of what decode steps hold beside them."""

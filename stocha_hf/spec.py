@@ -21,6 +21,7 @@ MODELING_FILE, CUTS_FILE, MLX_FILE = (
 )
 ALLOTMENTS = ("uniform", "greedy", "output")  # of the share of inputs to cut to projections
 LEARNED = "learned"  # a threshold for each input instead, which takes scaled weights
+LEARNED_INPUTS = "learned_inputs"  # the method of the stage in a history that scaled them, and trained none
 
 # --- copied into modeling_stocha.py from here ---
 
@@ -160,7 +161,7 @@ class StochaConfig:
         k: For topk, the number of neurons that stay.
         inputs: Which entries of projections' inputs are cut, if any are.
         source: {"id", "revision"} of the model that was converted.
-        history: What refits and training did to the weights, stage by stage.
+        history: What refits, training, learned thresholds, averages and quantizing did to the weights, by stage.
         stocha_version: The version of stocha_hf that wrote the entry.
 
     Raises:

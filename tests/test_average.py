@@ -112,6 +112,13 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(checkpo
     for other, word in ((relu, "inference"), (wide, "intermediate_size")):
         with pytest.raises(StochaError, match=f"{other.name} has .*{word}.* in weights and thresholds only"):
             average([runs[0], other], out)
+    scaled = tmp_path / "scaled"
+    convert(runs[1], scaled)
+    config = json.loads((scaled / "config.json").read_text())
+    config["stocha"]["history"].append({"method": "learned_inputs", "share": 0.5})
+    (scaled / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StochaError, match=r"scaled and .* have different scales"):
+        average([runs[0], scaled], out)
     for bad in ([0, 1], [-1, 2], [float("nan"), 1]):
         with pytest.raises(StochaError, match="positive numbers"):
             average(runs[:2], out, shares=bad)

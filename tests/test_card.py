@@ -153,6 +153,9 @@ def test_the_card_says_what_was_done_to_the_weights(converted: Path) -> None:
     assert "leaves every weight" in cards[0] and "Recipe" not in cards[0]
     assert "refitted layer by layer on 98,304 tokens of docs.parquet" in cards[1]
     assert "trained after the conversion" in cards[2] and "leaves every weight" not in cards[2]
+    config["stocha"]["history"] = [{"method": "learned_inputs", "data": "answers.jsonl"}]
+    without_cuts = card_text(config, {})
+    assert "Weights of projections and norms were scaled." in without_cuts and "Thresholds" not in without_cuts
     assert "- method: refit" in cards[2] and "steps: 60" in cards[2] and "held_out" not in cards[2]
 
 

@@ -128,7 +128,8 @@ def test_convert_folds_learned_thresholds_into_the_folder_and_says_so(
     (stage,) = entry["history"]
     assert stage["method"] == "learned_inputs" and stage["data"] == "text.jsonl" and stage["share"] == 0.5
     card = " ".join((out / "README.md").read_text().split())
-    assert "learned on text.jsonl. Without cuts the model computes what the source does, up to rounding" in card
+    assert "were scaled. Without cuts the model computes what the source does, up to rounding" in card
+    assert "Thresholds for each input were learned on text.jsonl; scales in the weights let one" in card
     assert "leaves every weight" not in card and "method: learned_inputs" in card
     native, original = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (out, source))
     assert not torch.equal(native.model.layers[1].mlp.down_proj.weight, original.model.layers[1].mlp.down_proj.weight)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny_model
 from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from stocha_hf.decoding import step
 from stocha_hf.decoding.lossless import Pace, lossless
@@ -83,6 +84,20 @@ def test_what_generate_promises_holds(kind: Any, limit: float) -> None:
     assert int(length) == int(expected.past_key_values.get_seq_length()) == found.sequences.shape[1] - 1
     for one, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
         assert torch.equal(one.keys[:, :, :length], other.keys[:, :, :length])
+
+
+def test_a_streamer_gets_the_prompt_and_each_token_and_is_told_the_end() -> None:
+    got: list[Any] = []
+
+    class Told(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            got.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            got.append("end")
+
+    found = cut_model().generate(PROMPT, custom_generate=lossless, streamer=Told(), **OPTIONS)
+    assert got == [*found[0].tolist(), "end"]
 
 
 def test_steps_that_must_call_modules_are_without_drafts(drafts: list[int]) -> None:

@@ -21,7 +21,7 @@ from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
 from stocha_hf.patching import patch
 from stocha_hf.publishing.upload import _additions, _publishable
 from stocha_hf.quantization import Quantization
-from stocha_hf.quantization_stocha import StochaQuantConfig, dequantize, pack, quantize
+from stocha_hf.quantization_stocha import PROJECTIONS, StochaQuantConfig, dequantize, pack, quantize
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60], [1, 7, 7, 20, 41, 3, 62, 11]])
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,13 +124,18 @@ def test_a_mean_of_bits_puts_what_loses_most_in_8(checkpoint, tmp_path: Path) ->
     with torch.no_grad():
         exact.weight.copy_(dequantize(*quantize(exact.weight.T, 4), 4, len(exact.weight)).T)
     native.save_pretrained(tmp_path / "source")
-    with pytest.raises(StochaError, match=r"bits is 4.4: expected 4 or 8, or a mean of at least 4.\d+, which v_proj"):
+    with pytest.raises(StochaError, match=r"bits is 4.4, but v_proj in 8 bits and .* a mean of at least 4.\d+$"):
         convert(tmp_path / "source", tmp_path / "out", bits=4.4)
+    with pytest.raises(StochaError, match=r"take 8.5: expected 4 or 8, or fewer names of projections in in_8_bits$"):
+        convert(tmp_path / "source", tmp_path / "out", bits=7.9, in_8_bits=PROJECTIONS)
     sizes = [math.prod(part.weight.shape) for name, part in native.named_modules() if name.endswith("_proj")]
     least = 4.5 + 4 * 2 * native.model.layers[0].self_attn.v_proj.weight.numel() / sum(sizes)
     convert(tmp_path / "source", tmp_path / "out", bits=least + 4 * exact.weight.numel() / sum(sizes) + 0.01)
     entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert entry["in_8_bits"] == ["v_proj", "embed_tokens", "lm_head", "layers.0.mlp.down_proj"]
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "in groups of 32: `v_proj`, `embed_tokens`, `lm_head`, 1 matrix of single layers to 8 bits, all" in card
+    assert "all others to 4; at most 5" in card
     model = load_model(str(tmp_path / "out"))
     assert [layer.mlp.down_proj.bits for layer in model.model.layers] == [8, 4]
 

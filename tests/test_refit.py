@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,46 @@ def test_a_full_disk_is_told_in_one_sentence_and_keeps_finished_layers(
     with pytest.raises(StochaError, match=r"No space left on device.*continues from the finished layers"):
         convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
     assert [path.name for path in (tmp_path / ".out.refit").glob("*/layer*")] == ["layer-000.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "without layer 0"])
+def test_kept_streams_that_are_of_no_use_are_removed(checkpoint, tmp_path, damage: str) -> None:
+    """They only save time: the refit then begins at its first layer, with the streams that stand there."""
+    layers = Layers(Tensors(folder := checkpoint()), read_config(folder), "cpu")
+    kept, finished = tmp_path / refit_streams.KEPT, 1
+    streams, begun = (refit_streams.Streams(layers, TOKENS, None) for _ in range(2))
+    streams.original += 1
+    streams.keep(kept, 1, [0.5, 0.7])
+    assert begun.resume(kept, finished) == ([0.5, 0.7], 1) and torch.equal(begun.original, streams.original)
+    begun, first = (refit_streams.Streams(layers, TOKENS, None) for _ in range(2))
+    if damage == "without layer 0":
+        finished = 0
+    else:
+        kept.write_bytes(kept.read_bytes()[:2000] if damage == "truncated" else b"")
+    assert begun.resume(kept, finished) is None and not kept.exists()
+    assert torch.equal(begun.original, first.original)
+
+
+def test_kept_streams_make_room_for_a_finished_layer(tmp_path, monkeypatch) -> None:
+    store, kept, save = refit.LayerFiles(tmp_path), tmp_path / refit_streams.KEPT, refit.save_file
+
+    def full(*args: Any) -> None:
+        if kept.exists():
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(refit, "save_file", full)
+    kept.write_bytes(b"streams")
+    store[0] = silu_ffn()[0], 0.25
+    assert 0 in store and store[0][1] == 0.25 and not kept.exists()
+
+
+def test_weights_scaled_for_learned_thresholds_are_an_original_to_refit() -> None:
+    learned, trained = {"method": "learned_inputs"}, {"method": "full"}
+    entry = StochaConfig(activation="relu", history=[learned]).resolve("silu")
+    refit.check_original(entry, "model")
+    with pytest.raises(StochaError, match="trained or refitted for relu already"):
+        refit.check_original(replace(entry, history=[learned, trained]), "model")
 
 
 def test_a_hub_data_set_is_streamed_for_calibration(checkpoint, text, monkeypatch) -> None:

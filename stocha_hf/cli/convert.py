@@ -101,7 +101,7 @@ def parser() -> Parser:
         "--calibrate",
         type=path_or_id,
         metavar="DATA",
-        help="text that --inputs measures thresholds on, and --bits 4 fits its rounding to",
+        help="text that --inputs measures thresholds on, and --bits below 8 fits its rounding to",
     )
     verb.add_argument(
         "--calibrate-tokens",
@@ -127,14 +127,16 @@ def parser() -> Parser:
     verb.add_argument(
         "--bits",
         type=checked(bits_of, is_bits, "4 or 8, or a mean of bits between them"),
-        help="quantize the weights to 4 or 8 bits; a number between is a mean, by 8 bits where 4 lose most",
+        help="quantize the weights to 4 or 8 bits; a number between is a mean: "
+        "matrices that lose most in 4 bits get 8",
     )
     verb.add_argument(
         "--in-8-bits",
         nargs="*",
         type=one_of(MATRICES),
         metavar="NAME",
-        help=f"with fewer --bits, kept in 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4)",
+        help=f"with --bits below 8, matrices that get 8 bits: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; "
+        "no NAME: none)",
     )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")

@@ -27,7 +27,7 @@ from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.convert import check_output, write_checkpoint
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import is_number
+from stocha_hf.spec import LEARNED_INPUTS, is_number
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ def _parts(sources: Sequence[str | Path], shares: Sequence[float] | None) -> lis
 def _check_alike(first: Source, other: Source) -> None:
     read_entry(other.config, other.id)
     refuse_quantized(other.config, other.id, "an average")
+    if _scaled(other) != _scaled(first):
+        raise StochaError(
+            f"the weights of {other.id} and {first.id} have different scales, as their stages {LEARNED_INPUTS} say: "
+            "expected runs from one folder with learned thresholds, or from folders without them"
+        )
     expected, given = (_comparable(source) for source in (first, other))
     for key in sorted(expected.keys() | given.keys()):
         if (have := given.get(key)) != (want := expected.get(key)):
@@ -106,6 +111,14 @@ def _check_alike(first: Source, other: Source) -> None:
                 f"{other.id} has {key} {have} where {first.id} has {want}: expected checkpoints that differ in "
                 "weights and thresholds only, such as runs from one model"
             )
+
+
+def _scaled(source: Source) -> list[dict[str, Any]]:
+    """The history up to where learned thresholds scaled the weights last."""
+    history = read_entry(source.config, source.id).history or []
+    return history[
+        : max((i + 1 for i, stage in enumerate(history) if stage.get("method") == LEARNED_INPUTS), default=0)
+    ]
 
 
 def _comparable(source: Source) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def convert(
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded. A
-            number between them is a mean of bits a weight of the projections, with scales: 4 bits, and as many
-            matrices in 8 as it has room for.
+            number between them is a mean of bits a weight of the projections, with scales: 4 bits, and 8
+            for each matrix that still fits, those first that lose most in 4.
         in_8_bits: names of the matrices that get 8 bits in any case where `bits` is less, in MATRICES (default:
             v_proj, embed_tokens and lm_head).
         revision: branch, tag or commit of a source on the Hub.

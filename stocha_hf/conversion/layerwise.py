@@ -29,7 +29,7 @@ EMBEDDING = "embed_tokens.weight"
 
 
 def autocast(device: str | torch.device) -> torch.autocast:
-    """Products in bfloat16; in float32 on a processor that has none in bfloat16, where they take 20 times as long."""
+    """Products in bfloat16; in float32 on a processor without, where those take many times as long."""
     kind = torch.device(device).type
     dtype = computing_dtype(torch.empty(0, dtype=torch.bfloat16, device=device))
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -25,7 +25,7 @@ from stocha_hf.data import calibration_texts
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.learned import BATCH, answers, learn_input_cuts
-from stocha_hf.spec import LEARNED
+from stocha_hf.spec import LEARNED, LEARNED_INPUTS
 
 TOKENS = 2**21  # default, padding included: about what all steps take
 WINDOW = 512  # tokens
@@ -79,5 +79,5 @@ def learned_cuts(source: Source, config: dict[str, Any], options: Calibration) -
         train=options.train,
         calibration=used | {"allotment": LEARNED},
     )
-    stage = {"method": "learned_inputs", **used, "share": options.share}
+    stage = {"method": LEARNED_INPUTS, **used, "share": options.share}
     return LearnedCuts(with_entry(config, with_stage(replace(entry, inputs=cuts), stage)), model)

@@ -35,12 +35,12 @@ from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit_ffn import BATCH, FFN, refit_ffn
 from stocha_hf.conversion.refit_shares import allocate
-from stocha_hf.conversion.refit_streams import KEPT, WINDOWS, Streams, kept_shares
+from stocha_hf.conversion.refit_streams import KEPT, WINDOWS, Streams
 from stocha_hf.conversion.refit_work import Refit, layers_folder
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import StochaConfig
+from stocha_hf.spec import LEARNED_INPUTS, StochaConfig
 
 TOKENS = 98_304  # default, or TOKENS_PER_NEURON x the FFN's width if that is more
 TOKENS_PER_NEURON = 8
@@ -78,7 +78,14 @@ class LayerFiles:
         ffn, error = fitted
         partial = self.path(index).with_suffix(".partial")
         matrices = {part: matrix.cpu() for part, matrix in zip(PARTS, (ffn.gate, ffn.up, ffn.down), strict=True)}
-        save_file(matrices, partial, {"threshold": repr(ffn.threshold), "error": repr(error)})
+        told = {"threshold": repr(ffn.threshold), "error": repr(error)}
+        try:
+            save_file(matrices, partial, told)
+        except (OSError, SafetensorError):
+            if not (streams := self.folder / KEPT).exists():
+                raise
+            streams.unlink()  # they take the most room, and only save time
+            save_file(matrices, partial, told)
         partial.rename(self.path(index))
 
     def __getitem__(self, index: int) -> tuple[FFN, float]:
@@ -134,7 +141,8 @@ def refit_checkpoint(source: Source, config: dict[str, Any], options: Refit, wor
 
 
 def check_original(entry: StochaConfig, where: str) -> None:
-    if entry.history and entry.inference != entry.base:
+    fitted = any(stage.get("method") != LEARNED_INPUTS for stage in entry.history or [])
+    if fitted and entry.inference != entry.base:
         raise StochaError(
             f"{where} was trained or refitted for {entry.inference} already: expected a model that runs {entry.base}, "
             "the original or one trained with it"
@@ -171,13 +179,10 @@ def refit_layers(
     """Threshold and held-out error of each layer, whose weights are then in `store`; goes on after what `work` has."""
     layers.check_no_biases()
     kept = work / KEPT if work is not None else None
-    shares: list[float | None] = [None] * len(layers)
-    if kept is not None and kept.exists():
-        shares = kept_shares(kept)
-    elif options.target_sparsity is not None:
-        shares = [*allocate(layers, tokens[:WINDOWS], options.target_sparsity)]
     streams = Streams(layers, tokens, work if options.on_disk else None)
-    passed = streams.go_on(kept) if kept is not None and kept.exists() else 0
+    finished = next((index for index in range(len(layers)) if index not in store), len(layers))
+    resumed = streams.resume(kept, finished) if kept is not None else None
+    shares, passed = resumed or (_shares(layers, tokens, options), 0)
     last = time.monotonic()
     steps = PASSES * tokens.numel() // BATCH
     done = []
@@ -203,6 +208,13 @@ def refit_layers(
                 streams.keep(kept, index + 1, shares)
                 last = time.monotonic()
     return done
+
+
+def _shares(layers: Layers, tokens: torch.Tensor, options: Refit) -> list[float | None]:
+    """The share of zeros to fit each layer for; None for what plain ReLU makes."""
+    if options.target_sparsity is None:
+        return [None] * len(layers)
+    return [*allocate(layers, tokens[:WINDOWS], options.target_sparsity)]
 
 
 def refitted_entry(

@@ -186,7 +186,7 @@ def solve_down(ffn: FFN, rows: Rows, held_out: Rows) -> tuple[FFN, float]:
 
 
 def _hidden(ffn: FFN, block: Rows) -> torch.Tensor:
-    """float32 [rows, M], computed as the converted model will: in bfloat16."""
+    """float32 [rows, M], computed in autocast's precision, as the streams are."""
     with autocast(block.inputs.device):
         return ffn.hidden(block.inputs).float()
 

@@ -24,12 +24,6 @@ MIX = 0.7  # share of the streams' distance that a layer's target undoes
 WINDOWS = 8  # in a batch
 
 
-def kept_shares(path: Path) -> list[float | None]:
-    """The shares of zeros that a file of streams was kept with."""
-    with safe_open(path, framework="pt") as kept:
-        return json.loads(kept.metadata()["shares"])
-
-
 class Streams:
     """The residual streams of the original (h0) and the converted model (h1) at one depth, for all windows.
 
@@ -66,12 +60,27 @@ class Streams:
         except (OSError, SafetensorError):
             partial.unlink(missing_ok=True)
 
-    def go_on(self, path: Path) -> int:
-        """Take the streams that were kept in a file; return the number of layers that they have passed."""
-        with safe_open(path, framework="pt") as kept:
-            self.original.copy_(kept.get_tensor("original"))
-            self.converted.copy_(kept.get_tensor("converted"))
-            return int(kept.metadata()["layers"])
+    def resume(self, path: Path, finished: int) -> tuple[list[float | None], int] | None:
+        """Take the streams of a file; return the shares it was kept with, and how many layers the streams have passed.
+
+        A file that cannot be read, or whose streams have passed more than the `finished` first layers, is removed: it
+        only saves time. None then, and where there is no file.
+        """
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as kept:
+                told = kept.metadata() or {}
+                original, converted = kept.get_tensor("original"), kept.get_tensor("converted")
+                shares, layers = json.loads(told["shares"]), int(told["layers"])
+        except (OSError, SafetensorError, KeyError):
+            layers = None
+        if layers is None or layers > finished:
+            path.unlink()
+            return None
+        self.original.copy_(original)
+        self.converted.copy_(converted)
+        return shares, layers
 
     def _parts(self) -> list[slice]:
         return [slice(i * self.rows_per_batch, (i + 1) * self.rows_per_batch) for i in range(self.batches)]

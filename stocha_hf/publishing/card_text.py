@@ -20,7 +20,8 @@ from stocha_hf.errors import StochaError
 from stocha_hf.publishing.markdown import code, fence, text
 from stocha_hf.publishing.measurements import Measurements
 from stocha_hf.publishing.tables import measured_metadata, measured_section
-from stocha_hf.spec import ARCHITECTURES, StochaConfig
+from stocha_hf.quantization import Quantization
+from stocha_hf.spec import ARCHITECTURES, LEARNED, LEARNED_INPUTS, InputCuts, StochaConfig
 
 TEMPLATE, TOOLS = (Path(__file__).with_name(name) for name in ("model_card.md", "other_tools.md"))
 COPIED = "Converting leaves every weight, its name and its shape as they are."
@@ -32,9 +33,11 @@ TRAINED = (
     "The weights were trained after the conversion, as the recipe below says; their names and shapes are the source's."
 )
 SCALED = (
-    "The inputs of its projections were scaled, in the weights of the layers before and after them, so that one "
-    "threshold a projection does what one for each input did, learned on {data}. Without cuts the model computes what "
-    "the source does, up to rounding; names and shapes are the source's."
+    "Weights of projections and norms were scaled. Without cuts the model computes what the source does, up to "
+    "rounding; names and shapes are the source's."
+)
+WITH_THRESHOLDS = (
+    " Thresholds for each input were learned on {data}; scales in the weights let one per projection do the same."
 )
 SCALED_AFTER = "{weights} Weights of projections and norms were scaled for thresholds that were learned on {data}."
 FROM_SCRATCH = "No weight comes from another model: the recipe below began with random ones."
@@ -50,8 +53,8 @@ REFITTED_LIMITS = (
 TRAINED_LIMITS = (
     "Training moves the model towards the text it was trained on; on other text it may be worse than the source."
 )
-ROUNDED = "The weights are the source's, rounded to {bits} bits in groups of 32."
-ROUNDED_AFTER = "{weights} At last all matrices were rounded to {bits} bits in groups of 32, under names of their own."
+ROUNDED = "The weights are the source's, its matrices rounded in groups of 32: {bits}."
+ROUNDED_AFTER = "{weights} At last its matrices were rounded in groups of 32, under names of their own: {bits}."
 NATIVE_USE = "2. without `trust_remote_code`: the native {architecture}, {note};"
 QUANTIZED_USE = (
     "2. without `trust_remote_code` not at all: the weights are quantized, and `quantization_stocha.py` reads them;"
@@ -62,7 +65,6 @@ llama.cpp, MLX-LM, vLLM and the native class of transformers run this model **wi
 source does.
 
 """
-LEARNED_INPUTS = "learned_inputs"  # the method of a stage that scales weights and trains none
 LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 
 
@@ -93,11 +95,11 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
     note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
     history = stocha.history or []
     before = [stage for stage in history if stage.get("method") != "quantize"]
-    weights, limits = _what_was_done(before)
+    weights, limits = _what_was_done(before, stocha.inputs)
     native_use = NATIVE_USE.format(architecture=row.causal_lm, note=note)
     if quantization := read_quantization(config, "the config"):
         rounded = ROUNDED_AFTER if before else ROUNDED
-        weights, native_use = rounded.format(weights=weights, bits=quantization.bits), QUANTIZED_USE
+        weights, native_use = rounded.format(weights=weights, bits=_bits(quantization, history)), QUANTIZED_USE
     linked = f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else code(source_id) or "an unnamed model"
     commit = f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file"
     licence = text(kept.get("license_name") or kept.get("license") or "not stated")
@@ -139,20 +141,33 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str) and value.isprintable() and len(value) <= 500 else None
 
 
-def _what_was_done(history: list[dict[str, Any]]) -> tuple[str, str]:
+def _bits(quantization: Quantization, history: list[dict[str, Any]]) -> str:
+    """To how many bits which matrices were rounded."""
+    if quantization.bits == 8 or not quantization.in_8_bits:
+        return f"all to {quantization.bits} bits"
+    names = [code(name) for name in quantization.in_8_bits if not name.startswith("layers.")]
+    if more := len(quantization.in_8_bits) - len(names):
+        names.append(f"{more} {'matrix' if more == 1 else 'matrices'} of single layers")
+    said = f"{', '.join(names)} to 8 bits, all others to {quantization.bits}"
+    mean = next((stage.get("bits") for stage in reversed(history) if stage.get("method") == "quantize"), None)
+    return f"{said}; at most {mean:g} bits a weight of the projections" if isinstance(mean, float) else said
+
+
+def _what_was_done(history: list[dict[str, Any]], cuts: InputCuts | None) -> tuple[str, str]:
     """What a card says of the weights, and of their limits."""
     if began_random(history):
         return FROM_SCRATCH, SCRATCH_LIMITS
-    weights, limits = _what_changed(history)
+    weights, limits = _what_changed(history, cuts)
     return weights, f"{limits} What limits the source model limits this one too."
 
 
-def _what_changed(history: list[dict[str, Any]]) -> tuple[str, str]:
+def _what_changed(history: list[dict[str, Any]], cuts: InputCuts | None) -> tuple[str, str]:
     others = [stage for stage in history if stage.get("method") != LEARNED_INPUTS]
     if len(others) < len(history):
         data = text(next(stage.get("data", "a text") for stage in history if stage.get("method") == LEARNED_INPUTS))
-        weights, limits = _what_changed(others)
-        return (SCALED_AFTER if others else SCALED).format(weights=weights, data=data), limits
+        weights, limits = _what_changed(others, cuts)
+        told = SCALED + (WITH_THRESHOLDS if cuts and (cuts.calibration or {}).get("allotment") == LEARNED else "")
+        return (SCALED_AFTER if others else told).format(weights=weights, data=data), limits
     if any(stage.get("method") != "refit" for stage in history):
         return TRAINED, TRAINED_LIMITS
     if not history:
