@@ -528,7 +528,7 @@ class StochaMLP(nn.Module):
     def train(self, mode: bool = True) -> StochaMLP:
         # Liger rebinds `forward` of the instance, which would bypass the activation in silence; every trainer calls
         # train().
-        _refuse_liger(self.__dict__.get("forward"))
+        refuse_liger(self.__dict__.get("forward"))
         if mode:  # its copies of weights would be old after a step of training
             self.decode_state = None
         return super().train(mode)
@@ -558,7 +558,7 @@ def _assign(module: nn.Module, values: dict[str, Any]) -> None:
         setattr(module, key, value)
 
 
-def _refuse_liger(thing: object) -> None:
+def refuse_liger(thing: object) -> None:
     if str(getattr(thing, "__module__", "")).startswith("liger_kernel"):
         raise ValueError(
             "Liger's fused SwiGLU is applied to this model: expected the native FFN, since Liger's kernel computes "
@@ -571,21 +571,13 @@ def is_native(module: nn.Module, *names: str) -> bool:
 
 
 def native_mlps(model: nn.Module, row: Architecture, config: Any) -> list[nn.Module]:
-    """The model's gated MLPs in layer order, after checking that there is one per layer and that patching will do."""
+    """The model's gated MLPs in layer order, after checking that there is one per layer."""
     for module in model.modules():
-        _refuse_liger(type(module))
-        _refuse_liger(module.__dict__.get("forward"))
+        refuse_liger(type(module))
     mlps = [module for module in model.modules() if is_native(module, row.mlp)]
     count = config.num_hidden_layers
     require(len(mlps) == count, "the number of native MLPs", len(mlps), f"{count} {row.mlp}")
-    for mlp in mlps:
-        refuse_replaced_forward(mlp, "an MLP's forward")
     return mlps
-
-
-def refuse_replaced_forward(module: nn.Module, what: str) -> None:
-    replaced = "forward" in module.__dict__ and "_old_forward" not in module.__dict__  # not by accelerate's hooks
-    require(not replaced, what, module.__dict__.get("forward"), "the native one, which can be patched")
 
 
 def patch_mlps(mlps: list[nn.Module], config: StochaConfig) -> None:

@@ -26,7 +26,7 @@ from stocha_hf.modeling_stocha import (
     is_native,
     native_mlps,
     patch_mlps,
-    refuse_replaced_forward,
+    refuse_liger,
     require,
     stocha_mlps,
 )
@@ -78,15 +78,27 @@ def patch(model: nn.Module, config: StochaConfig) -> int:
     hf_config: Any = native.config
     converted = getattr(hf_config, "stocha", None)
     config = config.resolve(row.act if converted else getattr(hf_config, row.act_key))
+    mlps = native_mlps(native, row, hf_config)
+    for mlp in mlps:
+        _refuse_replaced_forward(mlp, "an MLP's forward")
     for layer in projections(native) if config.inputs is not None else []:
         for name in config.inputs.thresholds:  # type: ignore[union-attr]
-            refuse_replaced_forward(layer[name], f"the forward of a {name}")
-    patch_mlps(native_mlps(native, row, hf_config), config)
+            _refuse_replaced_forward(layer[name], f"the forward of a {name}")
+    patch_mlps(mlps, config)
     hf_config.stocha, hf_config.auto_map = config.to_dict(), row.auto_map(config.module)
     setattr(hf_config, row.act_key, config.native_act)
     set_cuts(native)
     become(native, getattr(modeling_stocha, f"Stocha{type(native).__name__}"))
     return len(stocha_mlps(native))
+
+
+def _refuse_replaced_forward(module: nn.Module, what: str) -> None:
+    """Raise ValueError where a module's own forward would hide the patched class's; accelerate's hooks keep theirs."""
+    forward = module.__dict__.get("forward")
+    refuse_liger(forward)
+    require(
+        forward is None or "_old_forward" in module.__dict__, what, forward, "the native one, which can be patched"
+    )
 
 
 def unpatch(model: nn.Module) -> int:

@@ -225,7 +225,7 @@ def test_names_that_no_model_has_are_refused(converted: Path, changes: dict[str,
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_values_of_any_text_are_shown_as_they_are(value: str) -> None:
     line = " ".join("".join(char if char.isprintable() else " " for char in value).split())
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pyarrow as pa
 import pytest
 from datasets import Dataset
@@ -139,7 +140,8 @@ def test_out_of_memory_is_not_a_broken_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_mixture_holds_its_shares_and_every_row(tmp_path, streaming):
+def test_a_mixture_holds_its_shares_and_every_row(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds at the end of each pass
     Dataset.from_dict({"text": [f"a{i}" for i in range(30)], "other": list(range(30))}).to_json(tmp_path / "a.jsonl")
     large = pa.table({"text": pa.array([f"b{i}" for i in range(100)], pa.large_string())})
     Dataset(large).to_parquet(tmp_path / "b.parquet")

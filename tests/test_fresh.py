@@ -92,6 +92,7 @@ def test_a_run_from_random_weights_leaves_a_checkpoint_that_every_command_takes(
     assert "Trained from random weights" in (tmp_path / "second" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_its_checkpoint_under_another_end_of_its_schedule(recipe, tmp_path):
     run(recipe)
     whole = load_model(str(tmp_path / "out")).state_dict()

@@ -36,6 +36,7 @@ def run(frontier: ModuleType, monkeypatch: Any, *arguments: object) -> None:
     frontier.main()
 
 
+@pytest.mark.slow
 def test_a_second_run_adds_what_is_missing(frontier, monkeypatch, checkpoint, text, tmp_path) -> None:
     out, picture = tmp_path / "out.jsonl", tmp_path / "out.png"
     options = ["--calibrate", text, "--eval", text, "--json", out, "--length", 32, "--windows", 4, "--tokens", 256]

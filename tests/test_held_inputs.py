@@ -98,6 +98,7 @@ def test_a_part_of_an_entry_that_the_model_cannot_have_changes_nothing() -> None
     assert [module.input_threshold for module in cut_projections(model)] == [0.5] * 3 + [0.6] * 3
 
 
+@pytest.mark.slow
 def test_one_compiled_layer_serves_all_layers_and_all_thresholds(fresh_compiler: None) -> None:
     model = cut_model(layers=3).train()
     tokens = torch.arange(4, 20).view(2, 8)

@@ -8,6 +8,7 @@ names above everything, which loads what it offers when it is asked for.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,7 @@ def sources(package: Path) -> dict[str, Path]:
     return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in names.items()}
 
 
+@functools.cache
 def imports(package: Path) -> list[Import]:
     """Every import of the package's own modules, wherever in the file it stands."""
     return sorted(set(read(package)))

@@ -132,6 +132,7 @@ def test_rows_of_a_padded_batch_and_both_caches_write_what_each_alone_writes(act
     assert not torch.equal(whole[0, 8:], alone[1])
 
 
+@pytest.mark.slow
 def test_drafts_with_cuts_are_verified_without() -> None:
     model, native = cut_model(), tiny_model()
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}

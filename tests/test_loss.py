@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, run_warm, tiny_model
+from helpers import CONFIGS, first_is_fast, run_warm, tiny_model
 
 from stocha_hf.errors import StochaError
 from stocha_hf.training.losses import (
@@ -64,7 +64,7 @@ def test_values_and_gradients_equal_full_logits(chunk: int, temperature: float, 
     torch.testing.assert_close(torch.autograd.grad(losses.loss / 7, inputs), expected)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", first_is_fast([False, True]))
 def test_without_a_teacher_it_is_the_next_token_loss(compiled: bool) -> None:
     hidden, head, _, _, labels = case()
     nll, _ = reference(hidden, head, hidden, head, labels, 1.0, None)

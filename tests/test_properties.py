@@ -34,6 +34,7 @@ from stocha_hf.conversion.convert import convert
 from stocha_hf.conversion.gguf import check_gguf
 from stocha_hf.errors import StochaError
 
+pytestmark = pytest.mark.slow
 few = settings(max_examples=60, derandomize=True, database=None, deadline=timedelta(seconds=30))
 VALUES = st.recursive(
     st.none()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import run_warm, tiny_model
+from helpers import first_is_fast, run_warm, tiny_model
 from safetensors.torch import load_file
 
 from stocha_hf import StochaError, convert, load_model, modeling_stocha, quantization_stocha
@@ -70,7 +70,7 @@ def test_errors_count_by_importance() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", first_is_fast(ARCHITECTURES))
 def test_a_model_is_quantized_saved_and_loaded(model_type: str, tied: bool, tmp_path: Path) -> None:
     native = tiny_model(model_type, tie_word_embeddings=tied)
     native.save_pretrained(tmp_path / "native")
@@ -154,7 +154,7 @@ def test_error_feedback_makes_the_error_in_outputs_smaller(transposed: bool) -> 
     assert errors[1] < 0.6 * errors[0]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("model_type", first_is_fast(["llama", "gemma3_text"]))
 def test_calibrating_keeps_more_of_what_the_model_computes(model_type: str, checkpoint, text, tmp_path: Path) -> None:
     source = checkpoint(model_type)
     convert(source, tmp_path / "relu", activation="relu")

@@ -331,7 +331,7 @@ def test_finished_layers_of_other_weights_or_text_are_not_used(
 # A model in memory.
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("model_type", first_is_fast(["llama", "gemma2"]))
 def test_a_model_in_memory_is_refitted_as_its_checkpoint_is(
     checkpoint, text, tmp_path, monkeypatch, model_type
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_model
+from helpers import first_is_fast, tiny_model
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.errors import StochaError
@@ -54,7 +54,7 @@ def seen_by(model: Any, name: str, index: int = 0) -> torch.Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", first_is_fast(METHODS))
 def test_share_0_is_the_original_exactly_and_a_share_changes_it_for_a_while(calibration, name) -> None:
     model, dense = calibration.model, logits(calibration.model)
     with METHODS[name].select(calibration, 0.0).applied(model, prompt=PROMPT):
@@ -206,6 +206,7 @@ def test_core_neurons_do_not_see_padding(calibration) -> None:
     assert torch.equal(together, alone)
 
 
+@pytest.mark.slow
 def test_greedy_shares_save_what_was_asked_for_and_lose_less_than_equal_ones(calibration) -> None:
     model = calibration.model
     found = greedy_shares(model, WINDOWS, calibration.inputs, 0.5)

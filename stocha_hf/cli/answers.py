@@ -7,9 +7,9 @@ example:
 
 PROMPTS is a text file with one prompt per line; or a jsonl, json, csv or parquet file, or a Hub data set, with a
 column `prompt` (text, or messages) or `messages`. OUT gets a row for each answer: the whole text with all special
-tokens, as stocha-train and --refit read it. Answers are added as they are done, and the same command continues where
-it was killed.
-No answer is written twice, and a prompt is answered more than once only with --samples.
+tokens, as stocha-train and --refit read it. Answers are added as they are finished. If
+the command was killed, run it again: it continues. No answer is written twice, and only --samples answers a prompt
+more than once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def parser() -> Parser:
         "--temperature", type=number_from_0, default=0.8, help="0 takes the most likely token (default: 0.8)"
     )
     verb.add_argument(
-        "--top-p", type=top_p, default=1.0, help="draw from the likeliest tokens with this share in all (default: 1)"
+        "--top-p",
+        type=top_p,
+        default=1.0,
+        help="draw from the most likely tokens that add up to this probability (default: 1)",
     )
     verb.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="decides what is drawn (default: 0)")
     verb.add_argument(

@@ -9,8 +9,8 @@ example:
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
 SOURCE's files are copied byte for byte (except the FFN weights with --refit, the decoder layers' with
---inputs-allotment learned, and all weights with --bits) and nothing of it is run. OUTPUT appears complete or not at
-all; a refit or quantization that was killed continues when started again with the same command.
+--inputs-allotment learned, and all weights with --bits), and none of its code is run. OUTPUT appears complete or not
+at all. If a refit or quantization was killed, run the same command again: it continues.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def parser() -> Parser:
     )
     verb.add_argument("--target-sparsity", type=share, help="share of zeros to refit for (default: what ReLU makes)")
     verb.add_argument(
-        "--refit-tokens", type=whole_number(1), help="tokens to refit on (default: 98304, or 8 a neuron if more)"
+        "--refit-tokens",
+        type=whole_number(1),
+        help="tokens to refit on (default: 98304, or 8 per neuron of a layer if more)",
     )
     verb.add_argument("--refit-on-disk", action="store_true", help="keep the refit's streams on disk, not in memory")
     verb.add_argument(
@@ -93,7 +95,7 @@ def parser() -> Parser:
         "--calibrate",
         type=path_or_id,
         metavar="DATA",
-        help="text to measure the thresholds of --inputs on, or to quantize to 4 bits for",
+        help="text that --inputs measures thresholds on, and --bits 4 fits its rounding to",
     )
     verb.add_argument(
         "--calibrate-tokens",
@@ -124,7 +126,7 @@ def parser() -> Parser:
         nargs="*",
         type=one_of(MATRICES),
         metavar="NAME",
-        help=f"with --bits 4, what gets 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4 for all)",
+        help=f"with --bits 4, kept in 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4 for all)",
     )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")

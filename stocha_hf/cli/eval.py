@@ -75,7 +75,11 @@ def parser() -> Parser:
     verb.add_argument("--length", type=whole_number(2), default=1024, help="tokens per window (default: 1024)")
     verb.add_argument("--windows", type=whole_number(1), help="evenly spaced windows to measure on (default: all)")
     verb.add_argument(
-        "--cett", nargs="+", type=share_below_1, metavar="C", help="also measure with neurons dropped up to these CETT"
+        "--cett",
+        nargs="+",
+        type=share_below_1,
+        metavar="C",
+        help="also measure without the neurons of smallest output, up to these CETT",
     )
     verb.add_argument(
         "--ppl-increase", type=positive_number, metavar="P", help="find the PPL-P%% sparsity, P in percent"

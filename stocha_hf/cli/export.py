@@ -7,9 +7,9 @@ example:
   stocha-export smollm2-relu smollm2-vllm --format vllm
   stocha-export smollm2-relu smollm2-pi.gguf --format powerinfer --data text.parquet
 
-llama.cpp's own converter runs a ReLU Llama as SiLU, without a word. Here it becomes what llama.cpp computes with ReLU,
-or is refused. FATReLU's thresholds and other activations than relu and the model's own have no counterpart there:
---activation says what to take instead. OUT appears complete or not at all.
+llama.cpp reads no activation from a file: a Llama is SiLU there. So a ReLU model is written as an architecture that it
+computes with ReLU, or is refused. FATReLU's thresholds, and activations other than relu and the model's own, have no
+counterpart there: --activation says what to take instead. OUT appears complete or not at all.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ example:
 
 Every key of a recipe may be given as --KEY VALUE and wins over the file. Its keys are dataset, schedule, teacher and
 the others of this package (docs/guides/train.md), those of trl's SFTConfig and ModelConfig and of transformers'
-TrainingArguments. Started again with the same command, a run goes on from its last whole checkpoint.
+TrainingArguments. Run the same command again to continue from the last complete checkpoint.
 
 --accelerate starts the run by `accelerate launch`, on several GPUs or machines, with a config of the package (single,
 cpu, ddp, fsdp2, zero3) or a file of your own. The longer form: accelerate launch ... -m stocha_hf.cli.train --config

@@ -31,7 +31,8 @@ def circumstances() -> dict[str, Any]:
     import transformers
 
     versions = {"stocha_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    processor = f"{_processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    processor = f"{_processor()}, {threads} thread{'s' if threads != 1 else ''}"
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": versions,
