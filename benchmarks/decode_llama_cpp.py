@@ -4,7 +4,8 @@ All are decoded in turn, round after round, greedily, with the same number of th
 round. Ours by generate(), llama.cpp by its C API (llama_cpp.c: the Python binding takes milliseconds a token). Shapes
 of random weights have a forced share of zeros on our side; llama.cpp is dense and reads all weights either way, so its
 random weights are made directly in its formats. Real models are a converted folder, and a GGUF file that llama.cpp's
-own quantizer turns into each format.
+own quantizer turns into each format. With `--sparsity own` a folder, such as a refitted one, runs its own activation;
+with `--text` the perplexity of both sides' weights is measured too, llama.cpp's in the model of `--original`.
 
 llama.cpp is built from llama-cpp-python's source, for this machine:
 
@@ -20,20 +21,29 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import platform
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
+from quantization import gguf_weights
+from transformers import AutoModelForCausalLM
 
+from stocha_hf.checkpoints.inspection import read_config
+from stocha_hf.checkpoints.quantized import read_quantization
+from stocha_hf.data import text_windows
+from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.measurement.speed import READ
 from stocha_hf.measurement.speed_models import (
     SHAPES,
@@ -185,13 +195,15 @@ def ours(args: argparse.Namespace, bits: int, tokens: torch.Tensor) -> Any:
     """The model to time: of the random shape, or of the folder, quantized to 8 or 4 bits."""
     if args.random:
         model = random_model(args.random, bits, args.head_bits)
-    elif bits == 16:
+    elif bits == 16 or read_quantization(read_config(Path(args.folder)), args.folder) is not None:
         model = load_model(args.folder, dtype=torch.bfloat16)
     else:
         in_8_bits = IN_8_BITS if args.head_bits == 8 else ("v_proj",)
         config = StochaQuantConfig(bits=bits, in_8_bits=in_8_bits)
         model = load_model(args.folder, dtype=torch.bfloat16, quantization_config=config)
     model.eval()
+    if args.sparsity == "own":
+        return model
     if args.sparsity is not None:
         force_sparsity(model, args.sparsity, tokens)
     else:
@@ -200,24 +212,51 @@ def ours(args: argparse.Namespace, bits: int, tokens: torch.Tensor) -> Any:
     return model
 
 
-def together_seconds(model: Any, tokens: torch.Tensor, steps: int, together: int) -> float:
+def together_seconds(model: Any, tokens: torch.Tensor, steps: int, together: int, now: Callable[[], float]) -> float:
     """Seconds of a step of several tokens of one sequence, as verifying a draft takes."""
     with torch.inference_mode():
         cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
-        start = time.perf_counter()
+        start = now()
         for _ in range(steps):
             model(tokens[:, :together], past_key_values=cache)
-        return (time.perf_counter() - start) / steps
+        return (now() - start) / steps
 
 
-def prepared(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int]]:
-    """Functions that return seconds of a step, and the bytes that each reads; files go to a folder."""
+@torch.no_grad()
+def quality(model: Any, windows: torch.Tensor) -> dict[str, float]:
+    """Perplexity on token ids [windows, length], and zeros of the hidden vectors where the model is patched."""
+    if stocha_mlps(model):
+        found = evaluate(model, windows)
+        return {"perplexity": found.perplexity, "zeros": found.sparsity.mean}
+    losses = [F.cross_entropy(model(row[None]).logits[0, :-1].float(), row[1:]).item() for row in windows]
+    return {"perplexity": math.exp(statistics.fmean(losses))}
+
+
+def of_gguf(args: argparse.Namespace, path: Path, windows: torch.Tensor) -> dict[str, float]:
+    """The quality of a GGUF file's weights, in the original model in float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(args.original or args.folder, dtype=torch.float32).eval()
+    for name, value in gguf_weights(str(path))[0].items():
+        model.get_submodule(name).weight.data.copy_(value)
+    return quality(model, windows)
+
+
+@dataclass
+class Prepared:
+    """By name: functions that return seconds of a step, the bytes that each reads, and functions for the quality."""
+
+    measures: dict[str, Callable[[], float]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    qualities: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
+
+
+def prepared(args: argparse.Namespace, folder: Path) -> Prepared:
+    """All sides; files go to a folder."""
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     tokens = torch.randint(1000, (1, args.prompt))
     now = time.process_time if args.cpu else time.perf_counter
-    measures: dict[str, Callable[[], float]] = {}
-    sizes: dict[str, int] = {}
+    windows = text_windows(args.text, Path(args.folder), 512, args.windows) if args.text else None
+    done = Prepared()
     library = shim(args.llama, args.build, folder)
     for kind in args.theirs:
         path = folder / f"{kind}.gguf"
@@ -225,17 +264,22 @@ def prepared(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable
             random_gguf(args.random, kind, path)
         elif library.quantize(str(args.gguf).encode(), str(path).encode(), TYPES[kind]):
             raise SystemExit(f"llama.cpp cannot turn {args.gguf} into {kind}")
-        sizes[kind] = path.stat().st_size
+        done.sizes[kind] = path.stat().st_size
         llama = Llama(library, path, args.threads)
-        measures[kind] = partial(llama.seconds, tokens[0].tolist(), args.new, args.together, args.cpu)
+        done.qualities[kind] = partial(of_gguf, args, path, windows)
+        done.measures[kind] = partial(llama.seconds, tokens[0].tolist(), args.new, args.together, args.cpu)
     for bits in args.ours:
         model = ours(args, bits, tokens)
-        sizes[f"ours {bits}"] = step_bytes(model, args.sparsity or 0.0)
+        zeros = args.sparsity or 0.0
+        if zeros == "own":
+            zeros = evaluate(model, windows if windows is not None else tokens).sparsity.mean
+        done.sizes[f"ours {bits}"] = step_bytes(model, zeros)
+        done.qualities[f"ours {bits}"] = partial(quality, model, windows)
         if args.together == 1:
-            measures[f"ours {bits}"] = partial(decode_seconds, model, tokens, args.new, now)
+            done.measures[f"ours {bits}"] = partial(decode_seconds, model, tokens, args.new, now)
         else:
-            measures[f"ours {bits}"] = partial(together_seconds, model, tokens, args.new, args.together)
-    return measures, sizes
+            done.measures[f"ours {bits}"] = partial(together_seconds, model, tokens, args.new, args.together, now)
+    return done
 
 
 def record_of(args: argparse.Namespace, seconds: dict[str, list[float]], sizes: dict[str, int]) -> dict[str, Any]:
@@ -275,7 +319,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp, of any type")
     parser.add_argument("--ours", type=int, nargs="+", default=[4], choices=[16, 8, 4], help="bits of our weights")
     parser.add_argument("--theirs", nargs="+", default=["Q4_0"], choices=list(TYPES))
-    parser.add_argument("--sparsity", type=float, help="zeros to force; without it the base activation runs, dense")
+    parser.add_argument(
+        "--sparsity",
+        type=lambda text: text if text == "own" else float(text),
+        help="zeros to force, or own: those of the folder's activation; without it the base activation runs, dense",
+    )
+    parser.add_argument("--text", help="measure perplexities on this text, of a real model")
+    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens of the text")
+    parser.add_argument("--original", help="the original model's folder, where --folder is a refitted one")
     parser.add_argument("--head-bits", type=int, default=8, choices=[8, 4], help="of embeddings and lm_head")
     parser.add_argument("--together", type=int, default=1, help="tokens a step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -292,8 +343,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="stocha-gguf-", ignore_cleanup_errors=True) as folder:
-        measures, sizes = prepared(args, Path(folder))
-        record = record_of(args, decoding_in_turn(measures, args.rounds), sizes)
+        sides = prepared(args, Path(folder))
+        record = record_of(args, decoding_in_turn(sides.measures, args.rounds), sides.sizes)
+        if args.text:
+            record["text"] = Path(args.text).name
+            record["quality"] = {name: found() for name, found in sides.qualities.items()}
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=1))

@@ -33,22 +33,35 @@ PROMPTS = (
 
 
 class Counted(rounds.Pace):
-    """A Pace that also counts: drafted and accepted tokens of each verification."""
+    """A Pace that also counts: drafted and accepted tokens of each verification and its seconds, and drafts'."""
 
-    counts: ClassVar[list[tuple[int, int]]] = []
+    counts: ClassVar[list[tuple[int, int, float]]] = []
+    drafts_taken: ClassVar[list[tuple[int, float]]] = []
+
+    def drafted(self, steps: int, seconds: float) -> None:
+        Counted.drafts_taken.append((steps, seconds))
+        super().drafted(steps, seconds)
 
     def verified(self, count: int, accepted: int, seconds: float) -> None:
-        Counted.counts.append((count, accepted))
+        Counted.counts.append((count, accepted, seconds))
         super().verified(count, accepted, seconds)
+
+    @staticmethod
+    def steps_ms() -> dict[str, float]:
+        """Milliseconds of a draft's step, and of verifications by their number of tokens."""
+        found: dict[str, list[float]] = {"draft": [seconds / steps for steps, seconds in Counted.drafts_taken]}
+        for count, _, seconds in Counted.counts:
+            found.setdefault(f"verification of {count + 1}", []).append(seconds)
+        return {name: 1e3 * statistics.median(times) for name, times in sorted(found.items()) if times}
 
 
 def seconds_a_token(model: Any, ids: torch.Tensor, new: int, now: Callable[[], float], **options: Any) -> Any:
-    """Seconds of a token after the first, and the text."""
-    start = now()
-    model.generate(ids, max_new_tokens=1, do_sample=False)
-    middle = now()
-    text = model.generate(ids, max_new_tokens=new, do_sample=False, **options)
-    return ((now() - middle) - (middle - start)) / (new - 1), text
+    """Seconds of a token after the first, and the text; transformers hands a custom_generate no streamer to ask."""
+    times = [now()]
+    for count in (1, 1, new):  # the first time a step may be planned anew
+        text = model.generate(ids, max_new_tokens=count, do_sample=False, **options)
+        times.append(now())
+    return ((times[3] - times[2]) - (times[2] - times[1])) / (new - 1), text
 
 
 def main() -> None:
@@ -57,6 +70,7 @@ def main() -> None:
     parser.add_argument("--dense", help="a folder of the same model to compare with")
     parser.add_argument("--new", type=int, default=128, help="tokens to write")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="the first so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu", action="store_true", help="time one thread by its CPU time: on a machine with others")
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
@@ -74,23 +88,28 @@ def main() -> None:
             some.generation_config.eos_token_id = None  # all texts are of one length
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     seconds: dict[str, list[float]] = {}
-    same = True
-    for _ in range(args.rounds):
-        for prompt in PROMPTS:
-            chat = [{"role": "user", "content": prompt}]
-            tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-            ids = torch.tensor([tokens])
-            took: dict[str, float] = {}
-            with model.cut_inputs("never"):
-                took["without cuts"], text = seconds_a_token(model, ids, args.new, now)
-            took["with cuts"], _ = seconds_a_token(model, ids, args.new, now)
-            took["lossless"], found = seconds_a_token(model, ids, args.new, now, custom_generate=lossless)
-            same &= torch.equal(found, text)
-            if dense is not None:
-                took["dense folder"], _ = seconds_a_token(dense, ids, args.new, now)
-            for name, value in took.items():
-                seconds.setdefault(name, []).append(value)
-    drafted, accepted = (sum(column) for column in zip(*Counted.counts, strict=True))
+    same, texts = True, 0
+    for prompt in [PROMPTS[0], *PROMPTS[: args.prompts] * args.rounds]:
+        chat = [{"role": "user", "content": prompt}]
+        ids = torch.tensor([tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)])
+        new = args.new if texts else 8  # the first text is not counted: it lays out weights
+        took: dict[str, float] = {}
+        with model.cut_inputs("never"):
+            took["without cuts"], text = seconds_a_token(model, ids, new, now)
+        took["with cuts"], _ = seconds_a_token(model, ids, new, now)
+        took["lossless"], found = seconds_a_token(model, ids, new, now, custom_generate=lossless)
+        if dense is not None:
+            took["dense folder"], _ = seconds_a_token(dense, ids, new, now)
+        texts += 1
+        if texts == 1:
+            Counted.counts.clear()
+            Counted.drafts_taken.clear()
+            continue
+        same &= torch.equal(found, text)
+        for name, value in took.items():
+            seconds.setdefault(name, []).append(value)
+        print({name: round(1e3 * value, 1) for name, value in took.items()}, flush=True)
+    drafted, accepted, _ = (sum(column) for column in zip(*Counted.counts, strict=True))
     record = {
         "model": Path(args.folder).name,
         "share": model.config.stocha["inputs"].get("share"),
@@ -103,6 +122,7 @@ def main() -> None:
             for name in seconds
             if name != "lossless"
         },
+        "steps_ms": Counted.steps_ms(),
         "same_text": same,
         "drafted": drafted,
         "accepted": accepted,

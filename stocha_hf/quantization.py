@@ -111,3 +111,8 @@ def _is_named(name: str, ends: tuple[str, ...]) -> bool:
 
 
 # --- to here ---
+
+
+def is_bits(bits: Any) -> bool:
+    """Return whether a conversion takes these bits: those of codes, or a mean of bits a weight between them."""
+    return type(bits) in (int, float) and (bits in BITS or BITS[0] < bits < BITS[1])

@@ -18,6 +18,8 @@ import pytest
 
 _HOME = tempfile.TemporaryDirectory(prefix="stocha-tests-")  # nothing of the user's is used, nothing is left
 os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}  # read when the libraries below are imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from helpers import tiny_model, tiny_tokenizer

@@ -101,9 +101,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def test_powerinfer_s_steps_give_the_ffn_of_the_neurons_that_it_predicts(tmp_path, text, capsys):
     folder = converted(tmp_path, activation="relu", model={"tie_word_embeddings": True})
-    done = json.loads(call_command(
-        "export", folder, tmp_path / "m.gguf", "--format", "powerinfer", "--data", text, "--rank", 32, "--json"
-    ).stdout)  # fmt: skip
+    (tmp_path / "m.gguf").write_bytes(b"PWRI")  # of an earlier export
+    options = ["--format", "powerinfer", "--data", text, "--rank", 32, "--overwrite", "--json"]
+    done = json.loads(call_command("export", folder, tmp_path / "m.gguf", *options).stdout)
     values, tensors = read(tmp_path / "m.gguf")
     assert values["general.architecture"] == "llama" and values["powerinfer.sparse_threshold"] == THRESHOLD
     assert done["precision"] == "f16" and done["approximation"] is None and done["predictors"]["rank"] == 32

@@ -12,6 +12,7 @@ import pytest
 from helpers import run_warm
 from transformers import AutoModelForCausalLM
 
+from stocha_hf import modeling_stocha
 from stocha_hf.conversion.convert import convert
 
 LOAD = """
@@ -109,12 +110,5 @@ def test_a_folder_that_the_native_class_saved_is_made_whole_by_converting_it(che
 
 
 def test_a_config_without_a_stocha_entry_is_refused_by_name(checkpoint):
-    code = """
-import sys
-from stocha_hf.modeling_stocha import StochaLlamaForCausalLM
-try:
-    StochaLlamaForCausalLM.from_pretrained(sys.argv[1])
-except ValueError as error:
-    print(error)
-"""
-    assert "run stocha-convert on the model first" in run_warm(code, checkpoint()).stdout
+    with pytest.raises(ValueError, match="run stocha-convert on the model first"):
+        modeling_stocha.StochaLlamaForCausalLM.from_pretrained(checkpoint())

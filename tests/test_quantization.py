@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -114,6 +115,24 @@ def test_converting_to_bits_writes_what_loading_would_compute(checkpoint, tmp_pa
     assert "rounded to 4 bits" in card and "quantization_stocha.py" in card
     changed = convert(tmp_path / "small", tmp_path / "silu", activation="silu")  # what is no weight can still change
     assert "quantization_stocha.py" in changed.files and load_model(str(tmp_path / "silu")).config.hidden_act == "silu"
+
+
+def test_a_mean_of_bits_puts_what_loses_most_in_8(checkpoint, tmp_path: Path) -> None:
+    """The source's down_proj of layer 1 is 4-bit already, so that of layer 0 loses more."""
+    native = tiny_model("llama")
+    exact = native.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        exact.weight.copy_(dequantize(*quantize(exact.weight.T, 4), 4, len(exact.weight)).T)
+    native.save_pretrained(tmp_path / "source")
+    with pytest.raises(StochaError, match=r"bits is 4.4: expected 4 or 8, or a mean of at least 4.\d+, which v_proj"):
+        convert(tmp_path / "source", tmp_path / "out", bits=4.4)
+    sizes = [math.prod(part.weight.shape) for name, part in native.named_modules() if name.endswith("_proj")]
+    least = 4.5 + 4 * 2 * native.model.layers[0].self_attn.v_proj.weight.numel() / sum(sizes)
+    convert(tmp_path / "source", tmp_path / "out", bits=least + 4 * exact.weight.numel() / sum(sizes) + 0.01)
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert entry["in_8_bits"] == ["v_proj", "embed_tokens", "lm_head", "layers.0.mlp.down_proj"]
+    model = load_model(str(tmp_path / "out"))
+    assert [layer.mlp.down_proj.bits for layer in model.model.layers] == [8, 4]
 
 
 def test_a_killed_quantization_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path: Path, monkeypatch) -> None:

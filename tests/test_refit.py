@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.inspection import read_config
 from stocha_hf.checkpoints.tensors import Tensors
-from stocha_hf.conversion import refit
+from stocha_hf.conversion import refit, refit_streams
 from stocha_hf.conversion.convert import convert
-from stocha_hf.conversion.layerwise import Layers
+from stocha_hf.conversion.layerwise import Layers, autocast
 from stocha_hf.conversion.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn, solve_down, threshold_for
 from stocha_hf.conversion.refit_model import refit as refit_model
 from stocha_hf.conversion.refit_shares import allocate
@@ -117,7 +117,7 @@ def test_layer_by_layer_computes_what_the_model_computes(checkpoint, model_type:
     layers = Layers(Tensors(folder), read_config(folder), "cpu")
     hidden = layers.embed(TOKENS)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast("cpu"):
         states: list[torch.Tensor] = []
         for layer in model.model.layers:
             layer.register_forward_hook(lambda module, args, output: states.append(output.float()))
@@ -188,7 +188,15 @@ def test_shares_follow_what_zeros_cost(checkpoint) -> None:
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_and_ends_with_the_same_weights(checkpoint, text, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_killed_it_goes_on_and_ends_with_the_same_weights(checkpoint, text, tmp_path, monkeypatch, seconds) -> None:
+    """With its streams kept every so many seconds, the layers before are not computed again."""
+    monkeypatch.setattr(refit, "KEEP_EVERY", seconds)
+    passed: list[int] = []
+    through = refit_streams.Streams.through_attention
+    monkeypatch.setattr(
+        refit_streams.Streams, "through_attention", lambda *args: (passed.append(args[2]), through(*args))[1]
+    )
     source = checkpoint(num_hidden_layers=3)
     options: dict[str, Any] = {"refit": str(text), "refit_tokens": 512, "target_sparsity": 0.8}
     convert(source, tmp_path / "whole", **options)
@@ -206,6 +214,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(checkpoint, text, tmp_
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.refit").is_dir()
     convert(source, tmp_path / "out", **options)
     assert fits == [0, 1, 2, 2]
+    assert passed[6:] == ([2] if seconds == 0 else [0, 1, 2])
     whole, resumed = (all_tensors(tmp_path / name) for name in ("whole", "out"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert read_config(tmp_path / "whole")["stocha"] == read_config(tmp_path / "out")["stocha"]

@@ -45,7 +45,9 @@ class Tensors(_Named):
 
     def __init__(self, folder: Path) -> None:
         found = weight_files(list_files(folder), lambda: read_json(folder / INDEX, "an index of shards"), str(folder))
-        self.files = {name: entry.file for name, entry in tensor_headers(folder, found).items()}
+        headers = tensor_headers(folder, found)
+        self.files = {name: entry.file for name, entry in headers.items()}
+        self.shapes = {name: tuple(entry.shape) for name, entry in headers.items()}
         self.names = self.files.keys()
 
     def read(self, name: str) -> torch.Tensor:

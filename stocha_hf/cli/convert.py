@@ -34,7 +34,7 @@ from stocha_hf.cli import (
     whole_number,
 )
 from stocha_hf.errors import StochaError
-from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES
+from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES, is_bits
 from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, LEARNED, POSITIVE_SIDES, PROJECTIONS, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
@@ -42,6 +42,12 @@ REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
 INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
 INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS)
 OPTIONS = ("bits", "in_8_bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
+
+
+def bits_of(text: str) -> float:
+    """4 and 8 are codes' bits, whole numbers; what lies between is a mean."""
+    bits = float(text)
+    return int(bits) if bits in BITS else bits
 
 
 def parser() -> Parser:
@@ -119,14 +125,16 @@ def parser() -> Parser:
     verb.add_argument("--inputs-prefill", action="store_true", help="cut at every token, not only in decode steps")
     verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
     verb.add_argument(
-        "--bits", type=checked(int, lambda bits: bits in BITS, "4 or 8"), help="quantize the weights to 4 or 8 bits"
+        "--bits",
+        type=checked(bits_of, is_bits, "4 or 8, or a mean of bits between them"),
+        help="quantize the weights to 4 or 8 bits; a number between is a mean, by 8 bits where 4 lose most",
     )
     verb.add_argument(
         "--in-8-bits",
         nargs="*",
         type=one_of(MATRICES),
         metavar="NAME",
-        help=f"with --bits 4, kept in 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4 for all)",
+        help=f"with fewer --bits, kept in 8: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; none: 4)",
     )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")

@@ -34,7 +34,7 @@ from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing import card
-from stocha_hf.quantization import BITS, MATRICES
+from stocha_hf.quantization import BITS, MATRICES, is_bits
 from stocha_hf.spec import LEARNED, StochaConfig, __version__
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -45,7 +45,8 @@ class Converted:
     """What a conversion wrote.
 
     `layers` is the number of converted feed-forward layers, `source` the id and revision of the original model,
-    `stocha` the new entry of config.json, `files` the names in the folder `output`, `bits` those of quantized weights.
+    `stocha` the new entry of config.json, `files` the names in the folder `output`, `bits` those of quantized
+    weights, or their mean.
     """
 
     layers: int
@@ -53,7 +54,7 @@ class Converted:
     source: dict[str, str | None]
     stocha: dict[str, Any]
     files: list[str]
-    bits: int | None = None
+    bits: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as the command's --json prints them."""
@@ -81,7 +82,7 @@ def convert(
     inputs_allotment: str | None = None,
     inputs_prefill: bool = False,
     inputs_train: bool = False,
-    bits: int | None = None,
+    bits: float | None = None,
     in_8_bits: Sequence[str] | None = None,
     revision: str | None = None,
     base_model: str | None = None,
@@ -115,9 +116,11 @@ def convert(
             the weights (default: "uniform").
         inputs_prefill: cut at every token in eval() mode, and not in decode steps alone.
         inputs_train: cut at every token in train() mode too.
-        bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded.
-        in_8_bits: names of the matrices that get 8 bits where `bits` is 4, in MATRICES (default: v_proj,
-            embed_tokens and lm_head).
+        bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded. A
+            number between them is a mean of bits a weight of the projections, with scales: 4 bits, and as many
+            matrices in 8 as it has room for.
+        in_8_bits: names of the matrices that get 8 bits in any case where `bits` is less, in MATRICES (default:
+            v_proj, embed_tokens and lm_head).
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
         dtype: what a .gguf file's tensors become, one of DTYPES.
@@ -134,7 +137,8 @@ def convert(
     changes = {key: value for key, value in (fields | {"threshold": threshold, "k": k}).items() if value is not None}
     of_cuts: dict[str, Any] = {"of": inputs_of, "allotment": inputs_allotment}
     of_cuts |= {"prefill": inputs_prefill, "train": inputs_train}
-    if inputs is not None or bits != 4:
+    in_4 = is_bits(bits) and bits != 8
+    if inputs is not None or not in_4:
         of_cuts |= {"data": calibrate and str(calibrate), "tokens": calibrate_tokens}
     cuts = _calibration(inputs, refit, of_cuts)
     options = None
@@ -145,18 +149,18 @@ def convert(
             "target_sparsity, refit_tokens or refit_on_disk was given without refit: expected the data to refit on"
         )
     _check_fields(changes)
-    if bits is not None and (options is not None or bits not in BITS):
-        given = "with refit" if options is not None else f"as {bits!r}"
-        expected = "one of them; refit first, then quantize the result" if options is not None else "4 or 8"
-        raise StochaError(f"bits was given {given}: expected {expected}")
+    if bits is not None and not is_bits(bits):
+        raise StochaError(f"bits is {bits!r}: expected 4 or 8, or a mean of bits between them")
+    if bits is not None and options is not None:
+        raise StochaError("bits was given with refit: expected one of them; refit first, then quantize the result")
     if bits is not None and inputs_allotment == LEARNED:
         raise StochaError(
             f"bits {bits} was given with inputs_allotment {LEARNED}: expected one of them; cut first, then quantize "
             "the result"
         )
-    if in_8_bits is not None and (bits != 4 or not set(in_8_bits) <= set(MATRICES)):
+    if in_8_bits is not None and (not in_4 or not set(in_8_bits) <= set(MATRICES)):
         raise StochaError(
-            f"in_8_bits {' '.join(in_8_bits)} was given with bits {bits}: expected bits 4, and names among "
+            f"in_8_bits {' '.join(in_8_bits)} was given with bits {bits}: expected bits below 8, and names among "
             f"{', '.join(MATRICES)}"
         )
     if calibrate_tokens is not None and calibrate is None:
@@ -193,9 +197,10 @@ def convert(
             from stocha_hf.conversion.quantize import Quantize, layout, quantize_checkpoint
 
             refuse_quantized(found.config, found.id, "quantizing")
-            text = str(calibrate) if calibrate is not None and bits == 4 else None
+            text = str(calibrate) if calibrate is not None and in_4 else None
+            mean = bits if bits not in BITS else None
             quantized = quantize_checkpoint(
-                found, config, Quantize(layout(bits, in_8_bits, config), text, calibrate_tokens), work
+                found, config, Quantize(layout(bits, in_8_bits, config), mean, text, calibrate_tokens), work
             )
             config, change = quantized.config, quantized.write_to
             found = replace(found, files=[name for name in found.files if not is_weight(name)])

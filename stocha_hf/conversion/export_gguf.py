@@ -29,6 +29,7 @@ OWN = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MO
 BY_LLAMA_CPP = ("q6_k", "q5_k_m", "q4_k_m", "q4_0")
 PRECISIONS = (*OWN, *BY_LLAMA_CPP)
 QUANTIZER = "llama-quantize"
+MAGICS = (b"GGUF", b"PWRI")  # the latter PowerInfer's
 _STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -84,7 +85,7 @@ def write_gguf(source: Source, activation: str, precision: str | None, output: P
 def _is_gguf(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return not path.is_symlink() and file.read(4) == b"GGUF"
+            return not path.is_symlink() and file.read(4) in MAGICS
     except OSError:
         return False
 

@@ -17,13 +17,12 @@ from typing import Any
 
 from stocha_hf.checkpoints.architecture import Sizes
 from stocha_hf.checkpoints.staging import scratch_folder
-from stocha_hf.conversion.export_gguf import general, write_file
+from stocha_hf.conversion.export_gguf import MAGICS, general, write_file
 from stocha_hf.conversion.export_metadata import Plan, plan_metadata
 from stocha_hf.conversion.source import Source
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import StochaConfig
 
-MAGIC = b"PWRI"
 PRECISION = "f16"
 FITS = ("llama", "mistral")
 CUTS = ("gpt-2", None)  # how its byte-level BPE cuts a text; None: SentencePiece's, which is not cut
@@ -58,7 +57,7 @@ def write_powerinfer(source: Source, data: str, rank: int | None, output: Path) 
         written = work / "model.gguf"
         write_file(written, plan.architecture, told | words, found, PRECISION)
         with written.open("r+b") as file:
-            file.write(MAGIC)
+            file.write(MAGICS[1])
         written.replace(output)
     cut = words.get("tokenizer.ggml.pre")
     differs = None if cut in CUTS else f"PowerInfer cuts a text as GPT-2 does, and this tokenizer as {cut}: its tokens"

@@ -124,15 +124,17 @@ def is_sparse(entry: StochaConfig) -> bool:
 def uncut_model(source: Source, entry: StochaConfig, on_cpu: str = "auto") -> Any:
     """The source's model as it will infer, without cuts, in eval mode: on a GPU where there is one.
 
-    Its dtype is its weights', on a CPU `on_cpu`.
+    Its dtype is its weights', on a CPU `on_cpu`, and float32 where the processor has no products in that.
     """
     import torch
 
     from stocha_hf.models import load_model
     from stocha_hf.patching import patch, unpatch
+    from stocha_hf.quantization_stocha import computing_dtype
 
     device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", on_cpu)
     model = load_model(str(source.folder), dtype=dtype).to(device)
+    model.to(computing_dtype(next(model.parameters())))  # not bfloat16 on a processor that is slow in it
     unpatch(model)  # of what the source infers with
     patch(model, entry)  # type: ignore[arg-type] # inside the package there is one StochaConfig
     return model.eval()

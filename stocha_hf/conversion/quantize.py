@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.tensors import LAYER, Tensors
 from stocha_hf.conversion.calibration import WINDOWS, Calibration
 from stocha_hf.conversion.error_feedback import round_with_feedback
+from stocha_hf.conversion.mixed_bits import with_mean_bits
 from stocha_hf.conversion.refit_work import layers_folder
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
@@ -47,9 +48,12 @@ TOKENS, WINDOW = 16_384, 512
 
 @dataclass(frozen=True)
 class Quantize:
-    """What to quantize to: the entry, and the text to calibrate on, if any, with the number of its tokens."""
+    """What to quantize to: the entry, a mean of bits a weight to reach with more matrices in 8 bits, if any, and the
+    text to calibrate on, if any, with the number of its tokens.
+    """
 
     entry: Quantization
+    mean_bits: float | None = None
     data: str | None = None
     tokens: int | None = None
 
@@ -75,19 +79,23 @@ class Quantized:
             (checkpoint / INDEX).write_text(dump(index), encoding="utf-8")
 
 
-def layout(bits: int, in_8_bits: Sequence[str] | None, config: dict[str, Any]) -> Quantization:
+def layout(bits: float, in_8_bits: Sequence[str] | None, config: dict[str, Any]) -> Quantization:
     """The entry for a converted config.json: projections that cut their inputs are read an input at a time."""
     cut = (config["stocha"].get("inputs") or {}).get("thresholds", {})
     named = IN_8_BITS if in_8_bits is None else tuple(in_8_bits)
-    return Quantization(bits, named, tuple(sorted({"down_proj", *cut})))
+    return Quantization(8 if bits == 8 else 4, named, tuple(sorted({"down_proj", *cut})))
 
 
 def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:
     """Quantize the matrices of `source`, of which `config` is the converted config.json; keeps what is done in `work`.
 
-    Raises StochaError for weights that are not finite, too little text, and for what cannot be written.
+    Raises StochaError for weights that are not finite, too little text, a mean of bits that is too small, and for what
+    cannot be written.
     """
-    tensors, text = Tensors(source.folder), _calibration(source, config, options)
+    tensors = Tensors(source.folder)
+    if options.mean_bits is not None:
+        options = replace(options, entry=with_mean_bits(tensors, options.entry, options.mean_bits))
+    text = _calibration(source, config, options)
     try:
         folder = layers_folder(work, _key(source, config, options))
         parts = _parts(tensors, Sizes.of(config, source.id).tied)
@@ -102,7 +110,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
             f"cannot write {work} ({error}): free space and start again with the same command, which continues from "
             "the finished layers there"
         ) from error
-    stage: dict[str, Any] = {"method": "quantize", "bits": options.entry.bits}
+    stage: dict[str, Any] = {"method": "quantize", "bits": options.mean_bits or options.entry.bits}
     if options.data is not None:
         stage |= {"data": public_name(options.data), "tokens": options.tokens or TOKENS}
     config = config | {"quantization_config": options.entry.to_dict()}

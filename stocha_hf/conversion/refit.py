@@ -6,8 +6,9 @@ refitted (refit_ffn.py) so that the stream after it returns to h0: target = FFN_
 streams after attention. MIX = 1 would undo all drift at once, 0 ignores it. A token's error counts relative to the
 mean square of its stream, which the next norm divides by. Nothing is backpropagated through the model.
 
-From folder to folder, a finished layer is written to a work folder beside the output (refit_work.py), so that a killed
-run goes on there and ends with the same weights. refit_model.py refits a model in memory.
+From folder to folder, a finished layer is written to a work folder beside the output (refit_work.py), and every minute
+the streams are, so that a killed run goes on there and ends with the same weights. refit_model.py refits a model in
+memory.
 
     stocha-convert SOURCE OUTPUT --activation relu --refit DATA [--target-sparsity 0.8]
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +35,7 @@ from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit_ffn import BATCH, FFN, refit_ffn
 from stocha_hf.conversion.refit_shares import allocate
-from stocha_hf.conversion.refit_streams import WINDOWS, Streams
+from stocha_hf.conversion.refit_streams import KEPT, WINDOWS, Streams, kept_shares
 from stocha_hf.conversion.refit_work import Refit, layers_folder
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
@@ -44,6 +46,7 @@ TOKENS = 98_304  # default, or TOKENS_PER_NEURON x the FFN's width if that is mo
 TOKENS_PER_NEURON = 8
 LEAST_PER_NEURON = 4  # with fewer, the normal equations fit noise
 WINDOW = 1024  # tokens
+KEEP_EVERY = 60  # seconds
 PASSES = 2  # over the tokens, for the local fit
 PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -120,7 +123,7 @@ def refit_checkpoint(source: Source, config: dict[str, Any], options: Refit, wor
     try:
         folder = layers_folder(work, _key(source, native, options, tokens))
         store = LayerFiles(folder, device)
-        figures = refit_layers(layers, tokens, options, store, folder if options.on_disk else None)
+        figures = refit_layers(layers, tokens, options, store, folder)
     except (OSError, SafetensorError) as error:
         raise StochaError(
             f"cannot write {work} ({error}): free space and start again with the same command, which continues from "
@@ -163,18 +166,27 @@ def whole_batches(windows: torch.Tensor, config: dict[str, Any], data: str) -> t
 
 
 def refit_layers(
-    layers: Layers, tokens: torch.Tensor, options: Refit, store: Store, on_disk: Path | None = None
+    layers: Layers, tokens: torch.Tensor, options: Refit, store: Store, work: Path | None = None
 ) -> list[tuple[float, float]]:
-    """Threshold and held-out error of each layer, whose weights are then in `store`."""
+    """Threshold and held-out error of each layer, whose weights are then in `store`; goes on after what `work` has."""
     layers.check_no_biases()
+    kept = work / KEPT if work is not None else None
     shares: list[float | None] = [None] * len(layers)
-    if options.target_sparsity is not None:
+    if kept is not None and kept.exists():
+        shares = kept_shares(kept)
+    elif options.target_sparsity is not None:
         shares = [*allocate(layers, tokens[:WINDOWS], options.target_sparsity)]
-    streams = Streams(layers, tokens, on_disk)
+    streams = Streams(layers, tokens, work if options.on_disk else None)
+    passed = streams.go_on(kept) if kept is not None and kept.exists() else 0
+    last = time.monotonic()
     steps = PASSES * tokens.numel() // BATCH
     done = []
     with tqdm(total=len(layers) * (steps + 2 * streams.batches), desc="Refitting", unit="step", disable=None) as bar:
         for index in range(len(layers)):
+            if index < passed:
+                done.append((store[index][0].threshold, store[index][1]))
+                bar.update(steps + 2 * streams.batches)
+                continue
             with layers.load(index) as layer:
                 rows = streams.through_attention(layer, index, bar.update)
                 if index in store:
@@ -187,6 +199,9 @@ def refit_layers(
                 ffn, error = store[index]
                 streams.through_ffn(layer, rows, ffn, bar.update)
             done.append((ffn.threshold, error))
+            if kept is not None and time.monotonic() - last >= KEEP_EVERY:
+                streams.keep(kept, index + 1, shares)
+                last = time.monotonic()
     return done
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from stocha_hf.conversion.layerwise import autocast
 from stocha_hf.errors import StochaError
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean diagonal of the normal equations
@@ -124,7 +125,7 @@ def fit_locally(
     generator: torch.Generator,
     progress: Callable[[], object],
 ) -> FFN:
-    """Adam on the three matrices, cosine learning rate, bfloat16 products; the threshold is re-chosen on the way."""
+    """Adam on the three matrices, cosine learning rate; the threshold is re-chosen on the way."""
     weights = [matrix.clone().requires_grad_() for matrix in (ffn.gate, ffn.up, ffn.down)]
     rates = [RATE * weight.detach().square().mean().sqrt().item() for weight in weights]
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
@@ -140,7 +141,7 @@ def fit_locally(
         factor = min((step + 1) / (0.05 * steps), 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        with torch.enable_grad(), torch.autocast(batch.inputs.device.type, torch.bfloat16):
+        with torch.enable_grad(), autocast(batch.inputs.device):
             output = _as_ffn(weights, ffn.threshold)(batch.inputs)
             error = ((output.float() - batch.targets).square().sum(1) * batch.weights).mean()
         error.backward()
@@ -186,7 +187,7 @@ def solve_down(ffn: FFN, rows: Rows, held_out: Rows) -> tuple[FFN, float]:
 
 def _hidden(ffn: FFN, block: Rows) -> torch.Tensor:
     """float32 [rows, M], computed as the converted model will: in bfloat16."""
-    with torch.autocast(block.inputs.device.type, torch.bfloat16):
+    with autocast(block.inputs.device):
         return ffn.hidden(block.inputs).float()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stocha_hf.conversion.layerwise import Layers
+from stocha_hf.conversion.layerwise import Layers, autocast
 from stocha_hf.conversion.refit_ffn import FFN, contribution_scale
 
 GRID = 1000  # quantiles that stand for a layer's contributions
@@ -50,7 +50,7 @@ def _shares(quantiles: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
 def _contributions(layers: Layers, layer: Any, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """GRID quantiles of the layer's contributions under ReLU, and the original model's stream after the layer."""
     stream, inputs = layers.attention(layer, index, hidden)
-    with layers.autocast():
+    with autocast(layers.device):
         after = stream + layers.after_ffn(layer, layer.mlp(inputs)).float()
     flat = inputs.flatten(0, 1)
     ffn = FFN(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight)

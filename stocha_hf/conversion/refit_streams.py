@@ -5,19 +5,29 @@ A refit moves both through the layers one after the other (refit.py says why).
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from stocha_hf.conversion.layerwise import Layers
+from stocha_hf.conversion.layerwise import Layers, autocast
 from stocha_hf.conversion.refit_ffn import FFN, Rows
 from stocha_hf.errors import StochaError
 
+KEPT = "streams.safetensors"
 MIX = 0.7  # share of the streams' distance that a layer's target undoes
 WINDOWS = 8  # in a batch
+
+
+def kept_shares(path: Path) -> list[float | None]:
+    """The shares of zeros that a file of streams was kept with."""
+    with safe_open(path, framework="pt") as kept:
+        return json.loads(kept.metadata()["shares"])
 
 
 class Streams:
@@ -46,6 +56,23 @@ class Streams:
             os.posix_fallocate(file.fileno(), 0, 4 * rows * size)  # a full disk now, not a signal later
         return torch.from_file(str(path), shared=True, size=rows * size, dtype=torch.float32).view(rows, size)
 
+    def keep(self, path: Path, layers: int, shares: Sequence[float | None]) -> None:
+        """Write the streams to a file, for a run that goes on after so many layers; nothing where there is no room."""
+        partial = path.with_suffix(".partial")
+        told = {"layers": str(layers), "shares": json.dumps(shares)}
+        try:
+            save_file({"original": self.original, "converted": self.converted}, partial, told)
+            partial.rename(path)
+        except (OSError, SafetensorError):
+            partial.unlink(missing_ok=True)
+
+    def go_on(self, path: Path) -> int:
+        """Take the streams that were kept in a file; return the number of layers that they have passed."""
+        with safe_open(path, framework="pt") as kept:
+            self.original.copy_(kept.get_tensor("original"))
+            self.converted.copy_(kept.get_tensor("converted"))
+            return int(kept.metadata()["layers"])
+
     def _parts(self) -> list[slice]:
         return [slice(i * self.rows_per_batch, (i + 1) * self.rows_per_batch) for i in range(self.batches)]
 
@@ -57,7 +84,7 @@ class Streams:
         for part in self._parts():
             before = (stream[part].view(self.shape).to(device) for stream in (self.original, self.converted))
             (h0, n0), (h1, n1) = (layers.attention(layer, index, stream) for stream in before)
-            with layers.autocast():
+            with autocast(device):
                 output = layer.mlp(n0)
                 added = layers.after_ffn(layer, output)
             after = h0 + added.float()
@@ -80,7 +107,7 @@ class Streams:
     def through_ffn(self, layer: Any, rows: Rows, ffn: FFN, progress: Callable[[], object]) -> None:
         """Move h1 through the refitted FFN."""
         for part in self._parts():
-            with self.layers.autocast():
+            with autocast(self.layers.device):
                 output = self.layers.after_ffn(layer, ffn(rows.inputs[part]))
             self.converted[part] += output.float().cpu()
             progress()
