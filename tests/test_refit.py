@@ -17,7 +17,7 @@ from stocha_hf.checkpoints.inspection import read_config
 from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion import refit, refit_streams
 from stocha_hf.conversion.convert import convert
-from stocha_hf.conversion.layerwise import Layers
+from stocha_hf.conversion.layerwise import Layers, autocast
 from stocha_hf.conversion.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn, solve_down, threshold_for
 from stocha_hf.conversion.refit_model import refit as refit_model
 from stocha_hf.conversion.refit_shares import allocate
@@ -117,7 +117,7 @@ def test_layer_by_layer_computes_what_the_model_computes(checkpoint, model_type:
     layers = Layers(Tensors(folder), read_config(folder), "cpu")
     hidden = layers.embed(TOKENS)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast("cpu"):
         states: list[torch.Tensor] = []
         for layer in model.model.layers:
             layer.register_forward_hook(lambda module, args, output: states.append(output.float()))

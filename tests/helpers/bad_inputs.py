@@ -354,7 +354,7 @@ native out --liger -> --liger
 native out --bits 3 -> --bits is 3; 4 or 8
 native out --bits four -> --bits is four; 4 or 8
 native out --bits 8 --calibrate text.txt -> calibrate was given without inputs
-native out --bits 8 --in-8-bits v_proj -> in_8_bits v_proj was given with bits 8; bits 4
+native out --bits 8 --in-8-bits v_proj -> in_8_bits v_proj was given with bits 8; bits below 8
 native out --bits 4 --calibrate-tokens 100 -> calibrate_tokens 100 was given without calibrate
 native out --bits 4 --calibrate short.txt -> short.txt has too little text; 4 windows
 native out --bits 4 --calibrate absent.txt -> absent.txt does not exist
