@@ -89,7 +89,7 @@ def learn_input_cuts(
 ) -> InputCuts:
     """Learn which inputs to cut, all layers at once; the model's weights are scaled in place.
 
-    Takes 70 bytes times hidden size and layers for each of PASS tokens on a GPU, fewer tokens where that is too much.
+    On a GPU a pass takes as many windows as half of the free memory holds, at most PASS tokens.
 
     Args:
         model: A CausalLM of a known architecture that does not cut its inputs, in eval mode.
