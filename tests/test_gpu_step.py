@@ -320,7 +320,8 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there(
 
     from stocha_hf.decoding import gpu_cuts, gpu_step
 
-    monkeypatch.setattr(gpu_step, "_can_start_early", lambda like: True)
+    for has in ("_can_start_early", "_has_dp4a"):
+        monkeypatch.setattr(gpu_step, has, lambda like: True)
     compiled = compiling([gpu_step, gpu_cuts], monkeypatch)
     weights = weights_of_no_content(dtype, kind == "predicted", kind in ("sparse", "predicted"), kind == "cut")
     gpu_step.GpuStep(weights, tokens).launch()

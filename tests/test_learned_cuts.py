@@ -12,6 +12,7 @@ from helpers import tiny_model
 from transformers import AutoModelForCausalLM
 
 from stocha_hf.conversion.convert import convert
+from stocha_hf.conversion.learned_cuts import _dtype
 from stocha_hf.cuts_stocha import cut_inputs
 from stocha_hf.data import calibration_texts
 from stocha_hf.errors import StochaError
@@ -57,9 +58,20 @@ def test_what_cannot_be_learned_is_refused_before_a_weight_changes() -> None:
         (WINDOWS, 1.0, "is 1.0: expected a share between 0 and 1"),
         (WINDOWS[:0], 0.5, "there are no windows"),
         (WINDOWS + 10_000, 0.5, "has the token"),
+        (WINDOWS.float(), 0.5, "expected token ids, int64"),
+        (WINDOWS[0], 0.5, "expected token ids, int64"),
     ):
         with pytest.raises(StochaError, match=words):
             learn_input_cuts(model, windows, share)
+    every = torch.ones_like(WINDOWS).bool()
+    for options, words in (
+        ({"cut_at": every.int()}, "expected bool of the windows' shape"),
+        ({"cut_at": every[1:]}, "expected bool of the windows' shape"),
+        ({"cut_at": every & (torch.arange(8) > 0)[:, None]}, "a window without a token that is cut"),
+        ({"batch": 0}, "the batch is 0"),
+    ):
+        with pytest.raises(StochaError, match=words):
+            learn_input_cuts(model, WINDOWS, 0.5, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     patch(model, StochaConfig(activation="silu", inputs=calibrate_inputs(model, WINDOWS, 0.5)))
     with pytest.raises(StochaError, match="cuts its inputs already"):
@@ -137,6 +149,14 @@ def test_convert_folds_learned_thresholds_into_the_folder_and_says_so(
     cut = load_model(str(out), dtype=torch.float32)
     with cut_inputs(cut, "always"):
         assert evaluate(cut, WINDOWS).bytes_read.share < 0.8  # type: ignore[union-attr]
+
+
+def test_weights_are_scaled_in_the_dtype_that_the_files_have_whatever_the_config_says(checkpoint: Any) -> None:
+    for stored, expected in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        folder = checkpoint(dtype=stored)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+        assert _dtype(folder, on_gpu=True) == expected and _dtype(folder, on_gpu=False) == "float32"
 
 
 @pytest.mark.parametrize(

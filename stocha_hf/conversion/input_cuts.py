@@ -121,10 +121,10 @@ def is_sparse(entry: StochaConfig) -> bool:
     return ACTIVATIONS[str(entry.inference)].native not in (None, entry.base)
 
 
-def uncut_model(source: Source, entry: StochaConfig, on_cpu: str = "auto") -> Any:
+def uncut_model(source: Source, entry: StochaConfig, dtype: str = "auto") -> Any:
     """The source's model as it will infer, without cuts, in eval mode: on a GPU where there is one.
 
-    Its dtype is its weights', on a CPU `on_cpu`, and float32 where the processor has no products in that.
+    In `dtype`, "auto" being config.json's; in float32 where the processor has no products in that.
     """
     import torch
 
@@ -132,8 +132,7 @@ def uncut_model(source: Source, entry: StochaConfig, on_cpu: str = "auto") -> An
     from stocha_hf.patching import patch, unpatch
     from stocha_hf.quantization_stocha import computing_dtype
 
-    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", on_cpu)
-    model = load_model(str(source.folder), dtype=dtype).to(device)
+    model = load_model(str(source.folder), dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     model.to(computing_dtype(next(model.parameters())))  # not bfloat16 on a processor that is slow in it
     unpatch(model)  # of what the source infers with
     patch(model, entry)  # type: ignore[arg-type] # inside the package there is one StochaConfig

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.quantized import refuse_quantized
@@ -69,7 +71,7 @@ def learned_cuts(source: Source, config: dict[str, Any], options: Calibration) -
             "more, each a row of the data set"
         )
     used = {"data": public_name(str(options.data)), "tokens": int(lengths.sum()), "seed": options.seed}
-    model = uncut_model(source, entry, on_cpu="float32")
+    model = uncut_model(source, entry, _dtype(source.folder, torch.cuda.is_available()))
     cuts = learn_input_cuts(
         model,
         rows,
@@ -81,3 +83,10 @@ def learned_cuts(source: Source, config: dict[str, Any], options: Calibration) -
     )
     stage = {"method": LEARNED_INPUTS, **used, "share": options.share}
     return LearnedCuts(with_entry(config, with_stage(replace(entry, inputs=cuts), stage)), model)
+
+
+def _dtype(folder: Path, on_gpu: bool) -> str:
+    """What to scale the weights in: float32, but on a GPU the dtype of weights that have less anyway."""
+    tensors = Tensors(folder)
+    stored = tensors.read(tensors.ending("layers.0.self_attn.q_proj.weight")).dtype
+    return "float32" if not on_gpu or stored == torch.float32 else str(stored).removeprefix("torch.")

@@ -1,12 +1,12 @@
 """How the kernels of a GPU's decode step are divided into programs: rows, columns and warps of each.
 
 A product's program has ROWS rows and BLOCK columns at a time, UP of the up projection. PROGRAMS is about how many
-there are, where tiles do not say it. SPLITS and TILE are those of attention; TILE are also rows of the sparse down
-product, and of the inputs of a product that cuts them.
+there are, where tiles do not say it. A program of the list has TOTAL rows, ROWS at a time. SPLITS and TILE are those
+of attention; TILE are also rows of the sparse down product, and of the inputs of a product that cuts them.
 
 Found on an H200, by the time of the whole step: TILES with a Llama of 1B shape, but for the products that cut, which
-are of Qwen2.5-0.5B; LARGE and FOUR with one of 8B. To bring a product's rows into the L2 cache before it waits for x
-made the step slower, by up to 9%.
+are of Qwen2.5-0.5B; LARGE and FOUR with one of 8B. The list's tile, and the stages of FOUR's hidden, are of an H100.
+To bring a product's rows into the L2 cache before it waits for x made the step slower, by up to 9%.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TILES: dict[str, dict[str, int]] = {
     "qkv": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
     "o": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
     "hidden": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
-    "list": {"ROWS": 8, "BLOCK": 256, "num_warps": 2},
+    "list": {"TOTAL": 32, "ROWS": 8, "num_warps": 4},
     "listed": {"PROGRAMS": 2112, "ROWS": 1, "BLOCK": 4096, "num_warps": 4},
     "dense": {"ROWS": 2, "BLOCK": 1024, "UP": 1024, "num_warps": 4},
     "dense down": {"ROWS": 2, "BLOCK": 2048, "num_warps": 4},
@@ -46,7 +46,7 @@ ONE_BY_ONE = ("attention", "down", "list", "listed")
 FOUR: dict[str, dict[str, int]] = {  # by tensor cores
     "qkv": {"ROWS": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
     "o": {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 6},
-    "hidden": {"ROWS": 64, "BLOCK": 128, "TILE": 32, "num_warps": 4, "num_stages": 4},
+    "hidden": {"ROWS": 64, "BLOCK": 128, "TILE": 32, "num_warps": 4, "num_stages": 5},
     "dense": {"ROWS": 64, "BLOCK": 128, "TILE": 32, "num_warps": 4, "num_stages": 4},
     "dense down": {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 6},
     "down": {"PROGRAMS": 1024, "TILE": 32, "BLOCK": 64, "num_warps": 2},

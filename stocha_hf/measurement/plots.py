@@ -79,7 +79,7 @@ def plot(path: str | Path, pictures: Sequence[Picture]) -> None:
         handles = {
             label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        figure.legend([handles[label] for label in styles], styles, loc="outside right center")
+        figure.legend([handles[label] for label in styles], styles, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)
 
 

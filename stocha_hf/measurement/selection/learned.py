@@ -89,7 +89,7 @@ def learn_input_cuts(
 ) -> InputCuts:
     """Learn which inputs to cut, all layers at once; the model's weights are scaled in place.
 
-    Takes 70 bytes times hidden size and layers for each of PASS tokens on a GPU, fewer tokens where that is too much.
+    On a GPU a pass takes as many windows as half of the free memory holds, at most PASS tokens.
 
     Args:
         model: A CausalLM of a known architecture that does not cut its inputs, in eval mode.
@@ -105,12 +105,14 @@ def learn_input_cuts(
         One threshold a projection, for the model as it is now.
 
     Raises:
-        StochaError: the model cuts already or is quantized, the share is not between 0 and 1, there is no window, a
-            token id is beyond the vocabulary, or what the model computes is not finite.
+        StochaError: the model cuts already or is quantized, the share is not between 0 and 1, windows, cut_at or batch
+            are not as above, a token id is beyond the vocabulary, or what the model computes is not finite.
     """
-    _check(model, windows, share)
+    _check(model, share, batch)
+    _check_windows(model, windows)
     if cut_at is None:
         cut_at = (torch.arange(windows.shape[1]) >= windows.shape[1] // UNCUT).expand(windows.shape)
+    _check_places(cut_at, windows)
     device = next(model.parameters()).device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -141,7 +143,7 @@ def learn_input_cuts(
     return InputCuts(_fold(groups), share=share, **fields)
 
 
-def _check(model: Any, windows: torch.Tensor, share: float) -> None:
+def _check(model: Any, share: float, batch: int) -> None:
     if cut_projections(model):
         raise StochaError("the model cuts its inputs already: expected one that does not; call stocha_hf.unpatch")
     if others := {
@@ -152,9 +154,29 @@ def _check(model: Any, windows: torch.Tensor, share: float) -> None:
         )
     if not is_number(share) or not 0 < share < 1:
         raise StochaError(f"the share of weights not to read is {share!r}: expected a share between 0 and 1")
-    if not len(windows):
+    if type(batch) is not int or batch < 1:
+        raise StochaError(f"the batch is {batch!r}: expected a whole number of at least 1")
+
+
+def _check_windows(model: Any, windows: torch.Tensor) -> None:
+    if windows.ndim != 2 or windows.dtype != torch.int64:
+        raise StochaError(
+            f"the windows are {windows.dtype} of shape {list(windows.shape)}: expected token ids, int64 [windows, "
+            "length]"
+        )
+    if not windows.numel():
         raise StochaError("there are no windows: expected at least one window of text to learn from")
     check_vocabulary(model.config, windows)
+
+
+def _check_places(cut_at: torch.Tensor, windows: torch.Tensor) -> None:
+    if cut_at.dtype != torch.bool or cut_at.shape != windows.shape:
+        raise StochaError(
+            f"cut_at is {cut_at.dtype} of shape {list(cut_at.shape)}: expected bool of the windows' shape, "
+            f"{list(windows.shape)}"
+        )
+    if not cut_at.any(1).all():
+        raise StochaError("cut_at has a window without a token that is cut: expected one or more in each")
 
 
 def _tokens_a_pass(model: Any) -> int:
@@ -187,7 +209,7 @@ def _groups(model: Any, passes: list[tuple[torch.Tensor, torch.Tensor]], share: 
 def _learn(
     model: Any, groups: list[Group], rows: torch.Tensor, at: torch.Tensor, share: float, price: float, tokens: int
 ) -> float:
-    """Add the gradient of some windows of a step of so many `tokens`; returns this part of what is read too much."""
+    """Add the gradient of some windows of a step of so many `tokens`; return by how much they read too much."""
     with torch.no_grad():
         aims = model.base_model(rows, use_cache=False).last_hidden_state[at]
     with cutting(groups, at):
@@ -310,6 +332,8 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
     """Inside, the weights are float32, so that one that is scaled twice is rounded once."""
     kinds = [parameter.dtype for parameter in module.parameters()]
     module.float()
-    yield
-    for parameter, kind in zip(module.parameters(), kinds, strict=True):
-        parameter.data = parameter.data.to(kind)
+    try:
+        yield
+    finally:
+        for parameter, kind in zip(module.parameters(), kinds, strict=True):
+            parameter.data = parameter.data.to(kind)
