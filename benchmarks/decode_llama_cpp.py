@@ -5,7 +5,7 @@ round. Ours by generate(), llama.cpp by its C API (llama_cpp.c: the Python bindi
 of random weights have a forced share of zeros on our side; llama.cpp is dense and reads all weights either way, so its
 random weights are made directly in its formats. Real models are a converted folder, and a GGUF file that llama.cpp's
 own quantizer turns into each format. With `--sparsity own` a folder, such as a refitted one, runs its own activation;
-with `--text` the perplexity of both sides' weights is measured too, llama.cpp's in the model of `--original`.
+with `--text` the perplexity of both sides' weights is measured too, llama.cpp's by PyTorch in float32.
 
 llama.cpp is built from llama-cpp-python's source, for this machine:
 
@@ -37,11 +37,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from quantization import gguf_weights
 from transformers import AutoModelForCausalLM
 
 from stocha_hf.checkpoints.inspection import read_config
 from stocha_hf.checkpoints.quantized import read_quantization
+from stocha_hf.conversion.gguf import check_gguf, dequantize
 from stocha_hf.data import text_windows
 from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.measurement.speed import READ
@@ -232,11 +232,11 @@ def quality(model: Any, windows: torch.Tensor) -> dict[str, float]:
     return {"perplexity": math.exp(statistics.fmean(losses))}
 
 
-def of_gguf(args: argparse.Namespace, path: Path, windows: torch.Tensor) -> dict[str, float]:
-    """The quality of a GGUF file's weights, in the original model in float32."""
-    model: Any = AutoModelForCausalLM.from_pretrained(args.original or args.folder, dtype=torch.float32).eval()
-    for name, value in gguf_weights(str(path))[0].items():
-        model.get_submodule(name).weight.data.copy_(value)
+def of_gguf(path: Path, windows: torch.Tensor) -> dict[str, float]:
+    """The quality of a GGUF file's weights, dequantized."""
+    with tempfile.TemporaryDirectory(prefix="stocha-dequantized-") as folder:
+        dequantize(check_gguf(path), Path(folder), "float32")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return quality(model, windows)
 
 
@@ -266,7 +266,7 @@ def prepared(args: argparse.Namespace, folder: Path) -> Prepared:
             raise SystemExit(f"llama.cpp cannot turn {args.gguf} into {kind}")
         done.sizes[kind] = path.stat().st_size
         llama = Llama(library, path, args.threads)
-        done.qualities[kind] = partial(of_gguf, args, path, windows)
+        done.qualities[kind] = partial(of_gguf, path, windows)
         done.measures[kind] = partial(llama.seconds, tokens[0].tolist(), args.new, args.together, args.cpu)
     for bits in args.ours:
         model = ours(args, bits, tokens)
@@ -309,12 +309,6 @@ def record_of(args: argparse.Namespace, seconds: dict[str, list[float]], sizes: 
     }
 
 
-def runs_base(folder: Path) -> bool:
-    """Whether a folder's native class runs the activation that the model was made with."""
-    stocha = read_config(folder).get("stocha") or {}
-    return stocha.get("inference") == stocha.get("base")
-
-
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -332,7 +326,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--text", help="measure perplexities on this text, of a real model")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens of the text")
-    parser.add_argument("--original", help="the original model's folder, where --folder is a refitted one")
     parser.add_argument("--head-bits", type=int, default=8, choices=[8, 4], help="of embeddings and lm_head")
     parser.add_argument("--together", type=int, default=1, help="tokens a step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -344,8 +337,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     if args.text and (args.random or not args.folder):
         parser.error("--text measures a real model: give --folder and --gguf in place of --random")
-    if args.text and not args.original and not runs_base(Path(args.folder)):
-        parser.error("--folder runs another activation than the GGUF file's weights: give --original with --text")
     args.threads = 1 if args.cpu else args.threads
     return args
 
