@@ -681,11 +681,14 @@ class StochaModel:
         found = None if runtime is None or self.training else runtime.sample(self, *args, **kwargs)
         return super()._sample(*args, **kwargs) if found is None else found  # type: ignore[misc]
 
-    def _extract_generation_mode_kwargs(self, custom_generate: Any, *args: Any) -> dict[str, Any]:
-        """As the native one, which forgets the streamer, the last argument, where `custom_generate` is a function."""
-        found: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, *args)  # type: ignore[misc]
-        takes_one = callable(custom_generate) and "streamer" in inspect.signature(custom_generate).parameters
-        return found | {"streamer": args[-1]} if takes_one and args[-1] is not None else found
+    def _extract_generation_mode_kwargs(self, *args: Any, **kwargs: Any) -> Any:
+        """As the native one, which forgets the streamer where `custom_generate` is a function."""
+        native = super()._extract_generation_mode_kwargs  # type: ignore[misc]
+        given, found = inspect.signature(native).bind(*args, **kwargs).arguments, native(*args, **kwargs)
+        custom, streamer = given.get("custom_generate"), given.get("streamer")
+        if callable(custom) and streamer is not None and "streamer" in inspect.signature(custom).parameters:
+            found["streamer"] = streamer
+        return found
 
     def get_memory_footprint(self, *args: Any, **kwargs: Any) -> int:
         """The bytes of parameters and buffers, and of what decode steps hold beside them."""

@@ -101,8 +101,8 @@ def _check_alike(first: Source, other: Source) -> None:
     refuse_quantized(other.config, other.id, "an average")
     if _scaled(other) != _scaled(first):
         raise StochaError(
-            f"the weights of {other.id} and {first.id} have different scales, as their stages {LEARNED_INPUTS} say: "
-            "expected runs from one folder with learned thresholds, or from folders without them"
+            f"the weights of {other.id} and {first.id} have different scales, as the stages {LEARNED_INPUTS} "
+            "of their histories say: expected runs from one folder with learned thresholds, or from ones without"
         )
     expected, given = (_comparable(source) for source in (first, other))
     for key in sorted(expected.keys() | given.keys()):

@@ -82,9 +82,10 @@ class LayerFiles:
         try:
             save_file(matrices, partial, told)
         except (OSError, SafetensorError):
-            if not (streams := self.folder / KEPT).exists():
+            if not (streams := [*self.folder.glob(f"{Path(KEPT).stem}.*")]):
                 raise
-            streams.unlink()  # they take the most room, and only save time
+            for path in streams:  # they take the most room, and only save time
+                path.unlink()
             save_file(matrices, partial, told)
         partial.rename(self.path(index))
 

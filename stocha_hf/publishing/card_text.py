@@ -20,7 +20,7 @@ from stocha_hf.errors import StochaError
 from stocha_hf.publishing.markdown import code, fence, text
 from stocha_hf.publishing.measurements import Measurements
 from stocha_hf.publishing.tables import measured_metadata, measured_section
-from stocha_hf.quantization import Quantization
+from stocha_hf.quantization import BITS, Quantization, is_bits
 from stocha_hf.spec import ARCHITECTURES, LEARNED, LEARNED_INPUTS, InputCuts, StochaConfig
 
 TEMPLATE, TOOLS = (Path(__file__).with_name(name) for name in ("model_card.md", "other_tools.md"))
@@ -150,7 +150,8 @@ def _bits(quantization: Quantization, history: list[dict[str, Any]]) -> str:
         names.append(f"{more} {'matrix' if more == 1 else 'matrices'} of single layers")
     said = f"{', '.join(names)} to 8 bits, all others to {quantization.bits}"
     mean = next((stage.get("bits") for stage in reversed(history) if stage.get("method") == "quantize"), None)
-    return f"{said}; at most {mean:g} bits a weight of the projections" if isinstance(mean, float) else said
+    is_mean = is_bits(mean) and mean not in BITS
+    return f"{said}; at most {mean:g} bits a weight of the projections" if is_mean else said
 
 
 def _what_was_done(history: list[dict[str, Any]], cuts: InputCuts | None) -> tuple[str, str]:
