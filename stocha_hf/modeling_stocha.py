@@ -29,7 +29,7 @@ import shutil
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,7 @@ BASES = ("silu", "gelu_pytorch_tanh")  # what models are pretrained with
 POSITIVE_SIDES = ("silu", "relu", "drawn")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+FALLBACK = "a probability from 0 to below 1"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class InputCuts:
         prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
         train: Whether train() mode cuts, at every token.
         calibration: The text that the thresholds were measured on.
+        fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
 
     Raises:
         ValueError: For any other value; the message names the key, what was given and what was expected.
@@ -134,6 +136,7 @@ class InputCuts:
     prefill: bool = False
     train: bool = False
     calibration: dict[str, Any] | None = None
+    fallback: float | None = None
 
     def __post_init__(self) -> None:
         _require_all(self, "inputs.", self._rules())
@@ -147,6 +150,7 @@ class InputCuts:
         yield "prefill", isinstance(self.prefill, bool), "true or false"
         yield "train", isinstance(self.train, bool), "true or false"
         yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
+        yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
 
     def check(self, layers: int) -> None:
         """Raise ValueError where this cannot be of a model with so many layers."""
@@ -297,6 +301,11 @@ def _check_keys(cls: Any, where: str, entry: Any) -> None:
 def is_number(value: object) -> bool:
     """Return whether a value is an ordinary number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
+
+
+def is_fallback(value: object) -> bool:
+    """Return whether a value can be the `fallback` of input cuts."""
+    return is_number(value) and 0 <= value < 1  # type: ignore[operator]
 
 
 def _are_numbers(values: object, least: float) -> bool:
@@ -642,6 +651,7 @@ class StochaModel:
 
     config: Any
     training: bool
+    cutting: Any = None  # of a model that cuts inputs: a Cutting of cuts_stocha.py
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -666,14 +676,15 @@ class StochaModel:
         return super().train(mode)  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        runtime = StochaMLP.runtime
-        if runtime is None or self.training or torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        found = runtime.call(self, args, kwargs)  # None where this is no step, or one that must call modules
-        if found is not None:
+        runtime = None if self.training or torch.compiler.is_compiling() else StochaMLP.runtime
+        found = None if runtime is None else runtime.call(self, args, kwargs)
+        if found is not None:  # None where this is no step, or one that must call modules
             return found
-        with runtime.step(self, args, kwargs):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        call = super().__call__  # type: ignore[misc]
+        with nullcontext() if runtime is None else runtime.step(self, args, kwargs):
+            if self.training or not getattr(self.cutting, "fallback", 0):
+                return call(*args, **kwargs)
+            return self.cutting.call(self, call, args, kwargs)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         """As the native one, which generate() calls for greedy decoding and for sampling."""
@@ -699,10 +710,10 @@ class StochaModel:
         """`with model.stocha_mode("relu"): ...`; see the function of the same name."""
         return stocha_mode(self, name, p)  # type: ignore[arg-type]
 
-    def cut_inputs(self, where: str) -> Any:
+    def cut_inputs(self, where: str, fallback: float | None = None) -> Any:
         """`with model.cut_inputs("never"): ...`; see the function of the same name in cuts_stocha.py."""
         require(bool(self.config.stocha.get("inputs")), "the model", type(self).__name__, CUTTING)
-        return self._cuts().cut_inputs(self, where)
+        return self._cuts().cut_inputs(self, where, fallback)
 
     def _cuts(self) -> Any:
         try:  # not by an import statement, for which transformers would ask every folder to hold that file

@@ -87,6 +87,7 @@ BASES = ("silu", "gelu_pytorch_tanh")  # what models are pretrained with
 POSITIVE_SIDES = ("silu", "relu", "drawn")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+FALLBACK = "a probability from 0 to below 1"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class InputCuts:
         prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
         train: Whether train() mode cuts, at every token.
         calibration: The text that the thresholds were measured on.
+        fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
 
     Raises:
         ValueError: For any other value; the message names the key, what was given and what was expected.
@@ -114,6 +116,7 @@ class InputCuts:
     prefill: bool = False
     train: bool = False
     calibration: dict[str, Any] | None = None
+    fallback: float | None = None
 
     def __post_init__(self) -> None:
         _require_all(self, "inputs.", self._rules())
@@ -127,6 +130,7 @@ class InputCuts:
         yield "prefill", isinstance(self.prefill, bool), "true or false"
         yield "train", isinstance(self.train, bool), "true or false"
         yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
+        yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
 
     def check(self, layers: int) -> None:
         """Raise ValueError where this cannot be of a model with so many layers."""
@@ -277,6 +281,11 @@ def _check_keys(cls: Any, where: str, entry: Any) -> None:
 def is_number(value: object) -> bool:
     """Return whether a value is an ordinary number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
+
+
+def is_fallback(value: object) -> bool:
+    """Return whether a value can be the `fallback` of input cuts."""
+    return is_number(value) and 0 <= value < 1  # type: ignore[operator]
 
 
 def _are_numbers(values: object, least: float) -> bool:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from stocha_hf.decoding import gpu_plan
 from stocha_hf.decoding.conditions import CACHE
 from stocha_hf.decoding.gpu_cache import rows_of
-from stocha_hf.decoding.step import given_to, padding
+from stocha_hf.decoding.step import falling_back, given_to, padding
 
 MOST = 4  # tokens of a step
 
@@ -25,7 +25,7 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     if ids.dim() != 2 or len(ids) != 1 or ids.numel() > MOST or torch.is_grad_enabled():
         return None
     plan = gpu_plan.of(model)
-    if plan is None:
+    if plan is None or falling_back(model, plan, ids.numel()):
         return None
     given = given_to(model, args, kwargs)
     if given is None or not plan.in_use.acquire(blocking=False):

@@ -29,7 +29,7 @@ def loop(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any
     if len(input_ids) > 1 or input_ids.device != model.device:
         return None
     plan = gpu_plan.of(model)
-    if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None:
+    if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None or step.falling_back(model, plan, 1):
         return None
     return GpuLoop(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
 
