@@ -3,14 +3,13 @@
 
 Llama-class models compute y = W_down(act(W_gate x) * (W_up x)). This file replaces `act` by one of FUNCTIONS: StochA
 (Lomeli et al., arXiv 2509.22358), its deterministic expectation, ReLU, and the sparse activations of neighbouring
-papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`. A
-model whose config has `stocha["inputs"]` also cuts small entries of projections' inputs: cuts_stocha.py, which ships
-beside this file then, does that.
+papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`.
 
-Why this way: patching changes the *class* of existing modules and nothing else, so parameters, state-dict keys, hooks
-and devices stay as they are, and any stocha checkpoint is a valid checkpoint of its native class. The file imports
-torch and transformers only, because the Hub copies it into other people's Python with `trust_remote_code=True`. It
-holds the definitions; where stocha_hf is installed, that package's runtime makes them fast.
+Patching changes the *class* of existing modules and nothing else, so parameters, state-dict keys, hooks and devices
+stay as they are, and any stocha checkpoint is a valid checkpoint of its native class. The file imports torch and
+transformers only, because the Hub copies it into other people's Python with `trust_remote_code=True`. It holds the
+definitions; where stocha_hf is installed, its runtime makes them fast. cuts_stocha.py and quantization_stocha.py ship
+beside this file with checkpoints that need them.
 
     model = AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=True)
     with model.stocha_mode("stocha", p=0.5):        # force an activation; restored on exit
@@ -23,7 +22,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import inspect
 import os
 import shutil
 import types
@@ -309,10 +307,9 @@ def stocha(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
 def coin_keys(gate: torch.Tensor) -> torch.Tensor:
     """Draw the keys of a call's coins: 32 random bits for each token and each neuron, int32 [tokens + neurons].
 
-    The coin of token i and neuron j is a hash of r_i ^ c_j. The keys come from the default generator of gate's device,
-    the one that activation checkpointing restores. Any three coins of a call are exactly independent (simple
-    tabulation: Patrascu and Thorup, arXiv 1011.5200, sec. 1); the multiplications break the pattern that four can
-    have. A coin costs a few integer operations, where a generator's draw would be most of the FFN's element-wise work.
+    The coin of token i and neuron j is a hash of r_i ^ c_j, which costs less than a draw. The keys come from the
+    generator that activation checkpointing restores. Any three coins of a call are exactly independent (simple
+    tabulation: Patrascu and Thorup, arXiv 1011.5200, sec. 1); the multiplications break the pattern of four.
     """
     width = gate.shape[-1]
     return torch.randint(-(2**31), 2**31, (gate.numel() // width + width,), dtype=torch.int32, device=gate.device)
@@ -386,9 +383,7 @@ class RunningActivation(nn.Module):
 
 
 def _runtime() -> Any:
-    """stocha_hf's runtime for this file's contract, or None: in silence where stocha_hf is not installed, else with
-    one warning that says why.
-    """
+    """stocha_hf's runtime for this file's contract; where it is installed but fails, None and one warning."""
     if importlib.util.find_spec("stocha_hf") is None:
         return None
     try:
@@ -495,19 +490,14 @@ def is_called(module: nn.Module) -> bool:
 @contextmanager
 def holding(modules: list[Any], **values: Any) -> Iterator[None]:
     """Set attributes of modules, and give each its own values back on exit."""
-    before = [{key: getattr(module, key) for key in values} for module in modules]
+    before = [(module, key, getattr(module, key)) for module in modules for key in values]
     try:
-        for module in modules:
-            _assign(module, values)
+        for module, key, _ in before:
+            setattr(module, key, values[key])
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            _assign(module, own)
-
-
-def _assign(module: nn.Module, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        setattr(module, key, value)
+        for module, key, value in before:
+            setattr(module, key, value)
 
 
 def refuse_liger(thing: object) -> None:
@@ -609,9 +599,7 @@ class StochaModel:
         patch_mlps(native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> Any:
-        """As the native one; and sets the input cuts, which thus come after from_pretrained's quantizers: these look
-        for nn.Linear, and put other modules in its place.
-        """
+        """As the native one; and sets the input cuts, after from_pretrained's quantizers, which exchange nn.Linear."""
         if self.config.stocha.get("inputs"):
             cuts_file().set_cuts(self)
         return super().train(mode)  # type: ignore[misc]
@@ -633,13 +621,10 @@ class StochaModel:
         return super()._sample(*args, **kwargs) if found is None else found  # type: ignore[misc]
 
     def _extract_generation_mode_kwargs(self, *args: Any, **kwargs: Any) -> Any:
-        """As the native one, which forgets the streamer where `custom_generate` is a function."""
+        """As the native one, which forgets a streamer that a function for `custom_generate` takes."""
         native = super()._extract_generation_mode_kwargs  # type: ignore[misc]
-        given, found = inspect.signature(native).bind(*args, **kwargs).arguments, native(*args, **kwargs)
-        custom, streamer = given.get("custom_generate"), given.get("streamer")
-        if callable(custom) and streamer is not None and "streamer" in inspect.signature(custom).parameters:
-            found["streamer"] = streamer
-        return found
+        runtime = StochaMLP.runtime
+        return native(*args, **kwargs) if runtime is None else runtime.mode_kwargs(native, *args, **kwargs)
 
     def get_memory_footprint(self, *args: Any, **kwargs: Any) -> int:
         """The bytes of parameters and buffers, and of what decode steps hold beside them."""
