@@ -15,10 +15,12 @@ al., arXiv 2302.07863), whose little model is here the large one with cuts. Wron
 
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,15 +30,102 @@ from transformers import DynamicCache, StaticCache
 from .modeling_stocha import *  # noqa: F403 - the classes that auto_map names
 from .modeling_stocha import (
     CUTTING,
-    FALLBACK,
+    Rules,
     StochaConfig,
     StochaMLP,
+    are_numbers,
     become,
+    check_keys,
     holding,
     is_a,
-    is_fallback,
+    is_number,
     require,
+    require_all,
 )
+
+# --- stocha_hf/spec.py, from here ---
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+FALLBACK = "a probability from 0 to below 1"
+
+
+@dataclass(frozen=True)
+class InputCuts:
+    """The `inputs` of a `stocha` entry: which entries of projections' inputs are cut, so that decoding can skip them.
+
+    A projection W computes W where(|x - c| > t, x, c), with a threshold t and a centre c of its own: c = 0 is TEAL
+    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174).
+
+    Args:
+        thresholds: One per layer, 0 or more, for each projection that cuts, a name in PROJECTIONS.
+        centres: One per layer, for those of these projections whose centre is not 0.
+        share: The share of entries that the thresholds were made to cut.
+        prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
+        train: Whether train() mode cuts, at every token.
+        calibration: The text that the thresholds were measured on.
+        fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
+
+    Raises:
+        ValueError: For any other value; the message names the key, what was given and what was expected.
+    """
+
+    thresholds: dict[str, list[float]]
+    centres: dict[str, list[float]] | None = None
+    share: float | None = None
+    prefill: bool = False
+    train: bool = False
+    calibration: dict[str, Any] | None = None
+    fallback: float | None = None
+
+    def __post_init__(self) -> None:
+        require_all(self, "inputs.", self._rules())
+
+    def _rules(self) -> Rules:
+        lists = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
+        yield "thresholds", _are_lists(self.thresholds, PROJECTIONS, least=0), lists
+        centred = self.centres is None or _are_lists(self.centres, self.thresholds)
+        yield "centres", centred, "a list of numbers for projections that have thresholds"
+        yield "share", self.share is None or (is_number(self.share) and 0 < self.share < 1), "a share between 0 and 1"
+        yield "prefill", isinstance(self.prefill, bool), "true or false"
+        yield "train", isinstance(self.train, bool), "true or false"
+        yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
+        yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
+
+    def check(self, layers: int) -> None:
+        """Raise ValueError where this cannot be of a model with so many layers."""
+        for key, lists in (("thresholds", self.thresholds), ("centres", self.centres or {})):
+            for name, values in lists.items():
+                require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
+
+    def of(self, layer: int, projection: str) -> tuple[float, float]:
+        """Return the threshold and the centre of a projection that cuts."""
+        centres = (self.centres or {}).get(projection)
+        return self.thresholds[projection][layer], centres[layer] if centres else 0.0
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> InputCuts:
+        """Return the cuts of an entry as JSON holds it. Raises ValueError for whatever is not one."""
+        check_keys(cls, "inputs", entry)
+        require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
+        return cls(**entry)
+
+
+def is_fallback(value: object) -> bool:
+    """Return whether a value can be the `fallback` of input cuts."""
+    return is_number(value) and 0 <= value < 1  # type: ignore[operator]
+
+
+def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
+    """Whether this maps one or more of these names to lists of numbers, each `least` or more."""
+    known = isinstance(value, dict) and bool(value) and all(name in names for name in value)
+    return known and all(are_numbers(row, least) for row in value.values())  # type: ignore[attr-defined]
+
+
+# --- to here ---
+
+if __name__ == "stocha_hf.cuts_stocha":  # inside the package there is one InputCuts
+    InputCuts = importlib.import_module("stocha_hf.spec").InputCuts  # type: ignore[misc]
 
 CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from helpers import first_is_fast, tiny_model
 from helpers.packing import packed
 
+from stocha_hf import InputCuts, StochaConfig
 from stocha_hf.decoding import ops, step
 from stocha_hf.decoding.structs import ACTIVATIONS, Ffn, matrix
-from stocha_hf.modeling_stocha import InputCuts, StochaConfig, StochaMLP
+from stocha_hf.modeling_stocha import StochaMLP
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
 from stocha_hf.spec import ATTENTION, PROJECTIONS

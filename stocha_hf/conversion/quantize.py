@@ -35,7 +35,7 @@ from stocha_hf.checkpoints.tensors import LAYER, Tensors
 from stocha_hf.conversion.calibration import WINDOWS, Calibration
 from stocha_hf.conversion.error_feedback import round_with_feedback
 from stocha_hf.conversion.mixed_bits import with_mean_bits
-from stocha_hf.conversion.refit_work import layers_folder
+from stocha_hf.conversion.refit_work import layers_folder, reading_layer
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
@@ -68,9 +68,7 @@ class Quantized:
 
     def write_to(self, checkpoint: Path) -> None:
         """Write the weights into a folder that has none."""
-        tensors = {
-            name: value for part in self.parts for name, value in load_file(self.folder / part).items()
-        }  # mapped
+        tensors = {name: value for part in self.parts for name, value in _load(self.folder / part).items()}  # mapped
         split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
         for file, names in split.filename_to_tensors.items():
             save_file({name: tensors[name] for name in names}, checkpoint / file, {"format": "pt"})
@@ -150,7 +148,7 @@ def _calibrated(
     with text.layers.load(index) as layer:
         if not path.exists():
             _save(path, _quantized(tensors, names, entry, text.moments(layer, index)))
-        found = load_file(path)
+        found = _load(path)
         for module in [name.removesuffix(".codes") for name in found if name.endswith(".codes")]:
             weight = layer.get_submodule(LAYER.search(module)[2]).weight  # type: ignore[index]
             weight = weight.t() if entry.is_transposed(module) else weight
@@ -186,6 +184,11 @@ def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial = path.with_suffix(".partial")
     save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
     partial.rename(path)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    with reading_layer(path):
+        return load_file(path)
 
 
 def _key(source: Source, config: dict[str, Any], options: Quantize) -> str:

@@ -36,7 +36,7 @@ from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit_ffn import BATCH, FFN, refit_ffn
 from stocha_hf.conversion.refit_shares import allocate
 from stocha_hf.conversion.refit_streams import KEPT, WINDOWS, Streams
-from stocha_hf.conversion.refit_work import Refit, layers_folder
+from stocha_hf.conversion.refit_work import Refit, layers_folder, reading_layer
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
@@ -90,10 +90,11 @@ class LayerFiles:
         partial.rename(self.path(index))
 
     def __getitem__(self, index: int) -> tuple[FFN, float]:
-        with safe_open(self.path(index), framework="pt", device=self.device) as stored:
+        path = self.path(index)
+        with reading_layer(path), safe_open(path, framework="pt", device=self.device) as stored:
             figures = stored.metadata()
             gate, up, down = (stored.get_tensor(part) for part in PARTS)
-        return FFN(gate, up, down, float(figures["threshold"])), float(figures["error"])
+            return FFN(gate, up, down, float(figures["threshold"])), float(figures["error"])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ not change without a number. The file asks `for_contract(its number)` and calls 
 
     call(model, args, kwargs)                 what a call of a causal language model in eval mode returns, or None
     sample(model, ...)                        what GenerationMixin._sample returns, or None
+    mode_kwargs(native, ...)                  what generate() takes out of its arguments, by its own method `native`
     ffn(mlp, x)                               an FFN in eval mode, or None: the native path is to run
     quantized_linear(module, x)               a quantized Linear layer, or None
     dequantize(module, first, last, dtype)    rows of a quantized matrix, or None
@@ -46,6 +47,7 @@ class Runtime(NamedTuple):
 
     call: Callable[..., Any]
     sample: Callable[..., Any]
+    mode_kwargs: Callable[..., dict[str, Any]]
     ffn: Callable[..., torch.Tensor | None]
     quantized_linear: Callable[..., torch.Tensor | None]
     dequantize: Callable[..., torch.Tensor | None]
@@ -66,6 +68,7 @@ def for_contract(number: int) -> Runtime:
     return Runtime(
         calls.call,
         generation.sample,
+        generation.mode_kwargs,
         ffn,
         quantized.linear,
         quantized.dequantize,
