@@ -103,7 +103,7 @@ class StochaTrainer(CheckpointingTrainer):
         """Trainer's; where inputs are cut, its batches say at which positions."""
         collate = self.data_collator
         if trains_with_cuts(self.model):
-            self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed)
+            self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed, self.args.uncut_rows)
         try:
             return super().get_train_dataloader()
         finally:

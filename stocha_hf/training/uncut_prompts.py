@@ -42,13 +42,16 @@ class PromptCollator:
 
     Args:
         collate: the collator of rows to batches with input_ids and labels [batch, seq].
-        share: of the rows, 0 to 1.
+        share: of the rows, 0 to 1, whose prompt is uncut.
         seed: of what rows draw.
+        whole: share of the rows that are uncut to the end, with a loss, 0 to 1: they hold the model without cuts to
+            what it was, which verifies drafts and repeats doubtful steps.
     """
 
     collate: Callable[[list[Any]], dict[str, Any]]
     share: float
     seed: int
+    whole: float = 0.0
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """Return the batch, with CUT_AT beside its keys and the labels that are left."""
@@ -63,10 +66,13 @@ class PromptCollator:
         cut_at &= positions >= FIRST
         # a position's loss is that of the label after it
         without = torch.cat([torch.zeros_like(cut_at[:, :1]), ~cut_at[:, :-1]], dim=1)
+        without &= cut_at.any(1, keepdim=True)  # a row that is cut nowhere keeps its loss
         return batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at}
 
     def _cut_at(self, tokens: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         draw = random.Random(zlib.crc32(tokens.numpy().tobytes(), self.seed))
+        if self.whole and draw.random() < self.whole:
+            return torch.zeros_like(real)
         if draw.random() >= self.share:
             return torch.ones_like(real)
         answer = labels != IGNORED
