@@ -17,7 +17,7 @@ from helpers import tiny_model
 from transformers import DynamicCache, StaticCache
 
 from stocha_hf.cuts_stocha import cut_inputs
-from stocha_hf.decoding import calls, generation, triton_ffn
+from stocha_hf.decoding import calls, generation, lossless, rounds, triton_ffn
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.errors import StochaError
@@ -57,6 +57,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         monkeypatch.setattr(GpuStep, "record", lambda step: setattr(step, "graph", "launches"))
         monkeypatch.setitem(generation.LOOPS, "cpu", generation._on_gpu)
         monkeypatch.setitem(calls.CALLS, "cpu", calls._on_gpu)
+        monkeypatch.setitem(lossless.LOOPS, "cpu", lossless._on_gpu)
     return made
 
 
@@ -226,6 +227,34 @@ def test_inputs_are_cut_in_steps_of_one_token(
         pair = model(PROMPT[:, :2], past_key_values=found.past_key_values).logits
         other = slowly(monkeypatch, model, PROMPT[:, :2], past_key_values=expected.past_key_values).logits
     assert len(steps) == new and (pair - other).norm() <= 1e-5 * other.norm(), "two tokens are not cut"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("options", "doubt"),
+    [
+        ({}, 0.0),
+        ({"repetition_penalty": 1.3}, 0.0),
+        ({"cache_implementation": "static", "disable_compile": True}, 1.1),
+    ],
+)
+def test_lossless_text_is_that_without_cuts(
+    options: dict[str, Any], doubt: float, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "DOUBT", doubt)
+    model, new = model_of("qwen2", "silu", cuts_of(PROJECTIONS)), 16 if INTERPRETED else 60
+    with cut_inputs(model, "never"):
+        expected = slowly(monkeypatch, model.generate, PROMPT, **greedy(new) | options)
+    end = int(expected[0, -2])
+    given: list[int] = []
+    streamer = SimpleNamespace(
+        put=lambda tokens: given.extend(tokens.flatten().tolist()), end=lambda: given.append(-1)
+    )
+    ending = greedy(new, eos_token_id=end, custom_generate=lossless.lossless, streamer=streamer) | options
+    found = model.generate(PROMPT, **ending)
+    assert [*found[0].tolist(), -1] == given
+    assert torch.equal(found, expected[:, : found.shape[1]]) and int(found[0, -1]) == end
+    assert len(steps) > len(set(steps)), "a verification begins where its draft began"
 
 
 @needs_triton

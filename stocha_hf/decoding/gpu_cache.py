@@ -5,6 +5,7 @@ The step reads a layer's rows by address, and takes one length for all layers. S
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from stocha_hf.decoding.cache import rows_in, takes
@@ -21,8 +22,8 @@ class GpuRows:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a cache do not take them along
 
-    def prepare(self, step: GpuStep, new: int, is_padded: bool) -> int | None:
-        """Make room for new tokens, which the step is to write; return how many the cache holds.
+    def prepare(self, steps: Iterable[GpuStep], new: int, is_padded: bool) -> int | None:
+        """Make room for new tokens, which the steps are to write; return how many the cache holds.
 
         None where it would keep them in its own way.
         """
@@ -33,7 +34,8 @@ class GpuRows:
         lengths = {row.end for row in self.rows}
         if len(lengths) > 1:
             return None
-        step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
+        for step in steps:
+            step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
         return lengths.pop()
 
     def finish(self, new: int) -> None:
