@@ -242,7 +242,7 @@ def test_lossless_text_is_that_without_cuts(
     options: dict[str, Any], doubt: float, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounds, "DOUBT", doubt)
-    model, new = model_of("qwen2", "silu", cuts_of(PROJECTIONS)), 16 if INTERPRETED else 60
+    model, new = model_of("qwen2", "silu", cuts_of(PROJECTIONS)), 7 if INTERPRETED else 60
     with cut_inputs(model, "never"):
         expected = slowly(monkeypatch, model.generate, PROMPT, **greedy(new) | options)
     end = int(expected[0, -2])

@@ -42,7 +42,7 @@ def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any]) -> torch.Tensor | Non
     step = None if rows is None else plan.step(len(ids))
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     held = int(cache.get_seq_length())
-    starts = padding(None if mask is None else mask.cpu(), 1, held + len(ids))
+    starts = padding(mask.cpu() if isinstance(mask, torch.Tensor) else mask, 1, held + len(ids))
     places = [held] if positions is None else positions.flatten().tolist()
     if rows is None or step is None or starts is None or places != list(range(places[0], places[0] + len(places))):
         return None
