@@ -24,7 +24,7 @@ from stocha_hf.answers.batches import STRIDE, continue_prompts
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.fallback import fallback_of, read_of_texts, with_repeated
+from stocha_hf.measurement.fallback import fallback_of, predictions, read_of_texts, with_repeated
 from stocha_hf.measurement.records import TaskReading
 from stocha_hf.models import cutting_everywhere
 from stocha_hf.tasks.kept import Kept
@@ -223,7 +223,7 @@ class HarnessModel(TemplateLM):
         ]
         first = min(length - len(after) for _, length, _, after in wanted)  # of the places whose prediction is wanted
         with cutting_everywhere(self.model):
-            logits = self.model(ids.to(self.device), use_cache=False, logits_to_keep=longest - first).logits
+            logits = predictions(self.model, ids.to(self.device), longest - first)
         found = []
         for at, length, _, tokens in wanted:
             after = torch.tensor(tokens, device=self.device)
