@@ -27,7 +27,7 @@ import shutil
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -583,6 +583,7 @@ class StochaModel:
 
     config: Any
     training: bool
+    cutting: Any = None  # of a model that cuts inputs: a Cutting of cuts_stocha.py
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -605,14 +606,15 @@ class StochaModel:
         return super().train(mode)  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        runtime = StochaMLP.runtime
-        if runtime is None or self.training or torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        found = runtime.call(self, args, kwargs)  # None where this is no step, or one that must call modules
-        if found is not None:
+        runtime = None if self.training or torch.compiler.is_compiling() else StochaMLP.runtime
+        found = None if runtime is None else runtime.call(self, args, kwargs)
+        if found is not None:  # None where this is no step, or one that must call modules
             return found
-        with runtime.step(self, args, kwargs):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        call = super().__call__  # type: ignore[misc]
+        with nullcontext() if runtime is None else runtime.step(self, args, kwargs):
+            if self.training or not getattr(self.cutting, "fallback", 0):
+                return call(*args, **kwargs)
+            return self.cutting.call(self, call, args, kwargs)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         """As the native one, which generate() calls for greedy decoding and for sampling."""
@@ -635,10 +637,10 @@ class StochaModel:
         """`with model.stocha_mode("relu"): ...`; see the function of the same name."""
         return stocha_mode(self, name, p)  # type: ignore[arg-type]
 
-    def cut_inputs(self, where: str) -> Any:
+    def cut_inputs(self, where: str, fallback: float | None = None) -> Any:
         """`with model.cut_inputs("never"): ...`; see the function of the same name in cuts_stocha.py."""
         require(bool(self.config.stocha.get("inputs")), "the model", type(self).__name__, CUTTING)
-        return cuts_file().cut_inputs(self, where)
+        return cuts_file().cut_inputs(self, where, fallback)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any

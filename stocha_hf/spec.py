@@ -253,6 +253,7 @@ def input_cuts(entry: Any) -> InputCuts:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+FALLBACK = "a probability from 0 to below 1"
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,7 @@ class InputCuts:
         prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
         train: Whether train() mode cuts, at every token.
         calibration: The text that the thresholds were measured on.
+        fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
 
     Raises:
         ValueError: For any other value; the message names the key, what was given and what was expected.
@@ -280,6 +282,7 @@ class InputCuts:
     prefill: bool = False
     train: bool = False
     calibration: dict[str, Any] | None = None
+    fallback: float | None = None
 
     def __post_init__(self) -> None:
         require_all(self, "inputs.", self._rules())
@@ -293,6 +296,7 @@ class InputCuts:
         yield "prefill", isinstance(self.prefill, bool), "true or false"
         yield "train", isinstance(self.train, bool), "true or false"
         yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
+        yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
 
     def check(self, layers: int) -> None:
         """Raise ValueError where this cannot be of a model with so many layers."""
@@ -311,6 +315,11 @@ class InputCuts:
         check_keys(cls, "inputs", entry)
         require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
         return cls(**entry)
+
+
+def is_fallback(value: object) -> bool:
+    """Return whether a value can be the `fallback` of input cuts."""
+    return is_number(value) and 0 <= value < 1  # type: ignore[operator]
 
 
 def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
