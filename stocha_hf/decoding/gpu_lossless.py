@@ -19,7 +19,7 @@ from stocha_hf.decoding.gpu_step import RING
 from stocha_hf.decoding.loop import Loop, ending
 from stocha_hf.decoding.rounds import Rounds, first_tokens
 
-SIZES = (2, 4, FEW)  # tokens of the steps that verify
+SIZES = (1, 2, 4, FEW)  # tokens of the steps that verify
 
 
 def rounds(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
@@ -27,7 +27,7 @@ def rounds(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, A
     plan = gpu_plan.of(model) if input_ids.device == model.device else None
     if plan is None or not takes(kwargs[CACHE]):
         return None
-    if plan.draft(first_tokens(model)) is None or any(plan.step(size) is None for size in SIZES):
+    if plan.draft(first_tokens(model)) is None or any(plan.step(size, cuts=False) is None for size in SIZES):
         return None
     return GpuRounds(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
 
@@ -37,7 +37,7 @@ class GpuRounds(Rounds, GpuLoop):
 
     def _steps(self) -> list[Any]:
         self.draft = self.plan.draft(first_tokens(self.model))
-        return [self.draft, *(self.plan.step(size) for size in SIZES)]
+        return [self.draft, *(self.plan.step(size, cuts=False) for size in SIZES)]
 
     def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         super()._decoder(cache, at)
@@ -67,7 +67,7 @@ class GpuRounds(Rounds, GpuLoop):
         return super()._reserve(steps + FEW) or super()._reserve(steps)
 
     def _has_room(self, tokens: int) -> bool:
-        needed = self.plan.step(max(tokens, SIZES[0])).count
+        needed = self.plan.step(tokens, cuts=False).count
         return self.left >= needed or self._reserve(needed)
 
     def _next(self, drafted: list[int]) -> tuple[int, float]:
@@ -87,7 +87,7 @@ class GpuRounds(Rounds, GpuLoop):
     def _verify(self, drafted: list[int]) -> Callable[[int], bool]:
         position, length = (place + self.written for place in self.place)
         tokens = [self._last(), *drafted]
-        step = self.plan.step(max(len(tokens), SIZES[0]))
+        step = self.plan.step(len(tokens), cuts=False)
         step.set(position, length, self.start, tokens)
         step.replay()
         logits = step.logits[: len(tokens)]

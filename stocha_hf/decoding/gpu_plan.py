@@ -60,21 +60,22 @@ class GpuPlan(Watch):
             self.parameter(parts["embed_tokens"], "weight"), layers, self._norm(parts["norm"]), head, head_bias,
             *self._rotary(parts["rotary_emb"]), config.rms_norm_eps, heads, key_heads, dim,
         )  # fmt: skip
-        self.steps: dict[int, GpuStep] = {}  # by the number of their tokens
+        self.steps: dict[tuple[int, bool], GpuStep] = {}  # by the number of their tokens, and whether they may cut
         self.drafting: GpuDraft | None = None
         self.in_use = threading.Lock()  # by a loop or a call: a step's state is that of one sequence
 
-    def step(self, tokens: int) -> GpuStep | None:
+    def step(self, tokens: int, cuts: bool = True) -> GpuStep | None:
         """Return a step of at least so many tokens, its graph recorded; None, after one warning that names the cause,
-        where its kernels cannot be built.
+        where its kernels cannot be built. It cuts inputs where the model says so, unless `cuts` is false.
         """
-        count = triton.next_power_of_2(tokens)
-        if count not in self.steps:
-            step = None if count > 1 and self.cuts(count) else _recorded(lambda: GpuStep(self.weights, count))
+        key = count, cuts = triton.next_power_of_2(tokens), cuts and tokens == 1
+        if key not in self.steps:
+            may = count == 1 or not self.cuts(count)
+            step = _recorded(lambda: GpuStep(self.weights, count, cuts=cuts)) if may else None
             if step is None:
                 return None
-            self.steps[count] = step
-        return self.steps[count]
+            self.steps[key] = step
+        return self.steps[key]
 
     def draft(self, first: int) -> GpuDraft | None:
         """Return a step of one token that looks at the first tokens of the vocabulary; None as `step`."""
