@@ -19,7 +19,7 @@ import torch
 
 from stocha_hf.decoding import step
 from stocha_hf.decoding.cuts import is_cut
-from stocha_hf.decoding.generation import is_plain, loop_on_cpu
+from stocha_hf.decoding.generation import is_plain_call, loop_on_cpu
 from stocha_hf.decoding.loop import Loop
 from stocha_hf.decoding.ops import available
 from stocha_hf.decoding.rounds import Rounds, first_tokens
@@ -128,7 +128,7 @@ def _on_cpu(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, 
 
 
 def _on_gpu(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
-    if not available("cuda") or not is_plain(model, input_ids, config, kwargs):
+    if not available("cuda") or not is_plain_call(model, input_ids, config, kwargs):
         return None
     from stocha_hf.decoding import gpu_lossless  # which needs Triton
 
