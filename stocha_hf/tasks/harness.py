@@ -30,7 +30,7 @@ from stocha_hf.models import cutting_everywhere
 from stocha_hf.tasks.kept import Kept
 
 ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
-TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
+BATCH_TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
 NEW = 256  # tokens of an answer at most where a task does not say
 TEXTS = 32  # answers to count bytes on, evenly spaced
 TAIL = 24  # last tokens in which a text to stop at is looked for
@@ -200,7 +200,7 @@ class HarnessModel(TemplateLM):
         size = None
         while queue:
             longest = len(queue[0][0])
-            size = size or self.batch_size or max(TOKENS[self.device.type] // longest, 1)
+            size = size or self.batch_size or max(BATCH_TOKENS[self.device.type] // longest, 1)
             batch = queue[:size]
             try:
                 found = self._forward(batch, pairs)
