@@ -362,10 +362,7 @@ BASE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def hidden_vector(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP, act: Any = None) -> torch.Tensor:
-    """Return act(gate) * up, both [..., intermediate_size], under the activation that `ffn` runs now.
-
-    `act` computes act(gate) in the place of the function itself.
-    """
+    """Return act(gate) * up, both [..., intermediate_size], as `ffn` runs now; `act` may take its function's place."""
     name = ffn.running
     act = functools.partial(FUNCTIONS[name], ffn=ffn) if act is None else act
     return act(gate) * (ON_UP[name](up) if name in ON_UP else up)
@@ -429,14 +426,7 @@ class StochaMLP(nn.Module):
     decode_state: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute W_down(act(W_gate x) * (W_up x)).
-
-        Args:
-            x: [..., hidden_size], any float dtype.
-
-        Returns:
-            A tensor of x's shape and dtype.
-        """
+        """Compute W_down(act(W_gate x) * (W_up x)) of an x [..., hidden_size], in its shape and float dtype."""
         if self.runtime is not None and not self.training:
             found = self.runtime.ffn(self, x)  # None where this is no step that can skip neurons
             if found is not None:
@@ -473,8 +463,7 @@ class StochaMLP(nn.Module):
             self.p_tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     def train(self, mode: bool = True) -> StochaMLP:
-        # Liger rebinds `forward` of the instance, which would bypass the activation in silence; every trainer calls
-        # train().
+        # Liger rebinds the instance's `forward`, which bypasses the activation silently; every trainer calls train().
         refuse_liger(self.__dict__.get("forward"))
         if mode:  # its copies of weights would be old after a step of training
             self.decode_state = None
@@ -671,10 +660,9 @@ class StochaModel:
 
 
 class StochaAutoConfig:
-    """What `auto_map` names for AutoConfig: the native config, with this file's class among its `architectures`.
+    """What `auto_map` names for AutoConfig: the native config, with this file's class in `architectures`.
 
-    Tools that look a class up in transformers by that name, as `transformers serve` and trl's trainers do with a path,
-    find this file's there.
+    `transformers serve` and trl's trainers look a class up in transformers by that name, and find this file's there.
     """
 
     @classmethod
@@ -698,9 +686,8 @@ def _stocha_class(name: str) -> type:
     return type(f"Stocha{name}", bases, {"__module__": __name__, "__doc__": f"{name} with stocha MLPs."})
 
 
-# StochaLlamaForCausalLM, StochaLlamaModel and so on. transformers' lists of models by class name know them too: else
-# pipeline() prints a page of "not supported", Trainer's label smoothing does not shift the labels, and a base model
-# counts as one with a loss.
+# StochaLlamaForCausalLM, StochaLlamaModel and so on, in transformers' lists of class names too: else pipeline() prints
+# a page of "not supported", label smoothing does not shift the labels, and a base model counts as one with a loss.
 for model_type, row in ARCHITECTURES.items():
     for name, known in ((row.causal_lm, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), (row.model, MODEL_MAPPING_NAMES)):
         globals()[f"Stocha{name}"] = _stocha_class(name)

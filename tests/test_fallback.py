@@ -212,7 +212,7 @@ def test_a_task_tells_what_its_steps_read(tmp_path: Path) -> None:
 
 
 def test_folders_say_it_and_conversion_changes_that_alone(checkpoint: Any, text: Path, tmp_path: Path) -> None:
-    model = cut_model(None)
+    model = cut_model(None, "llama")
     model.save_pretrained(tmp_path / "cut")
     tiny_tokenizer().save_pretrained(tmp_path / "cut")
     done = call_command("stocha-convert", tmp_path / "cut", tmp_path / "b", "--inputs-fallback", 0.5)
@@ -220,6 +220,10 @@ def test_folders_say_it_and_conversion_changes_that_alone(checkpoint: Any, text:
     before, after = (json.loads((tmp_path / name / "config.json").read_text())["stocha"] for name in ("cut", "b"))
     assert after["inputs"] == before["inputs"] | {"fallback": 0.5} and "fallback" not in before["inputs"]
     assert stocha_hf.load_model(str(tmp_path / "b")).cutting.fallback == 0.5
+    done = call_command(
+        "stocha-eval", tmp_path / "b", "--data", text, "--length", 32, "--windows", 4, "--dtype", "float32"
+    )
+    assert "of 128 steps, whose most likely token had a probability below 0.5, were computed again" in done.stdout
     off = stocha_hf.convert(tmp_path / "b", tmp_path / "c", inputs_fallback=0)
     assert off.stocha["inputs"] == before["inputs"]
     both = stocha_hf.convert(

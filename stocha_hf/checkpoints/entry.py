@@ -107,7 +107,7 @@ def with_stage(stocha: StochaConfig, stage: Mapping[str, Any]) -> StochaConfig:
     return replace(stocha, history=[*(stocha.history or []), kept])
 
 
-def cuts_told(cuts: InputCuts) -> str:
+def cuts_sentence(cuts: InputCuts) -> str:
     """Say what input cuts do, in a sentence without its full stop."""
     share = f"{cuts.share:.0%} of the inputs" if cuts.share else "small inputs"
     where = "at every token" if cuts.prefill else "in decode steps of one token"

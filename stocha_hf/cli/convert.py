@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 
-from stocha_hf.checkpoints.entry import cuts_told
+from stocha_hf.checkpoints.entry import cuts_sentence
 from stocha_hf.cli import (
     Parser,
     checked,
@@ -181,7 +181,7 @@ def convert(args: argparse.Namespace) -> None:
     text += f", {done['stocha']['inference']} in inference"
     text += f", {done['bits']} bits" if done["bits"] else ""
     if (cuts := StochaConfig.from_dict(done["stocha"]).inputs) is not None:
-        text += f"\n{cuts_told(cuts)}"
+        text += f"\n{cuts_sentence(cuts)}"
     if args.push_to_hub:
         try:
             done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()

@@ -29,7 +29,7 @@ from stocha_hf.spec import (
     is_number,
 )
 
-TOKENS = 16_384  # default: tens of millions of entries for each threshold
+DEFAULT_TOKENS = 16_384  # tens of millions of entries for each threshold
 WINDOW = 1024  # tokens
 
 
@@ -126,7 +126,7 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
 
     length = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
-    tokens = max(options.tokens or TOKENS, length)
+    tokens = max(options.tokens or DEFAULT_TOKENS, length)
     windows = calibration_windows(str(options.data), source.folder, tokens, length, options.seed)
     if not windows.numel():
         raise StochaError(

@@ -43,7 +43,7 @@ from stocha_hf.quantization import IN_8_BITS, Quantization, is_matrix
 from stocha_hf.quantization_stocha import NAMES, dequantize, quantize
 
 SHARD = "5GB"
-TOKENS, WINDOW = 16_384, 512
+DEFAULT_TOKENS, WINDOW = 16_384, 512
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
         ) from error
     stage: dict[str, Any] = {"method": "quantize", "bits": options.mean_bits or options.entry.bits}
     if options.data is not None:
-        stage |= {"data": public_name(options.data), "tokens": options.tokens or TOKENS}
+        stage |= {"data": public_name(options.data), "tokens": options.tokens or DEFAULT_TOKENS}
     config = config | {"quantization_config": options.entry.to_dict()}
     config = with_entry(config, with_stage(read_entry(config, source.id), stage))
     return Quantized(folder, list(parts), config)
@@ -131,7 +131,7 @@ def _calibration(source: Source, config: dict[str, Any], options: Quantize) -> C
     if options.data is None:
         return None
     length = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
-    windows = calibration_windows(options.data, source.folder, options.tokens or TOKENS, length, seed=0)
+    windows = calibration_windows(options.data, source.folder, options.tokens or DEFAULT_TOKENS, length, seed=0)
     windows = windows[: len(windows) // WINDOWS * WINDOWS]
     if not len(windows):
         raise StochaError(

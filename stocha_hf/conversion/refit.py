@@ -42,7 +42,7 @@ from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import LEARNED_INPUTS, StochaConfig
 
-TOKENS = 98_304  # default, or TOKENS_PER_NEURON x the FFN's width if that is more
+DEFAULT_TOKENS = 98_304  # or TOKENS_PER_NEURON x the FFN's width if that is more
 TOKENS_PER_NEURON = 8
 LEAST_PER_NEURON = 4  # with fewer, the normal equations fit noise
 WINDOW = 1024  # tokens
@@ -154,7 +154,7 @@ def check_original(entry: StochaConfig, where: str) -> None:
 def wanted_tokens(options: Refit, config: dict[str, Any]) -> int:
     """How many tokens of text to refit on. Raises StochaError for too few."""
     width = config["intermediate_size"]
-    needed, wanted = LEAST_PER_NEURON * width, options.tokens or max(TOKENS, TOKENS_PER_NEURON * width)
+    needed, wanted = LEAST_PER_NEURON * width, options.tokens or max(DEFAULT_TOKENS, TOKENS_PER_NEURON * width)
     if wanted < needed:
         raise StochaError(
             f"{wanted} calibration tokens are too few for FFNs of width {width}: expected at least {needed}, "

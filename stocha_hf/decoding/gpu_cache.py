@@ -5,7 +5,10 @@ The step reads a layer's rows by address, and takes one length for all layers. S
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from stocha_hf.decoding.cache import rows_in, takes
 from stocha_hf.decoding.gpu_plan import GpuPlan
@@ -21,8 +24,8 @@ class GpuRows:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a cache do not take them along
 
-    def prepare(self, step: GpuStep, new: int, is_padded: bool) -> int | None:
-        """Make room for new tokens, which the step is to write; return how many the cache holds.
+    def prepare(self, steps: Iterable[GpuStep], new: int, is_padded: bool) -> int | None:
+        """Make room for new tokens, which the steps are to write; return how many the cache holds.
 
         None where it would keep them in its own way.
         """
@@ -33,8 +36,20 @@ class GpuRows:
         lengths = {row.end for row in self.rows}
         if len(lengths) > 1:
             return None
-        step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
+        for step in steps:
+            self._lend(step)
         return lengths.pop()
+
+    def again(self, step: GpuStep, token: torch.Tensor, position: int, length: int, start: int) -> torch.Tensor:
+        """Let another step compute a token [1] that one has computed, at its place; return logits [1, vocabulary]."""
+        self._lend(step)
+        step.set(position, length, start)
+        step.tokens.copy_(token)
+        step.replay()
+        return step.logits
+
+    def _lend(self, step: GpuStep) -> None:
+        step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
 
     def finish(self, new: int) -> None:
         """Let the cache have the tokens that steps wrote."""

@@ -12,47 +12,52 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stocha_hf.decoding import gpu_plan
-from stocha_hf.decoding.conditions import CACHE
+from stocha_hf.decoding.conditions import CACHE, FEW
 from stocha_hf.decoding.gpu_cache import rows_of
 from stocha_hf.decoding.step import falling_back, given_to, padding
-
-MOST = 4  # tokens of a step
 
 
 def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """Return what a call of a causal language model in eval mode returns; None where its forward is to run."""
     ids: Any = kwargs.get("input_ids", args[0] if args else None)
-    if ids.dim() != 2 or len(ids) != 1 or ids.numel() > MOST or torch.is_grad_enabled():
+    if ids.dim() != 2 or len(ids) != 1 or ids.numel() > FEW or torch.is_grad_enabled():
         return None
     plan = gpu_plan.of(model)
-    if plan is None or falling_back(model, plan, ids.numel()):
+    if plan is None:
         return None
     given = given_to(model, args, kwargs)
     if given is None or not plan.in_use.acquire(blocking=False):
         return None
     try:
-        logits = _logits(plan, given)
+        logits = _logits(plan, given, falling_back(model, plan, ids.numel()))
     finally:
         plan.in_use.release()
     return None if logits is None else CausalLMOutputWithPast(logits=logits, **{CACHE: given[CACHE]})
 
 
-def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any]) -> torch.Tensor | None:
-    """Logits of the last tokens asked for, [1, tokens, vocabulary] in the model's type."""
+def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any], cutting: Any) -> torch.Tensor | None:
+    """Logits of the last tokens asked for, [1, tokens, vocabulary] in the model's type; of one token that is in doubt
+    by `cutting`, a model's that falls back, without cuts.
+    """
     ids, cache = given["input_ids"][0], given[CACHE]
-    rows, step = rows_of(plan, cache), plan.step(len(ids))
+    rows = rows_of(plan, cache)
+    step = None if rows is None else plan.step(len(ids))
+    uncut = None if cutting is None or rows is None else plan.step(1, cuts=False)
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     held = int(cache.get_seq_length())
-    starts = padding(None if mask is None else mask.cpu(), 1, held + len(ids))
+    starts = padding(mask.cpu() if isinstance(mask, torch.Tensor) else mask, 1, held + len(ids))
     places = [held] if positions is None else positions.flatten().tolist()
     if rows is None or step is None or starts is None or places != list(range(places[0], places[0] + len(places))):
         return None
-    length = rows.prepare(step, step.count, int(starts[0]) > 0)
+    length = rows.prepare([step], step.count, int(starts[0]) > 0)
     if length is None:
         return None
     step.set(places[0], length, int(starts[0]))
     step.tokens[: len(ids)] = ids
     step.replay()
+    logits = step.logits
+    if uncut is not None and cutting.see(logits) is not None:
+        logits = rows.again(uncut, ids, places[0], length, int(starts[0]))
     rows.finish(len(ids))
     kept = given.get("logits_to_keep") or len(ids)
-    return step.logits[None, len(ids) - kept : len(ids)].to(plan.dtype, copy=True)
+    return logits[None, len(ids) - kept : len(ids)].to(plan.dtype, copy=True)

@@ -2,7 +2,8 @@
 
 Greedy tokens are chosen on the GPU: the host asks for the next step before it reads the token of this one, so that the
 GPU never waits. What a step beyond the last token wrote is not counted. Where logits processors, sampling or other
-criteria choose, the host chooses between steps, as in loop.py.
+criteria choose, the host chooses between steps, as in loop.py. So it does where a step in doubt is computed again,
+by a graph without cuts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def loop(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any
     if len(input_ids) > 1 or input_ids.device != model.device:
         return None
     plan = gpu_plan.of(model)
-    if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None or step.falling_back(model, plan, 1):
+    if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None:
+        return None
+    if step.falling_back(model, plan, 1) and plan.step(1, cuts=False) is None:
         return None
     return GpuLoop(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
 
@@ -45,7 +48,9 @@ class GpuLoop(Loop):
             self.plan.in_use.release()
 
     def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        self.step, self.at = self.plan.step(1), at
+        self.steps, self.at = self._steps(), at
+        self.step = self.steps[0]
+        self.cutting = step.falling_back(self.model, self.plan, 1)
         self.left = self.written = 0  # steps that the cache has room for; steps that it does not count yet
         mask = self.kwargs.get("attention_mask")
         starts = step.padding(None if mask is None else mask.cpu(), 1, self.length)
@@ -57,7 +62,7 @@ class GpuLoop(Loop):
             if self.left or self._reserve(RING):
                 self.step.tokens.copy_(chosen)
                 self._replay()
-                found = self.step.logits.clone()
+                found = self._sure(chosen).clone()
             else:
                 found = self._by_call(chosen, at, cache)[:, 0]
             at.add_(1)
@@ -65,15 +70,27 @@ class GpuLoop(Loop):
 
         return decode
 
+    def _steps(self) -> list[Any]:
+        """The plan's steps that the loop takes."""
+        return [self.plan.step(1)]
+
     def _reserve(self, steps: int) -> bool:
         """Make room for so many steps; return whether the plan's next steps are this loop's."""
         self.finish()
-        length = None if self.rows is None else self.rows.prepare(self.step, steps, self.start > 0)
+        length = None if self.rows is None else self.rows.prepare(self.steps, steps, self.start > 0)
         if length is None:
             return False
-        self.step.set(int(self.at[0, 0]), length, self.start)
+        self.place = int(self.at[0, 0]), length
+        self.step.set(*self.place, self.start)
         self.left = steps
         return True
+
+    def _sure(self, token: torch.Tensor) -> torch.Tensor:
+        """The logits [1, vocabulary] of the last step, which read this token [1]; without cuts if it was in doubt."""
+        if self.cutting is None or self.cutting.see(self.step.logits) is None:
+            return self.step.logits
+        position, length = (first + self.written - 1 for first in self.place)
+        return self.rows.again(self.plan.step(1, cuts=False), token, position, length, self.start)
 
     def _replay(self) -> None:
         self.step.replay()
@@ -91,7 +108,7 @@ class GpuLoop(Loop):
     ) -> None:
         longest = min((rule.max_length for rule in criteria if type(rule) is MaxLengthCriteria), default=None)
         ended = ending(criteria, 1)
-        kept = self.config.do_sample or self.scores is not None or self.logits is not None
+        kept = self.config.do_sample or self.scores is not None or self.logits is not None or self.cutting is not None
         if ended is criteria or longest is None or kept or len(processors) or self.left < longest - self.length - 1:
             super()._generate(decode, processors, criteria, streamer)
             return
@@ -115,7 +132,13 @@ class GpuLoop(Loop):
                 ring[(place + asked) % RING] = UNKNOWN
                 self.step.replay()
                 asked += 1
-            while (token := int(ring[(place + read) % RING])) == UNKNOWN:
-                torch.cuda.current_stream(self.device).query()  # raises what the GPU has failed with
+            token = self._told(place + read)
             self.written += 1
             yield torch.tensor([token])
+
+    def _told(self, place: int) -> int:
+        """What the step that makes the cache this long tells, once it does."""
+        ring = self.step.chosen.numpy()
+        while (found := int(ring[place % RING])) == UNKNOWN:
+            torch.cuda.current_stream(self.device).query()  # raises what the GPU has failed with
+        return found

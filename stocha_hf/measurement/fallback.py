@@ -41,15 +41,16 @@ def uncut(model: Any, where: torch.Tensor | None) -> AbstractContextManager[None
     return nullcontext() if where is None else holding([_cutting(model)], cut_at=~where)
 
 
-def predictions(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits of tokens [batch, seq], with those in doubt computed again without cuts."""
-    logits = model(tokens, use_cache=False).logits
+def predictions(model: Any, tokens: torch.Tensor, kept: int = 0, **given: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the last `kept` of tokens [batch, seq], 0: all; those in doubt read again without cuts."""
+    logits = model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
     if not fallback_of(model):
         return logits
-    where = doubts(model, logits)
+    doubted = doubts(model, logits)
     del logits  # gigabytes
+    where = torch.nn.functional.pad(doubted, (tokens.shape[1] - doubted.shape[1], 0))
     with uncut(model, where):
-        return model(tokens, use_cache=False).logits
+        return model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
 
 
 def with_repeated(read: BytesRead, below: float, steps: int, repeated: int) -> tuple[BytesRead, Fallback]:

@@ -24,13 +24,13 @@ from stocha_hf.answers.batches import STRIDE, continue_prompts
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.fallback import fallback_of, read_of_texts, with_repeated
+from stocha_hf.measurement.fallback import fallback_of, predictions, read_of_texts, with_repeated
 from stocha_hf.measurement.records import TaskReading
 from stocha_hf.models import cutting_everywhere
 from stocha_hf.tasks.kept import Kept
 
 ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
-TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
+BATCH_TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
 NEW = 256  # tokens of an answer at most where a task does not say
 TEXTS = 32  # answers to count bytes on, evenly spaced
 TAIL = 24  # last tokens in which a text to stop at is looked for
@@ -200,7 +200,7 @@ class HarnessModel(TemplateLM):
         size = None
         while queue:
             longest = len(queue[0][0])
-            size = size or self.batch_size or max(TOKENS[self.device.type] // longest, 1)
+            size = size or self.batch_size or max(BATCH_TOKENS[self.device.type] // longest, 1)
             batch = queue[:size]
             try:
                 found = self._forward(batch, pairs)
@@ -223,7 +223,7 @@ class HarnessModel(TemplateLM):
         ]
         first = min(length - len(after) for _, length, _, after in wanted)  # of the places whose prediction is wanted
         with cutting_everywhere(self.model):
-            logits = self.model(ids.to(self.device), use_cache=False, logits_to_keep=longest - first).logits
+            logits = predictions(self.model, ids.to(self.device), longest - first)
         found = []
         for at, length, _, tokens in wanted:
             after = torch.tensor(tokens, device=self.device)
