@@ -18,7 +18,14 @@ inline void set_block(const Matrix& m, const int64_t* list, const float* hidden,
     const int64_t at = first + std::min(r, rows - 1), row = list[at];
     to.rows[r] = m.row(row);
     to.words[r] = m.row_words(row);
-    for (int t = 0; t < tokens; ++t) to.hidden[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
+    for (int t = 0; t < tokens; ++t) to.shares[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
+  }
+  for (int t = 0; t < tokens; ++t) {
+    Vector most = {};
+    for (int r = 0; r < kBlock; r += kLanes) most = maximum(most, magnitude(load(to.shares[t] + r)));
+    to.largest[t] = largest(most);
+    const float inverse = to.largest[t] > 1e-30f ? 1 / to.largest[t] : 0;
+    for (int r = 0; r < kBlock; r += kLanes) store(load(to.shares[t] + r) * inverse, to.shares[t] + r);
   }
 }
 
@@ -110,20 +117,4 @@ inline void sum_halves(const Matrix& m, const int64_t* list, const float* hidden
     sum_rows(m, list + first, hidden + first * padded, last - first, padded, tokens, Part(m.columns, kUnit, own),
              halves + half * padded * stride, stride);
   }
-}
-
-// Of several tokens, thread by thread.
-struct Sums {
-  const float* values;
-  int64_t stride;
-  float operator()(int64_t column, int64_t token) const { return values[token * stride + column]; }
-};
-
-inline Sums sums_of(const Matrix& m, const int64_t* list, const float* hidden, int64_t count, int64_t padded,
-                    int64_t tokens, Part columns) {
-  static thread_local std::vector<float> acc;
-  const int64_t stride = m.groups() * kGroupSize;
-  acc.resize(std::max<size_t>(acc.size(), padded * stride));
-  sum_rows(m, list, hidden, count, padded, tokens, columns, acc.data(), stride);
-  return {acc.data(), stride};
 }
