@@ -130,7 +130,8 @@ inline Integers products_of_shorts(Integers a, Integers b) {
 // The low bytes a, b of two such integers as bytes a, b, a, b.
 inline Integers bytes_of(Integers pair) {
 #if defined(STOCHA_AVX2)
-  const __m256i order = _mm256_set1_epi64x(0x0604060402000200) + _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0);
+  const int64_t low = 0x0604060402000200, high = 0x0e0c0e0c0a080a08;
+  const __m256i order = _mm256_set_epi64x(high, low, high, low);
   return (Integers)_mm256_shuffle_epi8((__m256i)pair, order);
 #else
   const Integers both = (pair & 0xff) | (pair >> 8 & 0xff00);

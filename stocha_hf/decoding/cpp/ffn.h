@@ -181,7 +181,8 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   room = scratch.sums.data();
   if (f.down.rows_are_inputs) {
     const Product down(f.down, T, room);
-    sum_halves(f.down, neurons.data(), factors.data(), count, T, x.tokens, team, down.halves);
+    RowSum parts[2];
+    sum_all(parts, parts_of_halves(f.down, neurons.data(), factors.data(), count, T, x.tokens, team, down.halves, parts));
     team.wait();
     finish(down, x, team, keep);
   } else {

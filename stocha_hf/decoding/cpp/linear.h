@@ -41,6 +41,15 @@ struct Left {
     list.resize(x.size);
     factors.resize(x.size * T);
     count = 0;
+    if (T == 1 && m.centre == 0) {
+      const float threshold = is_cut ? m.threshold : -1;
+      for (int64_t i = 0; i < x.size; ++i) {  // without jumps, which nobody could guess
+        list[count] = i;
+        factors[count] = x.values[i];
+        count += !(std::abs(x.values[i]) <= threshold);
+      }
+      return;
+    }
     for (int64_t i = 0; i < x.size; ++i) {
       bool any = !is_cut;
       for (int64_t t = 0; t < T; ++t) {
@@ -58,7 +67,7 @@ struct Left {
 // threads are there, outputs.
 struct Product {
   const Matrix* m;
-  float* halves;  // of sum_halves, [2][padded, stride]
+  float* halves;  // of parts_of_halves, [2][padded, stride]
   int64_t padded, stride;
 
   // Takes room for its sums from `room` on.
@@ -68,13 +77,6 @@ struct Product {
   }
   static int64_t room_of(const Matrix& m, int64_t padded_tokens) {
     return m.rows_are_inputs ? 2 * padded_tokens * m.groups() * kGroupSize : 0;
-  }
-
-  void begin(const Inputs& x, Team team) const {
-    static thread_local Left left;
-    if (!m->rows_are_inputs) return;
-    left.choose(*m, x);
-    sum_halves(*m, left.list.data(), left.factors.data(), left.count, padded, x.tokens, team, halves);
   }
 
   // values [last - first, padded] of outputs, or of those of a list.
@@ -89,14 +91,26 @@ struct Product {
   }
 };
 
+constexpr int kTogether = 3;  // products of one x, at most
+
 // Begins products of one x, and waits for the team where that is needed.
 inline void begin(std::initializer_list<const Product*> all, const Inputs& x, Team team) {
-  bool any = false;
+  static thread_local Left left[kTogether];
+  RowSum parts[2 * kTogether];
+  int count = 0, chosen = 0;
+  const Matrix* before = nullptr;
   for (const Product* product : all) {
-    product->begin(x, team);
-    any |= product->m->rows_are_inputs != 0;
+    const Matrix& m = *product->m;
+    if (!m.rows_are_inputs) continue;
+    const bool same = before && before->threshold == m.threshold && before->centre == m.centre;
+    if (!same) left[chosen++].choose(m, x);
+    before = &m;
+    const Left& own = left[chosen - 1];
+    count += parts_of_halves(m, own.list.data(), own.factors.data(), own.count, product->padded, x.tokens, team,
+                             product->halves, parts + count);
   }
-  if (any) team.wait();
+  sum_all(parts, count);
+  if (before) team.wait();
 }
 
 // The outputs that are a thread's.

@@ -60,11 +60,11 @@ typedef float LooseEight __attribute__((vector_size(32), aligned(4), may_alias))
 typedef int16_t EightShorts __attribute__((vector_size(16), may_alias));
 
 struct BlockOf4 {  // a block's rows, and what each is multiplied with
-  const uint8_t* rows[kBlock];
+  const uint8_t* rows[kBlock];  // from the first group that is summed on
   const uint16_t* words[kBlock];
-  float largest[kTokens];        // magnitude of a token's hidden entries
+  float largest[kTokens];         // magnitude of a token's hidden entries; NaN where one of them is not finite
   float shares[kTokens][kBlock];  // hidden entries over the largest
-  int pairs;      // rows are an even number: the last may have hidden entries of 0
+  int pairs;                      // rows are an even number: the last may have hidden entries of 0
   bool readable;  // behind each row are at least kLanes more groups
 };
 
@@ -87,7 +87,7 @@ inline Halves words_of(const uint16_t* p, int64_t here) {
 // more than the largest product but is known at once.
 template <int T, bool whole>
 inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t group, int64_t here, int first,
-                        const float* not_finite, FactorsOf4* to) {
+                        FactorsOf4* to) {
   Halves most = {};
   for (int r = 0; r < 2 * block.pairs; ++r) {
     const Halves words = words_of<whole>(block.words[r] + group, here);
@@ -113,7 +113,7 @@ inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t gro
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
     const Integers sum = products_of_shorts(total[t], Integers{} + 0x10001), start = sum * -8;
-    const Vector step = largest * (block.largest[first + t] / 127) + not_finite[first + t];
+    const Vector step = largest * (block.largest[first + t] / 127);
     to[t].start = arranged((start & 0xffff) | (start << 16));
     store(step, to[t].step);
     store(__builtin_convertvector(sum * 64 - zeros[t], Vector) * 0.125f * step, to[t].offset);
@@ -167,13 +167,13 @@ inline void add_vectors(const BlockOf4& block, Fetch& fetched, bool fetches, con
 
 // acc[t * stride : t * stride + 32 * here], of one chunk's groups, here <= kLanes; `whole`: so many may be read.
 template <bool whole>
-inline void add_chunk_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, const float* not_finite, int tokens,
-                        int64_t group, int64_t here, float* acc, int64_t stride) {
+inline void add_chunk_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t group, int64_t here,
+                        float* acc, int64_t stride) {
   FactorsOf4 factors[kTokens];
   int first = 0;
-  for (; first + 4 <= tokens; first += 4) set_factors<4, whole>(block, next, group, here, first, not_finite, factors + first);
-  for (; first + 2 <= tokens; first += 2) set_factors<2, whole>(block, next, group, here, first, not_finite, factors + first);
-  if (first < tokens) set_factors<1, whole>(block, next, group, here, first, not_finite, factors + first);
+  for (; first + 4 <= tokens; first += 4) set_factors<4, whole>(block, next, group, here, first, factors + first);
+  for (; first + 2 <= tokens; first += 2) set_factors<2, whole>(block, next, group, here, first, factors + first);
+  if (first < tokens) set_factors<1, whole>(block, next, group, here, first, factors + first);
   repeated<0, 4>([&](auto i) {
     if (i * kPer >= here) return;
     for (int t = 0; t < tokens; t += 2) {
@@ -189,12 +189,12 @@ inline void add_chunk_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetc
   });
 }
 
-inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, const float* not_finite, int tokens,
-                        int64_t group, int64_t here, float* acc, int64_t stride) {
+inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t group, int64_t here,
+                        float* acc, int64_t stride) {
   if (block.readable || here == kLanes)
-    add_chunk_4<true>(block, next, fetch, not_finite, tokens, group, here, acc, stride);
+    add_chunk_4<true>(block, next, fetch, tokens, group, here, acc, stride);
   else
-    add_chunk_4<false>(block, next, fetch, not_finite, tokens, group, here, acc, stride);
+    add_chunk_4<false>(block, next, fetch, tokens, group, here, acc, stride);
 }
 
 // The same of 8 bits, in float32, for T tokens at once; acc's tokens are `stride` apart. G rows.
