@@ -1,5 +1,5 @@
 // Products of a matrix with x, which it may cut, in either layout: rows' products with x, or a sum of the rows whose
-// inputs are left.
+// inputs are left. A team begins products of one x together, and waits once before it finishes them.
 //
 // Where rows are outputs, what is cut becomes the centre and all is read. Where they are inputs, those that are 0 for
 // every token are not read. Without cuts all are, in the same blocks whatever the number of tokens, so that the same

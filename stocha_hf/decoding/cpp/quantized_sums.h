@@ -62,10 +62,10 @@ typedef int16_t EightShorts __attribute__((vector_size(16), may_alias));
 struct BlockOf4 {  // a block's rows, and what each is multiplied with
   const uint8_t* rows[kBlock];  // from the first group that is summed on
   const uint16_t* words[kBlock];
-  float largest[kTokens];         // magnitude of a token's hidden entries; NaN where one of them is not finite
-  float shares[kTokens][kBlock];  // hidden entries over the largest
-  int pairs;                      // rows are an even number: the last may have hidden entries of 0
-  bool readable;  // behind each row are at least kLanes more groups
+  float hidden[kTokens][kBlock];
+  float not_finite[kTokens];    // 0, or NaN where one of a token's hidden entries is not finite
+  int pairs;                    // rows are an even number: the last may have hidden entries of 0
+  bool readable;                // behind each row are at least kLanes more groups
 };
 
 struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 255 steps
@@ -75,6 +75,8 @@ struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 2
 
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
+inline Integers integers_of(Halves words) { return __builtin_convertvector(words, Integers); }
+
 // A chunk's words of a row, of which `here` are the row's.
 template <bool whole>
 inline Halves words_of(const uint16_t* p, int64_t here) {
@@ -83,28 +85,29 @@ inline Halves words_of(const uint16_t* p, int64_t here) {
   return words;
 }
 
-// Factors of T tokens: hidden * scale over the group's largest scale times the block's largest hidden entry, which may be
-// more than the largest product but is known at once.
+// Factors of T tokens from the first one on. Meanwhile fetches the next block's words.
 template <int T, bool whole>
-inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t group, int64_t here, int first,
-                        FactorsOf4* to) {
-  Halves most = {};
+inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t group, int64_t here, int first, FactorsOf4* to) {
+  Vector products[T][kBlock], most[T] = {}, inverse[T];
   for (int r = 0; r < 2 * block.pairs; ++r) {
-    const Halves words = words_of<whole>(block.words[r] + group, here);
-    most = words > most ? words : most;
+    const Vector scale = Levels(integers_of(words_of<whole>(block.words[r] + group, here))).scale;
     prefetch(next.words[r] + group);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      products[t][r] = scale * block.hidden[first + t][r];
+      most[t] = maximum(most[t], magnitude(products[t][r]));
+    }
   }
-  const Vector largest = Levels(__builtin_convertvector(most, Integers)).scale, inverse = 127.0f / largest;
+  for (int t = 0; t < T; ++t) inverse[t] = most[t] > 1e-30f ? 127.0f / most[t] : Vector{};
   Integers total[T] = {}, zeros[T] = {};
   for (int p = 0; p < block.pairs; ++p) {
-    const Integers a = __builtin_convertvector(words_of<whole>(block.words[2 * p] + group, here), Integers);
-    const Integers b = __builtin_convertvector(words_of<whole>(block.words[2 * p + 1] + group, here), Integers);
-    const Vector scale_a = Levels(a).scale * inverse, scale_b = Levels(b).scale * inverse;
+    const Integers a = integers_of(words_of<whole>(block.words[2 * p] + group, here));
+    const Integers b = integers_of(words_of<whole>(block.words[2 * p + 1] + group, here));
     const Integers eighths = (a | (b << 16)) & 0x7f007f;
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      const float* shares = block.shares[first + t] + 2 * p;
-      const Integers pair = shorts_of(near_bits(scale_a * shares[0]), near_bits(scale_b * shares[1]));
+      const Integers pair =
+          shorts_of(near_bits(products[t][2 * p] * inverse[t]), near_bits(products[t][2 * p + 1] * inverse[t]));
       total[t] = (Integers)((Words)total[t] + (Words)pair);
       zeros[t] += products_of_shorts(pair, eighths);
       to[t].pairs[p] = arranged(bytes_of(pair));
@@ -113,7 +116,7 @@ inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t gro
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
     const Integers sum = products_of_shorts(total[t], Integers{} + 0x10001), start = sum * -8;
-    const Vector step = largest * (block.largest[first + t] / 127);
+    const Vector step = (most[t] + block.not_finite[first + t]) * (1.0f / 127);
     to[t].start = arranged((start & 0xffff) | (start << 16));
     store(step, to[t].step);
     store(__builtin_convertvector(sum * 64 - zeros[t], Vector) * 0.125f * step, to[t].offset);

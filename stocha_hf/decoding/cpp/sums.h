@@ -1,4 +1,6 @@
 // Sums of a matrix's rows, which are neurons or inputs: only those are read that some token needs.
+//
+// Threads divide rows in two halves, for memory gives whole rows faster than halves of them; each half has sums of its own.
 #pragma once
 
 #include "matrix.h"
@@ -32,18 +34,12 @@ struct RowSum {
       const int64_t at = begin + std::min(r, rows - 1), row = list[at];
       to.rows[r] = m->row(row) + first() * 16;
       to.words[r] = m->row_words(row) + first();
-      for (int t = 0; t < tokens; ++t) to.shares[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
+      for (int t = 0; t < tokens; ++t) to.hidden[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
     }
     for (int t = 0; t < tokens; ++t) {
-      float* shares = to.shares[t];
-      Vector most = {}, zeros = {};
-      for (int r = 0; r < kBlock; r += kLanes) {
-        most = maximum(most, magnitude(load(shares + r)));
-        zeros += load(shares + r) * 0.0f;
-      }
-      to.largest[t] = largest(most) + sum(zeros);
-      const float inverse = to.largest[t] > 1e-30f ? 1 / to.largest[t] : 0;
-      for (int r = 0; r < kBlock; r += kLanes) store(load(shares + r) * inverse, shares + r);
+      Vector zeros = {};
+      for (int r = 0; r < kBlock; r += kLanes) zeros += load(to.hidden[t] + r) * 0.0f;
+      to.not_finite[t] = sum(zeros);
     }
   }
 };
