@@ -8,21 +8,220 @@ folders that cut nothing carry one file. A quantized folder's quantization_stoch
     model = AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=True)
     with model.cut_inputs("never"):                 # force where it cuts; restored on exit
         model.generate(**inputs)
+
+A model with a fallback computes a step again, without cuts, where it is in doubt: the fallback policy of BiLD (Kim et
+al., arXiv 2302.07863), whose little model is here the large one with cuts. Wrong tokens are nearly all doubtful ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache, StaticCache
 
 from .modeling_stocha import *  # noqa: F403 - the classes that auto_map names
-from .modeling_stocha import CUTTING, StochaConfig, StochaMLP, become, holding, is_a, require
+from .modeling_stocha import (
+    CUTTING,
+    Rules,
+    StochaConfig,
+    StochaMLP,
+    are_numbers,
+    become,
+    check_keys,
+    holding,
+    is_a,
+    is_number,
+    require,
+    require_all,
+)
+
+# --- stocha_hf/spec.py, from here ---
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+FALLBACK = "a probability from 0 to below 1"
+
+
+@dataclass(frozen=True)
+class InputCuts:
+    """The `inputs` of a `stocha` entry: which entries of projections' inputs are cut, so that decoding can skip them.
+
+    A projection W computes W where(|x - c| > t, x, c), with a threshold t and a centre c of its own: c = 0 is TEAL
+    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174).
+
+    Args:
+        thresholds: One per layer, 0 or more, for each projection that cuts, a name in PROJECTIONS.
+        centres: One per layer, for those of these projections whose centre is not 0.
+        share: The share of entries that the thresholds were made to cut.
+        prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
+        train: Whether train() mode cuts, at every token.
+        calibration: The text that the thresholds were measured on.
+        fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
+
+    Raises:
+        ValueError: For any other value; the message names the key, what was given and what was expected.
+    """
+
+    thresholds: dict[str, list[float]]
+    centres: dict[str, list[float]] | None = None
+    share: float | None = None
+    prefill: bool = False
+    train: bool = False
+    calibration: dict[str, Any] | None = None
+    fallback: float | None = None
+
+    def __post_init__(self) -> None:
+        require_all(self, "inputs.", self._rules())
+
+    def _rules(self) -> Rules:
+        lists = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
+        yield "thresholds", _are_lists(self.thresholds, PROJECTIONS, least=0), lists
+        centred = self.centres is None or _are_lists(self.centres, self.thresholds)
+        yield "centres", centred, "a list of numbers for projections that have thresholds"
+        yield "share", self.share is None or (is_number(self.share) and 0 < self.share < 1), "a share between 0 and 1"
+        yield "prefill", isinstance(self.prefill, bool), "true or false"
+        yield "train", isinstance(self.train, bool), "true or false"
+        yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
+        yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
+
+    def check(self, layers: int) -> None:
+        """Raise ValueError where this cannot be of a model with so many layers."""
+        for key, lists in (("thresholds", self.thresholds), ("centres", self.centres or {})):
+            for name, values in lists.items():
+                require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
+
+    def of(self, layer: int, projection: str) -> tuple[float, float]:
+        """Return the threshold and the centre of a projection that cuts."""
+        centres = (self.centres or {}).get(projection)
+        return self.thresholds[projection][layer], centres[layer] if centres else 0.0
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> InputCuts:
+        """Return the cuts of an entry as JSON holds it. Raises ValueError for whatever is not one."""
+        check_keys(cls, "inputs", entry)
+        require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
+        return cls(**entry)
+
+
+def is_fallback(value: object) -> bool:
+    """Return whether a value can be the `fallback` of input cuts."""
+    return is_number(value) and 0 <= value < 1  # type: ignore[operator]
+
+
+def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
+    """Whether this maps one or more of these names to lists of numbers, each `least` or more."""
+    known = isinstance(value, dict) and bool(value) and all(name in names for name in value)
+    return known and all(are_numbers(row, least) for row in value.values())  # type: ignore[attr-defined]
+
+
+# --- to here ---
+
+if __name__ == "stocha_hf.cuts_stocha":  # inside the package there is one InputCuts
+    InputCuts = importlib.import_module("stocha_hf.spec").InputCuts  # type: ignore[misc]
 
 CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
+
+
+_again = threading.RLock()  # which rows of a step are cut is the model's, not a thread's
+
+
+class Cutting:
+    """What the projections of a model share: which tokens of the call that runs now they cut, and its fallback.
+
+    cut_at    bool [batch, seq]: the tokens whose inputs are cut; None: all
+    fallback  a step whose most likely token has a lower probability is in doubt; 0: none is
+    doubted   bool [batch]: which rows of the last step were in doubt; None before there was one
+    steps, repeated  by rows so far, those whose text has ended too; how many of them were computed again
+    """
+
+    def __init__(self, fallback: float) -> None:
+        self.fallback, self.steps, self.repeated, self.warned = fallback, 0, 0, False
+        self.cut_at: torch.Tensor | None = None
+        self.doubted: torch.Tensor | None = None
+
+    @torch.compiler.disable(reason="a step in doubt is computed again, which no graph decides: switch that off by "
+                            "model.cut_inputs('decode', fallback=0)")  # fmt: skip
+    def call(self, model: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return call(*args, **kwargs); of a step, with the rows in doubt computed again without cuts.
+
+        A row's result does not depend on the others: those that are in no doubt are cut the second time too.
+        """
+        forget = self._forgetting(model, args, kwargs)
+        if forget is None:
+            return call(*args, **kwargs)
+        with _again:
+            found = call(*args, **kwargs)
+            doubted = self.see(found.logits[:, -1])
+            if doubted is not None:
+                forget()
+                with holding([self], cut_at=~doubted[:, None]):
+                    again = call(*args, **kwargs)
+                again.logits = torch.where(doubted[:, None, None], again.logits, found.logits)
+        return found if doubted is None else again
+
+    def see(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Count a step of these logits [batch, vocabulary]; return which rows are in doubt, None where none is."""
+        self.doubted = self.doubts(logits)
+        repeated = int(self.doubted.sum())
+        self.steps, self.repeated = self.steps + len(logits), self.repeated + repeated
+        return self.doubted if repeated else None
+
+    def doubts(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return for logits [..., vocabulary] whether they are in doubt, bool [...]."""
+        logits = logits.float()
+        return (logits.amax(-1) - logits.logsumexp(-1)).exp() < self.fallback
+
+    def _forgetting(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None] | None:
+        """What makes the cache of a call forget its tokens; None where it is no step with cuts and a known cache."""
+        given = kwargs | dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args))  # noqa: B905
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        cache = given.get("past_key_values", given.get("cache"))
+        if cache is None or tokens is None or tokens.shape[1] != 1 or given.get("return_dict") is False:
+            return None
+        if not any(module.cuts(tokens[..., None]) for module in cut_projections(model)[:1]):
+            return None
+        forget = forgetting(cache)
+        if forget is None and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"the cache is a {type(cache).__name__}, which cannot forget a token: expected a DynamicCache or a "
+                "StaticCache without offloading; steps in doubt are not computed again without cuts",
+                stacklevel=2,
+            )
+        return forget
+
+
+def forgetting(cache: Any) -> Callable[[], None] | None:
+    """Return what makes a cache forget the tokens that it gets from now on, one step's; None where nothing can.
+
+    A dynamic layer puts new tensors in the place of old ones, so these are kept. A static one is written in place: the
+    next step writes the same places again, unless it has a window that is full, and thus moves.
+    """
+    if getattr(cache, "rewritten", False):  # its steps write where they are told
+        return lambda: None
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+        return None
+    layers, before = list(cache.layers), [dict(vars(layer)) for layer in cache.layers]
+    if type(cache) is StaticCache:
+        for kept, layer in zip(before, layers, strict=True):
+            moves = layer.is_sliding and layer.cumulative_length_int >= layer.max_cache_len
+            for name in ("cumulative_length", *(("keys", "values") if moves else ())):
+                kept[name] = kept[name].clone()
+
+    def forget() -> None:
+        cache.layers[:] = layers
+        for layer, kept in zip(layers, before, strict=True):
+            vars(layer).update(kept)
+
+    return forget
 
 
 class CutInput:
@@ -37,13 +236,14 @@ class CutInput:
     """
 
     state = (
-        *("input_threshold", "input_centre"),
+        *("input_threshold", "input_centre", "cutting"),
         *("cut_training", "cut_inference", "cut_forced", "native_class", "input_major"),
     )
 
     training: bool
     input_threshold: float
     input_centre: float
+    cutting: Cutting
     cut_training: str
     cut_inference: str
     cut_forced: str | None
@@ -76,7 +276,8 @@ class CutInput:
     def small(self, x: torch.Tensor) -> torch.Tensor:
         """Return which entries of x are cut, bool of x's shape."""
         centred = x - self.input_centre if self.input_centre else x
-        return centred.abs() <= self.input_threshold
+        small, cut_at = centred.abs() <= self.input_threshold, self.cutting.cut_at
+        return small if cut_at is None else small & cut_at[..., None]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         made: Any = super().__reduce_ex__(protocol)  # a function that makes it, the function's arguments, its state
@@ -123,6 +324,7 @@ def set_cuts(native: Any) -> None:
     cuts = StochaConfig.from_dict(native.config.stocha).inputs
     if cuts is None:
         return
+    cutting = native.__dict__.setdefault("cutting", Cutting(cuts.fallback or 0.0))
     for index, layer in enumerate(projections(native)):
         for name in cuts.thresholds:
             module = layer[name]
@@ -131,6 +333,7 @@ def set_cuts(native: Any) -> None:
                 module.__dict__.update(
                     input_threshold=threshold,
                     input_centre=centre,
+                    cutting=cutting,
                     cut_training="always" if cuts.train else "never",
                     cut_inference="always" if cuts.prefill else "decode",
                     cut_forced=None,
@@ -141,20 +344,27 @@ def set_cuts(native: Any) -> None:
 
 
 @contextmanager
-def cut_inputs(model: nn.Module, where: str) -> Iterator[nn.Module]:
+def cut_inputs(model: nn.Module, where: str, fallback: float | None = None) -> Iterator[nn.Module]:
     """Force where a model cuts its projections' inputs, in train() and eval() alike; restored on exit.
 
     Args:
         model: A patched model whose config has input cuts.
         where: "always" at every token, "decode" where each sequence has one new token, "never".
+        fallback: In eval(), a step with cuts whose most likely token has a lower probability is computed again
+            without; 0: none is. None keeps the model's own.
 
     Raises:
-        ValueError: For another `where`, or a model without input cuts.
+        ValueError: For another `where` or `fallback`, or a model without input cuts.
     """
     cutting = cut_projections(model)
     require(bool(cutting), "the model", type(model).__name__, CUTTING)
     require(where in CUTS, "where the model cuts inputs", where, f"one of {', '.join(CUTS)}")
-    with holding(cutting, cut_forced=where):
+    require(fallback is None or is_fallback(fallback), "fallback", fallback, FALLBACK)
+    shared: Any = cutting[0].cutting
+    with (
+        holding(cutting, cut_forced=where),
+        holding([shared], fallback=shared.fallback if fallback is None else fallback),
+    ):
         yield model
 
 

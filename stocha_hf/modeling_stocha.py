@@ -3,14 +3,13 @@
 
 Llama-class models compute y = W_down(act(W_gate x) * (W_up x)). This file replaces `act` by one of FUNCTIONS: StochA
 (Lomeli et al., arXiv 2509.22358), its deterministic expectation, ReLU, and the sparse activations of neighbouring
-papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`. A
-model whose config has `stocha["inputs"]` also cuts small entries of projections' inputs: cuts_stocha.py, which ships
-beside this file then, does that.
+papers. In train() mode a model uses `config.stocha["activation"]`, in eval() mode `config.stocha["inference"]`.
 
-Why this way: patching changes the *class* of existing modules and nothing else, so parameters, state-dict keys, hooks
-and devices stay as they are, and any stocha checkpoint is a valid checkpoint of its native class. The file imports
-torch and transformers only, because the Hub copies it into other people's Python with `trust_remote_code=True`. It
-holds the definitions; where stocha_hf is installed, that package's runtime makes them fast.
+Patching changes the *class* of existing modules and nothing else, so parameters, state-dict keys, hooks and devices
+stay as they are, and any stocha checkpoint is a valid checkpoint of its native class. The file imports torch and
+transformers only, because the Hub copies it into other people's Python with `trust_remote_code=True`. It holds the
+definitions; where stocha_hf is installed, its runtime makes them fast. cuts_stocha.py and quantization_stocha.py ship
+beside this file with checkpoints that need them.
 
     model = AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=True)
     with model.stocha_mode("stocha", p=0.5):        # force an activation; restored on exit
@@ -23,13 +22,12 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import inspect
 import os
 import shutil
 import types
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,66 +103,6 @@ ACTIVATIONS = {
 }
 BASES = ("silu", "gelu_pytorch_tanh")  # what models are pretrained with
 POSITIVE_SIDES = ("silu", "relu", "drawn")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
-
-
-@dataclass(frozen=True)
-class InputCuts:
-    """The `inputs` of a `stocha` entry: which entries of projections' inputs are cut, so that decoding can skip them.
-
-    A projection W computes W where(|x - c| > t, x, c), with a threshold t and a centre c of its own: c = 0 is TEAL
-    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174).
-
-    Args:
-        thresholds: One per layer, 0 or more, for each projection that cuts, a name in PROJECTIONS.
-        centres: One per layer, for those of these projections whose centre is not 0.
-        share: The share of entries that the thresholds were made to cut.
-        prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
-        train: Whether train() mode cuts, at every token.
-        calibration: The text that the thresholds were measured on.
-
-    Raises:
-        ValueError: For any other value; the message names the key, what was given and what was expected.
-    """
-
-    thresholds: dict[str, list[float]]
-    centres: dict[str, list[float]] | None = None
-    share: float | None = None
-    prefill: bool = False
-    train: bool = False
-    calibration: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        _require_all(self, "inputs.", self._rules())
-
-    def _rules(self) -> Rules:
-        lists = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
-        yield "thresholds", _are_lists(self.thresholds, PROJECTIONS, least=0), lists
-        centred = self.centres is None or _are_lists(self.centres, self.thresholds)
-        yield "centres", centred, "a list of numbers for projections that have thresholds"
-        yield "share", self.share is None or (is_number(self.share) and 0 < self.share < 1), "a share between 0 and 1"
-        yield "prefill", isinstance(self.prefill, bool), "true or false"
-        yield "train", isinstance(self.train, bool), "true or false"
-        yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
-
-    def check(self, layers: int) -> None:
-        """Raise ValueError where this cannot be of a model with so many layers."""
-        for key, lists in (("thresholds", self.thresholds), ("centres", self.centres or {})):
-            for name, values in lists.items():
-                require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
-
-    def of(self, layer: int, projection: str) -> tuple[float, float]:
-        """Return the threshold and the centre of a projection that cuts."""
-        centres = (self.centres or {}).get(projection)
-        return self.thresholds[projection][layer], centres[layer] if centres else 0.0
-
-    @classmethod
-    def from_dict(cls, entry: Any) -> InputCuts:
-        """Return the cuts of an entry as JSON holds it. Raises ValueError for whatever is not one."""
-        _check_keys(cls, "inputs", entry)
-        require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
-        return cls(**entry)
 
 
 @dataclass(frozen=True)
@@ -201,7 +139,7 @@ class StochaConfig:
     stocha_version: str = __version__
 
     def __post_init__(self) -> None:
-        _require_all(self, "", self._rules())
+        require_all(self, "", self._rules())
 
     def _rules(self) -> Rules:
         names = f"one of {', '.join(ACTIVATIONS)}"
@@ -212,11 +150,11 @@ class StochaConfig:
         yield "p", is_number(self.p) and 0 <= self.p <= 1, "a probability between 0 and 1"
         yield "positive", self.positive in [*POSITIVE_SIDES], f"one of {', '.join(POSITIVE_SIDES)}"
         thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold]
-        yield "threshold", _are_numbers(thresholds, 0), "a number of 0 or more, or a list of one per layer"
+        yield "threshold", are_numbers(thresholds, 0), "a number of 0 or more, or a list of one per layer"
         needs_k = "topk" in (self.activation, self.inference)
         counts = self.k >= 1 if type(self.k) is int else self.k is None and not needs_k
         yield "k", counts, "a number of neurons, at least 1, for topk"
-        yield "inputs", isinstance(self.inputs, InputCuts | None), "an InputCuts"
+        yield "inputs", self.inputs is None or type(self.inputs).__name__ == "InputCuts", "an InputCuts"
         yield "source", self.source is None or _is_text(self.source), "a mapping of names to text"
         stages = [] if self.history is None else self.history
         staged = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
@@ -262,9 +200,9 @@ class StochaConfig:
     @classmethod
     def from_dict(cls, entry: Any) -> StochaConfig:
         """Return the config of an entry as JSON holds it. Raises ValueError for whatever is not one."""
-        _check_keys(cls, "the config's stocha entry", entry)
+        check_keys(cls, "the config's stocha entry", entry)
         if entry.get("inputs") is not None:
-            entry = entry | {"inputs": InputCuts.from_dict(entry["inputs"])}
+            entry = entry | {"inputs": input_cuts(entry["inputs"])}
         return cls(**entry)
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,7 +224,7 @@ def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in pairs if value is not None}
 
 
-def _check_keys(cls: Any, where: str, entry: Any) -> None:
+def check_keys(cls: Any, where: str, entry: Any) -> None:
     """Raise ValueError where an entry as JSON holds it is not a mapping, or has a key that is not a field."""
     require(isinstance(entry, dict), where, entry, "a mapping")
     known = {field.name for field in dataclasses.fields(cls)}
@@ -299,7 +237,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
 
 
-def _are_numbers(values: object, least: float) -> bool:
+def are_numbers(values: object, least: float) -> bool:
     """Whether this is a list of one or more numbers, each `least` or more."""
     return isinstance(values, list) and bool(values) and all(is_number(x) and x >= least for x in values)
 
@@ -309,26 +247,37 @@ def _is_text(value: object) -> bool:
     return all(isinstance(key, str) and isinstance(text, str | None) for key, text in pairs)
 
 
-def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
-    """Whether this maps one or more of these names to lists of numbers, each `least` or more."""
-    known = isinstance(value, dict) and bool(value) and all(name in names for name in value)
-    return known and all(_are_numbers(row, least) for row in value.values())  # type: ignore[attr-defined]
-
-
 def require(ok: bool, key: str, given: object, expected: str) -> None:
     """Raise ValueError in one sentence unless ok."""
     if not ok:
         raise ValueError(f"{key} is {repr(given)[:200]}: expected {expected}")
 
 
-def _require_all(entry: Any, prefix: str, rules: Rules) -> None:
+def require_all(entry: Any, prefix: str, rules: Rules) -> None:
     for key, fits, expected in rules:  # one by one: a rule may rely on those before it
         require(fits, prefix + key, getattr(entry, key), expected)
 
 
 # --- to here ---
 
+InputCuts = Any  # of cuts_stocha.py, which ships with the checkpoints that cut inputs
 CUTTING = "one with input cuts: see stocha-convert --inputs"
+
+
+def cuts_file() -> Any:
+    """The module cuts_stocha; not by an import statement, for which transformers would ask every folder to hold it."""
+    try:
+        return importlib.import_module(".cuts_stocha", __package__)
+    except ImportError as error:
+        raise ValueError(
+            f"cuts_stocha.py cannot be imported ({error}): expected it beside modeling_stocha.py, of the same "
+            "version: run stocha-convert on the folder"
+        ) from error
+
+
+def input_cuts(entry: Any) -> Any:
+    return cuts_file().InputCuts.from_dict(entry)
+
 
 if __name__ == "stocha_hf.modeling_stocha":  # inside the package there is one StochaConfig
     _spec = importlib.import_module("stocha_hf.spec")  # no import statement: transformers would ask for the package
@@ -358,10 +307,9 @@ def stocha(gate: torch.Tensor, ffn: StochaMLP) -> torch.Tensor:
 def coin_keys(gate: torch.Tensor) -> torch.Tensor:
     """Draw the keys of a call's coins: 32 random bits for each token and each neuron, int32 [tokens + neurons].
 
-    The coin of token i and neuron j is a hash of r_i ^ c_j. The keys come from the default generator of gate's device,
-    the one that activation checkpointing restores. Any three coins of a call are exactly independent (simple
-    tabulation: Patrascu and Thorup, arXiv 1011.5200, sec. 1); the multiplications break the pattern that four can
-    have. A coin costs a few integer operations, where a generator's draw would be most of the FFN's element-wise work.
+    The coin of token i and neuron j is a hash of r_i ^ c_j, which costs less than a draw. The keys come from the
+    generator that activation checkpointing restores. Any three coins of a call are exactly independent (simple
+    tabulation: Patrascu and Thorup, arXiv 1011.5200, sec. 1); the multiplications break the pattern of four.
     """
     width = gate.shape[-1]
     return torch.randint(-(2**31), 2**31, (gate.numel() // width + width,), dtype=torch.int32, device=gate.device)
@@ -414,10 +362,7 @@ BASE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def hidden_vector(gate: torch.Tensor, up: torch.Tensor, ffn: StochaMLP, act: Any = None) -> torch.Tensor:
-    """Return act(gate) * up, both [..., intermediate_size], under the activation that `ffn` runs now.
-
-    `act` computes act(gate) in the place of the function itself.
-    """
+    """Return act(gate) * up, both [..., intermediate_size], as `ffn` runs now; `act` may take its function's place."""
     name = ffn.running
     act = functools.partial(FUNCTIONS[name], ffn=ffn) if act is None else act
     return act(gate) * (ON_UP[name](up) if name in ON_UP else up)
@@ -435,9 +380,7 @@ class RunningActivation(nn.Module):
 
 
 def _runtime() -> Any:
-    """stocha_hf's runtime for this file's contract, or None: in silence where stocha_hf is not installed, else with
-    one warning that says why.
-    """
+    """stocha_hf's runtime for this file's contract; where it is installed but fails, None and one warning."""
     if importlib.util.find_spec("stocha_hf") is None:
         return None
     try:
@@ -483,14 +426,7 @@ class StochaMLP(nn.Module):
     decode_state: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute W_down(act(W_gate x) * (W_up x)).
-
-        Args:
-            x: [..., hidden_size], any float dtype.
-
-        Returns:
-            A tensor of x's shape and dtype.
-        """
+        """Compute W_down(act(W_gate x) * (W_up x)) of an x [..., hidden_size], in its shape and float dtype."""
         if self.runtime is not None and not self.training:
             found = self.runtime.ffn(self, x)  # None where this is no step that can skip neurons
             if found is not None:
@@ -527,8 +463,7 @@ class StochaMLP(nn.Module):
             self.p_tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     def train(self, mode: bool = True) -> StochaMLP:
-        # Liger rebinds `forward` of the instance, which would bypass the activation in silence; every trainer calls
-        # train().
+        # Liger rebinds the instance's `forward`, which bypasses the activation silently; every trainer calls train().
         refuse_liger(self.__dict__.get("forward"))
         if mode:  # its copies of weights would be old after a step of training
             self.decode_state = None
@@ -544,19 +479,14 @@ def is_called(module: nn.Module) -> bool:
 @contextmanager
 def holding(modules: list[Any], **values: Any) -> Iterator[None]:
     """Set attributes of modules, and give each its own values back on exit."""
-    before = [{key: getattr(module, key) for key in values} for module in modules]
+    before = [(module, key, getattr(module, key)) for module in modules for key in values]
     try:
-        for module in modules:
-            _assign(module, values)
+        for module, key, _ in before:
+            setattr(module, key, values[key])
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            _assign(module, own)
-
-
-def _assign(module: nn.Module, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        setattr(module, key, value)
+        for module, key, value in before:
+            setattr(module, key, value)
 
 
 def refuse_liger(thing: object) -> None:
@@ -642,6 +572,7 @@ class StochaModel:
 
     config: Any
     training: bool
+    cutting: Any = None  # of a model that cuts inputs: a Cutting of cuts_stocha.py
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -658,22 +589,21 @@ class StochaModel:
         patch_mlps(native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> Any:
-        """As the native one; and sets the input cuts, which thus come after from_pretrained's quantizers: these look
-        for nn.Linear, and put other modules in its place.
-        """
+        """As the native one; and sets the input cuts, after from_pretrained's quantizers, which exchange nn.Linear."""
         if self.config.stocha.get("inputs"):
-            self._cuts().set_cuts(self)
+            cuts_file().set_cuts(self)
         return super().train(mode)  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        runtime = StochaMLP.runtime
-        if runtime is None or self.training or torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        found = runtime.call(self, args, kwargs)  # None where this is no step, or one that must call modules
-        if found is not None:
+        runtime = None if self.training or torch.compiler.is_compiling() else StochaMLP.runtime
+        found = None if runtime is None else runtime.call(self, args, kwargs)
+        if found is not None:  # None where this is no step, or one that must call modules
             return found
-        with runtime.step(self, args, kwargs):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        call = super().__call__  # type: ignore[misc]
+        with nullcontext() if runtime is None else runtime.step(self, args, kwargs):
+            if self.training or not getattr(self.cutting, "fallback", 0):
+                return call(*args, **kwargs)
+            return self.cutting.call(self, call, args, kwargs)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         """As the native one, which generate() calls for greedy decoding and for sampling."""
@@ -682,13 +612,10 @@ class StochaModel:
         return super()._sample(*args, **kwargs) if found is None else found  # type: ignore[misc]
 
     def _extract_generation_mode_kwargs(self, *args: Any, **kwargs: Any) -> Any:
-        """As the native one, which forgets the streamer where `custom_generate` is a function."""
+        """As the native one, which forgets a streamer that a function for `custom_generate` takes."""
         native = super()._extract_generation_mode_kwargs  # type: ignore[misc]
-        given, found = inspect.signature(native).bind(*args, **kwargs).arguments, native(*args, **kwargs)
-        custom, streamer = given.get("custom_generate"), given.get("streamer")
-        if callable(custom) and streamer is not None and "streamer" in inspect.signature(custom).parameters:
-            found["streamer"] = streamer
-        return found
+        runtime = StochaMLP.runtime
+        return native(*args, **kwargs) if runtime is None else runtime.mode_kwargs(native, *args, **kwargs)
 
     def get_memory_footprint(self, *args: Any, **kwargs: Any) -> int:
         """The bytes of parameters and buffers, and of what decode steps hold beside them."""
@@ -699,17 +626,10 @@ class StochaModel:
         """`with model.stocha_mode("relu"): ...`; see the function of the same name."""
         return stocha_mode(self, name, p)  # type: ignore[arg-type]
 
-    def cut_inputs(self, where: str) -> Any:
+    def cut_inputs(self, where: str, fallback: float | None = None) -> Any:
         """`with model.cut_inputs("never"): ...`; see the function of the same name in cuts_stocha.py."""
         require(bool(self.config.stocha.get("inputs")), "the model", type(self).__name__, CUTTING)
-        return self._cuts().cut_inputs(self, where)
-
-    def _cuts(self) -> Any:
-        try:  # not by an import statement, for which transformers would ask every folder to hold that file
-            return importlib.import_module(".cuts_stocha", __package__)
-        except ImportError as error:
-            reason = f"cuts_stocha.py cannot be imported ({error}): expected it beside modeling_stocha.py, of the same"
-            raise ValueError(f"{reason} version: run stocha-convert on the folder") from error
+        return cuts_file().cut_inputs(self, where, fallback)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
@@ -719,7 +639,7 @@ class StochaModel:
         if isinstance(entry["threshold"], list):  # of the layers that there are: some may be cut out
             entry = entry | {"threshold": [mlp.threshold for mlp in stocha_mlps(self)]}  # type: ignore[arg-type]
         if entry.get("inputs"):
-            entry = entry | {"inputs": self._cuts().saved_cuts(self, entry["inputs"])}
+            entry = entry | {"inputs": cuts_file().saved_cuts(self, entry["inputs"])}
         self.config.stocha = entry
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         resolved = StochaConfig.from_dict(entry).resolve(ARCHITECTURES[self.config.model_type].act)
@@ -740,10 +660,9 @@ class StochaModel:
 
 
 class StochaAutoConfig:
-    """What `auto_map` names for AutoConfig: the native config, with this file's class among its `architectures`.
+    """What `auto_map` names for AutoConfig: the native config, with this file's class in `architectures`.
 
-    Tools that look a class up in transformers by that name, as `transformers serve` and trl's trainers do with a path,
-    find this file's there.
+    `transformers serve` and trl's trainers look a class up in transformers by that name, and find this file's there.
     """
 
     @classmethod
@@ -767,9 +686,8 @@ def _stocha_class(name: str) -> type:
     return type(f"Stocha{name}", bases, {"__module__": __name__, "__doc__": f"{name} with stocha MLPs."})
 
 
-# StochaLlamaForCausalLM, StochaLlamaModel and so on. transformers' lists of models by class name know them too: else
-# pipeline() prints a page of "not supported", Trainer's label smoothing does not shift the labels, and a base model
-# counts as one with a loss.
+# StochaLlamaForCausalLM, StochaLlamaModel and so on, in transformers' lists of class names too: else pipeline() prints
+# a page of "not supported", label smoothing does not shift the labels, and a base model counts as one with a loss.
 for model_type, row in ARCHITECTURES.items():
     for name, known in ((row.causal_lm, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), (row.model, MODEL_MAPPING_NAMES)):
         globals()[f"Stocha{name}"] = _stocha_class(name)

@@ -124,6 +124,7 @@ def unpatch(model: nn.Module) -> int:
     patched = next(module for module in model.modules() if hasattr(type(module), "stocha_mode"))
     native = next(cls for cls in type(patched).__mro__ if f"Stocha{cls.__name__}" == type(patched).__name__)
     become(patched, native)
+    patched.__dict__.pop("cutting", None)
     hf_config: Any = patched.config
     setattr(hf_config, ARCHITECTURES[hf_config.model_type].act_key, hf_config.stocha["base"])
     del hf_config.stocha, hf_config.auto_map

@@ -229,6 +229,32 @@ def test_inputs_are_cut_in_steps_of_one_token(
 
 
 @needs_triton
+def test_steps_in_doubt_are_computed_again_without_cuts(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, new = model_of("qwen2", "silu", cuts_of(PROJECTIONS)), 6 if INTERPRETED else 40
+    options = greedy(new, return_dict_in_generate=True, output_logits=True)
+    without = slowly(monkeypatch, model.generate, PROMPT, **options)
+    below = torch.cat(without.logits)[1:].softmax(-1).amax(-1).median().item() + 1e-4
+
+    def counted(call: Any, *args: Any, **kwargs: Any) -> Any:
+        model.cutting.steps = model.cutting.repeated = 0
+        return call(*args, **kwargs), model.cutting.steps, model.cutting.repeated
+
+    with cut_inputs(model, "decode", fallback=below):
+        found, count, repeated = counted(model.generate, PROMPT, **options)
+        assert count == new - 1 and 0 < repeated < count and len(steps) == count + repeated
+        expected, *counts = counted(slowly, monkeypatch, model.generate, PROMPT, **options)
+    assert counts == [count, repeated]
+    for logits, others in zip(found.logits, expected.logits, strict=True):
+        assert (logits - others).norm() <= 1e-5 * others.norm()
+    for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert torch.allclose(layer.keys, other.keys, atol=1e-5)
+    with torch.no_grad(), cut_inputs(model, "decode", fallback=0.999):
+        step = model(PROMPT[:, :1], past_key_values=found.past_key_values).logits
+        other = slowly(monkeypatch, model, PROMPT[:, :1], past_key_values=expected.past_key_values).logits
+    assert (step - other).norm() <= 1e-5 * other.norm() and len(steps) == count + repeated + 2
+
+
+@needs_triton
 def test_an_assistants_drafts_are_checked_in_steps(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, assistant = model_of(), model_of("llama", "silu")
     assistant.generation_config.num_assistant_tokens = 3

@@ -10,10 +10,10 @@ from helpers import tiny_model
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from stocha_hf import InputCuts, StochaConfig
 from stocha_hf.decoding import step
 from stocha_hf.decoding.lossless import Pace, lossless
 from stocha_hf.errors import StochaError
-from stocha_hf.modeling_stocha import InputCuts, StochaConfig
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
 from stocha_hf.spec import ARCHITECTURES, PROJECTIONS

@@ -156,6 +156,11 @@ def test_a_killed_quantization_goes_on_and_ends_with_the_same_bytes(checkpoint, 
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", bits=8)
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.quantization").exists()
+    whole = calls[0].read_bytes()
+    calls[0].write_bytes(whole[:1000])
+    with pytest.raises(StochaError, match=rf"{calls[0]} cannot be read .*remove it and start again"):
+        convert(source, tmp_path / "out", bits=8)
+    calls[0].write_bytes(whole)
     convert(source, tmp_path / "out", bits=8)
     assert [path.name for path in calls].count(calls[0].name) == 1
     assert not (tmp_path / ".out.quantization").exists()

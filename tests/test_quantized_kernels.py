@@ -18,7 +18,7 @@ from helpers.packing import packed
 
 from stocha_hf.decoding import build, ops
 from stocha_hf.decoding.memory import use_large_pages
-from stocha_hf.decoding.structs import ACTIVATIONS, DTYPES, Ffn
+from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn
 
 SHAPES = [(64, 96), (33, 77), (300, 530), (1, 1), (160, 32), (576, 40)]  # columns, rows
 # of the processor; and layouts of others on this one. Sixteen lanes and four, in plain C++.
@@ -61,7 +61,7 @@ def hidden_vector(gate: torch.Tensor, up: torch.Tensor, activation: str, thresho
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_the_ffn_equals_that_of_the_weights(library: Any, activation: str, bits: int) -> None:
     torch.manual_seed(0)
     thresholds = (-1e9, 0.2, 1e9) if activation in ("fatrelu", "shifted_relu") else (0.0,)
@@ -72,7 +72,7 @@ def test_the_ffn_equals_that_of_the_weights(library: Any, activation: str, bits:
         x = torch.randn(tokens, size)
         gates = x.double() @ gate.exact.T
         matrices = (gate.matrix(), up.matrix(), down.matrix(rows_are_inputs=True))
-        weights = Ffn(*matrices, None, None, ACTIVATIONS[activation], threshold, 0.0)
+        weights = Ffn(*matrices, None, None, KERNEL_ACTIVATIONS[activation], threshold, 0.0)
         found = ops.run_ffn(x, weights)
         exact = hidden_vector(gates, x.double() @ up.exact.T, activation, threshold) @ down.exact
         if threshold > 1e8:
@@ -85,7 +85,7 @@ def test_results_do_not_depend_on_the_number_of_threads(library: Any) -> None:
     torch.manual_seed(0)
     gate, up, down = (packed(300, 320, 4) for _ in range(3))
     matrices = (gate.matrix(), up.matrix(), down.matrix(rows_are_inputs=True))
-    weights = Ffn(*matrices, None, None, ACTIVATIONS["relu"], 0.0, 0.0)
+    weights = Ffn(*matrices, None, None, KERNEL_ACTIVATIONS["relu"], 0.0, 0.0)
     x, threads, found = torch.randn(2, 320), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

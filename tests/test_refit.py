@@ -294,6 +294,19 @@ def test_kept_streams_make_room_for_a_finished_layer(tmp_path, monkeypatch) -> N
     assert 0 in store and store[0][1] == 0.25 and not kept.exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "without figures"])
+def test_a_damaged_layer_is_named_and_not_called_a_full_disk(tmp_path, damage: str) -> None:
+    store, (ffn, _) = refit.LayerFiles(tmp_path), silu_ffn()
+    store[0] = ffn, 0.25
+    path = store.path(0)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        save_file({"gate_proj": ffn.gate, "up_proj": ffn.up, "down_proj": ffn.down}, path)
+    with pytest.raises(StochaError, match=rf"{path} cannot be read .*remove it and start again with the same command"):
+        store[0]
+
+
 def test_weights_scaled_for_learned_thresholds_are_an_original_to_refit() -> None:
     learned, trained = {"method": "learned_inputs"}, {"method": "full"}
     entry = StochaConfig(activation="relu", history=[learned]).resolve("silu")

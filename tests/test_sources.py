@@ -19,6 +19,7 @@ from stocha_hf.checkpoints.metadata import source_metadata
 from stocha_hf.checkpoints.modeling_file import is_ours
 from stocha_hf.conversion.averaging import average
 from stocha_hf.conversion.convert import convert
+from stocha_hf.data import load_tokenizer
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing.upload import _additions, _publishable
 from stocha_hf.spec import MODELING_FILE
@@ -172,8 +173,12 @@ def test_a_sources_code_is_not_copied_named_or_run(checkpoint, tmp_path):
 
 def test_a_tokenizer_that_needs_the_sources_code_is_refused(checkpoint, tmp_path):
     source = checkpoint()
+    edit_json(
+        source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil"
+    )
+    with pytest.raises(StochaError, match=r"needs code of that folder, which is never run"):
+        load_tokenizer(source)
     (source / "tokenizer.json").unlink()
-    edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
     with pytest.raises(StochaError, match=r"needs the code that its tokenizer_config\.json names, which is never run"):
         convert(source, tmp_path / "out")
 

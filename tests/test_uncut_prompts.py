@@ -72,6 +72,15 @@ def test_a_share_of_texts_begins_uncut_and_has_no_loss_there() -> None:
     assert (PromptCollator(collated, 0.0, 0)(rows)[CUT_AT] == (torch.arange(40) >= FIRST)).all()
 
 
+def test_a_share_of_rows_is_uncut_to_the_end_and_has_a_loss_all_over() -> None:
+    rows = list(torch.randint(4, 64, (400, 40), generator=torch.Generator().manual_seed(0)))
+    batch = PromptCollator(collated, 0.7, 0, whole=0.2)(rows)
+    whole = ~batch[CUT_AT].any(1)
+    assert whole.float().mean().item() == pytest.approx(0.2, abs=0.05)
+    assert (batch["labels"][whole] == torch.stack(rows)[whole]).all()
+    assert (batch["labels"][~whole][:, 1:FIRST] == -100).all()
+
+
 def test_the_first_tokens_of_each_text_in_a_packed_row_are_uncut() -> None:
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
     batch = {"input_ids": positions + 4, "labels": positions + 4, "position_ids": positions}

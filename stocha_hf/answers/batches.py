@@ -37,6 +37,7 @@ def continue_prompts(
     choice: Choice | None = None,
     generator: torch.Generator | None = None,
     stop: Callable[[list[int]], bool] | None = None,
+    repeated: dict[int, int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue each prompt until it ends.
 
@@ -49,6 +50,8 @@ def continue_prompts(
         choice: How a token is chosen; None is greedy.
         generator: Of the model's device, decides what is drawn; None takes the device's own.
         stop: Called now and then with a row's new tokens so far; true ends the row, maybe some tokens late.
+        repeated: Gets, by a prompt's number, how many of its continuation's steps, one a token, were computed again by
+            a model with a fallback. What a row computes beyond its end is not counted.
 
     Yields:
         The number of a prompt and its continuation's token ids, as they are done.
@@ -60,9 +63,11 @@ def continue_prompts(
     while left:
         batch = _Batch(model, prompts, sorted(left), min(rows, len(left)), choice or Choice(), generator)
         try:
-            for i, tokens in batch.run(new, frozenset(ends), stop):
-                yield i, tokens
-                left.discard(i)
+            for row in batch.run(new, frozenset(ends), stop):
+                if repeated is not None:
+                    repeated[row.prompt] = row.repeated
+                yield row.prompt, row.tokens
+                left.discard(row.prompt)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -73,10 +78,10 @@ def continue_prompts(
 
 
 class _Row:
-    """A prompt in work: `position` is where its next step writes."""
+    """A prompt in work: `position` is where its next step writes, `repeated` counts steps that were computed again."""
 
     def __init__(self, prompt: int, length: int) -> None:
-        self.prompt, self.position = prompt, length - 1
+        self.prompt, self.position, self.repeated = prompt, length - 1, 0
         self.tokens: list[int] = []
 
 
@@ -90,19 +95,18 @@ class _Batch:
         self.cache = SlotCache(rows, model.device)
         self.ids = torch.zeros(rows, dtype=torch.int64, device=model.device)
 
-    def run(
-        self, new: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None
-    ) -> Iterator[tuple[int, list[int]]]:
+    def run(self, new: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None) -> Iterator[_Row]:
         while self.waiting or any(self.rows):
             self._arrange()
-            for row, tokens in zip(list(self.rows), self._steps(), strict=True):
+            for row, tokens, doubted in zip(list(self.rows), *self._steps(), strict=True):
                 if row is not None:
                     row.position += len(tokens)
                     end = next((i for i, token in enumerate(tokens) if token in ends), None)
-                    row.tokens = (row.tokens + tokens[: None if end is None else end + 1])[:new]
+                    kept = tokens[: None if end is None else end + 1][: new - len(row.tokens)]
+                    row.tokens, row.repeated = row.tokens + kept, row.repeated + sum(doubted[: len(kept)])
                     if end is not None or len(row.tokens) == new or (stop is not None and stop(row.tokens)):
                         self.rows[self.rows.index(row)] = None
-                        yield row.prompt, row.tokens
+                        yield row
 
     def _arrange(self) -> None:
         """Give free slots to waiting prompts, or drop them where none waits."""
@@ -141,11 +145,12 @@ class _Batch:
             self.rows[slot] = row
 
     @torch.no_grad()
-    def _steps(self) -> list[list[int]]:
-        """STRIDE steps of all rows: of each row its tokens."""
+    def _steps(self) -> tuple[list[list[int]], list[list[bool]]]:
+        """STRIDE steps of all rows: of each row its tokens, and which of the steps were computed again."""
         positions = [0 if row is None else row.position for row in self.rows]
         self.cache.aim(positions, STRIDE)
-        found, largest = [], []
+        found, largest, doubted = [], [], []
+        self._doubted()  # what was before
         for _ in range(STRIDE):
             with grouped_attention(self.model.config, self.model.device):
                 logits = self.model(
@@ -156,6 +161,7 @@ class _Batch:
                     use_cache=True,
                 ).logits[:, -1]
             largest.append(logits.amax(-1))
+            doubted.append(self._doubted())
             self.ids = self.choice(logits, self.generator)
             found.append(self.ids)
             self.cache.advance()
@@ -164,4 +170,12 @@ class _Batch:
                 "the model's logits are NaN or infinite: expected whole weights, in a dtype that their numbers fit; "
                 "try --dtype float32, or convert or train it again"
             )
-        return torch.stack(found, 1).tolist()
+        return torch.stack(found, 1).tolist(), torch.stack(doubted, 1).tolist()
+
+    def _doubted(self) -> torch.Tensor:
+        """Which rows' last step was computed again since this was asked last, bool [rows]."""
+        cutting = getattr(self.model, "cutting", None)
+        if cutting is None or cutting.doubted is None:
+            return torch.zeros_like(self.ids, dtype=torch.bool)
+        found, cutting.doubted = cutting.doubted, None
+        return found

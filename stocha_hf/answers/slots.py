@@ -23,6 +23,8 @@ PLACES = 64  # the cache grows by so many tokens at a time, and a step reads a m
 class SlotCache(Cache):
     """Keys and values of `rows` slots, [rows, heads, places, size] for each layer."""
 
+    rewritten = True  # a step that is computed again writes the same places (cuts_stocha.py)
+
     def __init__(self, rows: int, device: torch.device) -> None:
         super().__init__(layers=[])
         self.held: list[list[torch.Tensor]] = []  # of each layer keys and values

@@ -107,10 +107,13 @@ def with_stage(stocha: StochaConfig, stage: Mapping[str, Any]) -> StochaConfig:
     return replace(stocha, history=[*(stocha.history or []), kept])
 
 
-def cuts_told(cuts: InputCuts) -> str:
+def cuts_sentence(cuts: InputCuts) -> str:
     """Say what input cuts do, in a sentence without its full stop."""
     share = f"{cuts.share:.0%} of the inputs" if cuts.share else "small inputs"
     where = "at every token" if cuts.prefill else "in decode steps of one token"
+    if cuts.fallback:
+        where += f", and a step whose most likely token has a probability below {cuts.fallback:g} is computed again "
+        where += "without cuts"
     return (
         f"{share} of {', '.join(cuts.thresholds)} are cut {where}; the native class, where it loads the folder, cuts "
         "nothing: it runs the model as it would be without thresholds"

@@ -17,7 +17,7 @@ from stocha_hf.checkpoints.headers import Entry, tensor_headers
 from stocha_hf.checkpoints.inspection import INDEX, list_files, read_config, read_json, weight_files
 from stocha_hf.errors import StochaError
 
-CHUNK = 2**20  # bytes read at a time
+READ_BYTES = 2**20  # bytes read at a time
 # Keys of config.json that no figure depends on. Any other key counts, also one that is not known here.
 NEUTRAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
 NEUTRAL_STOCHA = ("activation", "source", "history", "stocha_version")  # activation is what training runs
@@ -58,7 +58,7 @@ def _add_bytes(digest: Any, entry: Entry) -> None:
     with entry.file.open("rb") as file:
         file.seek(begin)
         while begin < entry.end:
-            part = file.read(min(CHUNK, entry.end - begin))
+            part = file.read(min(READ_BYTES, entry.end - begin))
             if not part:
                 raise StochaError(f"{entry.file} is truncated: expected a whole file; download it again")
             digest.update(part)

@@ -5,6 +5,7 @@ example:
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-cut --inputs 0.4 --calibrate text.parquet
+  stocha-convert smollm2-cut smollm2-careful --inputs-fallback 0.5
   stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 
-from stocha_hf.checkpoints.entry import cuts_told
+from stocha_hf.checkpoints.entry import cuts_sentence
 from stocha_hf.cli import (
     Parser,
     checked,
@@ -39,7 +40,7 @@ from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, LEARNED, POSITIVE_SIDES, PRO
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
-INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
+INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train", "inputs_fallback")
 INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS)
 OPTIONS = ("bits", "in_8_bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
@@ -125,6 +126,13 @@ def parser() -> Parser:
     verb.add_argument("--inputs-prefill", action="store_true", help="cut at every token, not only in decode steps")
     verb.add_argument("--inputs-train", action="store_true", help="cut in train() mode too, at every token")
     verb.add_argument(
+        "--inputs-fallback",
+        type=share_below_1,
+        metavar="P",
+        help="compute a decode step again without cuts where its most likely token has a probability below P; also "
+        "of a SOURCE that has cuts; 0: never (default: never)",
+    )
+    verb.add_argument(
         "--bits",
         type=checked(bits_of, is_bits, "4 or 8, or a mean of bits between them"),
         help="quantize the weights to 4 or 8 bits; a number between is a mean: "
@@ -173,7 +181,7 @@ def convert(args: argparse.Namespace) -> None:
     text += f", {done['stocha']['inference']} in inference"
     text += f", {done['bits']} bits" if done["bits"] else ""
     if (cuts := StochaConfig.from_dict(done["stocha"]).inputs) is not None:
-        text += f"\n{cuts_told(cuts)}"
+        text += f"\n{cuts_sentence(cuts)}"
     if args.push_to_hub:
         try:
             done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()

@@ -10,7 +10,8 @@ example:
 MODEL is a Hub id or folder, converted or native. --baseline measures a second model too.
 
 --data: The text is cut into consecutive windows of --length tokens, and each is read on its own. Inputs that a model
-cuts in decode steps are cut here at every token. With a baseline: how far MODEL's predictions are from the other's.
+cuts in decode steps are cut here at every token; where it has a fallback, tokens in doubt are read again without cuts,
+and counted so. With a baseline: how far MODEL's predictions are from the other's.
 --cett C drops the neurons of smallest output in every layer, as many as add up to a share C of the layer's output
 (CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the most zeros, with one C for all layers, that
 raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it takes a dozen passes over the text.
@@ -161,9 +162,11 @@ def _tasks(
         name = identity(row["weights"] or row["revision"] or row["model"], model, mode)
         results.append(evaluate_tasks(model, tokenizer, args.tasks, kept=kept, name=name, **options))
         row["tasks"] = results[-1].to_dict()
+        if results[-1].readings:
+            row["task_bytes"] = [reading.to_dict() for reading in results[-1].readings]
     if args.results:
         write_questions(args.results, {row["model"]: found.answers for row, found in zip(rows, results, strict=True)})
-    figures = {"tasks": rows[0]["tasks"], "limit": args.limit}
+    figures = {key: rows[0][key] for key in ("tasks", "task_bytes") if key in rows[0]} | {"limit": args.limit}
     if args.baseline:
         figures["task_differences"] = [found.to_dict() for found in compare_tasks(*results)]
     return figures
@@ -248,6 +251,10 @@ def _task_lines(row: dict[str, Any]) -> Iterator[str]:
     for score in row.get("tasks", []):
         error = "" if score["stderr"] is None else f" +- {score['stderr']:.1%}"
         yield f"{row['model']}: {score['task']}, {score['metric']} {score['score']:.1%}{error} of {score['questions']}"
+    for reading in row.get("task_bytes", []):
+        share = reading["bytes_read"]["share"]
+        yield f"{row['model']}: {reading['task']}, a decode step reads {share:.1%} of its blocks' bytes"
+        yield from _fallback_lines(reading)
 
 
 def _model_lines(row: dict[str, Any]) -> Iterator[str]:
@@ -264,10 +271,19 @@ def _model_lines(row: dict[str, Any]) -> Iterator[str]:
         yield f"  a decode step reads {bytes_read['share']:.1%} of its blocks' bytes"
         if cut := row.get("inputs_cut"):
             yield f"  projections' inputs are cut {cut}"
+        yield from _fallback_lines(row)
     for point in row.get("cett", []):
         yield f"  truncated at CETT {point['cett']:g}: {_point_text(point)}"
     if point := row.get("ppl_sparsity"):
         yield f"  PPL-{point['percent']:g}%: {_point_text(point)}, at CETT {point['cett']:.3f}"
+
+
+def _fallback_lines(row: dict[str, Any]) -> Iterator[str]:
+    if found := row.get("fallback"):
+        yield (
+            f"  {found['share']:.1%} of {found['steps']} steps, whose most likely token had a probability below "
+            f"{found['below']:g}, were computed again without cuts; one with cuts reads {found['cut_share']:.1%}"
+        )
 
 
 def _point_text(point: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from stocha_hf.conversion.export import FORMATS
 from stocha_hf.conversion.export_gguf import PRECISIONS
 from stocha_hf.spec import BASES
 
-ACTIVATIONS = ("relu", *BASES)
+IN_PLACE = ("relu", *BASES)
 PREDICTORS = """
 predictors of rank {rank}: recall {recall:.1%}; {predicted_sparsity:.1%} of the neurons skipped, {sparsity:.1%} zero"""
 
@@ -38,8 +38,8 @@ def parser() -> Parser:
     )
     verb.add_argument(
         "--activation",
-        type=one_of(ACTIVATIONS),
-        help=f"in place of what FOLDER infers with, an approximation: {', '.join(ACTIVATIONS)}",
+        type=one_of(IN_PLACE),
+        help=f"in place of what FOLDER infers with, an approximation: {', '.join(IN_PLACE)}",
     )
     verb.add_argument(
         "--precision",

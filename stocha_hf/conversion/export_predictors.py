@@ -25,7 +25,7 @@ from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
 
-TOKENS, LENGTH = 16_384, 512
+FITTED_TOKENS, LENGTH = 16_384, 512
 RECALL = 0.98  # of the active neurons of the text that predictors are fitted on
 THRESHOLD = -1.0  # scores at or above it are predicted to be active
 JUDGED = 4  # one window in so many is not fitted on
@@ -60,7 +60,7 @@ def fit_predictors(source: Source, config: dict[str, Any], data: str, rank: int 
     if not 1 <= rank <= hidden:
         raise StochaError(f"rank is {rank}: expected 1 to {hidden}, the model's hidden_size")
     length = min(LENGTH, config.get("max_position_embeddings") or LENGTH)
-    windows = calibration_windows(data, source.folder, TOKENS, length, seed=0)
+    windows = calibration_windows(data, source.folder, FITTED_TOKENS, length, seed=0)
     windows = windows[: len(windows) // WINDOWS * WINDOWS]
     if len(windows) < 2 * WINDOWS:
         raise StochaError(f"{data} has too little text: expected at least {2 * WINDOWS} windows of {length} tokens")

@@ -17,9 +17,19 @@ from stocha_hf.checkpoints.entry import read_entry, with_entry
 from stocha_hf.checkpoints.names import public_name
 from stocha_hf.conversion.source import Source
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, ATTENTION, LEARNED, PROJECTIONS, StochaConfig, is_number
+from stocha_hf.spec import (
+    ACTIVATIONS,
+    ALLOTMENTS,
+    ATTENTION,
+    FALLBACK,
+    LEARNED,
+    PROJECTIONS,
+    StochaConfig,
+    is_fallback,
+    is_number,
+)
 
-TOKENS = 16_384  # default: tens of millions of entries for each threshold
+DEFAULT_TOKENS = 16_384  # tens of millions of entries for each threshold
 WINDOW = 1024  # tokens
 
 
@@ -89,12 +99,34 @@ def with_cuts(source: Source, config: dict[str, Any], options: Calibration) -> d
     return with_entry(config, entry)
 
 
+def check_fallback(fallback: float | None, share: float | None) -> None:
+    """Raise StochaError for a fallback that is no probability, or one of cuts that are taken off."""
+    if fallback is not None and not is_fallback(fallback):
+        raise StochaError(f"inputs_fallback is {fallback!r}: expected {FALLBACK}")
+    if fallback is not None and share == 0:
+        raise StochaError(
+            f"inputs_fallback {fallback:g} was given with a share of 0 inputs to cut, which takes cuts off: expected "
+            "one of them"
+        )
+
+
+def with_fallback(config: dict[str, Any], where: str, fallback: float) -> dict[str, Any]:
+    """Return a converted config.json whose input cuts have this fallback; 0: none. Raises StochaError without cuts."""
+    entry = read_entry(config, where)
+    if entry.inputs is None:
+        raise StochaError(
+            f"inputs_fallback {fallback:g} was given for {where}, which cuts no inputs: expected a folder that does, "
+            "or inputs, the share to cut"
+        )
+    return with_entry(config, replace(entry, inputs=replace(entry.inputs, fallback=fallback or None)))
+
+
 def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> Any:
     from stocha_hf.data import calibration_windows  # none of this is needed for copying
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
 
     length = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
-    tokens = max(options.tokens or TOKENS, length)
+    tokens = max(options.tokens or DEFAULT_TOKENS, length)
     windows = calibration_windows(str(options.data), source.folder, tokens, length, options.seed)
     if not windows.numel():
         raise StochaError(

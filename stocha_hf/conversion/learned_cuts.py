@@ -29,7 +29,7 @@ from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.learned import BATCH, answers, learn_input_cuts
 from stocha_hf.spec import LEARNED, LEARNED_INPUTS
 
-TOKENS = 2**21  # default, padding included: about what all steps take
+DEFAULT_TOKENS = 2**21  # padding included: about what all steps take
 WINDOW = 512  # tokens
 
 
@@ -63,7 +63,7 @@ def learned_cuts(source: Source, config: dict[str, Any], options: Calibration) -
             f"the FFN sparse: expected {entry.base}; give --activation {entry.base}, or another allotment"
         )
     length = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
-    wanted = max((options.tokens or TOKENS) // length, 1)
+    wanted = max((options.tokens or DEFAULT_TOKENS) // length, 1)
     rows, lengths = calibration_texts(str(options.data), source.folder, wanted, length, options.seed)
     if len(rows) < (least := min(BATCH, wanted)):
         raise StochaError(

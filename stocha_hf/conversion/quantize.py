@@ -35,7 +35,7 @@ from stocha_hf.checkpoints.tensors import LAYER, Tensors
 from stocha_hf.conversion.calibration import WINDOWS, Calibration
 from stocha_hf.conversion.error_feedback import round_with_feedback
 from stocha_hf.conversion.mixed_bits import with_mean_bits
-from stocha_hf.conversion.refit_work import layers_folder
+from stocha_hf.conversion.refit_work import layers_folder, reading_layer
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
@@ -43,7 +43,7 @@ from stocha_hf.quantization import IN_8_BITS, Quantization, is_matrix
 from stocha_hf.quantization_stocha import NAMES, dequantize, quantize
 
 SHARD = "5GB"
-TOKENS, WINDOW = 16_384, 512
+DEFAULT_TOKENS, WINDOW = 16_384, 512
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class Quantized:
 
     def write_to(self, checkpoint: Path) -> None:
         """Write the weights into a folder that has none."""
-        tensors = {
-            name: value for part in self.parts for name, value in load_file(self.folder / part).items()
-        }  # mapped
+        tensors = {name: value for part in self.parts for name, value in _load(self.folder / part).items()}  # mapped
         split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
         for file, names in split.filename_to_tensors.items():
             save_file({name: tensors[name] for name in names}, checkpoint / file, {"format": "pt"})
@@ -112,7 +110,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
         ) from error
     stage: dict[str, Any] = {"method": "quantize", "bits": options.mean_bits or options.entry.bits}
     if options.data is not None:
-        stage |= {"data": public_name(options.data), "tokens": options.tokens or TOKENS}
+        stage |= {"data": public_name(options.data), "tokens": options.tokens or DEFAULT_TOKENS}
     config = config | {"quantization_config": options.entry.to_dict()}
     config = with_entry(config, with_stage(read_entry(config, source.id), stage))
     return Quantized(folder, list(parts), config)
@@ -133,7 +131,7 @@ def _calibration(source: Source, config: dict[str, Any], options: Quantize) -> C
     if options.data is None:
         return None
     length = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
-    windows = calibration_windows(options.data, source.folder, options.tokens or TOKENS, length, seed=0)
+    windows = calibration_windows(options.data, source.folder, options.tokens or DEFAULT_TOKENS, length, seed=0)
     windows = windows[: len(windows) // WINDOWS * WINDOWS]
     if not len(windows):
         raise StochaError(
@@ -150,7 +148,7 @@ def _calibrated(
     with text.layers.load(index) as layer:
         if not path.exists():
             _save(path, _quantized(tensors, names, entry, text.moments(layer, index)))
-        found = load_file(path)
+        found = _load(path)
         for module in [name.removesuffix(".codes") for name in found if name.endswith(".codes")]:
             weight = layer.get_submodule(LAYER.search(module)[2]).weight  # type: ignore[index]
             weight = weight.t() if entry.is_transposed(module) else weight
@@ -186,6 +184,11 @@ def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial = path.with_suffix(".partial")
     save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
     partial.rename(path)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    with reading_layer(path):
+        return load_file(path)
 
 
 def _key(source: Source, config: dict[str, Any], options: Quantize) -> str:

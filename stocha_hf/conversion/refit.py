@@ -36,13 +36,13 @@ from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit_ffn import BATCH, FFN, refit_ffn
 from stocha_hf.conversion.refit_shares import allocate
 from stocha_hf.conversion.refit_streams import KEPT, WINDOWS, Streams
-from stocha_hf.conversion.refit_work import Refit, layers_folder
+from stocha_hf.conversion.refit_work import Refit, layers_folder, reading_layer
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import LEARNED_INPUTS, StochaConfig
 
-TOKENS = 98_304  # default, or TOKENS_PER_NEURON x the FFN's width if that is more
+DEFAULT_TOKENS = 98_304  # or TOKENS_PER_NEURON x the FFN's width if that is more
 TOKENS_PER_NEURON = 8
 LEAST_PER_NEURON = 4  # with fewer, the normal equations fit noise
 WINDOW = 1024  # tokens
@@ -90,10 +90,11 @@ class LayerFiles:
         partial.rename(self.path(index))
 
     def __getitem__(self, index: int) -> tuple[FFN, float]:
-        with safe_open(self.path(index), framework="pt", device=self.device) as stored:
+        path = self.path(index)
+        with reading_layer(path), safe_open(path, framework="pt", device=self.device) as stored:
             figures = stored.metadata()
             gate, up, down = (stored.get_tensor(part) for part in PARTS)
-        return FFN(gate, up, down, float(figures["threshold"])), float(figures["error"])
+            return FFN(gate, up, down, float(figures["threshold"])), float(figures["error"])
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def check_original(entry: StochaConfig, where: str) -> None:
 def wanted_tokens(options: Refit, config: dict[str, Any]) -> int:
     """How many tokens of text to refit on. Raises StochaError for too few."""
     width = config["intermediate_size"]
-    needed, wanted = LEAST_PER_NEURON * width, options.tokens or max(TOKENS, TOKENS_PER_NEURON * width)
+    needed, wanted = LEAST_PER_NEURON * width, options.tokens or max(DEFAULT_TOKENS, TOKENS_PER_NEURON * width)
     if wanted < needed:
         raise StochaError(
             f"{wanted} calibration tokens are too few for FFNs of width {width}: expected at least {needed}, "

@@ -30,7 +30,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean diagonal of the normal
 HELD_OUT = 16  # the last of so many parts of the rows chooses the ridge
 BATCH = 2048  # rows of a step, and of a block of the normal equations
 RATE = 0.03  # Adam's learning rate, relative to a matrix's root mean square
-SAMPLE = 512  # rows that the threshold is chosen on while fitting
+THRESHOLD_ROWS = 512  # rows that the threshold is chosen on while fitting
 EVERY = 10  # steps from one choice of the threshold to the next
 
 
@@ -112,7 +112,7 @@ def threshold_for(ffn: FFN, rows: Rows, share: float | None) -> float:
     """The threshold that zeroes `share` of the hidden vector on a sample of the rows; 0 where plain ReLU does."""
     if share is None:
         return 0.0
-    sample = rows.inputs[:: max(len(rows) // SAMPLE, 1)]
+    sample = rows.inputs[:: max(len(rows) // THRESHOLD_ROWS, 1)]
     gates = F.linear(sample, ffn.gate).flatten()
     return max(gates.kthvalue(max(round(share * gates.numel()), 1)).values.item(), 0.0)
 

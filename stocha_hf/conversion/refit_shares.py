@@ -18,7 +18,7 @@ from stocha_hf.conversion.layerwise import Layers, autocast
 from stocha_hf.conversion.refit_ffn import FFN, contribution_scale
 
 GRID = 1000  # quantiles that stand for a layer's contributions
-SAMPLE = 1_000_000  # contributions that they are taken from
+MOST_CONTRIBUTIONS = 1_000_000  # contributions that they are taken from
 
 
 def allocate(layers: Layers, tokens: torch.Tensor, target: float) -> list[float]:
@@ -56,5 +56,5 @@ def _contributions(layers: Layers, layer: Any, index: int, hidden: torch.Tensor)
     ffn = FFN(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight)
     gates = F.relu(F.linear(flat, ffn.gate)) * contribution_scale(ffn, flat)
     found = (gates / after.flatten(0, 1).norm(dim=1, keepdim=True)).flatten()
-    found = found[:: max(len(found) // SAMPLE, 1)].sort().values
+    found = found[:: max(len(found) // MOST_CONTRIBUTIONS, 1)].sort().values
     return found.cpu()[(torch.arange(GRID) + 0.5).mul(len(found) / GRID).long()], after

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from stocha_hf.checkpoints.staging import try_lock
 from stocha_hf.errors import StochaError
 
@@ -99,3 +101,15 @@ def layers_folder(work: Path, key: str) -> Path:
             path.unlink()
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@contextmanager
+def reading_layer(path: Path) -> Iterator[None]:
+    """Within it, a finished layer's file that cannot be read ends the run with its name and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise StochaError(
+            f"{path} cannot be read ({error}): expected a finished layer; remove it and start again with the same "
+            "command, which makes this layer again"
+        ) from error

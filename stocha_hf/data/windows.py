@@ -37,6 +37,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     except (MemoryError, ImportError):
         raise
     except Exception as error:  # the tokenizers library raises no other kind
+        if "custom code" in str(error):
+            raise StochaError(
+                f"the tokenizer of {folder} needs code of that folder, which is never run: expected one of "
+                "transformers' own classes; save one with save_pretrained of a fast tokenizer"
+            ) from error
         raise StochaError(
             f"the tokenizer of {folder} cannot be read ({first_line(error)}): expected whole tokenizer files; copy "
             "them again from the model that it was made from"

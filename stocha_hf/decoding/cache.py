@@ -161,6 +161,16 @@ class CacheRows:
         for row in self.rows:
             row.rewind(count)
 
+    def last(self) -> list[tuple[torch.Tensor, ...]]:
+        """Return copies of the last token's keys and values, [sequences, heads, size] of each layer."""
+        return [tuple(part[:, :, row.end - 1].clone() for part in (row.keys, row.values)) for row in self.rows]
+
+    def put(self, last: list[tuple[torch.Tensor, ...]], where: torch.Tensor) -> None:
+        """Give the last token of these sequences, bool [sequences], the keys and values that `last` returned."""
+        for row, parts in zip(self.rows, last, strict=True):
+            for part, kept in zip((row.keys, row.values), parts, strict=True):
+                part[where, :, row.end - 1] = kept[where]
+
     def show(self) -> None:
         """Let the cache have what was written."""
         for row in self.rows:

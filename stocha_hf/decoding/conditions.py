@@ -19,7 +19,7 @@ CACHE = "cache" if "cache" in _FIELDS else OLD_CACHE
 DEVICES = ("cpu", "cuda")  # that have kernels
 
 
-def infers(x: torch.Tensor) -> bool:
+def is_plain_inference(x: torch.Tensor) -> bool:
     """Return whether x is a plain tensor of a type that the kernels know, with nothing recorded for a backward."""
     return (
         type(x) is torch.Tensor  # neither fake nor distributed
@@ -30,14 +30,14 @@ def infers(x: torch.Tensor) -> bool:
     )
 
 
-def is_few(x: torch.Tensor) -> bool:
+def has_few_tokens(x: torch.Tensor) -> bool:
     """Return whether x [..., size] has as few tokens as the kernels take."""
     return x.device.type in DEVICES and 0 < x.numel() <= FEW * x.shape[-1]
 
 
-def decodes(x: torch.Tensor) -> bool:
+def is_step(x: torch.Tensor) -> bool:
     """Return whether x [..., size] is a decode step's: a few tokens of plain inference."""
-    return is_few(x) and infers(x)
+    return has_few_tokens(x) and is_plain_inference(x)
 
 
 def is_called(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stocha_hf.decoding import ops
-from stocha_hf.decoding.conditions import decodes, infers, is_called
+from stocha_hf.decoding.conditions import is_called, is_plain_inference, is_step
 from stocha_hf.decoding.state import input_major, sole
 from stocha_hf.decoding.structs import Matrix, matrix
 
@@ -41,12 +41,17 @@ def skipping_zeros(found: Matrix, module: Any, x: torch.Tensor) -> Matrix:
 
 def cut_linear(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Compute a Linear layer on an x [..., in_features] that it has cut where it cuts; None for the native path."""
-    if module.native_class is not nn.Linear or not x.is_cpu or torch.compiler.is_compiling() or not infers(x):
+    if (
+        module.native_class is not nn.Linear
+        or not x.is_cpu
+        or torch.compiler.is_compiling()
+        or not is_plain_inference(x)
+    ):
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if type(weight) is not nn.Parameter or weight.dtype != x.dtype or not weight.is_cpu:
         return None
-    if decodes(x) and module.cuts(x) and weight.is_contiguous() and not is_called(module) and ops.available():
+    if is_step(x) and module.cuts(x) and weight.is_contiguous() and not is_called(module) and ops.available():
         copy = input_major(module)
         if copy is not None:
             found = matrix(copy, bias, rows_are_inputs=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from stocha_hf.decoding import ops, structs
-from stocha_hf.decoding.conditions import infers, is_called, is_few, is_plain
+from stocha_hf.decoding.conditions import has_few_tokens, is_called, is_plain, is_plain_inference
 from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.state import neuron_major, sole_copy
@@ -29,13 +29,13 @@ GATHERED = 2**25  # bytes: larger gathers get fresh pages from the system each t
 
 def ffn(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Compute a patched FFN on x [..., hidden_size]; None where the native path is to run."""
-    if not infers(x):
+    if not is_plain_inference(x):
         return None
     if structs.is_quantized(mlp._modules["gate_proj"]):
         return _quantized(mlp, x)
     if not skipping(mlp, x):
         return None
-    if is_few(x):
+    if has_few_tokens(x):
         return _decode(mlp, x)
     if x.is_cuda and ops.available("cuda"):
         neuron_major(mlp, thorough=True)  # now, since a compiled step or a recorded graph cannot make it
@@ -49,9 +49,9 @@ def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
     parts = [mlp._modules[name] for name in MATRICES]
     takes = (
         x.is_cpu
-        and is_few(x)
+        and has_few_tokens(x)
         and not torch.compiler.is_compiling()
-        and mlp.running in structs.ACTIVATIONS
+        and mlp.running in structs.KERNEL_ACTIVATIONS
         and not is_called(mlp._modules["act_fn"])
         and all(
             structs.is_quantized(part)
@@ -68,7 +68,7 @@ def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
 def quantized_ffn(mlp: Any) -> structs.Ffn:
     """Return the kernel's structure of an FFN of quantized matrices."""
     matrices = [structs.matrix_of(mlp._modules[name]) for name in MATRICES]
-    return structs.Ffn(*matrices, None, None, structs.ACTIVATIONS[mlp.running], zero_up_to(mlp), 0.0)
+    return structs.Ffn(*matrices, None, None, structs.KERNEL_ACTIVATIONS[mlp.running], zero_up_to(mlp), 0.0)
 
 
 def skipping(mlp: Any, x: torch.Tensor) -> bool:

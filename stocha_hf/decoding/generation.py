@@ -6,6 +6,7 @@ two. The loops here, loop.py and gpu_loop.py, do what it does. This file says wh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,19 @@ def sample(
     make = LOOPS.get(input_ids.device.type)
     loop = None if make is None else make(model, input_ids, generation_config, model_kwargs)
     return None if loop is None else loop.run(logits_processor, stopping_criteria, streamer)
+
+
+def mode_kwargs(native: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return what GenerationMixin._extract_generation_mode_kwargs, `native`, returns, with the streamer.
+
+    That method drops it where `custom_generate` is a function, also one with an argument for it, as `lossless` is.
+    """
+    given = inspect.signature(native).bind(*args, **kwargs).arguments
+    found = native(*args, **kwargs)
+    custom, streamer = given.get("custom_generate"), given.get("streamer")
+    if callable(custom) and streamer is not None and "streamer" in inspect.signature(custom).parameters:
+        found["streamer"] = streamer
+    return found
 
 
 def _is_plain(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> bool:

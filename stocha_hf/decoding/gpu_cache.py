@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from stocha_hf.decoding.cache import rows_in, takes
 from stocha_hf.decoding.gpu_plan import GpuPlan
 from stocha_hf.decoding.gpu_step import GpuStep
@@ -33,8 +35,19 @@ class GpuRows:
         lengths = {row.end for row in self.rows}
         if len(lengths) > 1:
             return None
-        step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
+        self._lend(step)
         return lengths.pop()
+
+    def again(self, step: GpuStep, token: torch.Tensor, position: int, length: int, start: int) -> torch.Tensor:
+        """Let another step compute a token [1] that one has computed, at its place; return logits [1, vocabulary]."""
+        self._lend(step)
+        step.set(position, length, start)
+        step.tokens.copy_(token)
+        step.replay()
+        return step.logits
+
+    def _lend(self, step: GpuStep) -> None:
+        step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
 
     def finish(self, new: int) -> None:
         """Let the cache have the tokens that steps wrote."""

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from stocha_hf.decoding import gpu_plan
 from stocha_hf.decoding.conditions import CACHE
 from stocha_hf.decoding.gpu_cache import rows_of
-from stocha_hf.decoding.step import given_to, padding
+from stocha_hf.decoding.step import falling_back, given_to, padding
 
 MOST = 4  # tokens of a step
 
@@ -31,16 +31,19 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     if given is None or not plan.in_use.acquire(blocking=False):
         return None
     try:
-        logits = _logits(plan, given)
+        logits = _logits(plan, given, falling_back(model, plan, ids.numel()))
     finally:
         plan.in_use.release()
     return None if logits is None else CausalLMOutputWithPast(logits=logits, **{CACHE: given[CACHE]})
 
 
-def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any]) -> torch.Tensor | None:
-    """Logits of the last tokens asked for, [1, tokens, vocabulary] in the model's type."""
+def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any], cutting: Any) -> torch.Tensor | None:
+    """Logits of the last tokens asked for, [1, tokens, vocabulary] in the model's type; of one token that is in doubt
+    by `cutting`, a model's that falls back, without cuts.
+    """
     ids, cache = given["input_ids"][0], given[CACHE]
     rows, step = rows_of(plan, cache), plan.step(len(ids))
+    uncut = None if cutting is None else plan.step(1, cuts=False)
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     held = int(cache.get_seq_length())
     starts = padding(None if mask is None else mask.cpu(), 1, held + len(ids))
@@ -53,6 +56,9 @@ def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any]) -> torch.Tensor | Non
     step.set(places[0], length, int(starts[0]))
     step.tokens[: len(ids)] = ids
     step.replay()
+    logits = step.logits
+    if uncut is not None and cutting.see(logits) is not None:
+        logits = rows.again(uncut, ids, places[0], length, int(starts[0]))
     rows.finish(len(ids))
     kept = given.get("logits_to_keep") or len(ids)
-    return step.logits[None, len(ids) - kept : len(ids)].to(plan.dtype, copy=True)
+    return logits[None, len(ids) - kept : len(ids)].to(plan.dtype, copy=True)

@@ -2,7 +2,8 @@
 
 Greedy tokens are chosen on the GPU: the host asks for the next step before it reads the token of this one, so that the
 GPU never waits. What a step beyond the last token wrote is not counted. Where logits processors, sampling or other
-criteria choose, the host chooses between steps, as in loop.py.
+criteria choose, the host chooses between steps, as in loop.py. So it does where a step in doubt is computed again,
+by a graph without cuts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def loop(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any
     plan = gpu_plan.of(model)
     if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None:
         return None
+    if step.falling_back(model, plan, 1) and plan.step(1, cuts=False) is None:
+        return None
     return GpuLoop(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
 
 
@@ -46,6 +49,7 @@ class GpuLoop(Loop):
 
     def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         self.step, self.at = self.plan.step(1), at
+        self.cutting = step.falling_back(self.model, self.plan, 1)
         self.left = self.written = 0  # steps that the cache has room for; steps that it does not count yet
         mask = self.kwargs.get("attention_mask")
         starts = step.padding(None if mask is None else mask.cpu(), 1, self.length)
@@ -57,7 +61,7 @@ class GpuLoop(Loop):
             if self.left or self._reserve(RING):
                 self.step.tokens.copy_(chosen)
                 self._replay()
-                found = self.step.logits.clone()
+                found = self._sure(chosen).clone()
             else:
                 found = self._by_call(chosen, at, cache)[:, 0]
             at.add_(1)
@@ -71,9 +75,17 @@ class GpuLoop(Loop):
         length = None if self.rows is None else self.rows.prepare(self.step, steps, self.start > 0)
         if length is None:
             return False
-        self.step.set(int(self.at[0, 0]), length, self.start)
+        self.place = int(self.at[0, 0]), length
+        self.step.set(*self.place, self.start)
         self.left = steps
         return True
+
+    def _sure(self, token: torch.Tensor) -> torch.Tensor:
+        """The logits [1, vocabulary] of the last step, which read this token [1]; without cuts if it was in doubt."""
+        if self.cutting is None or self.cutting.see(self.step.logits) is None:
+            return self.step.logits
+        position, length = (first + self.written - 1 for first in self.place)
+        return self.rows.again(self.plan.step(1, cuts=False), token, position, length, self.start)
 
     def _replay(self) -> None:
         self.step.replay()
@@ -91,7 +103,7 @@ class GpuLoop(Loop):
     ) -> None:
         longest = min((rule.max_length for rule in criteria if type(rule) is MaxLengthCriteria), default=None)
         ended = ending(criteria, 1)
-        kept = self.config.do_sample or self.scores is not None or self.logits is not None
+        kept = self.config.do_sample or self.scores is not None or self.logits is not None or self.cutting is not None
         if ended is criteria or longest is None or kept or len(processors) or self.left < longest - self.length - 1:
             super()._generate(decode, processors, criteria, streamer)
             return

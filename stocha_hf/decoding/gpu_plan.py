@@ -57,26 +57,26 @@ class GpuPlan(Watch):
             self.parameter(parts["embed_tokens"], "weight"), layers, self._norm(parts["norm"]), head, head_bias,
             *self._rotary(parts["rotary_emb"]), config.rms_norm_eps, heads, key_heads, dim,
         )  # fmt: skip
-        self.steps: dict[int, GpuStep] = {}  # by the number of their tokens
+        self.steps: dict[tuple[int, bool], GpuStep] = {}  # by the number of their tokens, and whether they may cut
         self.in_use = threading.Lock()  # by a loop or a call: a step's state is that of one sequence
 
-    def step(self, tokens: int) -> GpuStep | None:
+    def step(self, tokens: int, cuts: bool = True) -> GpuStep | None:
         """Return a step of at least so many tokens, its graph recorded; None, after one warning that names the cause,
-        where its kernels cannot be built.
+        where its kernels cannot be built. It cuts inputs where the model says so, unless `cuts` is false.
         """
-        count = triton.next_power_of_2(tokens)
-        if count not in self.steps:
+        key = count, cuts = triton.next_power_of_2(tokens), cuts
+        if key not in self.steps:
             if not triton_ffn.available() or (count > 1 and self.cuts(count)):
                 return None
             try:
                 with torch.inference_mode(False), torch.no_grad():  # its buffers serve both
-                    step = GpuStep(self.weights, count)
+                    step = GpuStep(self.weights, count, cuts=cuts)
                     step.record()
             except Exception as error:  # of the compiler, the linker, the driver: Triton has no common class
                 triton_ffn.fail(error)
                 return None
-            self.steps[count] = step
-        return self.steps[count]
+            self.steps[key] = step
+        return self.steps[key]
 
     def _norm(self, module: Any) -> torch.Tensor:
         self.module(module, self.family.kind("RMSNorm"))

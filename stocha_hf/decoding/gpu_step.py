@@ -45,7 +45,12 @@ class GpuStep:
     """
 
     def __init__(
-        self, weights: Weights, tokens: int = 1, tiles: dict[str, dict[str, int]] | None = None, early: bool = True
+        self,
+        weights: Weights,
+        tokens: int = 1,
+        tiles: dict[str, dict[str, int]] | None = None,
+        early: bool = True,
+        cuts: bool = True,
     ) -> None:
         self.weights, self.count = weights, tokens
         self.by_tensor_cores = tokens > 2  # for 2 tokens multiply-adds are faster
@@ -59,7 +64,7 @@ class GpuStep:
         self.group = triton.next_power_of_2(tokens * weights.heads // weights.key_heads)
         self._allocate(weights.embedding.new_empty)
         self._allocate_parts(weights.embedding.new_empty)
-        cuts = tokens == 1 and any(layer.cuts for layer in weights.layers)
+        cuts = cuts and tokens == 1 and any(layer.cuts for layer in weights.layers)
         self.cut = CutProducts(weights, self.tiles, self.early, self.options) if cuts else None
 
     def _allocate(self, new: Callable[..., torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stocha_hf.decoding import ops
-from stocha_hf.decoding.conditions import decodes
+from stocha_hf.decoding.conditions import is_step
 from stocha_hf.decoding.ops import available
 
 
@@ -19,7 +19,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._parameters.get("weight")
-        here = x.is_cpu and not torch.compiler.is_compiling() and decodes(x)
+        here = x.is_cpu and not torch.compiler.is_compiling() and is_step(x)
         if here and type(weight) is nn.Parameter and _is_taken(weight, x.dtype):
             return ops.linear(x, weight, self._parameters.get("bias"))
         return super().forward(x)

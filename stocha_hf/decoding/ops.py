@@ -21,9 +21,9 @@ from stocha_hf.decoding import triton_ffn
 from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.state import key_of
-from stocha_hf.decoding.structs import ACTIVATIONS, DTYPES, Ffn, Matrix, matrix
+from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn, Matrix, matrix
 
-TOKENS = 8  # at most
+MOST_TOKENS = 8  # at most
 HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {  # (gate, up, threshold) -> hidden
     "relu": lambda gate, up, threshold: F.relu(gate) * up,
     "fatrelu": lambda gate, up, threshold: F.threshold(gate, threshold, 0.0) * up,
@@ -79,7 +79,7 @@ def _ffn(
         return _dense(x, gate, up, down_t, activation, threshold)
     weights = Ffn(
         matrix(gate), matrix(up), matrix(down_t, rows_are_inputs=True), *_coarse(coarse, gate),
-        ACTIVATIONS[activation], threshold, 0.0 if coarse is None else coarse.margin,
+        KERNEL_ACTIVATIONS[activation], threshold, 0.0 if coarse is None else coarse.margin,
     )  # fmt: skip
     return run_ffn(x, weights)
 
@@ -123,8 +123,8 @@ def run_linear(x: torch.Tensor, weights: Matrix) -> torch.Tensor:
 
 def _tokens(x: torch.Tensor) -> int:
     count = x.numel() // x.shape[-1]
-    if not 1 <= count <= TOKENS:
-        raise ValueError(f"x has {count} tokens: expected 1 to {TOKENS}, a decode step's")
+    if not 1 <= count <= MOST_TOKENS:
+        raise ValueError(f"x has {count} tokens: expected 1 to {MOST_TOKENS}, a decode step's")
     return count
 
 

@@ -136,7 +136,7 @@ class Plan(Watch):
         )  # fmt: skip
 
     def _ffn(self, mlp: Any) -> structs.Ffn:
-        if "decode_state" not in mlp.__dict__ or mlp.running not in structs.ACTIVATIONS:
+        if "decode_state" not in mlp.__dict__ or mlp.running not in structs.KERNEL_ACTIVATIONS:
             raise Refused
         self.module(mlp, type(mlp))
         self.module(mlp.act_fn, type(mlp.act_fn))
@@ -155,7 +155,7 @@ class Plan(Watch):
         margin = 0.0
         if isinstance(coarse, CoarseGate):
             pointers, margin = [pointer(coarse.weights), pointer(coarse.scales)], coarse.margin
-        return structs.Ffn(*matrices, *pointers, structs.ACTIVATIONS[mlp.running], threshold, margin)
+        return structs.Ffn(*matrices, *pointers, structs.KERNEL_ACTIVATIONS[mlp.running], threshold, margin)
 
 
 def of(model: Any) -> Plan | None:

@@ -9,7 +9,7 @@ import torch
 
 from stocha_hf.decoding import ops
 from stocha_hf.decoding.build import kernels
-from stocha_hf.decoding.conditions import decodes
+from stocha_hf.decoding.conditions import is_step
 from stocha_hf.decoding.cuts import skipping_zeros
 from stocha_hf.decoding.structs import DTYPES, is_quantized, matrix_of
 
@@ -18,7 +18,7 @@ def linear(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Compute a quantized Linear layer on x [..., in_features]; None where PyTorch is to compute it."""
     bias = module._parameters.get("bias")
     plain = is_quantized(module) and (bias is None or bias.dtype == x.dtype)
-    if not plain or not x.is_cpu or not decodes(x) or not ops.available():
+    if not plain or not x.is_cpu or not is_step(x) or not ops.available():
         return None
     return ops.run_linear(x, skipping_zeros(matrix_of(module), module, x))
 

@@ -5,6 +5,7 @@ not change without a number. The file asks `for_contract(its number)` and calls 
 
     call(model, args, kwargs)                 what a call of a causal language model in eval mode returns, or None
     sample(model, ...)                        what GenerationMixin._sample returns, or None
+    mode_kwargs(native, ...)                  what generate() takes out of its arguments, by its own method `native`
     ffn(mlp, x)                               an FFN in eval mode, or None: the native path is to run
     quantized_linear(module, x)               a quantized Linear layer, or None
     dequantize(module, first, last, dtype)    rows of a quantized matrix, or None
@@ -14,7 +15,8 @@ not change without a number. The file asks `for_contract(its number)` and calls 
     held_bytes(model)                         bytes held beside the parameters
 
 Of an MLP it relies on gate_proj, up_proj, down_proj, act_fn, running, threshold, hidden(gate, up) and a free attribute
-decode_state; of a projection that cuts its input on what cuts.py reads, and a free attribute input_major. Contract 0,
+decode_state; of a projection that cuts its input on what cuts.py reads, and a free attribute input_major; of a model
+that cuts on `cutting`, None or a Cutting of cuts_stocha.py, whose fallback `call` and `sample` honour. Contract 0,
 of stocha_hf 0.1, is served by stocha_hf/sparse.
 """
 
@@ -45,6 +47,7 @@ class Runtime(NamedTuple):
 
     call: Callable[..., Any]
     sample: Callable[..., Any]
+    mode_kwargs: Callable[..., dict[str, Any]]
     ffn: Callable[..., torch.Tensor | None]
     quantized_linear: Callable[..., torch.Tensor | None]
     dequantize: Callable[..., torch.Tensor | None]
@@ -65,6 +68,7 @@ def for_contract(number: int) -> Runtime:
     return Runtime(
         calls.call,
         generation.sample,
+        generation.mode_kwargs,
         ffn,
         quantized.linear,
         quantized.dequantize,

@@ -48,11 +48,39 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     if positions is None:
         positions = torch.arange(tokens) + int(cache.get_seq_length())
     positions = positions.expand(sequences, tokens).contiguous()
-    logits = run(rows, ids.contiguous(), positions, starts, given.get("logits_to_keep") or tokens)
+    logits = sure(model, rows, ids.contiguous(), positions, starts, given.get("logits_to_keep") or tokens)
     if logits is None:
         return None
     rows.show()
     return CausalLMOutputWithPast(logits=logits.to(plan.dtype), **{CACHE: cache})
+
+
+def sure(
+    model: Any,
+    rows: CacheRows,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    kept: int,
+    expected: int = 0,
+) -> torch.Tensor | None:
+    """Compute a step as `run` does, and sequences in doubt again without cuts, as a Cutting of cuts_stocha.py does."""
+    logits = run(rows, ids, positions, starts, kept, expected)
+    cutting = falling_back(model, rows.plan, ids.shape[1])
+    doubted = None if logits is None or cutting is None else cutting.see(logits[:, -1])
+    if doubted is None or logits is None:
+        return logits
+    before = rows.last()
+    rows.rewind(1)
+    again: Any = run(rows, ids, positions, starts, kept, expected, cuts=False)
+    rows.put(before, ~doubted)
+    return torch.where(doubted[:, None, None], again, logits)
+
+
+def falling_back(model: Any, plan: Any, tokens: int) -> Any:
+    """Return the Cutting of a model where steps of so many tokens cut, and have a fallback; else None."""
+    cutting = model.__dict__.get("cutting")
+    return cutting if cutting is not None and cutting.fallback and tokens == 1 and plan.cuts(1) else None
 
 
 def run(

@@ -13,7 +13,7 @@ from torch import nn
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 QUANTIZED = {8: 3, 4: 4}  # bits: format
-ACTIVATIONS = {
+KERNEL_ACTIVATIONS = {
     name: number
     for number, name in enumerate(
         ("relu", "fatrelu", "relu2", "drelu", "shifted_relu", "silu", "gelu_pytorch_tanh"),

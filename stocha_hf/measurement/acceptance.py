@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from stocha_hf.errors import StochaError
+from stocha_hf.measurement.fallback import predictions
 
 ROWS = 64  # texts at a time on a GPU
 CPU_ROWS = 8
@@ -87,7 +88,7 @@ def acceptance(model: Any, text: GreedyText) -> float:
         given = {"attention_mask": mask, "position_ids": places}
         given = {name: tensor[:, :-1].to(model.device) for name, tensor in given.items()}
         kept = ids.shape[1] - 1 - text.prompt
-        found = model(ids[:, :-1].to(model.device), use_cache=False, logits_to_keep=kept, **given).logits.argmax(-1)
+        found = predictions(model, ids[:, :-1].to(model.device), kept, **given).argmax(-1)
         right = found.cpu() == ids[:, text.prompt + 1 :]
         same += int((right & mask[:, text.prompt + 1 :].bool()).sum())
     return same / text.judged

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.bytes_read import ReadMeter
+from stocha_hf.measurement.fallback import doubts, fallback_of, predictions, uncut, with_repeated
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
 from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.models import cutting_everywhere, patched_layers
@@ -46,26 +47,42 @@ def evaluate(model: Any, windows: torch.Tensor, prompt: int = 0) -> Evaluation:
     """
     check_vocabulary(model.config, windows)
     activity, meter = Activity(model), ReadMeter(model)
-    losses = []  # on the device: no part waits for it
     try:
-        with cutting_everywhere(model):
-            for batch in batches(model, windows, "Evaluating"):
-                logits = model(batch, use_cache=False).logits[:, prompt:-1].flatten(0, 1)
-                following = batch[:, prompt + 1 :].flatten()
-                for part, after in zip(logits.split(LOGIT_ROWS), following.split(LOGIT_ROWS), strict=True):
-                    losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
+        loss, doubted = _loss(model, windows, prompt)
     finally:
         activity.close()
         meter.close()
-    predicted = windows.numel() - (1 + prompt) * len(windows)
+    read, fallback = meter.read(), None
+    if doubted:
+        repeated = sum(int(some.sum()) for some in doubted)
+        read, fallback = with_repeated(read, fallback_of(model), windows.numel(), repeated)
+        loss, _ = _loss(model, windows, prompt, doubted)
     return Evaluation(
-        perplexity=_perplexity(_sum(losses) / predicted),
+        perplexity=_perplexity(loss),
         tokens=windows.numel(),
         activation=stocha_mlps(model)[0].running,
-        bytes_read=meter.read(),
+        bytes_read=read,
         **activity.read(),
         inputs_cut="at every token" if cut_projections(model) else None,
+        fallback=fallback,
     )
+
+
+def _loss(
+    model: Any, windows: torch.Tensor, prompt: int, doubted: Sequence[torch.Tensor] | None = None
+) -> tuple[float, list[torch.Tensor]]:
+    """The mean loss, and where each batch is in doubt if the model has a fallback; `doubted` is then not cut."""
+    losses, found = [], []  # on the device: no part waits for it
+    with cutting_everywhere(model):
+        for i, batch in enumerate(batches(model, windows, "Evaluating")):
+            with uncut(model, doubted[i] if doubted else None):
+                logits = model(batch, use_cache=False).logits
+            if fallback_of(model) and not doubted:
+                found.append(doubts(model, logits))
+            rows, following = logits[:, prompt:-1].flatten(0, 1), batch[:, prompt + 1 :].flatten()
+            for part, after in zip(rows.split(LOGIT_ROWS), following.split(LOGIT_ROWS), strict=True):
+                losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
+    return _sum(losses) / (windows.numel() - (1 + prompt) * len(windows)), found
 
 
 @torch.no_grad()
@@ -90,7 +107,7 @@ def compare(model: Any, baseline: Any, windows: torch.Tensor) -> Comparison:
     divergences, agreements = [], []
     with cutting_everywhere(model), cutting_everywhere(baseline):
         for batch in batches(model, windows, "Comparing"):
-            both = (some(batch, use_cache=False).logits.flatten(0, 1).split(LOGIT_ROWS) for some in (model, baseline))
+            both = (predictions(some, batch).flatten(0, 1).split(LOGIT_ROWS) for some in (model, baseline))
             for found, expected in zip(*both, strict=True):
                 agreements.append((found.argmax(-1) == expected.argmax(-1)).sum())
                 logs, aims = (logits.float().log_softmax(-1) for logits in (found, expected))

@@ -3,7 +3,7 @@
     evaluation.evaluate -> Evaluation        cett.at_cett -> Truncation         sampling.sample -> Samples
     evaluation.compare  -> Comparison        speed_models.benchmark -> Benchmark
     affinity.affinity   -> Affinity          predictivity.predictivity -> Predictivity
-    tasks.evaluate_tasks -> TaskScore        tasks.compare_tasks -> TaskDifference
+    tasks.evaluate_tasks -> TaskScore, TaskReading    tasks.compare_tasks -> TaskDifference
 
 They are kept apart from what computes them, because publishing/ reads their files again and needs no torch:
 `check_record(content, Evaluation, "eval.json")` refuses a file that does not hold one.
@@ -68,13 +68,44 @@ class BytesRead(Record):
 
 
 @dataclass(frozen=True)
+class Fallback(Record):
+    """How often a step was computed again without cuts, because its most likely token had a probability `below` this.
+
+    `repeated` of `steps` were, a `share` of them. `cut_share` is how much of the blocks a step with cuts reads; the
+    bytes read beside this record count the repeated steps too.
+    """
+
+    below: float
+    steps: int
+    repeated: int
+    share: float
+    cut_share: float
+
+
+@dataclass(frozen=True)
+class TaskReading(Record):
+    """What decode steps read while a model that cuts inputs wrote its answers to a task.
+
+    `steps` counts the answers' tokens. `bytes_read` is of a step on average, measured on `texts` of the answers;
+    `fallback` counts the steps that were computed again, None where the model has none.
+    """
+
+    task: str
+    steps: int
+    texts: int
+    bytes_read: BytesRead
+    fallback: Fallback | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation(Record):
     """What `evaluate` found of a model.
 
     `perplexity` is exp of the mean loss in nats; `tokens` counts the windows' tokens; `activation` is the one that
     ran. `sparsity` is the share of the FFNs' hidden entries that are zero, `never_active` of neurons that never fired,
     `reuse` of firing neurons that had fired at the token before as well. `bytes_read` is None in files that were
-    written before it was counted. `inputs_cut` says where projections cut their inputs, if they do.
+    written before it was counted. `inputs_cut` says where projections cut their inputs, if they do; `fallback` what of
+    that was computed again.
     """
 
     perplexity: float
@@ -86,10 +117,11 @@ class Evaluation(Record):
     aggregated_sparsity: AggregatedSparsity
     bytes_read: BytesRead | None = None
     inputs_cut: str | None = None
+    fallback: Fallback | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures; of a model that cuts no inputs, without `inputs_cut`."""
-        absent = ("inputs_cut",) if self.inputs_cut is None else ()
+        """Return the figures; of a model that cuts no inputs, without `inputs_cut`, and likewise `fallback`."""
+        absent = [key for key in ("inputs_cut", "fallback") if getattr(self, key) is None]
         return {key: value for key, value in super().to_dict().items() if key not in absent}
 
 

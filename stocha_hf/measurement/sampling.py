@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.diversity import distinct, self_bleu
+from stocha_hf.measurement.fallback import predictions
 from stocha_hf.measurement.records import SampledText, Samples
 from stocha_hf.models import cutting_everywhere
 
@@ -120,7 +121,7 @@ def log_likelihoods(model: Any, prompt: Sequence[int], samples: Sequence[Sequenc
         before = torch.tensor([list(prompt)] * len(after), device=model.device)
         rows = torch.cat([before, after.clamp(min=0)], dim=1)
         with cutting_everywhere(model):
-            logits = model(rows, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1].float()
+            logits = predictions(model, rows, longest + 1)[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), after, reduction="none", ignore_index=IGNORED)
         found += (-losses.sum(1) / (after != IGNORED).sum(1)).tolist()
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from stocha_hf.checkpoints.entry import began_random, cuts_told, read_entry
+from stocha_hf.checkpoints.entry import began_random, cuts_sentence, read_entry
 from stocha_hf.checkpoints.metadata import INHERITED
 from stocha_hf.checkpoints.quantized import read_quantization
 from stocha_hf.errors import StochaError
@@ -126,7 +126,7 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
         **made,
         "activation": stocha.activation + p,
         "inference": stocha.inference,
-        "cuts": f"In the custom class, {cuts_told(stocha.inputs)}.\n\n" if stocha.inputs else "",
+        "cuts": f"In the custom class, {cuts_sentence(stocha.inputs)}.\n\n" if stocha.inputs else "",
         "native": "not possible: the weights are quantized" if quantization else native,
         "native_use": native_use,
         "tools": "" if quantization else _other_tools(stocha, str(stocha.base)),

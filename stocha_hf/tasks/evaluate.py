@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.records import TaskDifference, TaskScore
+from stocha_hf.measurement.records import TaskDifference, TaskReading, TaskScore
 
 CONFIDENCE = 1.96  # standard errors to each side of a 95% interval
 BOOTSTRAPS = 1000  # for the metrics of the harness that have no formula for their standard error
@@ -30,11 +30,12 @@ Question = tuple[str, str, int]  # a task, a metric, the question's number
 
 @dataclass(frozen=True)
 class TaskResults:
-    """Scores, and what they were made of: each question's value, and what the model answered."""
+    """Scores, what they were made of (each question's value, the model's answers), and what its decode steps read."""
 
     scores: list[TaskScore]
     questions: dict[Question, float] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    readings: list[TaskReading] = field(default_factory=list)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Return the scores."""
@@ -101,6 +102,8 @@ def evaluate_tasks(
         results.scores.extend(some.scores)
         results.questions.update(some.questions)
         results.answers.extend(some.answers)
+        if (reading := lm.reading(task)) is not None:
+            results.readings.append(reading)
     return results
 
 

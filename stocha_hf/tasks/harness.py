@@ -22,13 +22,17 @@ from tqdm import tqdm
 
 from stocha_hf.answers.batches import STRIDE, continue_prompts
 from stocha_hf.answers.choosing import Choice
+from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
+from stocha_hf.measurement.fallback import fallback_of, predictions, read_of_texts, with_repeated
+from stocha_hf.measurement.records import TaskReading
 from stocha_hf.models import cutting_everywhere
 from stocha_hf.tasks.kept import Kept
 
 ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
-TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
+BATCH_TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
 NEW = 256  # tokens of an answer at most where a task does not say
+TEXTS = 32  # answers to count bytes on, evenly spaced
 TAIL = 24  # last tokens in which a text to stop at is looked for
 
 
@@ -41,6 +45,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.kept, self.name, self.batch_size = model, tokenizer, kept, name, batch_size
         self._device = model.device
+        self.generated: list[Any] = []  # requests for text since `reading`
         self.max_length = getattr(model.config, "max_position_embeddings", 2048)
         ends = model.generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -97,6 +102,7 @@ class HarnessModel(TemplateLM):
         return [self.kept.found[self._key(request)] for request in requests]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self.generated += requests
         groups = defaultdict(list)  # requests that are generated in the same way
         for request in self._missing(requests):
             groups[repr(sorted(request.args[1].items()))].append(request)
@@ -115,6 +121,7 @@ class HarnessModel(TemplateLM):
             tail = self.tokenizer.decode(tokens[-TAIL - STRIDE :])
             return any(text in tail for text in until)
 
+        repeated: dict[int, int] = {}
         answers = continue_prompts(
             self.model,
             prompts,
@@ -123,11 +130,36 @@ class HarnessModel(TemplateLM):
             rows=self.batch_size or ROWS[self.device.type],
             choice=Choice(temperature, float(options.get("top_p", 1.0))),
             stop=stop if until else None,
+            repeated=repeated,
         )
         for i, tokens in tqdm(answers, _title(requests), len(requests), unit="answer", disable=None, leave=False):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             text = text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
-            self.kept.add([(self._key(requests[i]), _about(requests[i]), text)])
+            about = _about(requests[i]) | {"steps": len(tokens), "repeated": repeated[i]}
+            self.kept.add([(self._key(requests[i]), about, text)])
+
+    def reading(self, task: str) -> TaskReading | None:
+        """What steps read that wrote the answers to a task, whose requests are those since this was asked last.
+
+        None for a model that cuts no inputs, a task without such answers, and answers whose steps nobody counted.
+        Steps are counted up to each answer's end; bytes on TEXTS of the answers, with their prompts and read at once.
+        """
+        requests, self.generated = self.generated, []
+        about = [self.kept.about[self._key(request)] for request in requests]
+        if not requests or not cut_projections(self.model) or not all("steps" in row for row in about):
+            return None
+        steps, repeated = (sum(row[key] for row in about) for key in ("steps", "repeated"))
+        texts = [self._text(request) for request in requests[:: -(-len(requests) // TEXTS)]]
+        read, fallback = read_of_texts(self.model, texts), None
+        if below := fallback_of(self.model):
+            read, fallback = with_repeated(read, below, steps, repeated)
+        return TaskReading(task, steps, len(texts), read, fallback)
+
+    def _text(self, request: Any) -> tuple[list[int], int]:
+        """A prompt with its answer, as token ids, and how many of them are the prompt's."""
+        prompt = self.tok_encode(request.args[0])[-(self.max_length // 2) :]
+        answer = self.tok_encode(self.kept.found[self._key(request)], add_special_tokens=False)
+        return [*prompt, *answer][: self.max_length], len(prompt)
 
     def _encoded(self, requests: list[Any]) -> list[tuple[list[int], list[int]]]:
         """Context and continuation of each, as the harness divides their tokens."""
@@ -168,7 +200,7 @@ class HarnessModel(TemplateLM):
         size = None
         while queue:
             longest = len(queue[0][0])
-            size = size or self.batch_size or max(TOKENS[self.device.type] // longest, 1)
+            size = size or self.batch_size or max(BATCH_TOKENS[self.device.type] // longest, 1)
             batch = queue[:size]
             try:
                 found = self._forward(batch, pairs)
@@ -191,7 +223,7 @@ class HarnessModel(TemplateLM):
         ]
         first = min(length - len(after) for _, length, _, after in wanted)  # of the places whose prediction is wanted
         with cutting_everywhere(self.model):
-            logits = self.model(ids.to(self.device), use_cache=False, logits_to_keep=longest - first).logits
+            logits = predictions(self.model, ids.to(self.device), longest - first)
         found = []
         for at, length, _, tokens in wanted:
             after = torch.tensor(tokens, device=self.device)

@@ -59,25 +59,26 @@ class Kept:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.found: dict[str, Any] = {} if path is None or not path.exists() else dict(_read(path))
+        self.about: dict[str, dict[str, Any]] = {} if path is None or not path.exists() else dict(_read(path))
+        self.found: dict[str, Any] = {key: about.pop("response") for key, about in self.about.items()}
 
     def key(self, model: str, kind: str, args: Iterable[Any]) -> str:
         """Return the key of a request: `model` says whose answer it is."""
         return hashlib.sha256(json.dumps([model, kind, *args], sort_keys=True, default=str).encode()).hexdigest()
 
     def add(self, rows: Iterable[tuple[str, dict[str, Any], Any]]) -> None:
-        """Keep responses: of each its key, what to say about it (its task), and itself."""
+        """Keep responses: of each its key, what to say about it (its task, its steps), and itself."""
         lines = []
         for key, about, response in rows:
-            self.found[key] = response
+            self.found[key], self.about[key] = response, about
             lines.append(json.dumps(about | {"key": key, "response": response}) + "\n")
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
 
 
-def _read(path: Path) -> Iterable[tuple[str, Any]]:
-    """The responses in a file; a last line that was cut off when a run was killed is removed from it."""
+def _read(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    """The lines of a file by their keys; a last line that was cut off when a run was killed is removed from it."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -85,7 +86,7 @@ def _read(path: Path) -> Iterable[tuple[str, Any]]:
     for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
             row = json.loads(line)
-            yield row["key"], row["response"]
+            yield row["key"], {"response": row["response"]} | row
         except (ValueError, KeyError, TypeError):
             raise StochaError(
                 f"line {number} of {path} is not a response that stocha-eval kept: expected a file of its own; name "

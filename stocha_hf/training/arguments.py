@@ -65,6 +65,10 @@ class StochaArguments(SFTConfig):
         default=0.0,
         metadata={"help": "With inputs cut in training: share of rows with a prompt that is not cut and has no loss."},
     )
+    uncut_rows: float = field(
+        default=0.0,
+        metadata={"help": "With inputs cut in training: share of rows that are not cut at all, and have a loss."},
+    )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}
     )
@@ -124,7 +128,7 @@ class StochaArguments(SFTConfig):
                 f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: expected at least one "
                 "step, or max_steps: -1 and epochs above 0"
             )
-        for key in ("distill_weight", "target_sparsity", "uncut_prompts"):
+        for key in ("distill_weight", "target_sparsity", "uncut_prompts", "uncut_rows"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise StochaError(f"{key} is {value}: expected a number between 0 and 1")

@@ -24,7 +24,7 @@ from stocha_hf.cuts_stocha import cut_inputs, projections
 from stocha_hf.measurement.selection.distributions import watching
 from stocha_hf.training.entry import stocha_model
 
-SAMPLE = 2**18  # entries of a projection's input, at most, from each batch
+MOST_ENTRIES = 2**18  # entries of a projection's input, at most, from each batch
 Rows = dict[str, list[Any]]  # by projection, one per layer
 Batches = Sequence[Mapping[str, Any]]
 
@@ -81,9 +81,9 @@ def _sizes(model: nn.Module, batches: Batches) -> Rows:
 
 def _sample(x: torch.Tensor, module: Any) -> torch.Tensor:
     entries = x.detach().flatten()
-    if len(entries) > SAMPLE:
+    if len(entries) > MOST_ENTRIES:
         generator = torch.Generator(x.device).manual_seed(0)  # of its own: training's noise is as it was
-        entries = entries[torch.randint(len(entries), (SAMPLE,), generator=generator, device=x.device)]
+        entries = entries[torch.randint(len(entries), (MOST_ENTRIES,), generator=generator, device=x.device)]
     return (entries - module.input_centre).abs()
 
 

@@ -136,9 +136,10 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     else:
         model = load_model(name, revision=revision, **options)
         refuse_quantized(model.config.to_dict(), name, "training")
-    if args.uncut_prompts and not trains_with_cuts(model):
+    uncut = next((key for key in ("uncut_prompts", "uncut_rows") if getattr(args, key)), None)
+    if uncut and not trains_with_cuts(model):
         raise StochaError(
-            f"uncut_prompts is {args.uncut_prompts} and {name} computes all inputs in full in training: expected a "
+            f"{uncut} is {getattr(args, uncut)} and {name} computes all inputs in full in training: expected a "
             "model that cuts them there; convert it with --inputs SHARE --inputs-train"
         )
     taught_in = {"dtype": args.loads_teacher_in} if args.loads_teacher_in else {}
@@ -250,6 +251,7 @@ def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule:
         "distill_hidden": args.distill_hidden or None,
         "target_sparsity": args.target_sparsity,
         "uncut_prompts": args.uncut_prompts or None,
+        "uncut_rows": args.uncut_rows or None,
         "input_thresholds": "held to their shares" if trains_with_cuts(model) and not model_args.use_peft else None,
     }
     change_entry(model, history=with_stage(StochaConfig.from_dict(model.config.stocha), stage).history)

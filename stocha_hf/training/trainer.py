@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
+from stocha_hf.cuts_stocha import Cutting
 from stocha_hf.errors import StochaError
 from stocha_hf.models import cutting_everywhere
 from stocha_hf.training.arguments import StochaArguments
@@ -35,7 +36,7 @@ from stocha_hf.training.losses import causal_lm, open_head, token_losses, traini
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
 from stocha_hf.training.totals import Totals
-from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, Prompts, prompts_uncut
+from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, prompts_uncut
 
 THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
 MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
@@ -78,7 +79,7 @@ class StochaTrainer(CheckpointingTrainer):
         self._evaluating_forward = inner.__dict__["forward"]  # trl's; on the model while this trainer runs
         set_forward(inner, own_forward)
         self._fitted = False
-        self._prompts = Prompts()
+        self._prompts = Cutting(0.0)
         self.schedule = schedule
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
         self.hidden_error: HiddenError | None = None
@@ -102,7 +103,7 @@ class StochaTrainer(CheckpointingTrainer):
         """Trainer's; where inputs are cut, its batches say at which positions."""
         collate = self.data_collator
         if trains_with_cuts(self.model):
-            self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed)
+            self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed, self.args.uncut_rows)
         try:
             return super().get_train_dataloader()
         finally:

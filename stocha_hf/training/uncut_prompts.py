@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stocha_hf.cuts_stocha import cut_projections
+from stocha_hf.cuts_stocha import Cutting, cut_projections
 from stocha_hf.training.losses import IGNORED
 
 CUT_AT = "cut_at"  # key of a batch: bool [batch, seq], the positions whose inputs are cut
@@ -42,13 +42,16 @@ class PromptCollator:
 
     Args:
         collate: the collator of rows to batches with input_ids and labels [batch, seq].
-        share: of the rows, 0 to 1.
+        share: of the rows, 0 to 1, whose prompt is uncut.
         seed: of what rows draw.
+        whole: share of the rows that are uncut to the end, with a loss, 0 to 1: they hold the model without cuts to
+            what it was, which verifies drafts and repeats doubtful steps.
     """
 
     collate: Callable[[list[Any]], dict[str, Any]]
     share: float
     seed: int
+    whole: float = 0.0
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """Return the batch, with CUT_AT beside its keys and the labels that are left."""
@@ -63,10 +66,13 @@ class PromptCollator:
         cut_at &= positions >= FIRST
         # a position's loss is that of the label after it
         without = torch.cat([torch.zeros_like(cut_at[:, :1]), ~cut_at[:, :-1]], dim=1)
+        without &= cut_at.any(1, keepdim=True)  # a row that is cut nowhere keeps its loss
         return batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at}
 
     def _cut_at(self, tokens: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         draw = random.Random(zlib.crc32(tokens.numpy().tobytes(), self.seed))
+        if self.whole and draw.random() < self.whole:
+            return torch.zeros_like(real)
         if draw.random() >= self.share:
             return torch.ones_like(real)
         answer = labels != IGNORED
@@ -75,35 +81,11 @@ class PromptCollator:
         return torch.arange(len(tokens)) >= draw.randrange(FIRST, max(int(LONGEST * int(real.sum())), FIRST + 1))
 
 
-class Prompts:
-    """What a model's projections share: where the batch that runs now is cut, bool [batch, seq]; None: everywhere."""
-
-    cut_at: torch.Tensor | None = None
-
-
-class _CutAfterPrompts:
-    """Mixin before the class of a projection that cuts its input."""
-
-    prompts: Prompts
-
-    def small(self, x: torch.Tensor) -> torch.Tensor:
-        small = super().small(x)  # type: ignore[misc]
-        cut_at = self.prompts.cut_at
-        return small if cut_at is None else small & cut_at[..., None]
-
-
 @contextmanager
-def prompts_uncut(model: nn.Module) -> Iterator[Prompts]:
-    """Inside, the projections of a model that cut do so only where the yielded Prompts say."""
-    prompts, modules = Prompts(), cut_projections(model)
-    before = [type(module) for module in modules]
-    kinds: dict[type, type] = {kind: type(kind.__name__, (_CutAfterPrompts, kind), {}) for kind in set(before)}
+def prompts_uncut(model: nn.Module) -> Iterator[Cutting]:
+    """Yield what a model's projections share, whose `cut_at` says where they cut; after it, they do everywhere."""
+    cutting = next((module.cutting for module in cut_projections(model)), Cutting(0.0))
     try:
-        for module in modules:
-            module.__dict__["prompts"] = prompts
-            module.__class__ = kinds[type(module)]
-        yield prompts
+        yield cutting
     finally:
-        for module, kind in zip(modules, before, strict=True):
-            module.__class__ = kind
-            module.__dict__.pop("prompts", None)
+        cutting.cut_at = None

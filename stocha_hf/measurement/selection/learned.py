@@ -6,7 +6,7 @@ times the bytes read. The forward pass cuts hard. In the backward pass the step 
 (log|x| - log t) / WIDTH, so t feels the entries near it. The price rises while more is read than was asked for.
 
 Only what is cut has a loss, as a prompt has none in decoding: `answers` begins at a random place in each text. The
-head and its predictions are computed there alone, for CHUNK tokens at a time.
+head and its predictions are computed there alone, for COMPARED_TOKENS tokens at a time.
 
 No weight is trained. When it is done, each projection keeps one threshold, and the differences between its inputs
 become scales that input_scales.py moves into the weights around it: the model computes what it did, up to rounding.
@@ -41,7 +41,7 @@ WIDTH = 0.3  # of the sigmoid, in log|x|
 UNCUT = 8  # where nothing says what is cut: a window's first part, of so many, is not
 FIRST, LONGEST = 4, 0.75  # tokens of a text that are never cut, and the share of it that is uncut at most
 STIFF = 20.0  # how much reading all bytes too many raises their price at once, beside what adds up
-CHUNK = 512  # tokens whose predictions are compared at a time
+COMPARED_TOKENS = 512  # tokens whose predictions are compared at a time
 PASS, CPU_PASS = 8192, 512  # tokens in a pass, on a GPU at most
 
 
@@ -218,7 +218,7 @@ def _learn(
     over, part = float(read.detach()) - (1 - share), len(found) / tokens
     hidden = found.detach().requires_grad_()
     loss = torch.zeros((), device=rows.device)
-    for a, b in zip(hidden.split(CHUNK), aims.split(CHUNK), strict=True):
+    for a, b in zip(hidden.split(COMPARED_TOKENS), aims.split(COMPARED_TOKENS), strict=True):
         with torch.no_grad():
             expected = _predictions(model, b)
         chunk = F.kl_div(_predictions(model, a), expected, reduction="sum", log_target=True)

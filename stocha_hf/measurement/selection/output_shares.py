@@ -31,7 +31,7 @@ from stocha_hf.spec import PROJECTIONS
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
 STEP = 0.01  # of a share, to which it is interpolated
-TOKENS = 8192  # of text that the curves are measured on, at most
+MEASURED_TOKENS = 8192  # of text that the curves are measured on, at most
 
 
 def output_shares(
@@ -45,7 +45,7 @@ def output_shares(
 
     Args:
         model: A causal language model.
-        windows: Token ids, int64 [windows, length]; as many of them as hold TOKENS tokens are used.
+        windows: Token ids, int64 [windows, length]; as many of them as hold MEASURED_TOKENS tokens are used.
         seen: The distributions of its projections' inputs.
         share: Of the weights of these projections, that are not to be read: 0 to the last of LEVELS.
         names: The projections that leave inputs out, and of whose weights this is the share.
@@ -76,7 +76,7 @@ def output_curves(
     model: Any, windows: torch.Tensor, seen: list[dict[str, Distribution]], names: Sequence[str] = PROJECTIONS
 ) -> list[OutputCurve]:
     """Measure every input's curve, for any number of `allotted` shares; arguments as of `output_shares`."""
-    some = spread(windows, TOKENS).to(next(model.parameters()).device)
+    some = spread(windows, MEASURED_TOKENS).to(next(model.parameters()).device)
     groups = [tuple(name for name in shared if name in names) for shared in SHARED]
     places = [(i, block, group) for i, block in enumerate(blocks(model)) for group in groups if group]
     expected = [_logits(model, row) for row in some]

@@ -27,7 +27,7 @@ from stocha_hf.measurement.selection.distributions import Distribution
 
 STEP = 0.05  # of a projection's inputs, that a step of the greedy allocation leaves out
 MOST = 0.95  # that it leaves out at most
-TOKENS = 2048  # on which a block's error is measured, at most
+MEASURED_TOKENS = 2048  # on which a block's error is measured, at most
 
 
 def uniform_shares(model: nn.Module, share: float) -> list[dict[str, float]]:
@@ -55,7 +55,7 @@ def greedy_shares(
 
     Args:
         model: A causal language model.
-        windows: Token ids, int64 [windows, length]; as many of them as hold TOKENS tokens are used.
+        windows: Token ids, int64 [windows, length]; as many of them as hold MEASURED_TOKENS tokens are used.
         seen: The distributions of its projections' inputs.
         share: Of each block's projection weights, that are not to be read: 0 to MOST.
         names: The projections that leave inputs out, and of whose weights this is the share.
@@ -73,7 +73,7 @@ def greedy_shares(
             found.append(_within(block, {name: row[name] for name in names}, share, again, _stream(output)))
 
         hooks.append(block.module.register_forward_hook(search, with_kwargs=True))
-    some = spread(windows, TOKENS).to(next(model.parameters()).device)
+    some = spread(windows, MEASURED_TOKENS).to(next(model.parameters()).device)
     try:
         with tqdm(total=len(seen), desc="Allotting", unit="block", disable=None, leave=False) as bar:
             model(some, use_cache=False, logits_to_keep=1)

@@ -1,0 +1,87 @@
+"""What a model with a fallback predicts and reads: a decode step in doubt counts twice, the second time as a full one.
+
+Text that is read at once has no steps, so their doubts are found in a first pass, with cuts at every token. In a
+second pass the tokens in doubt are not cut; its predictions count. In decoding, a step that was computed again can
+take the doubt from a later one, or raise it; two passes leave that out. A step in doubt reads what one with cuts does,
+and then all blocks and lm_head: an upper bound where the FFN is sparse by its gate.
+
+    with cutting_everywhere(model):
+        logits = predictions(model, windows)
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from stocha_hf.cuts_stocha import cut_inputs, cut_projections
+from stocha_hf.measurement.bytes_read import ReadMeter
+from stocha_hf.measurement.records import BytesRead, Fallback
+from stocha_hf.modeling_stocha import holding
+
+ROWS = 512  # tokens whose logits are float32 at a time
+
+
+def fallback_of(model: Any) -> float:
+    """Return the probability below which a step of a model in eval mode is in doubt, 0 if none is."""
+    cutting = _cutting(model)
+    return 0.0 if cutting is None or model.training else cutting.fallback
+
+
+def doubts(model: Any, logits: torch.Tensor) -> torch.Tensor:
+    """Return where logits [..., vocabulary] are in doubt, bool [...]."""
+    rows = [_cutting(model).doubts(part) for part in logits.flatten(0, -2).split(ROWS)]
+    return torch.cat(rows).view(logits.shape[:-1])
+
+
+def uncut(model: Any, where: torch.Tensor | None) -> AbstractContextManager[None]:
+    """A context in which the tokens `where`, bool [batch, seq], are not cut; None: as the model says."""
+    return nullcontext() if where is None else holding([_cutting(model)], cut_at=~where)
+
+
+def predictions(model: Any, tokens: torch.Tensor, kept: int = 0, **given: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the last `kept` of tokens [batch, seq], 0: all; those in doubt read again without cuts."""
+    logits = model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
+    if not fallback_of(model):
+        return logits
+    doubted = doubts(model, logits)
+    del logits  # gigabytes
+    where = torch.nn.functional.pad(doubted, (tokens.shape[1] - doubted.shape[1], 0))
+    with uncut(model, where):
+        return model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
+
+
+def with_repeated(read: BytesRead, below: float, steps: int, repeated: int) -> tuple[BytesRead, Fallback]:
+    """Return what a step reads on average, and how often one was computed again, where one with cuts reads `read`."""
+    share = repeated / steps if steps else 0.0
+    blocks, head = round(read.blocks + share * read.dense_blocks), round((1 + share) * read.lm_head)
+    whole = BytesRead(blocks + head, blocks, head, read.dense_blocks, blocks / read.dense_blocks)
+    return whole, Fallback(below, steps, repeated, share, read.share)
+
+
+@torch.no_grad()
+def read_of_texts(model: Any, texts: list[tuple[list[int], int]]) -> BytesRead:
+    """Count what a step with cuts reads where texts are written.
+
+    Args:
+        model: A model that cuts inputs, in eval mode.
+        texts: Token ids of each, and how many of them are its prompt's, whose last token is the first step's.
+    """
+    first = 0
+    meter = ReadMeter(model, start=lambda length: first)
+    try:
+        with cut_inputs(model, "always"):
+            for ids, prompt in texts:
+                first = prompt - 1
+                prompts = torch.arange(len(ids), device=model.device)[None] < first
+                with uncut(model, prompts):
+                    model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        meter.close()
+    return meter.read()
+
+
+def _cutting(model: Any) -> Any:
+    return next((module.cutting for module in cut_projections(model)), None)

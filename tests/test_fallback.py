@@ -1,0 +1,250 @@
+"""Steps in doubt are computed again without cuts, in every way to decode, and counted."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_refused, call_command, tiny_model, tiny_tokenizer
+from transformers import DynamicCache
+
+import stocha_hf
+from stocha_hf.answers.batches import continue_prompts
+from stocha_hf.errors import StochaError
+from stocha_hf.measurement.evaluation import compare, evaluate
+from stocha_hf.modeling_stocha import InputCuts, StochaConfig, StochaMLP
+from stocha_hf.patching import patch, unpatch
+from stocha_hf.spec import ARCHITECTURES, PROJECTIONS
+
+PROMPTS = torch.tensor([[0, 0, 5, 9, 13, 21], [7, 8, 5, 9, 13, 21], [0, 9, 33, 40, 2, 1]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+NEW = 16
+LAYERS = ["sliding_attention", "full_attention"]
+OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "disable_compile": True}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def cut_model(fallback: float | None = 0.3, model_type: str = "qwen2", **overrides: Any) -> Any:
+    torch.manual_seed(0)
+    model = tiny_model(model_type, **overrides)
+    for parameter in model.parameters():
+        parameter.data += 0.15 * torch.randn_like(parameter)  # some steps are in doubt, and some are not
+    cuts = InputCuts({name: [0.5, 0.5] for name in PROJECTIONS}, fallback=fallback)
+    patch(model, StochaConfig(activation=ARCHITECTURES[model_type].act, inputs=cuts))
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.fixture(params=["kernels", "transformers"])
+def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "transformers":
+        monkeypatch.setattr(StochaMLP, "runtime", None)
+    return request.param
+
+
+def by_hand(model: Any, prompt: torch.Tensor, below: float) -> tuple[list[int], int]:
+    """Greedy tokens after a prompt [1, length], each from the whole text read anew; and how many were in doubt."""
+    kept: list[bool] = [False] * (prompt.shape[1])  # of each token whether it is cut: a prompt is not
+    repeated = 0
+    tokens = [int(model(prompt, use_cache=False).logits[0, -1].argmax())]
+    for _ in range(NEW - 1):
+        ids = torch.cat([prompt, torch.tensor([tokens])], 1)
+        for cut in (True, False):
+            model.cutting.cut_at = torch.tensor([[*kept, cut]])
+            with model.cut_inputs("always"):
+                logits = model(ids, use_cache=False).logits[0, -1]
+            if logits.softmax(-1).max() >= below:
+                break
+            repeated += cut
+        model.cutting.cut_at = None
+        kept.append(cut)
+        tokens.append(int(logits.argmax()))
+    return tokens, repeated
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_type", "below", "overrides"),
+    [("qwen2", 0.3, {}), ("gemma2", 0.64, {"sliding_window": 6, "layer_types": LAYERS})],
+)
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_steps_in_doubt_are_those_of_the_model_without_cuts(
+    cache: Any, model_type: str, below: float, overrides: Any, way: str
+) -> None:
+    model = cut_model(below, model_type, **overrides)
+    expected, repeated = by_hand(model, PROMPTS[1:2], below)
+    assert 0 < repeated < NEW - 1
+    found = model.generate(PROMPTS[1:2], cache_implementation=cache, **OPTIONS)
+    assert found[0, 6:].tolist() == expected
+    assert (model.cutting.steps, model.cutting.repeated) == (NEW - 1, repeated)
+
+
+def test_a_row_does_not_depend_on_its_batch(way: str) -> None:
+    model = cut_model()
+    batch = model.generate(PROMPTS, attention_mask=MASK, **OPTIONS)[:, 6:]
+    counts = model.cutting.steps, model.cutting.repeated
+    model.cutting.steps = model.cutting.repeated = 0
+    for prompt, mask, row in zip(PROMPTS, MASK, batch, strict=True):
+        alone = model.generate(prompt[None, mask == 1], **OPTIONS)[0, -NEW:]
+        assert torch.equal(alone, row)
+    assert (model.cutting.steps, model.cutting.repeated) == counts
+    sampled = [_sampled(model) for _ in range(2)]
+    assert torch.equal(*sampled)
+
+
+def _sampled(model: Any) -> torch.Tensor:
+    torch.manual_seed(1)
+    return model.generate(PROMPTS, attention_mask=MASK, **OPTIONS | {"do_sample": True, "num_beams": 2})
+
+
+def test_near_1_is_the_model_without_cuts_and_0_the_one_with_them(way: str) -> None:
+    model, plain = cut_model(0.9999), cut_model(None)
+    given: dict[str, Any] = {"attention_mask": MASK, **OPTIONS}
+    with plain.cut_inputs("never"):
+        uncut = plain.generate(PROMPTS, **given)
+    cut = plain.generate(PROMPTS, **given)
+    assert not torch.equal(cut, uncut) and plain.cutting.steps == 0
+    assert torch.equal(model.generate(PROMPTS, **given), uncut)
+    assert model.cutting.repeated == model.cutting.steps == 3 * (NEW - 1)
+    with model.cut_inputs("decode", fallback=0):
+        assert torch.equal(model.generate(PROMPTS, **given), cut)
+    with plain.cut_inputs("decode", fallback=0.9999):
+        assert torch.equal(plain.generate(PROMPTS, **given), uncut)
+    assert plain.cutting.fallback == 0
+
+
+@torch.no_grad()
+def test_a_call_keeps_what_the_cache_holds_and_a_cache_that_cannot_forget_warns(way: str) -> None:
+    model = cut_model(0.9999)
+    first, second = (model(PROMPTS[1:2, :5], use_cache=True).past_key_values for _ in range(2))
+    with model.cut_inputs("never"):
+        expected = model(PROMPTS[1:2, 5:], past_key_values=second).logits
+    assert torch.equal(model(PROMPTS[1:2, 5:], past_key_values=first).logits, expected)
+    for layer, other in zip(first.layers, second.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys) and layer.get_seq_length() == 6
+
+    class Other(DynamicCache):
+        pass
+
+    cache = Other(config=model.config)
+    model(PROMPTS[1:2, :5], past_key_values=cache)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(PROMPTS[1:2, 5:], past_key_values=cache)
+    assert [str(each.message) for each in caught] == [
+        "the cache is a Other, which cannot forget a token: expected a DynamicCache or a StaticCache without "
+        "offloading; steps in doubt are not computed again without cuts"
+    ]
+
+
+@torch.no_grad()
+def test_text_that_is_read_is_counted_as_its_steps_would_be() -> None:
+    model, windows = cut_model(0.3), torch.randint(3, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+    found = evaluate(model, windows)
+    with model.cut_inputs("decode", fallback=0):
+        without = evaluate(model, windows)
+    assert found.fallback is not None and found.bytes_read is not None and without.bytes_read is not None
+    assert without.fallback is None and "fallback" not in without.to_dict()
+    with model.cut_inputs("always", fallback=0):
+        where = model(windows).logits.softmax(-1).amax(-1) < 0.3
+    assert (found.fallback.steps, found.fallback.repeated) == (96, int(where.sum())) and 0 < found.fallback.share < 1
+    assert found.fallback.cut_share == without.bytes_read.share
+    assert found.bytes_read.share == pytest.approx(without.bytes_read.share + found.fallback.share)
+    model.cutting.cut_at = ~where
+    with model.cut_inputs("always", fallback=0):
+        logits = model(windows).logits[:, :-1]
+    model.cutting.cut_at = None
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert found.perplexity == pytest.approx(loss.exp().item()) and found.perplexity != without.perplexity
+    native = cut_model(None)
+    unpatch(native)
+    patch(native, StochaConfig(activation="silu"))
+    kl = compare(model, native, windows).kl
+    with model.cut_inputs("decode", fallback=0):
+        assert 0 < kl < compare(model, native, windows).kl
+    with model.cut_inputs("decode", fallback=0.9999):
+        assert compare(model, native, windows).kl < 1e-6
+
+
+def test_steps_of_answers_are_counted_to_their_ends() -> None:
+    model = cut_model(0.3)
+    prompts = [row[mask == 1].tolist() for row, mask in zip(PROMPTS, MASK, strict=True)]
+    counts: list[dict[int, int]] = [{}, {}]
+    for rows, repeated in zip((1, 3), counts, strict=True):
+        found = dict(continue_prompts(model, prompts, new=11, ends={57, 2}, rows=rows, repeated=repeated))
+    expected = {}
+    for i, prompt in enumerate(prompts):
+        model.cutting.steps = model.cutting.repeated = 0
+        cache = model(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+        ids = torch.tensor([[prompt[-1]]])
+        for token in found[i]:
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            assert int(ids) == token
+        expected[i] = model.cutting.repeated
+    assert counts[0] == counts[1] == expected and 0 < sum(expected.values()) < sum(map(len, found.values()))
+
+
+def test_a_task_tells_what_its_steps_read(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra tasks is not installed")
+    from lm_eval.api.instance import Instance
+
+    from stocha_hf.tasks.harness import HarnessModel
+    from stocha_hf.tasks.kept import Kept
+
+    requests = [Instance("generate_until", {}, (f"w5 w{i}", {"max_gen_toks": 9}), 0, ("t", i, 1)) for i in (7, 8, 9)]
+    for model, kept in [(cut_model(0.3), "a"), (cut_model(0.3), "a"), (cut_model(None), "b")]:
+        lm = HarnessModel(model, tiny_tokenizer(), Kept(tmp_path / kept), kept)
+        lm.generate_until(requests)
+        found = lm.reading("t")
+        assert found is not None and found.steps == sum(row["steps"] for row in lm.kept.about.values()) <= 27
+        assert found.texts == 3 and lm.reading("t") is None
+        if kept == "b":
+            assert found.fallback is None and 0.2 < found.bytes_read.share < 0.9
+        else:  # the second time as the first, whose responses were kept
+            share = sum(row["repeated"] for row in lm.kept.about.values()) / found.steps
+            assert found.fallback is not None and found.fallback.share == share > 0
+            assert found.bytes_read.share == pytest.approx(found.fallback.cut_share + share)
+
+
+def test_folders_say_it_and_conversion_changes_that_alone(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    model = cut_model(None, "llama")
+    model.save_pretrained(tmp_path / "cut")
+    tiny_tokenizer().save_pretrained(tmp_path / "cut")
+    done = call_command("stocha-convert", tmp_path / "cut", tmp_path / "b", "--inputs-fallback", 0.5)
+    assert done.returncode == 0 and "probability below 0.5 is computed again without cuts" in done.stdout, done.stderr
+    before, after = (json.loads((tmp_path / name / "config.json").read_text())["stocha"] for name in ("cut", "b"))
+    assert after["inputs"] == before["inputs"] | {"fallback": 0.5} and "fallback" not in before["inputs"]
+    assert stocha_hf.load_model(str(tmp_path / "b")).cutting.fallback == 0.5
+    done = call_command(
+        "stocha-eval", tmp_path / "b", "--data", text, "--length", 32, "--windows", 4, "--dtype", "float32"
+    )
+    assert "of 128 steps, whose most likely token had a probability below 0.5, were computed again" in done.stdout
+    off = stocha_hf.convert(tmp_path / "b", tmp_path / "c", inputs_fallback=0)
+    assert off.stocha["inputs"] == before["inputs"]
+    both = stocha_hf.convert(
+        checkpoint(), tmp_path / "d", inputs=0.4, calibrate=text, calibrate_tokens=64, inputs_fallback=0.6
+    )
+    assert both.stocha["inputs"]["fallback"] == 0.6
+    assert_refused(
+        call_command("stocha-convert", tmp_path / "source", tmp_path / "e", "--inputs-fallback", 0.5),
+        "cuts no inputs",
+        "expected a folder that does",
+    )
+    with pytest.raises(StochaError, match="takes cuts off: expected one of them"):
+        stocha_hf.convert(tmp_path / "b", tmp_path / "e", inputs=0, inputs_fallback=0.5)
+
+
+@pytest.mark.parametrize("wrong", [1, -0.1, "0.5", True])
+def test_what_is_no_probability_is_refused(wrong: Any, tmp_path: Path) -> None:
+    said = "expected a probability from 0 to below 1"
+    with pytest.raises(ValueError, match=f"inputs.fallback is .*: {said}"):
+        InputCuts({"q_proj": [0.1, 0.1]}, fallback=wrong)
+    with pytest.raises(ValueError, match=f"fallback is .*: {said}"):
+        cut_model().cut_inputs("decode", fallback=wrong).__enter__()
+    with pytest.raises(StochaError, match=f"inputs_fallback is .*: {said}"):
+        stocha_hf.convert(tmp_path, tmp_path / "out", inputs_fallback=wrong)
