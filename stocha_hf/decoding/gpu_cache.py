@@ -5,6 +5,7 @@ The step reads a layer's rows by address, and takes one length for all layers. S
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ class GpuRows:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a cache do not take them along
 
-    def prepare(self, step: GpuStep, new: int, is_padded: bool) -> int | None:
-        """Make room for new tokens, which the step is to write; return how many the cache holds.
+    def prepare(self, steps: Iterable[GpuStep], new: int, is_padded: bool) -> int | None:
+        """Make room for new tokens, which the steps are to write; return how many the cache holds.
 
         None where it would keep them in its own way.
         """
@@ -35,7 +36,8 @@ class GpuRows:
         lengths = {row.end for row in self.rows}
         if len(lengths) > 1:
             return None
-        self._lend(step)
+        for step in steps:
+            self._lend(step)
         return lengths.pop()
 
     def again(self, step: GpuStep, token: torch.Tensor, position: int, length: int, start: int) -> torch.Tensor:

@@ -12,17 +12,15 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stocha_hf.decoding import gpu_plan
-from stocha_hf.decoding.conditions import CACHE
+from stocha_hf.decoding.conditions import CACHE, FEW
 from stocha_hf.decoding.gpu_cache import rows_of
 from stocha_hf.decoding.step import falling_back, given_to, padding
-
-MOST = 4  # tokens of a step
 
 
 def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """Return what a call of a causal language model in eval mode returns; None where its forward is to run."""
     ids: Any = kwargs.get("input_ids", args[0] if args else None)
-    if ids.dim() != 2 or len(ids) != 1 or ids.numel() > MOST or torch.is_grad_enabled():
+    if ids.dim() != 2 or len(ids) != 1 or ids.numel() > FEW or torch.is_grad_enabled():
         return None
     plan = gpu_plan.of(model)
     if plan is None:
@@ -42,15 +40,16 @@ def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any], cutting: Any) -> torc
     by `cutting`, a model's that falls back, without cuts.
     """
     ids, cache = given["input_ids"][0], given[CACHE]
-    rows, step = rows_of(plan, cache), plan.step(len(ids))
-    uncut = None if cutting is None else plan.step(1, cuts=False)
+    rows = rows_of(plan, cache)
+    step = None if rows is None else plan.step(len(ids))
+    uncut = None if cutting is None or rows is None else plan.step(1, cuts=False)
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     held = int(cache.get_seq_length())
-    starts = padding(None if mask is None else mask.cpu(), 1, held + len(ids))
+    starts = padding(mask.cpu() if isinstance(mask, torch.Tensor) else mask, 1, held + len(ids))
     places = [held] if positions is None else positions.flatten().tolist()
     if rows is None or step is None or starts is None or places != list(range(places[0], places[0] + len(places))):
         return None
-    length = rows.prepare(step, step.count, int(starts[0]) > 0)
+    length = rows.prepare([step], step.count, int(starts[0]) > 0)
     if length is None:
         return None
     step.set(places[0], length, int(starts[0]))

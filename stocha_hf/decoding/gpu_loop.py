@@ -48,7 +48,8 @@ class GpuLoop(Loop):
             self.plan.in_use.release()
 
     def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        self.step, self.at = self.plan.step(1), at
+        self.steps, self.at = self._steps(), at
+        self.step = self.steps[0]
         self.cutting = step.falling_back(self.model, self.plan, 1)
         self.left = self.written = 0  # steps that the cache has room for; steps that it does not count yet
         mask = self.kwargs.get("attention_mask")
@@ -69,10 +70,14 @@ class GpuLoop(Loop):
 
         return decode
 
+    def _steps(self) -> list[Any]:
+        """The plan's steps that the loop takes."""
+        return [self.plan.step(1)]
+
     def _reserve(self, steps: int) -> bool:
         """Make room for so many steps; return whether the plan's next steps are this loop's."""
         self.finish()
-        length = None if self.rows is None else self.rows.prepare(self.step, steps, self.start > 0)
+        length = None if self.rows is None else self.rows.prepare(self.steps, steps, self.start > 0)
         if length is None:
             return False
         self.place = int(self.at[0, 0]), length
@@ -127,7 +132,13 @@ class GpuLoop(Loop):
                 ring[(place + asked) % RING] = UNKNOWN
                 self.step.replay()
                 asked += 1
-            while (token := int(ring[(place + read) % RING])) == UNKNOWN:
-                torch.cuda.current_stream(self.device).query()  # raises what the GPU has failed with
+            token = self._told(place + read)
             self.written += 1
             yield torch.tensor([token])
+
+    def _told(self, place: int) -> int:
+        """What the step that makes the cache this long tells, once it does."""
+        ring = self.step.chosen.numpy()
+        while (found := int(ring[place % RING])) == UNKNOWN:
+            torch.cuda.current_stream(self.device).query()  # raises what the GPU has failed with
+        return found

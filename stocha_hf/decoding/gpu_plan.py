@@ -7,7 +7,8 @@ model, also a native one: so a dense model can be timed in the same step.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from torch import nn
 from stocha_hf.decoding import triton_ffn
 from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.families import FAMILIES
+from stocha_hf.decoding.gpu_draft import GpuDraft
 from stocha_hf.decoding.gpu_step import GpuStep
 from stocha_hf.decoding.gpu_weights import CutWeights, LayerWeights, Weights
 from stocha_hf.decoding.packed_gate import PackedGate
@@ -24,6 +26,7 @@ from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS, PROJECTIONS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Step = TypeVar("Step", bound=GpuStep)
 TOGETHER = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # one kernel multiplies: all cut, or none
 
 
@@ -58,25 +61,27 @@ class GpuPlan(Watch):
             *self._rotary(parts["rotary_emb"]), config.rms_norm_eps, heads, key_heads, dim,
         )  # fmt: skip
         self.steps: dict[tuple[int, bool], GpuStep] = {}  # by the number of their tokens, and whether they may cut
+        self.drafting: GpuDraft | None = None
         self.in_use = threading.Lock()  # by a loop or a call: a step's state is that of one sequence
 
     def step(self, tokens: int, cuts: bool = True) -> GpuStep | None:
         """Return a step of at least so many tokens, its graph recorded; None, after one warning that names the cause,
         where its kernels cannot be built. It cuts inputs where the model says so, unless `cuts` is false.
         """
-        key = count, cuts = triton.next_power_of_2(tokens), cuts
+        key = count, cuts = triton.next_power_of_2(tokens), cuts and tokens == 1
         if key not in self.steps:
-            if not triton_ffn.available() or (count > 1 and self.cuts(count)):
-                return None
-            try:
-                with torch.inference_mode(False), torch.no_grad():  # its buffers serve both
-                    step = GpuStep(self.weights, count, cuts=cuts)
-                    step.record()
-            except Exception as error:  # of the compiler, the linker, the driver: Triton has no common class
-                triton_ffn.fail(error)
+            may = count == 1 or not self.cuts(count)
+            step = _recorded(lambda: GpuStep(self.weights, count, cuts=cuts)) if may else None
+            if step is None:
                 return None
             self.steps[key] = step
         return self.steps[key]
+
+    def draft(self, first: int) -> GpuDraft | None:
+        """Return a step of one token that looks at the first tokens of the vocabulary; None as `step`."""
+        if self.drafting is None or self.drafting.first != first:
+            self.drafting = _recorded(lambda: GpuDraft(self.weights, first))
+        return self.drafting
 
     def _norm(self, module: Any) -> torch.Tensor:
         self.module(module, self.family.kind("RMSNorm"))
@@ -163,6 +168,20 @@ class GpuPlan(Watch):
             "cut": self.rule(mlp) if is_patched else 0.0,
             "coarse": coarse if isinstance(coarse, PackedGate) else None,
         }
+
+
+def _recorded(make: Callable[[], Step]) -> Step | None:
+    """Make a step and record its graph; None, after one warning, where that fails."""
+    if not triton_ffn.available():
+        return None
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # its buffers serve both
+            step = make()
+            step.record()
+    except Exception as error:  # of the compiler, the linker, the driver: Triton has no common class
+        triton_ffn.fail(error)
+        return None
+    return step
 
 
 def weights_of(model: Any) -> Weights:

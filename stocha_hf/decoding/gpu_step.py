@@ -1,4 +1,4 @@
-"""A whole decode step on a GPU, for 1 to 4 tokens of one sequence: five kernels a layer, recorded as one CUDA graph.
+"""A whole decode step on a GPU, for 1 to 8 tokens of one sequence: five kernels a layer, recorded as one CUDA graph.
 
     layer   norm, q, k, v | attention | o, residual | norm, gate, up | down, residual
     ends    embedding and angles | ... | norm, lm_head | of one token: the most likely next, with which it goes on
@@ -78,6 +78,7 @@ class GpuStep:
         self.tokens = self.state[3:]
         self.table = new(len(weights.layers), 4, dtype=torch.int64).zero_()
         self.logits = new(count, self.vocabulary, dtype=torch.float32)
+        self.listed_tokens: torch.Tensor | None = None  # a draft's (gpu_draft.py)
         self.best = new(SLOTS, dtype=torch.int64).fill_(-(2**63))
         self.chosen = torch.zeros(RING, dtype=torch.int64, pin_memory=self.x.is_cuda)
 
@@ -101,11 +102,11 @@ class GpuStep:
         rows = [[k.data_ptr(), v.data_ptr(), k.stride(0), 0] for k, v in zip(keys, values, strict=True)]
         self.table.copy_(torch.tensor(rows))
 
-    def set(self, position: int, length: int, start: int = 0) -> None:
+    def set(self, position: int, length: int, start: int = 0, tokens: Sequence[int] = ()) -> None:
         """Say where the next step is: its first token's position, and `length` tokens in the cache, `start` of which
-        are padding.
+        are padding; and its first tokens, where they are known.
         """
-        self.state[:3].copy_(torch.tensor([position, length, start]))
+        self.state[: 3 + len(tokens)].copy_(torch.tensor([position, length, start, *tokens]))
 
     def replay(self) -> None:
         """Compute a step: its logits, and the most likely token, which becomes the next step's."""
@@ -145,17 +146,23 @@ class GpuStep:
             self._ffn(layer, count)
         self._head()
         if self.count == 1:
-            next_kernel[(1,)](self.best, self.state, self.chosen, SLOTS, RING, self.early, num_warps=1, **self.options)
+            self._next()
 
     def _head(self) -> None:
         weights, tile = self.weights, self._tile("head", self.size)
-        grid, has_bias = (triton.cdiv(self.vocabulary, tile["ROWS"]),), weights.head_bias is not None
+        rows, has_bias = self.logits.shape[1], weights.head_bias is not None
+        grid = (triton.cdiv(rows, tile["ROWS"]),)
         given = (self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits)
-        sizes = (self.vocabulary, self.size, self.count, has_bias)
+        sizes = (rows, self.size, self.count, has_bias)
         if self.by_tensor_cores:
             several_head_kernel[grid](*given, *sizes, self.early, **tile)
         else:
-            head_kernel[grid](*given, self.best, *sizes, SLOTS, self.early, **tile)
+            listed = _or(self.listed_tokens, self.state)
+            is_listed = self.listed_tokens is not None
+            head_kernel[grid](*given, self.best, listed, *sizes, SLOTS, is_listed, self.early, **tile)
+
+    def _next(self) -> None:
+        next_kernel[(1,)](self.best, self.state, self.chosen, SLOTS, RING, self.early, num_warps=1, **self.options)
 
     @property
     def _linear(self) -> Any:

@@ -6,7 +6,8 @@ of attention; TILE are also rows of the sparse down product, and of the inputs o
 
 Found on an H200, by the time of the whole step: TILES with a Llama of 1B shape, but for the products that cut, which
 are of Qwen2.5-0.5B; LARGE and FOUR with one of 8B. The list's tile, and the stages of FOUR's hidden, are of an H100.
-To bring a product's rows into the L2 cache before it waits for x made the step slower, by up to 9%.
+EIGHT was not searched for. To bring a product's rows into the L2 cache before it waits for x made the step slower, by
+up to 9%.
 """
 
 from __future__ import annotations
@@ -52,15 +53,19 @@ FOUR: dict[str, dict[str, int]] = {  # by tensor cores
     "down": {"PROGRAMS": 1024, "TILE": 32, "BLOCK": 64, "num_warps": 2},
     "head": {"ROWS": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
 }
+EIGHT: dict[str, dict[str, int]] = {  # more warps than FOUR's, for what a program keeps of each token
+    "down": {"PROGRAMS": 1024, "TILE": 32, "BLOCK": 64, "num_warps": 4},
+    "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 8},
+}
 
 
 def tiles_for(tokens: int, size: int) -> dict[str, dict[str, int]]:
-    """Return each kernel's tile for a step of 1, 2 or 4 tokens, in a model of this hidden size."""
+    """Return each kernel's tile for a step of 1, 2, 4 or 8 tokens, in a model of this hidden size."""
     tiles = TILES | LARGE if size >= 4096 else TILES
     if tokens == 1:
         return tiles
     if tokens > 2:
-        return tiles | FOUR
+        return tiles | FOUR | (EIGHT if tokens > 4 else {})
     found = {}
     for name, tile in tiles.items():
         found[name] = tile if name in ONE_BY_ONE else {key: TWO.get(key, value) for key, value in tile.items()}

@@ -72,6 +72,10 @@ class Loop:
             chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
             chosen = scores.argmax(-1)
+        return self._settle(chosen)
+
+    def _settle(self, chosen: torch.Tensor) -> bool:
+        """Make these, int64 [sequences], the next tokens; return whether they are the last."""
         if self.has_end and self.sequences > 1:
             chosen = chosen * self.unfinished + self.config._pad_token_tensor * (1 - self.unfinished)
         self._append(chosen)

@@ -40,26 +40,33 @@ def embed_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def head_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, norm_ptr, eps, head_ptr, bias_ptr, logits_ptr, best_ptr, vocabulary,
-    SIZE: tl.constexpr, TOKENS: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, norm_ptr, eps, head_ptr, bias_ptr, logits_ptr, best_ptr, listed_ptr, vocabulary,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr, LISTED: tl.constexpr,
+    EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits [TOKENS, vocabulary], float32 rounded to x's type; of one token, the greatest in `best` int64 [SLOTS],
     above the complement of its row.
 
-    So a maximum of integers finds the greatest logit, of equal ones that of the least row.
+    So a maximum of integers finds the greatest logit, of equal ones that of the least row. LISTED: of the rows in
+    `listed` int64 [vocabulary] only; -1 is none, and has a logit of -inf.
     """
     if EARLY:
         gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < vocabulary
+    inside, to = rows < vocabulary, rows
+    stored = inside
+    if LISTED:
+        rows = tl.load(listed_ptr + to, inside, -1)
+        inside = rows >= 0
     logits, squares = product(x_ptr, norm_ptr, head_ptr, rows, inside, SIZE, TOKENS, True, EARLY, BLOCK)
     logits *= tl.rsqrt(squares / SIZE + eps)
     if BIAS:
         logits += tl.load(bias_ptr + rows, inside, 0.0).to(tl.float32)[None, :]
     logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
-    place = tl.arange(0, TOKENS)[:, None] * vocabulary + rows[None, :]
-    tl.store(logits_ptr + place, logits, inside[None, :])
+    if LISTED:
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+    place = tl.arange(0, TOKENS)[:, None] * vocabulary + to[None, :]
+    tl.store(logits_ptr + place, logits, stored[None, :])
     if TOKENS == 1:
         bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 equals 0
         order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
@@ -83,3 +90,34 @@ def next_kernel(  # type: ignore[no-untyped-def]
     tl.store(state_ptr + 1, length)
     tl.store(state_ptr + 3, token)
     tl.store(chosen_ptr + length % RING, token)
+
+
+@triton.jit
+def drafted_kernel(  # type: ignore[no-untyped-def]
+    best_ptr, logits_ptr, state_ptr, chosen_ptr, count,
+    SLOTS: tl.constexpr, RING: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As next_kernel, of the logits [count] of a draft; above the token stand the bits of its probability, float32.
+
+    Both are in one number, so that a host that sees one sees the other.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    slot, one = tl.arange(0, SLOTS), tl.arange(0, 1)
+    best = tl.load(best_ptr + slot)
+    tl.store(best_ptr + slot, tl.full([SLOTS], LEAST, tl.int64))
+    token = LOW - (tl.max(best, 0) & LOW)
+    order = (best >> 32).to(tl.int32)
+    value = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+    highest = tl.max(tl.where(best == LEAST, float("-inf"), value), 0)
+    total = tl.zeros([1, BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)[None, :]
+        total += tl.exp(tl.load(logits_ptr + place, place < count, float("-inf")) - highest)
+    bits = (1.0 / tl.sum(total, 1)).to(tl.int32, bitcast=True)
+    length = tl.load(state_ptr + 1) + 1
+    tl.store(state_ptr, tl.load(state_ptr) + 1)
+    tl.store(state_ptr + 1, length)
+    tl.store(state_ptr + 3, token)
+    tl.store(chosen_ptr + length % RING + one, (bits.to(tl.int64) << 32) | token)

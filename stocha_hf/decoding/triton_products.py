@@ -4,7 +4,7 @@ A program owns ROWS rows and goes through them BLOCK columns at a time; the next
 used. The first tile is asked for before the program waits for the kernel before it (EARLY: from Hopper on a kernel's
 programs may start while that one ends). The RMS norm before a product is a factor of its result: x times the norm's
 weight is multiplied, squares of x are summed beside it. Sums are in float32; what PyTorch would write is rounded to
-the weights' type. Four tokens' products are in triton_several.py, but for the sparse down product, which is here.
+the weights' type. Those of more tokens are in triton_several.py, but for the sparse down product, which is here.
 """
 
 from __future__ import annotations

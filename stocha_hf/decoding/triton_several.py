@@ -1,4 +1,4 @@
-"""The products of a whole decode step on a GPU for 3 or 4 tokens, by tensor cores: multiply-adds would take longer
+"""The products of a whole decode step on a GPU for 3 to 8 tokens, by tensor cores: multiply-adds would take longer
 than reading.
 
 Tensor cores take 8 tokens or more, so that some of their lanes are empty: a matrix is read once all the same. x times

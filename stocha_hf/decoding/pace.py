@@ -1,0 +1,66 @@
+"""How many tokens a round of lossless decoding drafts at most: as many as give the most tokens a second.
+
+A draft also ends by itself, after a token that it doubts. Of each drafted token, a is the chance to be accepted, g to
+be accepted and not doubted, and s not to be doubted. Then a draft of k tokens at most gives
+1 + a (1 + g + ... + g^(k-1)) tokens on average, for 1 + s + ... + s^(k-1) steps of a draft and a verification of one
+token more, whose time is a straight line through those that were taken.
+"""
+
+from __future__ import annotations
+
+FIRST = (2, 5)  # tokens that the first rounds draft at most, to see what steps of several tokens take
+DECAY = 0.95  # of what earlier rounds count, a round
+PATIENCE = 32  # steps after which a draft that did not pay is tried again
+
+
+class Pace:
+    """What rounds took and gave so far. A round verifies `tokens` at most."""
+
+    def __init__(self, tokens: int) -> None:
+        self.most = tokens - 1
+        self.accepted, self.safe, self.tried = 1.8, 1.6, 2.0  # to begin with; `safe`: accepted and not doubted
+        self.sure, self.all = 1.6, 2.0  # drafted and not doubted; drafted
+        self.draft = [0.0, 0.0]  # steps, seconds
+        self.moments = [0.0] * 5  # of verifications: 1, tokens, tokens^2, seconds, tokens * seconds
+        self.rounds = self.idle = 0
+
+    def drafts(self) -> int:
+        """Return how many tokens the next round should draft at most."""
+        if self.rounds < len(FIRST) or not self.draft[0]:
+            return min(FIRST[min(self.rounds, 1)], self.most)
+        step, each = self.draft[1] / self.draft[0], self.sure / self.all
+        steps = [_sum(each, count) for count in range(self.most + 1)]
+        rates = [self._tokens(k) / (taken * step + self._seconds(taken + 1)) for k, taken in enumerate(steps)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return best if best or self.idle < PATIENCE else 1
+
+    def drafted(self, steps: int, doubted: bool, seconds: float) -> None:
+        """Count the steps of a draft, and whether it doubted the last one's token."""
+        self.draft = [DECAY * old + new for old, new in zip(self.draft, (steps, seconds), strict=True)]
+        if steps:
+            self.all, self.sure = DECAY * self.all + steps, DECAY * self.sure + steps - doubted
+
+    def verified(self, count: int, accepted: int, doubted: bool, seconds: float) -> None:
+        """Count a verification of so many drafts, of which the first `accepted` were right; the last one doubted."""
+        self.rounds += 1
+        self.idle = 0 if count else self.idle + 1
+        tokens = count + 1
+        new = (1.0, tokens, tokens**2, seconds, tokens * seconds)
+        self.moments = [DECAY * old + value for old, value in zip(self.moments, new, strict=True)]
+        if count:
+            self.tried = DECAY * self.tried + min(accepted + 1, count)
+            self.accepted = DECAY * self.accepted + accepted
+            self.safe = DECAY * self.safe + accepted - (doubted and accepted == count)
+
+    def _tokens(self, count: int) -> float:
+        return 1 + self.accepted / self.tried * _sum(self.safe / self.tried, count)
+
+    def _seconds(self, tokens: float) -> float:
+        total, first, second, seconds, cross = self.moments
+        spread = total * second - first * first
+        slope = max(0.0, (total * cross - first * seconds) / spread) if spread > 1e-9 else 0.0
+        return max((seconds - slope * first) / total, 0.0) + slope * tokens
+
+
+def _sum(ratio: float, terms: int) -> float:
+    return sum(ratio**i for i in range(terms))
