@@ -1,7 +1,6 @@
-"""The tables and pictures of docs/experiments/pretraining.md, from the results file alone.
+"""The tables of docs/experiments/pretraining.md, from the results files alone; benchmarks/pretrain_pictures.py draws.
 
     python benchmarks/pretrain_report.py            # rewrites the tables between the page's markers
-    python benchmarks/pretrain_report.py --pictures # and draws docs/images/pretraining-*.png (matplotlib)
 
 A loss is the mean over documentation and code of the mean loss of a token, in nats. `test` texts are reported, `tune`
 texts chose the learning rates. Comparisons are between runs of one seed, which share first weights and order of text.
@@ -21,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/pretrain_h100.jsonl"
 NOISE = ROOT / "benchmarks/results/pretrain_noise.jsonl"
+TASKS = ROOT / "benchmarks/results/pretrain_tasks.jsonl"
 PAGE = ROOT / "docs/experiments/pretraining.md"
-IMAGES = ROOT / "docs/images"
 SEEDS = ("", "-s1", "-s2")
 MAIN = {
     "SiLU": "silu",
@@ -46,7 +45,16 @@ VARIANTS = {
     "p from 0.7 to 0 over 80%, then ReLU": "annealed",
     "ReLU^2": "relu2",
 }
-SIZES = {"33.6M, 100M tokens": "1e-3", "136M, 66M tokens": "135m-1e-3"}  # seed 0
+SIZES = {  # seed 0 where nothing else stands
+    "33.6M, 1e-3": "1e-3",
+    "136M, 1e-3": "135m-1e-3",
+    "136M, 5e-4": "135m-5e-4",
+    "136M, 5e-4, seed 1": "135m-5e-4-s1",
+}
+LARGER = {"SiLU": "silu", "Swi+FT, alpha 0.2": "swi-20", "StochA+FT, p 0.7, alpha 0.2": "stocha70-20", "ReLU": "relu"}
+ASKED = "135m-5e-4"  # the rate of the models that were asked tasks
+REFERENCE = "SmolLM2-135M-Instruct"
+GROUPS = {"agreement": "agreement", "code": "code, ", "BIG-bench": "bigbench:"}  # and how names of their tasks begin
 Rows = dict[str, dict[str, Any]]
 
 
@@ -265,25 +273,97 @@ def probes_table(all_rows: Rows) -> str:
 
 
 def sizes_table(all_rows: Rows) -> str:
-    """Seed 0, learning rate 1e-3, for both sizes."""
     lines = []
     for size, ending in SIZES.items():
-        base = all_rows[f"relu-{ending}"]
-        for label, name in {"ReLU": "relu", "StochA+FT, p 0.7, alpha 0.2": "stocha70-20"}.items():
-            row = all_rows[f"{name}-{ending}"]
+        base = all_rows.get(f"relu-{ending}")
+        for label, name in LARGER.items():
+            row = all_rows.get(f"{name}-{ending}")
+            if row is None or base is None:
+                continue
             told = [f"{perplexity([row], kind):.2f}" for kind in ("docs", "code")]
             against = ["", ""]
             if row is not base:
                 against = [change(loss(row) - loss(base)), change(end_loss(row) - end_loss(base))]
             told = [size, label, f"{loss(row):.4f}", ", ".join(told), *against]
             lines.append([*told, percent(zeros(row)), percent(dead(row))])
-    heads = ("parameters", "trained with", "loss", "perplexity: docs, code", "perplexity against ReLU's")
+    heads = ("parameters, rate", "trained with", "loss", "perplexity: docs, code", "perplexity against ReLU's")
     return table((*heads, "at the end of training", "zeros", "dead"), lines)
+
+
+Asked = dict[str, dict[str, dict[str, Any]]]  # by model, by task
+
+
+def asked() -> Asked:
+    """The models of the bench that were asked all tasks, and the reference."""
+    found: Asked = {}
+    for row in map(json.loads, TASKS.read_text().splitlines()):
+        found.setdefault(row["model"], {})[row["task"]] = row
+    whole = max(map(len, found.values()))
+    return {model: tasks for model, tasks in found.items() if len(tasks) == whole or model == REFERENCE}
+
+
+def tasks_table(all_rows: Rows) -> str:
+    """A line a task, and one for all questions of a group; against ReLU question by question, a model of each seed."""
+    models = asked()
+    kinds = {label: name for label, name in LARGER.items() if f"{name}-{ASKED}" in models}
+    tasks: list[tuple[str, list[str]]] = []
+    for group, begins in GROUPS.items():
+        members = [task for task in models[f"relu-{ASKED}"] if task.startswith(begins)]
+        tasks += [*((task, [task]) for task in members), (f"**{group}, all**", members)]
+    lines = []
+    for title, names in tasks:
+        told = [title, *size_and_chance([models[f"relu-{ASKED}"][task] for task in names])]
+        for name in kinds.values():
+            told.append(shares(right(models, f"{name}-{ASKED}{seed}", names) for seed in SEEDS))
+        told += [paired(models, name, names) for name in kinds.values() if name != "relu"]
+        lines.append([*told, shares([right(models, REFERENCE, names)])])
+    less = [f"{label.partition(',')[0]} less ReLU" for label, name in kinds.items() if name != "relu"]
+    return table(["task", "questions", "chance", *kinds, *less, REFERENCE], lines)
+
+
+def numbers_table(all_rows: Rows) -> str:
+    """Seed 0: singular subjects, which the first pair of a frame has, and plural ones."""
+    models = asked()
+    labels = {label: f"{name}-{ASKED}" for label, name in LARGER.items()} | {REFERENCE: REFERENCE}
+    labels = {label: model for label, model in labels.items() if model in models}
+    lines = []
+    for task in models[f"relu-{ASKED}"]:
+        if task.startswith(GROUPS["agreement"]):
+            found = [right(models, model, [task]) for model in labels.values()]
+            lines.append([task, *(", ".join(percent(statistics.mean(one[at::2])) for at in (0, 1)) for one in found)])
+    return table(["singular, plural", *labels], lines)
+
+
+def size_and_chance(found: list[dict[str, Any]]) -> list[str]:
+    questions = sum(row["questions"] for row in found)
+    return [str(questions), percent(sum(row["chance"] * row["questions"] for row in found) / questions)]
+
+
+def shares(seeds: Iterable[list[int]]) -> str:
+    return " / ".join(percent(statistics.mean(one)) for one in seeds if one)
+
+
+def right(models: Asked, model: str, tasks: list[str]) -> list[int]:
+    """Of each question of some tasks whether a model is right; nothing where it was not asked."""
+    held = models.get(model, {})
+    return [int(digit) for task in tasks for digit in held[task]["right"]] if set(tasks) <= held.keys() else []
+
+
+def paired(models: Asked, name: str, tasks: list[str]) -> str:
+    """The difference to ReLU in points, the mean of the seeds that both have, and its standard error by question."""
+    sides = [[right(models, f"{one}-{ASKED}{seed}", tasks) for one in (name, "relu")] for seed in SEEDS]
+    seeds = [[a - b for a, b in zip(*both, strict=True)] for both in sides if all(both)]
+    each = [100 * statistics.mean(question) for question in zip(*seeds, strict=True)]
+    if not any(each):
+        return "0.0"
+    return f"{statistics.mean(each):+.1f} +- {statistics.stdev(each) / len(each) ** 0.5:.1f}"
 
 
 TABLES: dict[str, Callable[[Rows], str]] = {
     "main": main_table,
     "sizes": sizes_table,
+    "tasks": tasks_table,
+    "numbers": numbers_table,
     "sweep": sweep_table,
     "variants": variants_table,
     "rates": rates_table,
@@ -306,78 +386,9 @@ def filled(page: str, all_rows: Rows) -> str:
     return page
 
 
-def draw(all_rows: Rows) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    options: dict[str, Any] = {"dpi": 90, "bbox_inches": "tight"}
-    figure, axes = plt.subplots(figsize=(7.5, 3.2))
-    labels = []
-    for at, (label, name) in enumerate(reversed(MAIN.items())):
-        found = [all_rows[key] for seed in SEEDS if (key := f"{name}-1e-3{seed}") in all_rows]
-        axes.plot(list(map(loss, found)), [at] * len(found), "o", markersize=5)
-        axes.plot([statistics.mean(map(loss, found))], [at], "k|", markersize=14)
-        labels.append(f"{label}, {percent(statistics.mean(map(zeros, found)), 0)} zeros")
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set(xlabel="loss on held-out text, nats; a dot a seed, a bar their mean")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(IMAGES / "pretraining-loss.png", **options)
-
-    figure, axes = plt.subplots(figsize=(7.5, 3.6))
-    base = {step: value for step, value, _ in all_rows["silu-1e-3-s1"]["curve"]}
-    for label, name in {
-        "ReLU": "relu",
-        "StochA+FT, p 0.7, alpha 0.2": "stocha70-20",
-        "Swi+FT, alpha 0.2": "swi-20",
-    }.items():
-        curve = [(step, value - base[step]) for step, value, _ in all_rows[f"{name}-1e-3-s1"]["curve"] if step > 300]
-        axes.plot(*zip(*curve, strict=True), label=label, linewidth=1)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(xlabel="step of 3060", ylabel="training loss above SiLU's, nats", ylim=(-0.08, 0.21))
-    axes.legend(fontsize=8, loc="upper center")
-    figure.savefig(IMAGES / "pretraining-switch.png", **options)
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    runs = {
-        "ReLU, 1e-3": "relu-1e-3-s1",
-        "StochA p 0.7, 1e-3": "stocha70-05-1e-3-s1",
-        "ReLU, 2e-3": "relu-2e-3",
-        "StochA p 0.5, 2e-3": "stocha50-05-2e-3",
-        "SiLU, 2e-3": "silu-2e-3",
-    }
-    for label, name in runs.items():
-        probes = all_rows[name]["probes"]
-        left.plot([probe["step"] for probe in probes], [100 * probe["dead"] for probe in probes], ".-", label=label)
-    left.set(xlabel="step", ylabel="dead neurons under ReLU, %")
-    left.legend(fontsize=8, loc="center right")
-    layers: dict[str, str] = {"ReLU": "relu-1e-3-s1", "StochA+FT, alpha 0.2": "stocha70-20-1e-3-s1"}
-    for label, name in (layers | {"Swi+FT, alpha 0.2": "swi-20-1e-3-s1"}).items():
-        right.plot([100 * share for share in all_rows[name]["docs-test"]["zeros_per_layer"]], ".-", label=label)
-    right.set(xlabel="layer", ylabel="zeros, %")
-    right.legend(fontsize=8)
-    figure.savefig(IMAGES / "pretraining-dead.png", **options)
-
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.4))
-    for axes, key, label in zip(both, ("distinct_2", "self_bleu"), ("distinct-2", "self-BLEU"), strict=True):
-        for name, kind in {"noise of the activation": "p", "temperature": "temperature"}.items():
-            found = sorted((r for r in noise_rows() if not r["way"] or kind in r["way"]), key=lambda r: r[key])
-            axes.plot([r["log_likelihood_judge"] for r in found], [r[key] for r in found], ".-", label=name)
-        axes.set(xlabel="log-likelihood of the samples, nats a token", ylabel=label)
-        axes.legend(fontsize=8)
-    figure.savefig(IMAGES / "pretraining-noise.png", **options)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", action="store_true", help="draw them too")
-    args = parser.parse_args()
-    all_rows = rows()
-    PAGE.write_text(filled(PAGE.read_text(), all_rows))
-    if args.pictures:
-        IMAGES.mkdir(exist_ok=True)
-        draw(all_rows)
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    PAGE.write_text(filled(PAGE.read_text(), rows()))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
         --results runs/tasks.jsonl
 
 A line a model and task: `score` is the share of questions that the model gets right, `right` has a digit for each, in
-the same order for every model, so that two models can be compared question by question. Of a minimal pair
-(benchmarks/minimal_pairs.py) the right text must have the larger likelihood, from its first token on. BIG-bench is
-asked as stocha-eval asks it, `--limit` evenly spaced questions of a task. `chance` is the score of guessing. Started
-again, it skips what `results` holds.
+the same order for every model, so that two models can be compared question by question; the two pairs of a frame
+stand side by side. Of a minimal pair (benchmarks/minimal_pairs.py) the right text must have the larger likelihood,
+from its first token on; `margins` has the differences in nats: a preference for one alternative raises one of a
+frame's two and lowers the other. BIG-bench is asked as stocha-eval asks it, `--limit` evenly spaced questions of a
+task. `chance` is the score of guessing. Started again, it skips what `results` holds.
 """
 
 from __future__ import annotations
@@ -32,28 +33,31 @@ from stocha_hf.tasks.evaluate import evaluate_tasks
 from stocha_hf.tasks.harness import HarnessModel
 from stocha_hf.tasks.kept import Kept
 
-BIGBENCH = (
-    *("hyperbaton", "winowhy", "strategyqa", "social_iqa", "timedial"),
-    *("date_understanding", "logical_deduction", "elementary_math_qa"),
+BIGBENCH = (  # without hyperbaton: of 250 evenly spaced questions all have the answer "a"
+    *("winowhy", "strategyqa", "social_iqa", "timedial", "date_understanding"),
+    *("logical_deduction", "elementary_math_qa"),
 )
+Answers = tuple[list[bool], dict[str, Any]]  # of each question whether it is right; and what else a line says
 
 
-def of_pairs(task: str, count: int, model: Any, tokenizer: Any) -> tuple[list[bool], float]:
-    """Of each pair whether the right text is the more likely one; and the chance of that."""
+def of_pairs(task: str, count: int, model: Any, tokenizer: Any) -> Answers:
+    """Of each pair whether the right text is the more likely one."""
     lm = HarnessModel(model, tokenizer, Kept(), "")
     texts = [text for pair in pairs(task, count) for text in (pair.right, pair.wrong)]
     asked = [(None, [lm.prefix_token_id], lm.tok_encode(text, add_special_tokens=False)) for text in texts]
     found = [likelihood for likelihood, _ in lm._loglikelihood_tokens(asked)]
-    return [right > wrong for right, wrong in zip(found[::2], found[1::2], strict=True)], 0.5
+    margins = [right - wrong for right, wrong in zip(found[::2], found[1::2], strict=True)]
+    told = {"chance": 0.5, "margins": [round(margin, 3) for margin in margins]}
+    return [margin > 0 for margin in margins], told
 
 
-def of_bigbench(task: str, limit: int, data: str | None, model: Any, tokenizer: Any) -> tuple[list[bool], float]:
-    """Of each question whether the best choice is the most likely one; and the chance of that."""
+def of_bigbench(task: str, limit: int, data: str | None, model: Any, tokenizer: Any) -> Answers:
+    """Of each question whether the best choice is the most likely one."""
     found = evaluate_tasks(model, tokenizer, [f"bigbench:{task}"], limit=limit, task_data=data).questions
     values = {number: value for (_, metric, number), value in sorted(found.items()) if metric == "acc"}
     rows = local_data.bigbench(task, data)
     chance = statistics.mean(rows[number]["scores"].count(1.0) / len(rows[number]["scores"]) for number in values)
-    return [value == 1 for value in values.values()], chance
+    return [value == 1 for value in values.values()], {"chance": round(chance, 4)}
 
 
 def main() -> None:
@@ -69,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     held = {(row["model"], row["task"]) for row in map(json.loads, lines)}
-    jobs: dict[str, Callable[[Any, Any], tuple[list[bool], float]]]
+    jobs: dict[str, Callable[[Any, Any], Answers]]
     jobs = {task: partial(of_pairs, task, args.pairs) for task in TASKS}
     jobs |= {f"bigbench:{task}": partial(of_bigbench, task, args.limit, args.task_data) for task in args.bigbench}
     for folder in args.models:
@@ -80,23 +84,23 @@ def main() -> None:
         tokenizer = load_tokenizer(tokenizer_folder(str(folder)))
         for task in missing:
             begun = time.monotonic()
-            right, chance = jobs[task](model, tokenizer)
+            right, more = jobs[task](model, tokenizer)
             score = sum(right) / len(right)
             row = {
                 "model": folder.name,
                 "task": task,
                 "score": round(score, 4),
                 "stderr": round(math.sqrt(score * (1 - score) / len(right)), 4),
-                "chance": round(chance, 4),
                 "questions": len(right),
                 "right": "".join(str(int(value)) for value in right),
+                **more,
                 "dtype": args.dtype,
                 "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
                 "seconds": round(time.monotonic() - begun, 1),
             }
             with args.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print({key: value for key, value in row.items() if key != "right"}, flush=True)
+            print({key: value for key, value in row.items() if key not in ("right", "margins")}, flush=True)
 
 
 if __name__ == "__main__":

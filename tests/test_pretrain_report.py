@@ -24,3 +24,10 @@ def test_every_line_is_a_listed_run_with_its_options():
         row = json.loads(line)
         run = listed[row["name"]]
         assert {key: row.get(key) for key in run} == run
+
+
+def test_models_are_compared_question_by_question():
+    answers = {"relu": "1100", "silu": "1111", "swi-20": "1100"}
+    models = {f"{name}-{pretrain_report.ASKED}": {"task": {"right": right}} for name, right in answers.items()}
+    assert pretrain_report.paired(models, "silu", ["task"]) == "+50.0 +- 28.9"
+    assert pretrain_report.paired(models, "swi-20", ["task"]) == "0.0"
