@@ -178,15 +178,22 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
     return model.eval()
 
 
+def cut_shares(model: Any) -> dict[str, float]:
+    """The shares of inputs that a folder's projections cut, by name."""
+    found = (getattr(model.config, "stocha", None) or {}).get("inputs") or {}
+    return dict.fromkeys(found.get("thresholds", ()), found.get("share") or 0.0)
+
+
 def step_bytes(model: Any, zeros: float) -> int:
     """Bytes of weights that a step of one token reads."""
-    total, tied = 0, model.config.tie_word_embeddings
+    total, tied, shares = 0, model.config.tie_word_embeddings, cut_shares(model)
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if not (last.endswith("_proj") or last == ("embed_tokens" if tied else "lm_head")):
             continue
         tensors = [module.codes, module.scale] if hasattr(module, "codes") else [module.weight]
         size = sum(tensor.nbytes for tensor in tensors)
+        size -= round(size * shares.get(last, 0.0))
         total += round(size * (1 - zeros)) if last in ("up_proj", "down_proj") else size
     return total
 

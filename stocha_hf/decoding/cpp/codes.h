@@ -110,6 +110,35 @@ inline V spread_8(V v) {
   return __builtin_shuffle(v, order);
 }
 
+// For x within 2^15, the nearest integers in the low 16 bits of each lane.
+inline Integers near_bits(Vector x) { return (Integers)(x + 12582912.0f); }
+
+// Two integers a lane: the low 16 bits of a, then of b.
+inline Integers shorts_of(Integers a, Integers b) { return (a & 0xffff) | (b << 16); }
+
+// Each lane's sum of both products of two integers of 16 bits.
+inline Integers products_of_shorts(Integers a, Integers b) {
+#if defined(STOCHA_AVX512)
+  return (Integers)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(STOCHA_AVX2)
+  return (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// The low bytes a, b of two such integers as bytes a, b, a, b.
+inline Integers bytes_of(Integers pair) {
+#if defined(STOCHA_AVX2)
+  const int64_t low = 0x0604060402000200, high = 0x0e0c0e0c0a080a08;
+  const __m256i order = _mm256_set_epi64x(high, low, high, low);
+  return (Integers)_mm256_shuffle_epi8((__m256i)pair, order);
+#else
+  const Integers both = (pair & 0xff) | (pair >> 8 & 0xff00);
+  return both | (both << 16);
+#endif
+}
+
 template <int i, int n, class F>
 inline void repeated(F f) {  // f with a constant 0 to n - 1
   if constexpr (i < n) {

@@ -21,13 +21,19 @@ struct Ffn {  // as structs.py has it
 };
 
 struct Scratch {  // shared by a team
-  std::vector<float> hidden, halves;
+  std::vector<float> hidden, sums;
   std::vector<int64_t> active, counts;
   void reserve(const Ffn& f, int64_t padded_tokens, int threads) {
     hidden.resize(std::max<size_t>(hidden.size(), f.gate.outputs() * padded_tokens));
     active.resize(std::max<size_t>(active.size(), f.gate.outputs()));
     counts.assign(threads, 0);
-    halves.resize(std::max<size_t>(halves.size(), 2 * padded_tokens * f.down.groups() * kGroupSize));
+    reserve({&f.gate, &f.up}, padded_tokens);
+    reserve({&f.down}, padded_tokens);
+  }
+  void reserve(std::initializer_list<const Matrix*> together, int64_t padded_tokens) {
+    size_t room = 0;
+    for (const Matrix* m : together) room += Product::room_of(*m, padded_tokens);
+    sums.resize(std::max(sums.size(), room));
   }
 };
 
@@ -116,12 +122,15 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   // 0 * inf is NaN in the dense path: where x is not finite, no neuron may be skipped
   const bool all = !f.skips() || !all_finite(x.values.data(), x.tokens * x.size);
   const Part mine = part_of(f.gate, team);
+  float* room = scratch.sums.data();
+  const Product gate(f.gate, T, room), up(f.up, T, room);
+  begin({&gate, &up}, x, team);
 
   // 1. Gate rows, all or those that the coarse gate leaves: `found` are those with an activation that is not zero.
   const bool coarse = f.coarse && !all && x.tokens <= kCoarseTokens;
   const int64_t possible = coarse ? candidates_of(f, x, mine, active) : mine.end;
   int64_t found = mine.begin;
-  in_turn(f.gate, x, coarse ? active : nullptr, mine.begin, possible, false, [&](int64_t first, int64_t last, float* gates) {
+  in_turn(gate, x, coarse ? active : nullptr, mine.begin, possible, false, [&](int64_t first, int64_t last, float* gates) {
     round_row(type, gates, (last - first) * T);
     activate(gates, (last - first) * T, f, type);
     for (int64_t i = first; i < last; ++i, gates += T) {
@@ -139,7 +148,7 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   // 2. Their up rows, and what of hidden down takes.
   const bool cut = cuts(f.down, x);
   int64_t kept_end = mine.begin;
-  in_turn(f.up, x, all ? nullptr : active, mine.begin, found, !all, [&](int64_t first, int64_t last, float* values) {
+  in_turn(up, x, all ? nullptr : active, mine.begin, found, !all, [&](int64_t first, int64_t last, float* values) {
     round_row(type, values, (last - first) * T);
     for (int64_t i = first; i < last; ++i, values += T) {
       bool any = !f.down.rows_are_inputs || (!f.skips() && !cut);
@@ -167,24 +176,22 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
     factors.insert(factors.end(), hidden + begin * T, hidden + end * T);
   }
   const auto count = static_cast<int64_t>(neurons.size());
+  static thread_local std::vector<float> rows;
+  static thread_local Inputs hidden_x;
+  room = scratch.sums.data();
   if (f.down.rows_are_inputs) {
-    float* halves = scratch.halves.data();
-    const int64_t stride = f.down.groups() * kGroupSize;
-    sum_halves(f.down, neurons.data(), factors.data(), count, T, x.tokens, team, halves);
+    const Product down(f.down, T, room);
+    RowSum parts[2];
+    sum_all(parts, parts_of_halves(f.down, neurons.data(), factors.data(), count, T, x.tokens, team, down.halves, parts));
     team.wait();
-    const Part columns = part_of(f.down, team);
-    for (int64_t t = 0; t < x.tokens; ++t)
-      for (int64_t c = columns.begin; c < columns.end; ++c)
-        keep(c, t, rounded(type, halves[t * stride + c] + halves[(T + t) * stride + c]));
+    finish(down, x, team, keep);
   } else {
-    static thread_local std::vector<float> rows;
-    static thread_local Inputs hidden_x;
     rows.assign(x.tokens * width, 0.0f);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t t = 0; t < x.tokens; ++t) rows[t * width + neurons[i]] = factors[i * T + t];
     hidden_x.type = type;
     hidden_x.set(rows.data(), x.tokens, width);
-    linear(f.down, hidden_x, team, keep);
+    finish(Product(f.down, T, room), hidden_x, team, keep);
   }
   return count;
 }

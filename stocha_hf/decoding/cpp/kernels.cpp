@@ -47,8 +47,11 @@ int64_t ffn_call(const Ffn& f, int type, const void* x, void* out, int64_t token
 
 void linear_call(const Matrix& m, int type, const void* x, void* out, int64_t tokens, int threads) {
   static thread_local std::vector<float> x_own, y_own;
+  static thread_local Scratch own;
+  Scratch& scratch = own;  // the team's, where `own` would be each thread's
   std::vector<float>&given = x_own, &y = y_own;
   const int64_t size = m.inputs(), outputs = m.outputs();
+  scratch.reserve({&m}, kTokens);
   given.resize(tokens * size);
   y.resize(tokens * outputs);
   widen(type, x, tokens * size, given.data());
@@ -57,7 +60,10 @@ void linear_call(const Matrix& m, int type, const void* x, void* out, int64_t to
     inputs.type = type;
     inputs.cuts = true;
     inputs.set(given.data(), tokens, size);
-    linear(m, inputs, team, [&](int64_t o, int64_t t, float value) { y[t * outputs + o] = value; });
+    float* room = scratch.sums.data();
+    const Product product(m, inputs.padded, room);
+    begin({&product}, inputs, team);
+    finish(product, inputs, team, [&](int64_t o, int64_t t, float value) { y[t * outputs + o] = value; });
   });
   narrow(type, y.data(), tokens * outputs, out);
 }

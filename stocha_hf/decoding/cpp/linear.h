@@ -1,5 +1,5 @@
 // Products of a matrix with x, which it may cut, in either layout: rows' products with x, or a sum of the rows whose
-// inputs are left.
+// inputs are left. A team begins products of one x together, and waits once before it finishes them.
 //
 // Where rows are outputs, what is cut becomes the centre and all is read. Where they are inputs, those that are 0 for
 // every token are not read. Without cuts all are, in the same blocks whatever the number of tokens, so that the same
@@ -29,27 +29,88 @@ inline Inputs& taken(const Matrix& m, Inputs& x) {
   return cut;
 }
 
-// This thread's sums of outputs `begin` to `end` - 1 of a matrix whose rows are inputs.
-inline Sums outputs(const Matrix& m, const Inputs& x, int64_t begin, int64_t end) {
-  static thread_local std::vector<int64_t> list;
-  static thread_local std::vector<float> factors;
-  const int64_t T = x.padded;
-  const bool is_cut = cuts(m, x);
-  list.resize(x.size);
-  factors.resize(x.size * T);
+// The inputs that are left, with each token's entry of them.
+struct Left {
+  std::vector<int64_t> list;
+  std::vector<float> factors;  // [count, x.padded]
   int64_t count = 0;
-  for (int64_t i = 0; i < x.size; ++i) {
-    bool any = !is_cut;
-    for (int64_t t = 0; t < T; ++t) {
-      const float value = x.values[t * x.size + i];
-      factors[count * T + t] = is_cut && t < x.tokens ? kept(m, x.type, value) : value;
-      any |= factors[count * T + t] != 0;
+
+  void choose(const Matrix& m, const Inputs& x) {
+    const int64_t T = x.padded;
+    const bool is_cut = cuts(m, x);
+    list.resize(x.size);
+    factors.resize(x.size * T);
+    count = 0;
+    if (T == 1 && m.centre == 0) {
+      const float threshold = is_cut ? m.threshold : -1;
+      for (int64_t i = 0; i < x.size; ++i) {  // without jumps, which nobody could guess
+        list[count] = i;
+        factors[count] = x.values[i];
+        count += !(std::abs(x.values[i]) <= threshold);
+      }
+      return;
     }
-    list[count] = i;
-    count += any;
+    for (int64_t i = 0; i < x.size; ++i) {
+      bool any = !is_cut;
+      for (int64_t t = 0; t < T; ++t) {
+        const float value = x.values[t * x.size + i];
+        factors[count * T + t] = is_cut && t < x.tokens ? kept(m, x.type, value) : value;
+        any |= factors[count * T + t] != 0;
+      }
+      list[count] = i;
+      count += any;
+    }
   }
-  Part columns{begin / kUnit * kUnit, end};
-  return sums_of(m, list.data(), factors.data(), count, T, x.tokens, columns);
+};
+
+// A product that a team computes in two steps: each thread's part of the sums, where rows are inputs, then, when all
+// threads are there, outputs.
+struct Product {
+  const Matrix* m;
+  float* halves;  // of parts_of_halves, [2][padded, stride]
+  int64_t padded, stride;
+
+  // Takes room for its sums from `room` on.
+  Product(const Matrix& matrix, int64_t padded_tokens, float*& room)
+      : m(&matrix), halves(room), padded(padded_tokens), stride(matrix.groups() * kGroupSize) {
+    room += room_of(matrix, padded);
+  }
+  static int64_t room_of(const Matrix& m, int64_t padded_tokens) {
+    return m.rows_are_inputs ? 2 * padded_tokens * m.groups() * kGroupSize : 0;
+  }
+
+  // values [last - first, padded] of outputs, or of those of a list.
+  void sums(const int64_t* list, int64_t first, int64_t last, float* values) const {
+    for (int64_t t = 0; t < padded; ++t) {
+      const float *a = halves + t * stride, *b = a + padded * stride;
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t output = list ? list[i] : i;
+        values[(i - first) * padded + t] = a[output] + b[output];
+      }
+    }
+  }
+};
+
+constexpr int kTogether = 3;  // products of one x, at most
+
+// Begins products of one x, and waits for the team where that is needed.
+inline void begin(std::initializer_list<const Product*> all, const Inputs& x, Team team) {
+  static thread_local Left left[kTogether];
+  RowSum parts[2 * kTogether];
+  int count = 0, chosen = 0;
+  const Matrix* before = nullptr;
+  for (const Product* product : all) {
+    const Matrix& m = *product->m;
+    if (!m.rows_are_inputs) continue;
+    const bool same = before && before->threshold == m.threshold && before->centre == m.centre;
+    if (!same) left[chosen++].choose(m, x);
+    before = &m;
+    const Left& own = left[chosen - 1];
+    count += parts_of_halves(m, own.list.data(), own.factors.data(), own.count, product->padded, x.tokens, team,
+                             product->halves, parts + count);
+  }
+  sum_all(parts, count);
+  if (before) team.wait();
 }
 
 // The outputs that are a thread's.
@@ -58,29 +119,28 @@ inline Part part_of(const Matrix& m, Team team) { return Part(m.outputs(), m.row
 // f(first, last, values [last - first, x.padded]) for outputs `begin` to `end` - 1, or those of a rising list, some at a
 // time.
 template <class F>
-void in_turn(const Matrix& m, Inputs& given, const int64_t* list, int64_t begin, int64_t end, bool side_by_side, F f) {
+void in_turn(const Product& product, Inputs& given, const int64_t* list, int64_t begin, int64_t end, bool side_by_side, F f) {
   if (begin >= end) return;
+  const Matrix& m = *product.m;
   float values[kAtOnce * kTokens];
-  const int64_t T = given.padded;
-  Sums sums{};
-  if (m.rows_are_inputs) sums = list ? outputs(m, given, list[begin], list[end - 1] + 1) : outputs(m, given, begin, end);
   Inputs& x = m.rows_are_inputs ? given : taken(m, given);
   for (int64_t i = begin; i < end; i += kAtOnce) {
     const int64_t last = std::min(i + kAtOnce, end);
     if (m.rows_are_inputs)
-      for (int64_t o = i; o < last; ++o)
-        for (int64_t t = 0; t < T; ++t) values[(o - i) * T + t] = sums(list ? list[o] : o, t);
+      product.sums(list, i, last, values);
     else
       products(m, x, {list, i, last, end, side_by_side}, values);
     f(i, last, values);
   }
 }
 
-// y = W x + bias, each output rounded to the model's type and handed to keep(output, token, value); this thread's.
+// y = W x + bias of a product that has begun, each output rounded to the model's type and handed to keep(output, token,
+// value); this thread's.
 template <class Keep>
-void linear(const Matrix& m, Inputs& x, Team team, Keep keep) {
+void finish(const Product& product, Inputs& x, Team team, Keep keep) {
+  const Matrix& m = *product.m;
   const Part mine = part_of(m, team);
-  in_turn(m, x, nullptr, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
+  in_turn(product, x, nullptr, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
     float biases[kAtOnce] = {};
     if (m.bias) widen(x.type, static_cast<const char*>(m.bias) + first * (x.type == kFloat ? 4 : 2), last - first, biases);
     for (int64_t row = first; row < last; ++row, values += x.padded)

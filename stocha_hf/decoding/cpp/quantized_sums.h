@@ -60,11 +60,12 @@ typedef float LooseEight __attribute__((vector_size(32), aligned(4), may_alias))
 typedef int16_t EightShorts __attribute__((vector_size(16), may_alias));
 
 struct BlockOf4 {  // a block's rows, and what each is multiplied with
-  const uint8_t* rows[kBlock];
+  const uint8_t* rows[kBlock];  // from the first group that is summed on
   const uint16_t* words[kBlock];
   float hidden[kTokens][kBlock];
-  int pairs;      // rows are an even number: the last may have hidden entries of 0
-  bool readable;  // behind each row are at least kLanes more groups
+  float not_finite[kTokens];    // 0, or NaN where one of a token's hidden entries is not finite
+  int pairs;                    // rows are an even number: the last may have hidden entries of 0
+  bool readable;                // behind each row are at least kLanes more groups
 };
 
 struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 255 steps
@@ -72,25 +73,54 @@ struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 2
   float step[kLanes], offset[kLanes];
 };
 
-inline void set_factors(const Levels* levels, int pairs, const float* hidden, float not_finite, FactorsOf4& to) {
-  Vector most = {}, zeros = {};
-  for (int r = 0; r < 2 * pairs; ++r) most = maximum(most, magnitude(levels[r].scale * hidden[r]));
-  const Vector inverse = most > 1e-30f ? 127.0f / most : Vector{};
-  const Vector step = (most + not_finite) * (1.0f / 127);
-  Integers total = {};
-  for (int p = 0; p < pairs; ++p) {
-    const Integers a = nearest(levels[2 * p].scale * (inverse * hidden[2 * p]));
-    const Integers b = nearest(levels[2 * p + 1].scale * (inverse * hidden[2 * p + 1]));
-    zeros += __builtin_convertvector(a, Vector) * levels[2 * p].eighths;  // exact
-    zeros += __builtin_convertvector(b, Vector) * levels[2 * p + 1].eighths;
-    total += a + b;
-    const Integers both = (a & 0xff) | ((b & 0xff) << 8);
-    to.pairs[p] = arranged(both | (both << 16));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+inline Integers integers_of(Halves words) { return __builtin_convertvector(words, Integers); }
+
+// A chunk's words of a row, of which `here` are the row's.
+template <bool whole>
+inline Halves words_of(const uint16_t* p, int64_t here) {
+  Halves words = {};
+  std::memcpy(&words, p, whole ? sizeof words : here * sizeof *p);
+  return words;
+}
+
+// Factors of T tokens from the first one on. Meanwhile fetches the next block's words.
+template <int T, bool whole>
+inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t group, int64_t here, int first, FactorsOf4* to) {
+  Vector products[T][kBlock], most[T] = {}, inverse[T];
+  for (int r = 0; r < 2 * block.pairs; ++r) {
+    const Vector scale = Levels(integers_of(words_of<whole>(block.words[r] + group, here))).scale;
+    prefetch(next.words[r] + group);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      products[t][r] = scale * block.hidden[first + t][r];
+      most[t] = maximum(most[t], magnitude(products[t][r]));
+    }
   }
-  const Integers start = total * -8;
-  to.start = arranged((start & 0xffff) | (start << 16));
-  store(step, to.step);
-  store((__builtin_convertvector(total, Vector) * 8.0f - zeros * 0.125f) * step, to.offset);
+  for (int t = 0; t < T; ++t) inverse[t] = most[t] > 1e-30f ? 127.0f / most[t] : Vector{};
+  Integers total[T] = {}, zeros[T] = {};
+  for (int p = 0; p < block.pairs; ++p) {
+    const Integers a = integers_of(words_of<whole>(block.words[2 * p] + group, here));
+    const Integers b = integers_of(words_of<whole>(block.words[2 * p + 1] + group, here));
+    const Integers eighths = (a | (b << 16)) & 0x7f007f;
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const Integers pair =
+          shorts_of(near_bits(products[t][2 * p] * inverse[t]), near_bits(products[t][2 * p + 1] * inverse[t]));
+      total[t] = (Integers)((Words)total[t] + (Words)pair);
+      zeros[t] += products_of_shorts(pair, eighths);
+      to[t].pairs[p] = arranged(bytes_of(pair));
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) {
+    const Integers sum = products_of_shorts(total[t], Integers{} + 0x10001), start = sum * -8;
+    const Vector step = (most[t] + block.not_finite[first + t]) * (1.0f / 127);
+    to[t].start = arranged((start & 0xffff) | (start << 16));
+    store(step, to[t].step);
+    store(__builtin_convertvector(sum * 64 - zeros[t], Vector) * 0.125f * step, to[t].offset);
+  }
 }
 
 // Adds the sums of vector i of a chunk to the chunk's floats.
@@ -110,13 +140,12 @@ inline void add_sums(const Words (&sums)[4], const FactorsOf4& factors, int64_t 
 }
 
 // acc[t * stride + ...] of V vectors from i on of a chunk, for T tokens; V * T <= 2. Meanwhile fetches the next block.
-template <int i, int V, int T>
+template <int i, int V, int T, bool whole>
 inline void add_vectors(const BlockOf4& block, Fetch& fetched, bool fetches, const FactorsOf4* factors, int64_t group,
                         int64_t here, float* acc, int64_t stride) {
   const int64_t from = group * 16 + i * kBytes;
-  const bool whole = block.readable || here >= (i + V) * kPer;
   Fetch fetch = fetched;  // a copy stays in registers
-  Words sums[V][T][4];  // which wrap around on the way to what fits
+  Words sums[V][T][4];    // which wrap around on the way to what fits
   repeated<0, V>([&](auto v) {
 #pragma GCC unroll 2
     for (int t = 0; t < T; ++t)
@@ -124,8 +153,7 @@ inline void add_vectors(const BlockOf4& block, Fetch& fetched, bool fetches, con
   });
   for (int p = 0; p < block.pairs; ++p) {
     const uint8_t *a = block.rows[2 * p] + from, *b = block.rows[2 * p + 1] + from;
-    if (fetches)
-      fetch.lines(2 * std::max<int64_t>(V * kBytes, kLine));
+    if (fetches) fetch.lines(2 * std::max<int64_t>(V * kBytes, kLine));
     repeated<0, V>([&](auto v) {
       const int64_t bytes = (here - (i + v) * kPer) * 16;
       const PairOf4 codes(load_codes_part(a + v * kBytes, bytes, whole), load_codes_part(b + v * kBytes, bytes, whole));
@@ -140,28 +168,36 @@ inline void add_vectors(const BlockOf4& block, Fetch& fetched, bool fetches, con
   });
 }
 
-// acc[t * stride : t * stride + 32 * here], of one chunk's groups, here <= kLanes.
-inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, const float* not_finite, int tokens,
-                        int64_t group, int64_t here, float* acc, int64_t stride) {
-  Levels levels[kBlock];
-  for (int r = 0; r < 2 * block.pairs; ++r) {
-    levels[r] = Levels(load_words(block.words[r] + group, here, block.readable));
-    prefetch(next.words[r] + group);
-  }
+// acc[t * stride : t * stride + 32 * here], of one chunk's groups, here <= kLanes; `whole`: so many may be read.
+template <bool whole>
+inline void add_chunk_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t group, int64_t here,
+                        float* acc, int64_t stride) {
   FactorsOf4 factors[kTokens];
-  for (int t = 0; t < tokens; ++t) set_factors(levels, block.pairs, block.hidden[t], not_finite[t], factors[t]);
+  int first = 0;
+  for (; first + 4 <= tokens; first += 4) set_factors<4, whole>(block, next, group, here, first, factors + first);
+  for (; first + 2 <= tokens; first += 2) set_factors<2, whole>(block, next, group, here, first, factors + first);
+  if (first < tokens) set_factors<1, whole>(block, next, group, here, first, factors + first);
   repeated<0, 4>([&](auto i) {
     if (i * kPer >= here) return;
     for (int t = 0; t < tokens; t += 2) {
+      const bool fetches = t == 0 && i * kBytes % kLine == 0;
       float* to = acc + t * stride;
       if (t + 1 < tokens)
-        add_vectors<i, 1, 2>(block, fetch, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
+        add_vectors<i, 1, 2, whole>(block, fetch, fetches, factors + t, group, here, to, stride);
       else if (i % 2 == 0 && here > (i + 1) * kPer)
-        add_vectors<i, i % 2 ? 1 : 2, 1>(block, fetch, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
+        add_vectors<i, i % 2 ? 1 : 2, 1, whole>(block, fetch, fetches, factors + t, group, here, to, stride);
       else if (i % 2 == 0)
-        add_vectors<i, 1, 1>(block, fetch, t == 0 && i * kBytes % kLine == 0, factors + t, group, here, to, stride);
+        add_vectors<i, 1, 1, whole>(block, fetch, fetches, factors + t, group, here, to, stride);
     }
   });
+}
+
+inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t group, int64_t here,
+                        float* acc, int64_t stride) {
+  if (block.readable || here == kLanes)
+    add_chunk_4<true>(block, next, fetch, tokens, group, here, acc, stride);
+  else
+    add_chunk_4<false>(block, next, fetch, tokens, group, here, acc, stride);
 }
 
 // The same of 8 bits, in float32, for T tokens at once; acc's tokens are `stride` apart. G rows.

@@ -2,7 +2,7 @@
 //
 // Each thread keeps the residual stream for itself and computes norms and sums of it again: that takes less time than
 // waiting for another thread. What a matrix gives is divided among threads by rows, attention by heads; both are
-// shared, so six waits a layer. Where transformers rounds to the model's type, this rounds too.
+// shared, so six waits a layer, and three more where rows are inputs. Where transformers rounds to the model's type, this rounds too.
 #pragma once
 
 #include "attention.h"
@@ -131,14 +131,21 @@ struct Pass {  // a thread's part of a step
   }
 
   void multiply(const Matrix& m, float* out) {
-    linear(m, inputs, team, keep_in(out, m.outputs()));
+    float* room = shared.scratch.sums.data();
+    const Product product(m, inputs.padded, room);
+    begin({&product}, inputs, team);
+    finish(product, inputs, team, keep_in(out, m.outputs()));
   }
 
   void attention(const Layer& layer) {
     norm_stream(layer.input_norm);
-    multiply(layer.q, shared.q.data());
-    multiply(layer.k, shared.k.data());
-    multiply(layer.v, shared.v.data());
+    float* room = shared.scratch.sums.data();
+    const int64_t T = inputs.padded;
+    const Product q(layer.q, T, room), k(layer.k, T, room), v(layer.v, T, room);
+    begin({&q, &k, &v}, inputs, team);
+    finish(q, inputs, team, keep_in(shared.q.data(), layer.q.outputs()));
+    finish(k, inputs, team, keep_in(shared.k.data(), layer.k.outputs()));
+    finish(v, inputs, team, keep_in(shared.v.data(), layer.v.outputs()));
     team.wait();
     with_type(type, [&](auto* element) {
       using E = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
@@ -197,7 +204,10 @@ struct Pass {  // a thread's part of a step
     const Matrix& head = model.head;
     const int64_t width = call.listed ? call.listed_count : head.rows;
     const Part mine(width, kRows, team);
-    in_turn(head, inputs, call.listed, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
+    float* room = shared.scratch.sums.data();
+    const Product product(head, inputs.padded, room);
+    begin({&product}, inputs, team);
+    in_turn(product, inputs, call.listed, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
       for (int64_t i = first; i < last; ++i, values += inputs.padded)
         for (int64_t t = 0; t < inputs.tokens; ++t) {
           float value = rounded(type, values[t] + bias_of(head, call.listed ? call.listed[i] : i));
@@ -218,7 +228,13 @@ inline void step(const Model& model, const Call& call, int threads) {
   static thread_local Shared shared_buffer;
   Shared& shared = shared_buffer;  // the team's, where `shared_buffer` would be each thread's
   const int64_t count = call.sequences * call.tokens;
-  for (int64_t l = 0; l < model.count; ++l) shared.scratch.reserve(model.layers[l].ffn, 8, threads);
+  for (int64_t l = 0; l < model.count; ++l) {
+    const Layer& layer = model.layers[l];
+    shared.scratch.reserve(layer.ffn, kTokens, threads);
+    shared.scratch.reserve({&layer.q, &layer.k, &layer.v}, kTokens);
+    shared.scratch.reserve({&layer.o}, kTokens);
+  }
+  shared.scratch.reserve({&model.head}, kTokens);
   shared.q.resize(count * model.heads * model.head_size);
   shared.attended.resize(count * model.heads * model.head_size);
   shared.k.resize(count * model.key_heads * model.head_size);

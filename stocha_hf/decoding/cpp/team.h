@@ -48,7 +48,8 @@ void with_team(int threads, F f) {
 
 // A thread's part of `count` items, in whole multiples of `unit`.
 struct Part {
-  int64_t begin, end;
+  int64_t begin = 0, end = 0;
+  Part() = default;
   Part(int64_t from, int64_t to) : begin(from), end(to) {}
   Part(int64_t count, int64_t unit, Team team) {
     const int64_t units = (count + unit - 1) / unit;
