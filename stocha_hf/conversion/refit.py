@@ -125,7 +125,9 @@ def refit_checkpoint(source: Source, config: dict[str, Any], options: Refit, wor
         check_original(read_entry(source.config, source.id), source.id)
     native = source.config | {source.architecture.act_key: config["stocha"]["base"]}
     length = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
-    windows = calibration_windows(options.data, source.folder, wanted_tokens(options, native), length, options.seed)
+    windows = calibration_windows(
+        options.data, source.folder, wanted_tokens(options, native, length), length, options.seed
+    )
     tokens = whole_batches(windows, native, str(options.data))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = Layers(Tensors(source.folder), native, device)
@@ -151,14 +153,15 @@ def check_original(entry: StochaConfig, where: str) -> None:
         )
 
 
-def wanted_tokens(options: Refit, config: dict[str, Any]) -> int:
-    """How many tokens of text to refit on. Raises StochaError for too few."""
-    width = config["intermediate_size"]
-    needed, wanted = LEAST_PER_NEURON * width, options.tokens or max(DEFAULT_TOKENS, TOKENS_PER_NEURON * width)
+def wanted_tokens(options: Refit, config: dict[str, Any], length: int) -> int:
+    """How many tokens of text to refit on, in windows of this length. Raises StochaError for too few."""
+    width, batch = config["intermediate_size"], WINDOWS * length
+    needed = -(-LEAST_PER_NEURON * width // batch) * batch
+    wanted = options.tokens or max(DEFAULT_TOKENS, TOKENS_PER_NEURON * width)
     if wanted < needed:
         raise StochaError(
             f"{wanted} calibration tokens are too few for FFNs of width {width}: expected at least {needed}, "
-            f"{LEAST_PER_NEURON} a neuron"
+            f"{LEAST_PER_NEURON} a neuron in whole batches of {WINDOWS} windows of {length}"
         )
     return wanted
 

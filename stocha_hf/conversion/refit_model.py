@@ -78,7 +78,7 @@ def refit(
     native |= {ARCHITECTURES[settings.model_type].act_key: before.base}
     if is_text:
         length = min(WINDOW, settings.max_position_embeddings or WINDOW)
-        data = _text_windows(options, tokenizer, wanted_tokens(options, native), length)
+        data = _text_windows(options, tokenizer, wanted_tokens(options, native, length), length)
     windows = whole_batches(_checked_ids(data, settings.vocab_size), native, options.data)
     layers = Layers(ModelTensors(model), native, str(next(model.parameters()).device))
     store: dict[int, tuple[FFN, float]] = {}

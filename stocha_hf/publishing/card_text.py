@@ -92,7 +92,8 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
     )
     p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
     native = stocha.native_act
-    note = "the same numbers" if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
+    same = "nothing is cut" if stocha.inputs else "the same numbers"
+    note = same if native == stocha.inference else f"with `{native}` in place of `{stocha.inference}`"
     history = stocha.history or []
     before = [stage for stage in history if stage.get("method") != "quantize"]
     weights, limits = _what_was_done(before, stocha.inputs)
@@ -102,12 +103,14 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
         weights, native_use = rounded.format(weights=weights, bits=_bits(quantization, history)), QUANTIZED_USE
     linked = f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else code(source_id) or "an unnamed model"
     commit = f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file"
+    only_cut = stocha.inputs and stocha.activation == stocha.inference == stocha.base
+    changed = f"{'input of projections, not the ' if only_cut else ''}activation of the feed-forward layers"
     licence = text(kept.get("license_name") or kept.get("license") or "not stated")
     version = text(stocha.stocha_version)
     made = {
         "title": f"Stochastic-activation checkpoint of {linked}",
         "made": f"Made from {linked} ({commit}) with stocha_hf {version}.",
-        "changes": f"What changes is the activation of the feed-forward layers of {row.causal_lm}:",
+        "changes": f"What changes is the {changed} of {row.causal_lm}:",
         "license": f"Licence of the source: {licence}",
     }
     if began_random(history):
