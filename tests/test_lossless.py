@@ -117,7 +117,7 @@ def test_what_raises_leaves_the_cache_as_without_drafts(raising: str, drafts: li
         def end(self) -> None: ...
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if ids.shape[1] == 13:  # a draft is the first to come here
+        if ids.shape[1] == 12:  # the first round's second draft is the first to come here
             raise RuntimeError("failed")
         return scores
 
@@ -133,10 +133,8 @@ def test_what_raises_leaves_the_cache_as_without_drafts(raising: str, drafts: li
         expected = left()
     found = left(custom_generate=lossless)
     assert -1 in drafts
-    if raising == "streamer":
-        assert found.get_seq_length() == expected.get_seq_length() == 14
     length = found.get_seq_length()
-    assert 10 <= length <= expected.get_seq_length()
+    assert length == (14 if raising == "streamer" else PROMPT.shape[1]) <= expected.get_seq_length()
     for one, other in zip(found.layers, expected.layers, strict=True):
         assert torch.equal(one.keys, other.keys[:, :, :length])
 

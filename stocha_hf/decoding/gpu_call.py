@@ -23,7 +23,7 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     ids: Any = kwargs.get("input_ids", args[0] if args else None)
     if ids.dim() != 2 or len(ids) != 1 or ids.numel() > FEW or torch.is_grad_enabled():
         return None
-    cache = kwargs.get(CACHE, kwargs.get(OLD_CACHE))
+    cache: Any = kwargs.get(CACHE, kwargs.get(OLD_CACHE))
     if not takes(cache) or not any(layer.is_initialized for layer in cache.layers):
         return None  # a short prompt, for which no plan is to be made: one as other cuts need would lose its graphs
     plan = gpu_plan.of(model)
