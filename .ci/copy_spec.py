@@ -1,7 +1,7 @@
 """Copy the marked parts of modules without torch into the files that ship with checkpoints and have to work alone.
 
 python .ci/copy_spec.py           # writes the copies
-python .ci/copy_spec.py --check   # exits 1 where a copy differs
+python .ci/copy_spec.py --check   # exits 1 where a copy differs, or a marker is missing
 """
 
 import re
@@ -9,22 +9,31 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "stocha_hf"
-SOURCES = ("spec.py", "quantization.py")
-MARKED = re.compile(r"# --- copied into (\S+) from here ---\n(.*?)(?=# --- to here ---)", re.DOTALL)
+PARTS = (
+    ("spec.py", "modeling_stocha.py"),
+    ("spec.py", "cuts_stocha.py"),
+    ("quantization.py", "quantization_stocha.py"),
+)
 
 
 def main() -> None:
     """Write the copies, or with --check say whether they are current."""
-    for source in SOURCES:
-        copy = re.compile(rf"(?<=# --- stocha_hf/{source}, from here ---\n).*?(?=# --- to here ---)", re.DOTALL)
-        for target, part in MARKED.findall((PACKAGE / source).read_text(encoding="utf-8")):
-            before = (PACKAGE / target).read_text(encoding="utf-8")
-            after, copies = copy.subn(lambda _, text=part: text, before)
-            if copies != 1:
-                sys.exit(f"stocha_hf/{target} has no marked place for its part of {source}")
-            if "--check" in sys.argv[1:] and before != after:
-                sys.exit(f"stocha_hf/{target} holds an old copy of {source}: run make style")
-            (PACKAGE / target).write_text(after, encoding="utf-8")
+    for source, target in PARTS:
+        text = (PACKAGE / target).read_text(encoding="utf-8")
+        part = marked(source, f"# --- copied into {target} from here ---\n").group()
+        copy = marked(target, f"# --- stocha_hf/{source}, from here ---\n")
+        if "--check" in sys.argv[1:] and copy.group() != part:
+            sys.exit(f"stocha_hf/{target} holds an old copy of {source}: run make style")
+        (PACKAGE / target).write_text(text[: copy.start()] + part + text[copy.end() :], encoding="utf-8")
+
+
+def marked(name: str, marker: str) -> re.Match[str]:
+    """Return the part of a file between this marker and the next end."""
+    text = (PACKAGE / name).read_text(encoding="utf-8")
+    found = [*re.finditer(rf"(?<={re.escape(marker)}).*?(?=# --- to here ---)", text, re.DOTALL)]
+    if len(found) != 1:
+        sys.exit(f"stocha_hf/{name} has {len(found)} parts that begin with {marker.strip()!r}: expected one")
+    return found[0]
 
 
 if __name__ == "__main__":

@@ -130,7 +130,9 @@ if __name__ == "stocha_hf.cuts_stocha":  # inside the package there is one Input
 CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
 
 
-_again = threading.RLock()  # which rows of a step are cut is the model's, not a thread's
+# Which rows of a step are cut is the model's, not a thread's. One lock for all models of a process, because one in a
+# Cutting could be neither copied nor pickled with its model.
+_again = threading.RLock()
 
 
 class Cutting:
@@ -152,14 +154,15 @@ class Cutting:
     def call(self, model: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return call(*args, **kwargs); of a step, with the rows in doubt computed again without cuts.
 
-        A row's result does not depend on the others: those that are in no doubt are cut the second time too.
+        A row's result does not depend on the others: those that are in no doubt are cut the second time too. That is
+        with float weights; in 4 and 8 bits rounding depends on the rows beside it.
         """
         forget = self._forgetting(model, args, kwargs)
         if forget is None:
             return call(*args, **kwargs)
         with _again:
             found = call(*args, **kwargs)
-            doubted = self.see(found.logits[:, -1])
+            doubted = self.judge(found.logits[:, -1])
             if doubted is not None:
                 forget()
                 with holding([self], cut_at=~doubted[:, None]):
@@ -167,7 +170,7 @@ class Cutting:
                 again.logits = torch.where(doubted[:, None, None], again.logits, found.logits)
         return found if doubted is None else again
 
-    def see(self, logits: torch.Tensor) -> torch.Tensor | None:
+    def judge(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Count a step of these logits [batch, vocabulary]; return which rows are in doubt, None where none is."""
         self.doubted = self.doubts(logits)
         repeated = int(self.doubted.sum())
@@ -180,13 +183,16 @@ class Cutting:
         return (logits.amax(-1) - logits.logsumexp(-1)).exp() < self.fallback
 
     def _forgetting(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None] | None:
-        """What makes the cache of a call forget its tokens; None where it is no step with cuts and a known cache."""
+        """What makes a call's cache forget its tokens; None where it is no step with cuts, logits and known cache."""
         given = kwargs | dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args))  # noqa: B905
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         cache = given.get("past_key_values", given.get("cache"))
         if cache is None or tokens is None or tokens.shape[1] != 1 or given.get("return_dict") is False:
             return None
-        if not any(module.cuts(tokens[..., None]) for module in cut_projections(model)[:1]):
+        if model.get_output_embeddings() is None:  # a base model, without logits to judge by
+            return None
+        x = tokens[..., None] if tokens.dim() == 2 else tokens
+        if not any(module.cuts(x) for module in cut_projections(model)[:1]):
             return None
         forget = forgetting(cache)
         if forget is None and not self.warned:

@@ -154,6 +154,7 @@ class StochaConfig:
         needs_k = "topk" in (self.activation, self.inference)
         counts = self.k >= 1 if type(self.k) is int else self.k is None and not needs_k
         yield "k", counts, "a number of neurons, at least 1, for topk"
+        # by name: the class ships in cuts_stocha.py, a file that folders without cuts lack
         yield "inputs", self.inputs is None or type(self.inputs).__name__ == "InputCuts", "an InputCuts"
         yield "source", self.source is None or _is_text(self.source), "a mapping of names to text"
         stages = [] if self.history is None else self.history

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import assert_refused, call_command, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 import stocha_hf
+from stocha_hf import modeling_stocha
 from stocha_hf.answers.batches import continue_prompts
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.evaluation import compare, evaluate
@@ -140,6 +142,44 @@ def test_a_call_keeps_what_the_cache_holds_and_a_cache_that_cannot_forget_warns(
         "the cache is a Other, which cannot forget a token: expected a DynamicCache or a StaticCache without "
         "offloading; steps in doubt are not computed again without cuts"
     ]
+
+
+@torch.no_grad()
+def test_embedded_steps_are_repeated_and_those_of_a_base_model_are_not(way: str) -> None:
+    model = cut_model(0.9999)
+    cache = model(PROMPTS[1:2, :5]).past_key_values
+    with model.cut_inputs("never"):
+        expected = model(PROMPTS[1:2]).logits[:, -1:]
+    embedded = model.get_input_embeddings()(PROMPTS[1:2, 5:])
+    found = model(inputs_embeds=embedded, past_key_values=cache).logits
+    assert torch.allclose(found, expected, atol=1e-5) and model.cutting.repeated == model.cutting.steps == 1
+    base = modeling_stocha.StochaQwen2Model(model.config).eval()  # type: ignore[attr-defined]
+    base.load_state_dict(model.model.state_dict())
+    with model.cut_inputs("decode", fallback=0):
+        cache = model(PROMPTS[1:2, :5]).past_key_values
+        expected = model.model(PROMPTS[1:2, 5:], past_key_values=cache).last_hidden_state
+    cache = base(PROMPTS[1:2, :5]).past_key_values
+    found = base(PROMPTS[1:2, 5:], past_key_values=cache).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-5) and base.cutting.fallback and base.cutting.steps == 0
+
+
+def test_a_step_on_a_gpu_is_left_to_the_forward_where_it_could_not_be_repeated(monkeypatch: Any) -> None:
+    pytest.importorskip("triton", reason="no Triton on this platform")
+    from stocha_hf.decoding import gpu_call
+
+    model, asked = cut_model(), []
+
+    def step(tokens: int, cuts: bool | None = None) -> Any:
+        asked.append(cuts)
+        return None if cuts is False else SimpleNamespace(count=1)
+
+    def prepare(*args: Any) -> None:
+        pytest.fail("the step was begun")
+
+    monkeypatch.setattr(gpu_call, "rows_of", lambda plan, cache: SimpleNamespace(prepare=prepare))
+    given = {"input_ids": PROMPTS[:1, :1], "past_key_values": DynamicCache()}
+    assert gpu_call._logits(SimpleNamespace(step=step), given, model.cutting) is None  # type: ignore[arg-type]
+    assert False in asked
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,18 @@ ROOT = Path(__file__).parent.parent
 def test_modeling_stocha_holds_a_current_copy_of_spec() -> None:
     done = subprocess.run([sys.executable, ROOT / ".ci/copy_spec.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["spec.py", "cuts_stocha.py"])
+def test_a_lost_marker_fails_the_check(name: str, tmp_path: Path) -> None:
+    for part in (".ci", "stocha_hf"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=lambda folder, names: [n for n in names if "." not in n])
+    file = tmp_path / "stocha_hf" / name
+    file.write_text(re.sub("(cuts_stocha.py|spec.py,) from here", "no marker", file.read_text()))
+    check = [sys.executable, tmp_path / ".ci/copy_spec.py", "--check"]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"stocha_hf/{name} has 0 parts that begin with" in done.stderr
 
 
 def test_the_package_has_one_config_class_and_every_activation_a_function() -> None:

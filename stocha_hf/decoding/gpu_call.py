@@ -15,7 +15,7 @@ from stocha_hf.decoding import gpu_plan
 from stocha_hf.decoding.cache import takes
 from stocha_hf.decoding.conditions import CACHE, FEW, OLD_CACHE
 from stocha_hf.decoding.gpu_cache import rows_of
-from stocha_hf.decoding.step import falling_back, given_to, padding
+from stocha_hf.decoding.step import cutting_of, given_to, padding
 
 
 def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
@@ -33,7 +33,7 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     if given is None or not plan.in_use.acquire(blocking=False):
         return None
     try:
-        logits = _logits(plan, given, falling_back(model, plan, ids.numel()))
+        logits = _logits(plan, given, cutting_of(model, plan, ids.numel()))
     finally:
         plan.in_use.release()
     return None if logits is None else CausalLMOutputWithPast(logits=logits, **{CACHE: given[CACHE]})
@@ -47,6 +47,8 @@ def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any], cutting: Any) -> torc
     rows = rows_of(plan, cache)
     step = None if rows is None else plan.step(len(ids))
     uncut = None if cutting is None or rows is None else plan.step(1, cuts=False)
+    if cutting is not None and uncut is None:
+        return None
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     held = int(cache.get_seq_length())
     starts = padding(mask.cpu() if isinstance(mask, torch.Tensor) else mask, 1, held + len(ids))
@@ -60,7 +62,7 @@ def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any], cutting: Any) -> torc
     step.tokens[: len(ids)] = ids
     step.replay()
     logits = step.logits
-    if uncut is not None and cutting.see(logits) is not None:
+    if uncut is not None and cutting.judge(logits) is not None:
         logits = rows.again(uncut, ids, places[0], length, int(starts[0]))
     rows.finish(len(ids))
     kept = given.get("logits_to_keep") or len(ids)

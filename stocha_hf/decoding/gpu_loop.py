@@ -32,7 +32,7 @@ def loop(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any
     plan = gpu_plan.of(model)
     if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None:
         return None
-    if step.falling_back(model, plan, 1) and plan.step(1, cuts=False) is None:
+    if step.cutting_of(model, plan, 1) and plan.step(1, cuts=False) is None:
         return None
     return GpuLoop(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
 
@@ -50,7 +50,7 @@ class GpuLoop(Loop):
     def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         self.steps, self.at = self._steps(), at
         self.step = self.steps[0]
-        self.cutting = step.falling_back(self.model, self.plan, 1)
+        self.cutting = step.cutting_of(self.model, self.plan, 1)
         self.left = self.written = 0  # steps that the cache has room for; steps that it does not count yet
         mask = self.kwargs.get("attention_mask")
         starts = step.padding(None if mask is None else mask.cpu(), 1, self.length)
@@ -62,7 +62,7 @@ class GpuLoop(Loop):
             if self.left or self._reserve(RING):
                 self.step.tokens.copy_(chosen)
                 self._replay()
-                found = self._sure(chosen).clone()
+                found = self._with_fallback(chosen).clone()
             else:
                 found = self._by_call(chosen, at, cache)[:, 0]
             at.add_(1)
@@ -85,9 +85,9 @@ class GpuLoop(Loop):
         self.left = steps
         return True
 
-    def _sure(self, token: torch.Tensor) -> torch.Tensor:
+    def _with_fallback(self, token: torch.Tensor) -> torch.Tensor:
         """The logits [1, vocabulary] of the last step, which read this token [1]; without cuts if it was in doubt."""
-        if self.cutting is None or self.cutting.see(self.step.logits) is None:
+        if self.cutting is None or self.cutting.judge(self.step.logits) is None:
             return self.step.logits
         position, length = (first + self.written - 1 for first in self.place)
         return self.rows.again(self.plan.step(1, cuts=False), token, position, length, self.start)

@@ -108,7 +108,7 @@ class Loop:
         def decode(chosen: torch.Tensor) -> torch.Tensor:
             found = None
             if rows is not None and starts is not None:
-                found = step.sure(self.model, rows, chosen[:, None], at, starts, 1, expected)
+                found = step.with_fallback(self.model, rows, chosen[:, None], at, starts, 1, expected)
             if found is None:
                 self.finish()
                 found = self._by_call(chosen, at, cache)

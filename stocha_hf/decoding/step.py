@@ -48,14 +48,14 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     if positions is None:
         positions = torch.arange(tokens) + int(cache.get_seq_length())
     positions = positions.expand(sequences, tokens).contiguous()
-    logits = sure(model, rows, ids.contiguous(), positions, starts, given.get("logits_to_keep") or tokens)
+    logits = with_fallback(model, rows, ids.contiguous(), positions, starts, given.get("logits_to_keep") or tokens)
     if logits is None:
         return None
     rows.show()
     return CausalLMOutputWithPast(logits=logits.to(plan.dtype), **{CACHE: cache})
 
 
-def sure(
+def with_fallback(
     model: Any,
     rows: CacheRows,
     ids: torch.Tensor,
@@ -66,8 +66,8 @@ def sure(
 ) -> torch.Tensor | None:
     """Compute a step as `run` does, and sequences in doubt again without cuts, as a Cutting of cuts_stocha.py does."""
     logits = run(rows, ids, positions, starts, kept, expected)
-    cutting = falling_back(model, rows.plan, ids.shape[1])
-    doubted = None if logits is None or cutting is None else cutting.see(logits[:, -1])
+    cutting = cutting_of(model, rows.plan, ids.shape[1])
+    doubted = None if logits is None or cutting is None else cutting.judge(logits[:, -1])
     if doubted is None or logits is None:
         return logits
     before = rows.last()
@@ -77,8 +77,8 @@ def sure(
     return torch.where(doubted[:, None, None], again, logits)
 
 
-def falling_back(model: Any, plan: Any, tokens: int) -> Any:
-    """Return the Cutting of a model where steps of so many tokens cut, and have a fallback; else None."""
+def cutting_of(model: Any, plan: Any, tokens: int) -> Any:
+    """Return the Cutting that judges steps of so many tokens; None where they do not cut, or have no fallback."""
     cutting = model.__dict__.get("cutting")
     return cutting if cutting is not None and cutting.fallback and tokens == 1 and plan.cuts(1) else None
 

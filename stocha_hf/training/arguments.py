@@ -63,11 +63,14 @@ class StochaArguments(SFTConfig):
     )
     uncut_prompts: float = field(
         default=0.0,
-        metadata={"help": "With inputs cut in training: share of rows with a prompt that is not cut and has no loss."},
+        metadata={
+            "help": "With inputs cut in training: share of the rows that uncut_rows leaves, with a prompt that is not "
+            "cut and has no loss."
+        },
     )
     uncut_rows: float = field(
         default=0.0,
-        metadata={"help": "With inputs cut in training: share of rows that are not cut at all, and have a loss."},
+        metadata={"help": "With inputs cut in training: share of all rows, that is not cut at all and has a loss."},
     )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}

@@ -79,7 +79,7 @@ class StochaTrainer(CheckpointingTrainer):
         self._evaluating_forward = inner.__dict__["forward"]  # trl's; on the model while this trainer runs
         set_forward(inner, own_forward)
         self._fitted = False
-        self._prompts = Cutting(0.0)
+        self._cutting = Cutting(0.0)
         self.schedule = schedule
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
         self.hidden_error: HiddenError | None = None
@@ -96,7 +96,7 @@ class StochaTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer.train does; afterwards the model is as it came, but for its weights and its config."""
-        with self._fitted_out(), self._steered(), prompts_uncut(self.model) as self._prompts:
+        with self._fitted_out(), self._steered(), prompts_uncut(self.model) as self._cutting:
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -189,7 +189,7 @@ class StochaTrainer(CheckpointingTrainer):
         if self.steering.target is not None:
             accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
             self.steering.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
-        self._prompts.cut_at = cut_at = inputs.pop(CUT_AT, None)
+        self._cutting.cut_at = cut_at = inputs.pop(CUT_AT, None)
         mask = inputs.get("attention_mask")
         seen = torch.ones_like(inputs["labels"]) if mask is None else mask  # no mask: packed rows
         recording = self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext()
@@ -206,7 +206,7 @@ class StochaTrainer(CheckpointingTrainer):
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            self._prompts.cut_at = None  # not before: a checkpointed layer runs again in backward
+            self._cutting.cut_at = None  # not before: a checkpointed layer runs again in backward
         self.finite &= loss.isfinite()  # looked at only when something is logged or saved: a look waits for the GPU
         return loss
 

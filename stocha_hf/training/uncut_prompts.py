@@ -1,19 +1,25 @@
 """Training as decoding will be: a prompt computed in full, and inputs cut from some position on.
 
 In eval() mode a model with input cuts computes prompts in full and cuts decode steps only, while train() mode cuts at
-every token. So the keys and values that a step attends to would differ between the two. Here a share of the rows is
-uncut up to a random position, or up to the answer where the data has one, and has a loss only where it is cut. The
-other rows are cut from their FIRST tokens on, as text is that the model goes on writing for long. The first tokens are
-never cut: attention rests on them (Xiao et al., attention sinks, arXiv 2309.17453), and in decoding they are a
-prompt's. A model that is trained with its first tokens cut learns to work around an error that decoding never makes
-(docs/experiments/input_training.md).
+every token. So the keys and values that a step attends to would differ between the two. Here there are three kinds of
+rows:
+
+- `whole`, a share of all rows, is cut nowhere and has a loss all over. It keeps the model without cuts, which repeats
+  steps in doubt and verifies drafts, near what it was.
+- `share`, of the rows that `whole` leaves, is uncut up to a random position, or up to the answer where the data has
+  one, and has a loss only where it is cut.
+- The others are cut from their FIRST tokens on, as text is that the model goes on writing for long.
+
+The first tokens are never cut: attention rests on them (Xiao et al., attention sinks, arXiv 2309.17453), and in
+decoding they are a prompt's. A model that is trained with its first tokens cut learns to work around an error that
+decoding never makes (docs/experiments/input_training.md).
 
 Which positions are cut is a tensor that comes with the batch, so one compiled layer serves all batches. What a row
 draws is decided by its own tokens: a resumed run, another rank and a data loader's process draw the same.
 
-    with prompts_uncut(model) as prompts:                # for the time of a run
+    with prompts_uncut(model) as cutting:                # for the time of a run
         batch = PromptCollator(collate, 0.7, seed)(rows)
-        prompts.cut_at = batch.pop(CUT_AT)               # before each forward; None cuts everywhere
+        cutting.cut_at = batch.pop(CUT_AT)               # before each forward; None cuts everywhere
 """
 
 from __future__ import annotations
@@ -42,10 +48,9 @@ class PromptCollator:
 
     Args:
         collate: the collator of rows to batches with input_ids and labels [batch, seq].
-        share: of the rows, 0 to 1, whose prompt is uncut.
+        share: of the rows that `whole` leaves, 0 to 1, whose prompt is uncut.
         seed: of what rows draw.
-        whole: share of the rows that are uncut to the end, with a loss, 0 to 1: they hold the model without cuts to
-            what it was, which verifies drafts and repeats doubtful steps.
+        whole: share of all rows, 0 to 1, that is uncut to the end and has a loss.
     """
 
     collate: Callable[[list[Any]], dict[str, Any]]
