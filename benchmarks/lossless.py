@@ -128,6 +128,13 @@ def write(model: Any, dense: Any, way: str, ids: list[int], new: int, now: Calla
     }
 
 
+def speedup(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float | None:
+    """The median over texts with a token after the first, which alone takes no time; None if there are none."""
+    pairs = [(a["seconds"], b["seconds"]) for a, b in zip(before, after, strict=True)]
+    ratios = [a / b for a, b in pairs if a and b]
+    return statistics.median(ratios) if ratios else None
+
+
 def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int]], read: BytesRead) -> dict[str, Any]:
     """Figures over all texts."""
     ways = list(dict.fromkeys(way for _, way in found))
@@ -138,11 +145,7 @@ def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int
         "texts": len(prompts),
         "tokens": later,
         "ms": {way: 1e3 * total[way] / max(later[way], 1) for way in ways},
-        "speedup": {
-            way: statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rows[way], rows[LOSSLESS], strict=True))
-            for way in ways
-            if way != LOSSLESS
-        },
+        "speedup": {way: speedup(rows[way], rows[LOSSLESS]) for way in ways if way != LOSSLESS},
         "same_texts": sum(a["text"] == b["text"] for a, b in zip(rows[WITHOUT], rows[LOSSLESS], strict=True)),
         "share_of_a_draft": read.share,
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_model
-from transformers import StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from stocha_hf import InputCuts, StochaConfig
@@ -100,6 +102,66 @@ def test_a_streamer_gets_the_prompt_and_each_token_and_is_told_the_end() -> None
 
     found = cut_model().generate(PROMPT, custom_generate=lossless, streamer=Told(), **OPTIONS)
     assert got == [*found[0].tolist(), "end"]
+
+
+@pytest.mark.parametrize("raising", ["streamer", "processor"])
+def test_what_raises_leaves_the_cache_as_without_drafts(raising: str, drafts: list[int]) -> None:
+    class Failing(BaseStreamer):
+        calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.calls += 1
+            if self.calls == 6:
+                raise RuntimeError("failed")
+
+        def end(self) -> None: ...
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 12:  # the first round's second draft is the first to come here
+            raise RuntimeError("failed")
+        return scores
+
+    def left(**how: Any) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        given = {"streamer": Failing()} if raising == "streamer" else {"logits_processor": [process]}
+        with pytest.raises(RuntimeError, match="failed"):
+            model.generate(PROMPT, past_key_values=cache, **given, **how, **OPTIONS)
+        return cache
+
+    model = cut_model()
+    with model.cut_inputs("never"):
+        expected = left()
+    found = left(custom_generate=lossless)
+    assert -1 in drafts
+    length = found.get_seq_length()
+    assert length == (14 if raising == "streamer" else PROMPT.shape[1]) <= expected.get_seq_length()
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(one.keys, other.keys[:, :, :length])
+
+
+def test_end_tokens_that_the_vocabulary_lacks_end_nothing(drafts: list[int]) -> None:
+    model = cut_model()
+    expected = model.generate(PROMPT, custom_generate=lossless, **OPTIONS)
+    ends = [-1, model.config.vocab_size, 10**9]
+    found = model.generate(PROMPT, custom_generate=lossless, eos_token_id=ends, pad_token_id=0, **OPTIONS)
+    assert torch.equal(found, expected) and -1 in drafts
+
+
+@pytest.mark.parametrize(("padding", "window"), [(1, 13), (3, 11), (3, 16)])
+def test_padding_and_a_window_that_fills_up(padding: int, window: int, drafts: list[int]) -> None:
+    model = cut_model("mistral", sliding_window=window)
+    mask = (torch.arange(PROMPT.shape[1]) >= padding).long()[None]
+    with model.cut_inputs("never"):
+        expected = model.generate(PROMPT, attention_mask=mask, **OPTIONS)
+    found = model.generate(PROMPT, attention_mask=mask, custom_generate=lossless, **OPTIONS)
+    assert torch.equal(found, expected)
+
+
+def test_a_speedup_is_of_texts_with_more_than_a_token() -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "lossless.py"
+    speedup = runpy.run_path(str(script))["speedup"]
+    before, after = ([{"seconds": value} for value in values] for values in ((0.0, 3.0, 4.0), (0.0, 1.0, 0.0)))
+    assert speedup(before, after) == 3 and speedup(before[:1], after[:1]) is None
 
 
 def test_steps_that_must_call_modules_are_without_drafts(drafts: list[int]) -> None:

@@ -45,7 +45,7 @@ class _GrowingLayer:
         """Return whether new tokens go behind the others, at places that are positions if some begin with padding."""
         if self.seen is None:
             return True
-        return not self.layer.record_past and not (is_padded and self.layer.cumulative_length > self.seen)
+        return not self.layer.record_past and not (is_padded and self.layer.cumulative_length + new - 1 > self.seen)
 
     def prepare(self, new: int, expected: int) -> bool:
         """Make room for new tokens, and for more if so many are expected; return whether the buffer is another now."""

@@ -12,7 +12,8 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stocha_hf.decoding import gpu_plan
-from stocha_hf.decoding.conditions import CACHE, FEW
+from stocha_hf.decoding.cache import takes
+from stocha_hf.decoding.conditions import CACHE, FEW, OLD_CACHE
 from stocha_hf.decoding.gpu_cache import rows_of
 from stocha_hf.decoding.step import cutting_of, given_to, padding
 
@@ -22,6 +23,9 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     ids: Any = kwargs.get("input_ids", args[0] if args else None)
     if ids.dim() != 2 or len(ids) != 1 or ids.numel() > FEW or torch.is_grad_enabled():
         return None
+    cache: Any = kwargs.get(CACHE, kwargs.get(OLD_CACHE))
+    if not takes(cache) or not any(layer.is_initialized for layer in cache.layers):
+        return None  # a short prompt, for which no plan is to be made: one as other cuts need would lose its graphs
     plan = gpu_plan.of(model)
     if plan is None:
         return None

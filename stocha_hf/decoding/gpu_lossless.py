@@ -97,7 +97,7 @@ class GpuRounds(Rounds, GpuLoop):
         kept = logits.clone()
         return lambda i: self._take(kept[i : i + 1])
 
-    def _keep(self, tokens: int, verified: int) -> None:
+    def _keep(self, tokens: int) -> None:
         self.left -= tokens
         self.written += tokens
         self.at.add_(tokens)

@@ -106,19 +106,21 @@ class CpuRounds(Rounds):
         return found
 
     def _verify(self, drafted: list[int]) -> Callable[[int], bool]:
-        self.rows.rewind(len(drafted))
         logits = self._run(self.length - 1, len(drafted) + 1, cuts=False)[0]
         return lambda i: self._take(logits[i : i + 1])
 
-    def _keep(self, tokens: int, verified: int) -> None:
-        self.rows.rewind(verified - tokens)
+    def _keep(self, tokens: int) -> None:
+        self.rows.advance(tokens)
         self.at.add_(tokens)
 
     def _run(self, first: int, tokens: int, **options: Any) -> torch.Tensor:
-        """The logits [1, tokens, vocabulary] of a step of the ids from `first` on."""
+        """The logits [1, tokens, vocabulary] of a step of the ids from `first` on, none of which the cache counts."""
+        drafted = first - self.length + 1
         ids = self.ids[:, first : first + tokens].contiguous()
-        positions = self.at + (first - self.length + 1) + torch.arange(tokens)
+        positions = self.at + drafted + torch.arange(tokens)
+        self.rows.advance(drafted)
         found: Any = step.run(self.rows, ids, positions, self.starts, tokens, **options)  # type: ignore[arg-type]
+        self.rows.rewind(drafted + tokens)
         return found
 
 

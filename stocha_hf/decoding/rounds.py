@@ -56,11 +56,14 @@ class Rounds(Loop):
         take, count = self._verify(drafted), len(drafted)
         seconds = time.perf_counter() - halfway
         self.pace.drafted(count, doubted, halfway - start)
-        accepted, done = 0, take(0)
-        while not done and accepted < count and self._last() == drafted[accepted]:
-            accepted += 1
-            done = take(accepted)
-        self._keep(accepted + 1, count + 1)
+        accepted = 0
+        try:
+            done = take(0)
+            while not done and accepted < count and self._last() == drafted[accepted]:
+                accepted += 1
+                done = take(accepted)
+        finally:  # so the cache is right if a streamer or a criterion raises
+            self._keep(accepted + 1)
         self.pace.verified(count, accepted, doubted, seconds)
         return done
 
@@ -91,9 +94,10 @@ class Rounds(Loop):
         return int(listed[place]), float(probability)
 
     def _ends(self) -> list[int]:
+        """End tokens, without those that the vocabulary lacks, such as -1 for none."""
         ends = self.config.eos_token_id
         found: list[int] = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
-        return found
+        return [token for token in found if 0 <= token < self.model.config.vocab_size]
 
     @abstractmethod
     def _start(self) -> None:
@@ -118,5 +122,5 @@ class Rounds(Loop):
         """
 
     @abstractmethod
-    def _keep(self, tokens: int, verified: int) -> None:
+    def _keep(self, tokens: int) -> None:
         """Count the first of the verified tokens as those of the cache."""
