@@ -453,7 +453,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {  # case -> (options, the sen
     "no tokens": ({"refit_tokens": 0}, "is 0: expected a whole number of at least 1"),
     "half a token": ({"refit_tokens": 0.5}, "is 0.5: expected a whole number"),
     "no data": ({"refit": ""}, "the data to refit on is ''"),
-    "few tokens": ({"refit_tokens": 100}, "100 calibration tokens are too few .* at least 512, 4 a neuron in whole batches"),
+    "few tokens": ({"refit_tokens": 100}, "100 calibration tokens are too few .* at least 512, .* whole batches"),
     "short text": ({"refit_tokens": 9999999}, "tokens in whole batches .* at least 192"),
     "target": ({"target_sparsity": 1.5}, "1.5: expected a share of zeros between 0 and 1"),
     "a target of no number": ({"target_sparsity": True}, "True: expected a share of zeros between 0 and 1"),
