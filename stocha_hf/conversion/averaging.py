@@ -152,13 +152,13 @@ def _mean_config(found: Sequence[Source], parts: Sequence[float]) -> dict[str, A
 def _mean_weights(found: Sequence[Source], parts: Sequence[float], folder: Path) -> None:
     """Overwrite the tensors of `folder`, a copy of the first source, with the means."""
     import torch  # which checking does not need
-    from tqdm import tqdm
 
     from stocha_hf.checkpoints.tensors import Tensors
+    from stocha_hf.progress import Progress
 
     tensors = [Tensors(source.folder) for source in found]
     means = Tensors(folder)
-    for name in tqdm(means.files, desc="Averaging", unit="tensor", disable=None, leave=False):
+    for name in Progress(means.files, desc="Averaging", unit="tensor"):
         weighted = [part * one.read(name).float() for part, one in zip(parts, tensors, strict=True)]
         mean = torch.stack(weighted).sum(0)
         if not mean.to(means.read(name).dtype).isfinite().all():

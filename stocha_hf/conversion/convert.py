@@ -295,10 +295,10 @@ def write_checkpoint(
 
 def copy_files(source: Source, folder: Path) -> None:
     """Copy weights and companions, and the tokenizer's settings without code."""
-    from tqdm import tqdm
+    from stocha_hf.progress import Progress
 
     sizes = {name: (source.folder / name).stat().st_size for name in source.files}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying", disable=None, leave=False) as bar:
+    with Progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying") as bar:
         for name in source.files:
             copy_file(source.folder / name, folder / name, bar.update)
     if source.tokenizer is not None:

@@ -13,15 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from tqdm import tqdm
-
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.records import TaskDifference, TaskReading, TaskScore
+from stocha_hf.progress import Progress
 
 CONFIDENCE = 1.96  # standard errors to each side of a 95% interval
 BOOTSTRAPS = 1000  # for the metrics of the harness that have no formula for their standard error
@@ -86,7 +84,7 @@ def evaluate_tasks(
     from stocha_hf.tasks.harness import HarnessModel
     from stocha_hf.tasks.kept import Kept
 
-    lm_eval.api.task.tqdm = partial(tqdm, disable=None, leave=False)  # its own bar also shows where nobody looks
+    lm_eval.api.task.tqdm = Progress  # its own bar also shows where nobody looks
     lm = HarnessModel(model, tokenizer, Kept(None if kept is None else Path(kept)), name, batch_size)
     results = TaskResults([])
     for task, parts in loaded.items():

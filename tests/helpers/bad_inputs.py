@@ -3,6 +3,9 @@
 EVAL = """
 relu -> --data
 relu --data '' -> --data; is empty
+broken.gguf --data text.txt -> broken.gguf is a GGUF file; convert it first: stocha-convert broken.gguf OUT
+absent.gguf --data text.txt -> absent.gguf does not exist; a checkpoint folder or a Hub id
+nothing --data text.txt -> nothing/config.json does not exist; a Hugging Face checkpoint folder
 '' --data text.txt -> MODEL; is empty
 LONG --data text.txt -> bytes: expected at most 255
 ~nouser/x --data text.txt -> home folder of ~nouser, an unknown user
@@ -117,6 +120,8 @@ nan --data text.txt --length 16 --json -> loss is nan; weights
 """
 
 GENERATE = """
+broken.gguf --prompt w5 -> broken.gguf is a GGUF file; convert it first
+relu/config.json --prompt w5 -> relu/config.json is not a folder; a checkpoint folder or a Hub id
 relu -> no prompt; --prompt TEXT
 relu --prompt '' -> empty; --prompt TEXT
 relu --prompt ' ' -> empty
@@ -157,6 +162,7 @@ stocha5 --prompt w5 -> stocha
 """
 
 BENCH = """
+broken.gguf -> broken.gguf is a GGUF file; convert it first: stocha-convert broken.gguf OUT
  -> nothing to measure; --shape
 '' -> MODEL; is empty
 absent -> absent
@@ -190,12 +196,13 @@ unknownactivation -> activation is 'swiglu'
 """
 
 CARD = """
+broken.gguf eval.json -> broken.gguf is a GGUF file; convert it first
 relu eval.json --tasks absent.json -> absent.json cannot be read
 relu eval.json --tasks eval.json -> eval.json has no tasks
 relu -> EVAL
 relu '' -> EVAL; is empty
 '' eval.json -> FOLDER; is empty
-absent eval.json -> absent/config.json does not exist
+absent eval.json -> absent does not exist; a checkpoint folder
 native eval.json -> native is not a stocha checkpoint
 stocha5 eval.json -> stocha5 is not a stocha checkpoint
 badconfig eval.json -> badconfig/config.json cannot be read
@@ -441,6 +448,7 @@ gpt2 out.gguf -> model_type 'gpt2'
 """
 
 PUBLISH = """
+broken.gguf user/x -> broken.gguf is a GGUF file; convert it first
 relu -> REPO
 '' user/x -> FOLDER; is empty
 relu '' -> REPO is ''; org/name
@@ -462,6 +470,7 @@ relu user/x --colour -> --colour
 """
 
 TRAIN = """
+--config good.yaml --model_name_or_path broken.gguf -> broken.gguf is a GGUF file; convert it first
 --use_cpu true --bf16 false -> model_name_or_path is missing
 --config -> --config
 --config '' -> the recipe
@@ -519,6 +528,7 @@ TRAIN = """
 """
 
 ANSWERS = """
+broken.gguf prompts.jsonl out.jsonl -> broken.gguf is a GGUF file; convert it first
 relu -> PROMPTS
 relu prompts.txt -> OUT
 relu text.txt out.csv -> out.csv; .parquet
