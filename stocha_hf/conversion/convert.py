@@ -176,6 +176,7 @@ def convert(
     check_output(output, overwrite)
     read = [local_path(name) for name in (source, refit, calibrate) if name is not None]
     check_apart(output, [path for path in read if path.exists()])
+    check_data(refit, calibrate)
     with ExitStack() as stack:
         kind = "quantization" if bits is not None else "refit"
         work = stack.enter_context(refit_folder(output, kind)) if bits is not None or options is not None else None
@@ -246,6 +247,15 @@ def _refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
             "thresholds; convert the result again for another training activation"
         )
     return changes
+
+
+def check_data(*names: str | Path | None) -> None:
+    """Open each data set that is named, before a source is downloaded. Raises StochaError."""
+    for name in names:
+        if name is not None:
+            from stocha_hf.data import check_text  # which copying does not need
+
+            check_text(name)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -303,7 +303,7 @@ native out --refit text.txt --refit-tokens 0 -> --refit-tokens is 0; at least 1
 native out --refit text.txt --refit-tokens -5 -> --refit-tokens is -5
 native out --refit text.txt --target-sparsity 1 -> --target-sparsity is 1; between 0 and 1
 native out --refit text.txt --activation silu -> silu; relu
-native out --refit absent.txt -> absent.txt does not exist
+org/absent out --refit absent.txt -> absent.txt does not exist
 native out --target-sparsity 0.5 -> without refit
 native out --inputs 1.5 --calibrate text.txt -> --inputs is 1.5; below 1
 native out --inputs nan --calibrate text.txt -> --inputs is nan
@@ -311,8 +311,8 @@ native out --inputs -0.1 --calibrate text.txt -> --inputs is -0.1
 native out --inputs half --calibrate text.txt -> --inputs is half
 native out --inputs 0.4 -> without text; --calibrate DATA
 native out --inputs 0.4 --calibrate '' -> --calibrate; is empty
-native out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
-native out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
+org/absent out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
+org/absent out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
 native out --inputs 0.4 --calibrate short.txt -> short.txt has less than 64 tokens; one window
 native out --inputs 0.4 --calibrate text.txt --calibrate-tokens 0 -> --calibrate-tokens is 0; at least 1
 native out --inputs 0.4 --calibrate text.txt --inputs-allotment fair -> --inputs-allotment is fair; greedy, output
@@ -364,7 +364,8 @@ native out --bits 8 --calibrate text.txt -> calibrate was given without inputs
 native out --bits 8 --in-8-bits v_proj -> in_8_bits v_proj was given with bits 8; bits below 8
 native out --bits 4 --calibrate-tokens 100 -> calibrate_tokens 100 was given without calibrate
 native out --bits 4 --calibrate short.txt -> short.txt has too little text; 4 windows
-native out --bits 4 --calibrate absent.txt -> absent.txt does not exist
+org/absent out --bits 4 --calibrate columns.jsonl -> columns.jsonl has the columns body, id
+org/absent out --bits 4 --calibrate ids.jsonl -> token ids; expected text
 native out --bits 4 --refit text.txt -> bits was given with refit; refit first
 quantized4 out --bits 4 -> quantized4 is quantized to 4 bits; quantizing
 quantized4 out --refit text.txt -> quantized4 is quantized to 4 bits; a refit
@@ -397,6 +398,7 @@ noindex out -> no weight_map
 """
 
 AVERAGE = """
+org/absent broken.gguf out -> broken.gguf is a GGUF file; convert it first
 relu -> OUTPUT
 relu out -> at least two
 relu stocha out -> stocha; relu
@@ -420,6 +422,7 @@ relu relu text.txt/out -> cannot write
 """
 
 EXPORT = """
+org/absent out.gguf --format powerinfer --data absent.txt -> absent.txt does not exist
 relu -> OUT
 '' out.gguf -> FOLDER; is empty
 relu '' -> OUT; is empty
@@ -521,7 +524,7 @@ TRAIN = """
 --config good.yaml --model_name_or_path stocha5 -> stocha
 --config good.yaml --model_name_or_path quantized4 -> quantized4 is quantized to 4 bits; training
 --config good.yaml --model_name_or_path notokenizer -> notokenizer has no tokenizer
---config good.yaml --teacher ./absent -> ./absent does not exist
+--config good.yaml --dataset absent.txt --teacher ./absent -> ./absent does not exist
 --config good.yaml --teacher vocabulary -> 16
 --config good.yaml --accelerate nosuch -> --accelerate is nosuch
 --config good.yaml --num_processes 2 -> --num_processes is 2; --accelerate
