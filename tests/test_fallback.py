@@ -342,12 +342,16 @@ def test_folders_say_it_and_conversion_changes_that_alone(checkpoint: Any, text:
         "stocha-eval", tmp_path / "b", "--data", text, "--length", 32, "--windows", 4, "--dtype", "float32"
     )
     assert "of 128 steps, whose most likely token had a probability below 0.5, were computed again" in done.stdout
-    off = stocha_hf.convert(tmp_path / "b", tmp_path / "c", inputs_fallback=0)
-    assert off.stocha["inputs"] == before["inputs"]
-    both = stocha_hf.convert(
-        checkpoint(), tmp_path / "d", inputs=0.4, calibrate=text, calibrate_tokens=64, inputs_fallback=0.6
-    )
-    assert both.stocha["inputs"]["fallback"] == 0.6
+    both: dict[str, Any] = {"inputs_fallback": 0.6, "inputs_fallback_tokens": 8}
+    some = stocha_hf.convert(checkpoint(), tmp_path / "d", inputs=0.4, calibrate=text, calibrate_tokens=64, **both)
+    assert (some.stocha["inputs"]["fallback"], some.stocha["inputs"]["fallback_tokens"]) == (0.6, 8)
+    eight = stocha_hf.convert(tmp_path / "b", tmp_path / "c", inputs_fallback_tokens=8)
+    assert eight.stocha["inputs"] == after["inputs"] | {"fallback_tokens": 8}
+    loaded = stocha_hf.load_model(str(tmp_path / "c"))
+    assert (loaded.cutting.fallback, loaded.cutting.tokens) == (0.5, 8)
+    one = stocha_hf.convert(tmp_path / "c", tmp_path / "f", inputs_fallback_tokens=1)
+    off = stocha_hf.convert(tmp_path / "c", tmp_path / "g", inputs_fallback=0)
+    assert (one.stocha["inputs"], off.stocha["inputs"]) == (after["inputs"], before["inputs"])
     assert_refused(
         call_command("stocha-convert", tmp_path / "source", tmp_path / "e", "--inputs-fallback", 0.5),
         "cuts no inputs",
@@ -366,3 +370,16 @@ def test_what_is_no_probability_is_refused(wrong: Any, tmp_path: Path) -> None:
         cut_model().cut_inputs("decode", fallback=wrong).__enter__()
     with pytest.raises(StochaError, match=f"inputs_fallback is .*: {said}"):
         stocha_hf.convert(tmp_path, tmp_path / "out", inputs_fallback=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, 9, 2.0, True])
+def test_what_is_no_number_of_tokens_is_refused(wrong: Any, tmp_path: Path) -> None:
+    said = "expected a whole number from 1 to 8"
+    with pytest.raises(ValueError, match=f"inputs.fallback_tokens is .*: {said}"):
+        InputCuts({"q_proj": [0.1, 0.1]}, fallback=0.5, fallback_tokens=wrong)
+    with pytest.raises(ValueError, match="fallback_tokens is 8: expected none where there is no fallback"):
+        InputCuts({"q_proj": [0.1, 0.1]}, fallback_tokens=8)
+    with pytest.raises(ValueError, match=f"fallback_tokens is .*: {said}"):
+        cut_model().cut_inputs("decode", fallback_tokens=wrong).__enter__()
+    with pytest.raises(StochaError, match=f"inputs_fallback_tokens is .*: {said}"):
+        stocha_hf.convert(tmp_path, tmp_path / "out", inputs_fallback_tokens=wrong)
