@@ -219,9 +219,7 @@ def test_text_that_is_read_is_counted_as_its_steps_would_be(tokens: int) -> None
         second = model(windows).logits
     model.cutting.cut_at = None
     assert torch.equal(again, where) == (tokens == 1)
-    logits = torch.where((again & ~where)[..., None], first, second)[
-        :, :-1
-    ]  # those before: with cuts
+    logits = torch.where((again & ~where)[..., None], first, second)[:, :-1]  # those before: with cuts
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     assert found.perplexity == pytest.approx(loss.exp().item()) and found.perplexity != without.perplexity
     native = cut_model(None)
