@@ -114,8 +114,8 @@ class Loop:
         def decode(chosen: torch.Tensor) -> torch.Tensor:
             found = None
             if rows is not None and starts is not None:
-                wanted = self._wanted_logits()
-                found = step.with_fallback(self.model, rows, chosen[:, None], at, starts, 1, expected, wanted)
+                text, wanted = self.ids[:, : self.length], self._wanted_logits()
+                found = step.with_fallback(self.model, rows, chosen[:, None], at, starts, 1, expected, text, wanted)
             if found is None:
                 self.finish()
                 found = self._by_call(chosen, at, cache)
@@ -130,7 +130,10 @@ class Loop:
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(self.sequences, self.length - mask.shape[1])], 1)
         known = {"attention_mask": mask, "position_ids": at, CACHE: cache}
-        return self.model(chosen[:, None], use_cache=True, logits_to_keep=1, **known).logits.float()
+        ids = chosen[:, None]
+        if tell := getattr(self.model.__dict__.get("cutting"), "tell", None):  # which not each published copy has
+            tell(ids, self.ids[:, : self.length].to(self.device), mask)
+        return self.model(ids, use_cache=True, logits_to_keep=1, **known).logits.float()
 
     def _append(self, chosen: torch.Tensor) -> None:
         self._make_room(1)

@@ -315,6 +315,10 @@ native out --inputs 0 --calibrate text.txt -> data was given; above 0
 native out --inputs 0 --inputs-prefill -> prefill was given; above 0
 native out --calibrate text.txt -> calibrate was given without inputs
 native out --inputs-train -> inputs_train was given without inputs
+cuts out --inputs-fallback-tokens 9 -> --inputs-fallback-tokens is 9; from 1 to 8
+cuts out --inputs-fallback-tokens 8 -> inputs_fallback_tokens 8 was given for; no fallback; expected inputs_fallback
+cuts out --inputs-fallback-tokens 8 --inputs-fallback 0 -> with inputs_fallback 0; one of them
+native out --inputs-fallback-tokens 8 --inputs-fallback 0.5 -> cuts no inputs; a folder that does
 vocabulary out --inputs 0.4 --calibrate text.txt -> only 16 tokens
 notokenizer out --inputs 0.4 --calibrate text.txt -> no tokenizer
 cuts out --refit text.txt -> cuts its projections' inputs; --inputs 0

@@ -187,7 +187,8 @@ struct Pass {  // a thread's part of a step
       const int64_t token = i / model.heads, sequence = token / call.tokens;
       const int64_t key_head = i % model.heads / (model.heads / model.key_heads);
       const int64_t last = layer.length + token % call.tokens + 1;
-      const int64_t first = std::max(call.starts[sequence], layer.window ? last - layer.window : 0);
+      const int64_t seen = std::max(call.starts[sequence], layer.window ? last - layer.window : 0);
+      const int64_t first = std::min(seen, last - 1);  // padding sees itself, not nothing: no number is NaN
       float* query = &shared.q[i * head_size];
       place(query, token, layer.q_norm);
       attend<E>(rule, query, layer.keys.head<E>(sequence, key_head), layer.values.head<E>(sequence, key_head), first,
