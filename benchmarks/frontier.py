@@ -50,6 +50,7 @@ from stocha_hf.measurement.selection.applied import Selection
 from stocha_hf.measurement.selection.calibration import Calibration
 from stocha_hf.measurement.selection.methods import METHODS
 from stocha_hf.models import load_model
+from stocha_hf.tasks.evaluate import CHOSEN, evaluate_tasks
 
 HIGHEST = 3  # times the original's perplexity: the end of the axis
 SHARES = [0.25, 0.4, 0.5, 0.6, 0.7]
@@ -160,6 +161,7 @@ def measure(args: argparse.Namespace) -> None:
     texts = {Path(name).stem: text_windows(name, folder, args.length, args.windows) for name in args.eval}
     settings = {name: getattr(args, name) for name in ("calibrate", "eval", "tokens", "length", "windows", "dtype")}
     settings |= {name: getattr(args, name) for name in ("prompt_tokens", "prompts", "tasks", "limit", "seed")}
+    settings |= {"chosen": CHOSEN} if args.limit else {}
     rows = Rows(args.json, {"model": folder.name, "weights": weights_hash(folder)} | settings)
     measures = measure_original(args, folder, tokenizer, texts, rows)  # whose model is gone when it returns
     for point, make in others(args, folder):
@@ -248,8 +250,6 @@ def scorer(args: argparse.Namespace, tokenizer: Any) -> Scorer | None:
     """How tasks are scored, or None where none are asked for."""
     if not args.tasks:
         return None
-    from stocha_hf.tasks.evaluate import evaluate_tasks
-
     options: dict[str, Any] = {"limit": args.limit, "run_code": args.run_code, "task_data": args.task_data}
 
     def score(model: Any, one_by_one: bool) -> list[dict[str, Any]]:

@@ -180,6 +180,7 @@ def convert(
     check_output(output, overwrite)
     read = [local_path(name) for name in (source, refit, calibrate) if name is not None]
     check_apart(output, [path for path in read if path.exists()])
+    check_data(refit, calibrate)
     with ExitStack() as stack:
         kind = "quantization" if bits is not None else "refit"
         work = stack.enter_context(refit_folder(output, kind)) if bits is not None or options is not None else None
@@ -251,6 +252,15 @@ def _refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
+def check_data(*names: str | Path | None) -> None:
+    """Open each data set that is named, before a source is downloaded. Raises StochaError."""
+    for name in names:
+        if name is not None:
+            from stocha_hf.data import check_text  # which copying does not need
+
+            check_text(name)
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise StochaError where `output` cannot be written, or exists and is not to be replaced."""
     if not output.exists() and not output.is_symlink():
@@ -298,10 +308,10 @@ def write_checkpoint(
 
 def copy_files(source: Source, folder: Path) -> None:
     """Copy weights and companions, and the tokenizer's settings without code."""
-    from tqdm import tqdm
+    from stocha_hf.progress import Progress
 
     sizes = {name: (source.folder / name).stat().st_size for name in source.files}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying", disable=None, leave=False) as bar:
+    with Progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying") as bar:
         for name in source.files:
             copy_file(source.folder / name, folder / name, bar.update)
     if source.tokenizer is not None:

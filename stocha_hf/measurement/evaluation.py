@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
@@ -25,6 +24,7 @@ from stocha_hf.measurement.fallback import doubts, fallback_of, predictions, unc
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
 from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.models import cutting_everywhere, patched_layers
+from stocha_hf.progress import Progress
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
 LOGIT_ROWS = 512  # tokens whose logits are float32 at a time
@@ -150,7 +150,7 @@ def batches(model: Any, windows: torch.Tensor, doing: str) -> Iterator[torch.Ten
     """A few windows at a time, on the model's device, with a progress bar."""
     device = next(model.parameters()).device
     size = GPU_BATCH if device.type == "cuda" else BATCH
-    for batch in tqdm(windows.split(size), desc=doing, unit="batch", disable=None, leave=False):
+    for batch in Progress(windows.split(size), desc=doing, unit="batch"):
         yield batch.to(device)
 
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.diversity import distinct, self_bleu
 from stocha_hf.measurement.fallback import predictions
 from stocha_hf.measurement.records import SampledText, Samples
 from stocha_hf.models import cutting_everywhere
+from stocha_hf.progress import Progress
 
 LOGIT_ROWS = 8  # samples whose logits are in memory at a time
 IGNORED = -100  # cross_entropy's default
@@ -160,7 +160,7 @@ def sample(
         StochaError: a prompt is empty, the logits are NaN or infinite, or sacrebleu is missing.
     """
     rows, found = [], []
-    for i, prompt in enumerate(tqdm(prompts, desc=doing, unit="prompt", disable=None, leave=False)):
+    for i, prompt in enumerate(Progress(prompts, desc=doing, unit="prompt")):
         ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         _check_prompt(ids, prompt, model.config.vocab_size)
         some = generate(model, ids, samples=samples, new=new, p=p, temperature=temperature, seed=seed + i)
