@@ -263,8 +263,8 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
     """Each task's score and each text's perplexity against the megabytes of a step, a line a method.
 
     A perplexity's axis ends at HIGHEST times the original's: some methods go to 100,000, and would hide the others.
-    Oracles are left out: they know the next token, and are below the original. Of rows of one method and share the
-    first is drawn.
+    Oracles are left out: they know the next token, and are below the original. Of rows of one method, share and
+    fallback the first is drawn.
     """
     rows = [row for row in rows if not row.get("oracle")]
     originals: dict[str, float] = {}
@@ -274,11 +274,11 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
     texts = sorted({name for row in rows for name in row.get("perplexity", {})})
     pictures = []
     for title in [*tasks, *texts]:
-        lines: dict[str, dict[float, tuple[Any, ...]]] = {}
+        lines: dict[str, dict[tuple[float, float | None], tuple[Any, ...]]] = {}
         for row in rows:
             for y, error in _values(row, title):
                 point = (row["bytes_read"]["step"] / 1e6, y, _text(row), error)
-                lines.setdefault(row["method"], {}).setdefault(row["share"], point)
+                lines.setdefault(row["method"], {}).setdefault((row["share"], row.get("fallback")), point)
         points = {method: list(found.values()) for method, found in lines.items()}
         x = "weights read for a token, MB"
         if isinstance(title, str):

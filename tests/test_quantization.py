@@ -284,7 +284,7 @@ def test_adapters_are_honoured_and_trained_and_cannot_be_merged(checkpoint, tmp_
         ({"bits": True}, "bits is True"),
         ({"in_8_bits": "v_proj"}, "in_8_bits is 'v_proj': expected a list"),
         ({"transposed": [5]}, "transposed is [5]"),
-        ({"format": 2}, "format is 2: expected 1; install a newer stocha_hf"),
+        ({"format": 3}, "format is 3: expected 1 or 2; install a newer stocha_hf"),
         ({"group_size": 64}, "group_size is 64: expected 32"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
         ({"colour": "red"}, "the keys ['colour']"),

@@ -172,7 +172,7 @@ def _quantized(
         matrix = value.t() if entry.is_transposed(module) else value
         bits = entry.bits_of(module)
         if moments is None or bits == 8:
-            made = quantize(matrix, bits)
+            made = quantize(matrix, bits, in_planes=entry.is_in_planes(module))
         else:
             own = moments[module.rpartition(".")[2]]
             made = round_with_feedback(matrix.to(own.device), own, entry.is_transposed(module))

@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from stocha_hf.decoding import step
 from stocha_hf.decoding.cache import rows_of
 from stocha_hf.decoding.conditions import CACHE
+from stocha_hf.decoding.structs import ALL, GREATEST
 
 
 class Loop:
@@ -56,6 +57,11 @@ class Loop:
         self.has_end = any(hasattr(rule, "eos_token_id") for rule in criteria)
         self.ended = ending(criteria, self.sequences)
         self.unfinished = torch.ones(self.sequences, dtype=torch.int64, device=self.device)
+
+    def _wanted_logits(self) -> int:
+        """What of a step's logits tokens are chosen by, and the caller is given."""
+        asks = self.config.do_sample or len(self.processors) or self.scores is not None or self.logits is not None
+        return ALL if asks else GREATEST
 
     def _processed(self, logits: torch.Tensor, length: int) -> torch.Tensor:
         """The scores of logits [sequences, vocabulary] behind so many ids."""
@@ -108,8 +114,8 @@ class Loop:
         def decode(chosen: torch.Tensor) -> torch.Tensor:
             found = None
             if rows is not None and starts is not None:
-                text = self.ids[:, : self.length]
-                found = step.with_fallback(self.model, rows, chosen[:, None], at, starts, 1, expected, text)
+                text, wanted = self.ids[:, : self.length], self._wanted_logits()
+                found = step.with_fallback(self.model, rows, chosen[:, None], at, starts, 1, expected, text, wanted)
             if found is None:
                 self.finish()
                 found = self._by_call(chosen, at, cache)

@@ -374,7 +374,7 @@ native out --bits 4 --refit text.txt -> bits was given with refit; refit first
 quantized4 out --bits 4 -> quantized4 is quantized to 4 bits; quantizing
 quantized4 out --refit text.txt -> quantized4 is quantized to 4 bits; a refit
 fivebits out -> bits is 5; 4 or 8
-newformat out -> format is 2; newer stocha_hf
+newformat out -> format is 3; newer stocha_hf
 uncoded out -> layers.0.mlp.down_proj.codes; missing
 wrongcodes out -> (I8); U8
 unconverted4 out -> not a stocha checkpoint
