@@ -198,22 +198,28 @@ def test_a_step_on_a_gpu_is_left_to_the_forward_where_it_could_not_be_repeated(m
 
 
 @torch.no_grad()
-def test_text_that_is_read_is_counted_as_its_steps_would_be() -> None:
-    model, windows = cut_model(0.3), torch.randint(3, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_text_that_is_read_is_counted_as_its_steps_would_be(tokens: int) -> None:
+    model = cut_model(0.3, tokens=tokens)
+    windows = torch.randint(3, 64, (6, 16), generator=torch.Generator().manual_seed(0))
     found = evaluate(model, windows)
     with model.cut_inputs("decode", fallback=0):
         without = evaluate(model, windows)
     assert found.fallback is not None and found.bytes_read is not None and without.bytes_read is not None
     assert without.fallback is None and "fallback" not in without.to_dict()
     with model.cut_inputs("always", fallback=0):
-        where = model(windows).logits.softmax(-1).amax(-1) < 0.3
+        first = model(windows).logits
+        where = first.softmax(-1).amax(-1) < 0.3
     assert (found.fallback.steps, found.fallback.repeated) == (96, int(where.sum())) and 0 < found.fallback.share < 1
     assert found.fallback.cut_share == without.bytes_read.share
     assert found.bytes_read.share == pytest.approx(without.bytes_read.share + found.fallback.share)
-    model.cutting.cut_at = ~where
+    again = torch.stack([where[:, i : i + tokens].any(1) for i in range(16)], 1)
+    model.cutting.cut_at = ~again
     with model.cut_inputs("always", fallback=0):
-        logits = model(windows).logits[:, :-1]
+        second = model(windows).logits
     model.cutting.cut_at = None
+    assert torch.equal(again, where) == (tokens == 1)
+    logits = torch.where((again & ~where)[..., None], first, second)[:, :-1]  # those before: with cuts
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     assert found.perplexity == pytest.approx(loss.exp().item()) and found.perplexity != without.perplexity
     native = cut_model(None)

@@ -292,9 +292,11 @@ def _model_lines(row: dict[str, Any]) -> Iterator[str]:
 
 def _fallback_lines(row: dict[str, Any]) -> Iterator[str]:
     if found := row.get("fallback"):
+        earlier = f", with the tokens before it, {found['tokens']} in all" if found["tokens"] > 1 else ""
         yield (
             f"  {found['share']:.1%} of {found['steps']} steps, whose most likely token had a probability below "
-            f"{found['below']:g}, were computed again without cuts; one with cuts reads {found['cut_share']:.1%}"
+            f"{found['below']:g}, were computed again without cuts{earlier}; one with cuts reads "
+            f"{found['cut_share']:.1%}"
         )
 
 

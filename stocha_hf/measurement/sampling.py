@@ -120,8 +120,9 @@ def log_likelihoods(model: Any, prompt: Sequence[int], samples: Sequence[Sequenc
     for after in torch.tensor(padded, device=model.device).split(LOGIT_ROWS):
         before = torch.tensor([list(prompt)] * len(after), device=model.device)
         rows = torch.cat([before, after.clamp(min=0)], dim=1)
+        real = torch.cat([torch.ones_like(before, dtype=torch.bool), after != IGNORED], dim=1)
         with cutting_everywhere(model):
-            logits = predictions(model, rows, longest + 1)[:, :-1].float()
+            logits = predictions(model, rows, longest + 1, real)[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), after, reduction="none", ignore_index=IGNORED)
         found += (-losses.sum(1) / (after != IGNORED).sum(1)).tolist()
     return found

@@ -151,8 +151,8 @@ class HarnessModel(TemplateLM):
         steps, repeated = (sum(row[key] for row in about) for key in ("steps", "repeated"))
         texts = [self._text(request) for request in requests[:: -(-len(requests) // TEXTS)]]
         read, fallback = read_of_texts(self.model, texts), None
-        if below := fallback_of(self.model):
-            read, fallback = with_repeated(read, below, steps, repeated)
+        if fallback_of(self.model):
+            read, fallback = with_repeated(self.model, read, steps, repeated)
         return TaskReading(task, steps, len(texts), read, fallback)
 
     def _text(self, request: Any) -> tuple[list[int], int]:
@@ -222,8 +222,9 @@ class HarnessModel(TemplateLM):
             (at, len(row), i, pairs[i][1][-len(row) :]) for at, (row, owners) in enumerate(batch) for i in owners
         ]
         first = min(length - len(after) for _, length, _, after in wanted)  # of the places whose prediction is wanted
+        real = torch.arange(longest) < torch.tensor([[len(tokens)] for tokens, _ in batch])
         with cutting_everywhere(self.model):
-            logits = predictions(self.model, ids.to(self.device), longest - first)
+            logits = predictions(self.model, ids.to(self.device), longest - first, real.to(self.device))
         found = []
         for at, length, _, tokens in wanted:
             after = torch.tensor(tokens, device=self.device)
