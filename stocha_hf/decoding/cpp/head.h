@@ -24,12 +24,21 @@ struct Head {
 
   int64_t row(int64_t place) const { return listed ? listed[place] : place; }
 
-  // What transformers makes of a row's product; it does not fall where the product rises.
-  float logit(int64_t row, float product) const {
-    float bias = 0;
-    if (m.bias) widen(type, static_cast<const char*>(m.bias) + row * (type == kFloat ? 4 : 2), 1, &bias);
-    const float value = rounded(type, product + bias);
-    return soft_cap > 0 ? rounded(type, rounded(type, std::tanh(rounded(type, value / soft_cap))) * soft_cap) : value;
+  // What transformers makes of the products [count, padded] of rows, in place; it does not fall where a product rises.
+  template <class RowOf>
+  void to_logits(float* values, int64_t count, int64_t padded, RowOf row_of) const {
+    for (int64_t i = 0; m.bias && i < count; ++i) {
+      float bias;
+      widen(type, static_cast<const char*>(m.bias) + row_of(i) * (type == kFloat ? 4 : 2), 1, &bias);
+      for (int64_t t = 0; t < padded; ++t) values[i * padded + t] += bias;
+    }
+    round_row(type, values, count * padded);
+    for (int64_t i = 0; soft_cap > 0 && i < count * padded; ++i)
+      values[i] = rounded(type, rounded(type, std::tanh(rounded(type, values[i] / soft_cap))) * soft_cap);
+  }
+
+  void put(int64_t place, const float* values, int64_t tokens) const {
+    for (int64_t t = 0; t < tokens; ++t) logits[t * width + place] = values[t];
   }
 
   // A thread's part; `least` is the team's, [threads, kTokens].
@@ -53,8 +62,8 @@ struct Head {
     const Product product(m, x.padded, room);
     begin({&product}, x, team);
     in_turn(product, x, listed, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
-      for (int64_t i = first; i < last; ++i, values += x.padded)
-        for (int64_t t = 0; t < x.tokens; ++t) logits[t * width + i] = logit(row(i), values[t]);
+      to_logits(values, last - first, x.padded, [&](int64_t i) { return row(first + i); });
+      for (int64_t i = first; i < last; ++i, values += x.padded) put(i, values, x.tokens);
     });
   }
 
@@ -70,12 +79,15 @@ struct Head {
       code_products<High>(m, x, {listed, begin, end, mine.end, false}, {values, squares.data(), variances});
       for (int64_t i = begin; i < end; ++i)
         for (int64_t t = 0; t < x.tokens; ++t) {
-          const int64_t at = (i - begin) * x.padded + t;
-          logits[t * width + i] = logit(row(i), values[at] + margin * std::sqrt(variances[at]));
-          if (!(values[at] > most[t])) continue;
-          most[t] = values[at];
+          const float value = values[(i - begin) * x.padded + t];
+          if (!(value > most[t])) continue;
+          most[t] = value;
           best[t] = row(i);
         }
+      for (int64_t k = 0; k < (end - begin) * x.padded; k += kLanes)
+        store(load(values + k) + margin * root(load(variances + k)), values + k);
+      to_logits(values, end - begin, x.padded, [&](int64_t i) { return row(begin + i); });
+      for (int64_t i = begin; i < end; ++i) put(i, values + (i - begin) * x.padded, x.tokens);
     }
   }
 
@@ -85,8 +97,9 @@ struct Head {
     if (mine.begin >= mine.end) return;
     float values[kTokens * kTokens];
     products(m, x, {rows, 0, x.tokens, x.tokens, false}, values);
+    to_logits(values, x.tokens, x.padded, [&](int64_t i) { return rows[i]; });
     for (int64_t r = 0; r < x.tokens; ++r)
-      for (int64_t t = 0; t < x.tokens; ++t) least[t] = std::max(least[t], logit(rows[r], values[r * x.padded + t]));
+      for (int64_t t = 0; t < x.tokens; ++t) least[t] = std::max(least[t], values[r * x.padded + t]);
   }
 
   // Exact logits of rows that may reach these ones, for each token; minus infinity for the others.
@@ -112,9 +125,8 @@ struct Head {
     for (int64_t begin = 0; begin < count; begin += kAtOnce) {
       const int64_t end = std::min(begin + kAtOnce, count);
       products(m, x, {rows.data(), begin, end, count, false}, values);
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t t = 0; t < x.tokens; ++t)
-          logits[t * width + places[i]] = logit(rows[i], values[(i - begin) * x.padded + t]);
+      to_logits(values, end - begin, x.padded, [&](int64_t i) { return rows[begin + i]; });
+      for (int64_t i = begin; i < end; ++i) put(places[i], values + (i - begin) * x.padded, x.tokens);
     }
   }
 };

@@ -26,15 +26,11 @@ struct CodeRows<R, High> : PlaneRows<R, High> {};
 template <int R>
 struct CodeRows<R, Both> : PlaneRows<R, Both> {};
 
-// Each group's sum of the squares of x [tokens, size], in the order of QuantizedX's scales: what an error in the group's
-// weights counts.
+// Each group's sum of the squares of x [tokens, size], [tokens, chunks * kLanes]: what an error in its weights counts.
 inline void sum_squares(const float* x, int64_t tokens, int64_t size, int64_t chunks, std::vector<float>& out) {
   out.assign(tokens * chunks * kLanes, 0.0f);
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t chunk = t * chunks + i / kChunk, group = i % kChunk / kGroupSize;
-      out[chunk * kLanes + group % kPer * 4 + group / kPer] += x[t * size + i] * x[t * size + i];
-    }
+    for (int64_t i = 0; i < size; ++i) out[t * chunks * kLanes + i / kGroupSize] += x[t * size + i] * x[t * size + i];
 }
 
 // Dot products of R rows with T tokens of x from the first one on; meanwhile fetches others. Of the high plane alone
@@ -43,7 +39,7 @@ template <int R, int T, class Code>
 inline void dots(const PlaneRows<R, Code>& rows, Fetch fetch, const QuantizedX& x, const float* squares, int64_t first,
                  float (&out)[R][T], float (&variances)[R][T]) {
   constexpr bool both = std::is_same_v<Code, Both>;
-  Vector total[R][T] = {}, variance[R][T] = {};
+  Vector total[R][T] = {};
   for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
     const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
     Vector factor[R][T];
@@ -56,14 +52,11 @@ inline void dots(const PlaneRows<R, Code>& rows, Fetch fetch, const QuantizedX& 
         const int64_t lanes = (t * x.chunks + at) * kLanes;
         factor[r][t] = scale * load(&x.scales[lanes]);
         total[r][t] += offset * load(&x.totals[lanes]);
-        if constexpr (!both) {
-          factor[r][t] *= 16.0f;
-          variance[r][t] += scale * scale * load(squares + lanes);
-        }
+        if constexpr (!both) factor[r][t] *= 16.0f;
       }
     }
     fetch.lines((both ? 2 : 1) * R * kChunk / 2);
-    const auto step = [&](auto i, bool whole) {
+    const auto step = [&](auto i, bool whole) STOCHA_INLINED {
       const int8_t* part = &x.codes[at * kChunk + i * 2 * kBytes];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -81,9 +74,9 @@ inline void dots(const PlaneRows<R, Code>& rows, Fetch fetch, const QuantizedX& 
       }
     };
     if (here >= kLanes)
-      repeated<0, 4>([&](auto i) { step(i, true); });
+      repeated<0, 4>([&](auto i) STOCHA_INLINED { step(i, true); });
     else
-      repeated<0, 4>([&](auto i) {
+      repeated<0, 4>([&](auto i) STOCHA_INLINED {
         if (i * kPer < here) step(i, rows.readable);
       });
   }
@@ -92,8 +85,22 @@ inline void dots(const PlaneRows<R, Code>& rows, Fetch fetch, const QuantizedX& 
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       out[r][t] = sum(total[r][t]);
-      if constexpr (!both) variances[r][t] = sum(variance[r][t]) * kVarianceOfLow;
     }
+  if constexpr (!both) {  // by itself, for the registers are full
+    Vector variance[R][T] = {};
+    for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vector scale = load_part(rows.scales[r] + g, rows.groups - g, rows.readable);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t)
+          variance[r][t] += scale * scale * load(squares + ((first + t) * x.chunks + chunk) * kLanes);
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) variances[r][t] = sum(variance[r][t]) * kVarianceOfLow;
+  }
 }
 
 // A row as float32, for embeddings and prefill.
