@@ -23,10 +23,14 @@ TILES: dict[str, dict[str, int]] = {
     "down": {"PROGRAMS": 1024, "TILE": 128, "BLOCK": 32, "num_warps": 2},
     "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 8},
     "head": {"ROWS": 4, "BLOCK": 2048, "num_warps": 4},
-    "cut qkv": {"SPLITS": 16, "TILE": 32, "BLOCK": 64, "num_warps": 4},
-    "cut o": {"SPLITS": 16, "TILE": 32, "BLOCK": 64, "num_warps": 4},
-    "cut hidden": {"SPLITS": 4, "TILE": 64, "BLOCK": 64, "num_warps": 4},
-    "cut down": {"SPLITS": 32, "TILE": 32, "BLOCK": 64, "num_warps": 4},
+    "cut qkv": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
+    "cut o": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
+    "cut hidden": {"SPLITS": 4, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
+    "cut down": {"SPLITS": 32, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
+}
+SMALL: dict[str, dict[str, int]] = {  # below a hidden size of 1536
+    "cut hidden": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
+    "cut down": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
 }
 LARGE: dict[str, dict[str, int]] = {  # from a hidden size of 4096 on
     "qkv": {"ROWS": 4, "BLOCK": 512, "num_warps": 1},
@@ -37,10 +41,10 @@ LARGE: dict[str, dict[str, int]] = {  # from a hidden size of 4096 on
     "down": {"PROGRAMS": 512, "TILE": 128, "BLOCK": 64, "num_warps": 4},
     "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 4},
     "head": {"ROWS": 4, "BLOCK": 256, "num_warps": 1},
-    "cut qkv": {"SPLITS": 8, "TILE": 32, "BLOCK": 64, "num_warps": 4},
-    "cut o": {"SPLITS": 8, "TILE": 64, "BLOCK": 64, "num_warps": 4},
-    "cut hidden": {"SPLITS": 8, "TILE": 32, "BLOCK": 128, "num_warps": 4},
-    "cut down": {"SPLITS": 16, "TILE": 32, "BLOCK": 128, "num_warps": 4},
+    "cut qkv": {"SPLITS": 22, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
+    "cut o": {"SPLITS": 32, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
+    "cut hidden": {"SPLITS": 7, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
+    "cut down": {"SPLITS": 32, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
 }
 TWO = {"ROWS": 4, "BLOCK": 512, "UP": 512, "num_warps": 2}  # of a product with two tokens, but for these:
 ONE_BY_ONE = ("attention", "down", "list", "listed")
@@ -61,7 +65,7 @@ EIGHT: dict[str, dict[str, int]] = {  # more warps than FOUR's, for what a progr
 
 def tiles_for(tokens: int, size: int) -> dict[str, dict[str, int]]:
     """Return each kernel's tile for a step of 1, 2, 4 or 8 tokens, in a model of this hidden size."""
-    tiles = TILES | LARGE if size >= 4096 else TILES
+    tiles = TILES | (LARGE if size >= 4096 else SMALL if size < 1536 else {})
     if tokens == 1:
         return tiles
     if tokens > 2:
