@@ -11,12 +11,19 @@ from typing import Any
 import torch
 import triton
 
+from stocha_hf.decoding.gpu_tiles import tiles_for
 from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
 from stocha_hf.decoding.triton_inputs import cut_hidden_kernel, cut_linear_kernel, whole_kernel
 from stocha_hf.spec import PROJECTIONS
 
 PARTS = {"qkv": PROJECTIONS[:3], "o": PROJECTIONS[3:4], "hidden": PROJECTIONS[4:6], "down": PROJECTIONS[6:]}
 WARP_LOAD = 512  # bytes that a warp reads of a row at a time
+
+
+def listed(size: int) -> set[str]:
+    """Return the projections that read the rows of kept inputs only, in a model of this hidden size."""
+    tiles = tiles_for(1, size)
+    return {part for name, parts in PARTS.items() if "SPLITS" in tiles[f"cut {name}"] for part in parts}
 
 
 class CutProducts:
@@ -32,7 +39,9 @@ class CutProducts:
         width, size = layer.gate.shape
         rows = {"qkv": [len(part) for part in layer.qkv], "o": [size], "hidden": [width, width], "down": [size]}
         inputs = {"qkv": size, "o": heads, "hidden": size, "down": width}
-        self.tiles = {name: _tile(tiles[f"cut {name}"], inputs[name], rows[name], like.element_size()) for name in PARTS}
+        self.tiles = {
+            name: _tile(tiles[f"cut {name}"], inputs[name], rows[name], like.element_size()) for name in PARTS
+        }
         lists, parts = [1], [1]
         for name, tile in self.tiles.items():
             if "SPLITS" in tile:
@@ -82,7 +91,7 @@ class CutProducts:
     def hidden(self, layer: LayerWeights, x: torch.Tensor, out: torch.Tensor) -> None:
         """out = act(gate norm(x)) * (up norm(x))."""
         gate, up = (layer.cuts[part] for part in PARTS["hidden"])
-        tile, (size, width) = self.tiles["hidden"], gate.weight.shape
+        tile, (width, size) = self.tiles["hidden"], layer.gate.shape
         given, all = (x, layer.ffn_norm, self.eps), triton.next_power_of_2(size)
         limits = gate.threshold, up.threshold
         if "SPLITS" in tile:

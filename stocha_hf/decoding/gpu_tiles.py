@@ -25,7 +25,7 @@ TILES: dict[str, dict[str, int]] = {
     "head": {"ROWS": 4, "BLOCK": 2048, "num_warps": 4},
     "cut qkv": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
     "cut o": {"ROWS": 2, "BLOCK": 1024, "num_warps": 4},
-    "cut hidden": {"SPLITS": 4, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
+    "cut hidden": {"SPLITS": 8, "DEPTH": 4, "BLOCK": 512, "num_warps": 4},
     "cut down": {"SPLITS": 32, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
 }
 SMALL: dict[str, dict[str, int]] = {  # below a hidden size of 1536
@@ -41,10 +41,10 @@ LARGE: dict[str, dict[str, int]] = {  # from a hidden size of 4096 on
     "down": {"PROGRAMS": 512, "TILE": 128, "BLOCK": 64, "num_warps": 4},
     "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 4},
     "head": {"ROWS": 4, "BLOCK": 256, "num_warps": 1},
-    "cut qkv": {"SPLITS": 22, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
-    "cut o": {"SPLITS": 32, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
-    "cut hidden": {"SPLITS": 7, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
-    "cut down": {"SPLITS": 32, "DEPTH": 4, "BLOCK": 256, "num_warps": 4},
+    "cut qkv": {"SPLITS": 11, "DEPTH": 4, "BLOCK": 128, "num_warps": 4},
+    "cut o": {"ROWS": 1, "BLOCK": 2048, "num_warps": 4},
+    "cut hidden": {"SPLITS": 14, "DEPTH": 4, "BLOCK": 512, "num_warps": 4},
+    "cut down": {"SPLITS": 32, "DEPTH": 4, "BLOCK": 512, "num_warps": 8},
 }
 TWO = {"ROWS": 4, "BLOCK": 512, "UP": 512, "num_warps": 2}  # of a product with two tokens, but for these:
 ONE_BY_ONE = ("attention", "down", "list", "listed")

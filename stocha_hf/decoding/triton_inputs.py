@@ -132,7 +132,6 @@ def cut_linear_kernel(  # type: ignore[no-untyped-def]
     with its own cut. BLOCK divides the rows of the first and the second of three.
     """
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
     block, split = tl.program_id(0), tl.program_id(1)
     w_ptr, bias_ptr, cut, shift, rows = _of_three(
@@ -146,6 +145,8 @@ def cut_linear_kernel(  # type: ignore[no-untyped-def]
         x_ptr, norm_ptr, eps, w_ptr, list_ptr, columns, inside, split, cut, rows, SIZE, ALL, NORM, EVEN, SPLITS, ROOM,
         ROWS, DEPTH,
     )  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()  # not before: programs that wait would take the room of some that read
     tl.store(part_ptr + split * all_rows + shift + columns, sums, inside)
     tl.debug_barrier()  # all threads' sums are stored before the program counts as done
     if tl.atomic_add(arrived_ptr + block, 1) == SPLITS - 1:
@@ -178,7 +179,6 @@ def cut_hidden_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """act(gate cut(norm(x))) * (up cut(norm(x))), [width]; half of the programs multiply gate, half up."""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
     block, split, is_up = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     w_ptr, limit = gate_ptr, gate_cut
@@ -191,6 +191,8 @@ def cut_hidden_kernel(  # type: ignore[no-untyped-def]
         x_ptr, norm_ptr, eps, w_ptr, list_ptr, columns, inside, split, limit, width, SIZE, ALL, True, EVEN, SPLITS,
         ROOM, ROWS, DEPTH,
     )  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
     tl.store(part_ptr + (is_up * SPLITS + split) * width + columns, sums, inside)
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + block, 1) == 2 * SPLITS - 1:
@@ -244,9 +246,7 @@ def whole_kernel(  # type: ignore[no-untyped-def]
     scale = _scale(x_ptr, eps, SIZE, ALL, NORM)
     found = _whole_product(x_ptr, norm_ptr, scale, w_ptr + place, tile, inside, cut, SIZE, NORM, BLOCK)
     if PARTS == 2:
-        up = _whole_product(
-            x_ptr, norm_ptr, scale, second_ptr + place, up_tile, inside, second_cut, SIZE, NORM, BLOCK
-        )
+        up = _whole_product(x_ptr, norm_ptr, scale, second_ptr + place, up_tile, inside, second_cut, SIZE, NORM, BLOCK)
         found = _hidden(found, up, hidden_cut, ACTIVATION, dtype)
     if BIAS:
         found += tl.load(bias_ptr + rows - shift, inside, 0.0).to(tl.float32)
