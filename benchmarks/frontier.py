@@ -50,6 +50,7 @@ from stocha_hf.measurement.selection.applied import Selection
 from stocha_hf.measurement.selection.calibration import Calibration
 from stocha_hf.measurement.selection.methods import METHODS
 from stocha_hf.models import load_model
+from stocha_hf.tasks.evaluate import CHOSEN, evaluate_tasks
 
 HIGHEST = 3  # times the original's perplexity: the end of the axis
 SHARES = [0.25, 0.4, 0.5, 0.6, 0.7]
@@ -160,6 +161,7 @@ def measure(args: argparse.Namespace) -> None:
     texts = {Path(name).stem: text_windows(name, folder, args.length, args.windows) for name in args.eval}
     settings = {name: getattr(args, name) for name in ("calibrate", "eval", "tokens", "length", "windows", "dtype")}
     settings |= {name: getattr(args, name) for name in ("prompt_tokens", "prompts", "tasks", "limit", "seed")}
+    settings |= {"chosen": CHOSEN} if args.limit else {}
     rows = Rows(args.json, {"model": folder.name, "weights": weights_hash(folder)} | settings)
     measures = measure_original(args, folder, tokenizer, texts, rows)  # whose model is gone when it returns
     for point, make in others(args, folder):
@@ -248,8 +250,6 @@ def scorer(args: argparse.Namespace, tokenizer: Any) -> Scorer | None:
     """How tasks are scored, or None where none are asked for."""
     if not args.tasks:
         return None
-    from stocha_hf.tasks.evaluate import evaluate_tasks
-
     options: dict[str, Any] = {"limit": args.limit, "run_code": args.run_code, "task_data": args.task_data}
 
     def score(model: Any, one_by_one: bool) -> list[dict[str, Any]]:
@@ -263,8 +263,8 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
     """Each task's score and each text's perplexity against the megabytes of a step, a line a method.
 
     A perplexity's axis ends at HIGHEST times the original's: some methods go to 100,000, and would hide the others.
-    Oracles are left out: they know the next token, and are below the original. Of rows of one method and share the
-    first is drawn.
+    Oracles are left out: they know the next token, and are below the original. Of rows of one method, share and
+    fallback the first is drawn.
     """
     rows = [row for row in rows if not row.get("oracle")]
     originals: dict[str, float] = {}
@@ -274,11 +274,11 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
     texts = sorted({name for row in rows for name in row.get("perplexity", {})})
     pictures = []
     for title in [*tasks, *texts]:
-        lines: dict[str, dict[float, tuple[Any, ...]]] = {}
+        lines: dict[str, dict[tuple[float, float | None], tuple[Any, ...]]] = {}
         for row in rows:
             for y, error in _values(row, title):
                 point = (row["bytes_read"]["step"] / 1e6, y, _text(row), error)
-                lines.setdefault(row["method"], {}).setdefault(row["share"], point)
+                lines.setdefault(row["method"], {}).setdefault((row["share"], row.get("fallback")), point)
         points = {method: list(found.values()) for method, found in lines.items()}
         x = "weights read for a token, MB"
         if isinstance(title, str):

@@ -10,12 +10,27 @@ import statistics
 from typing import Any
 
 import matplotlib
-from pretrain_report import MAIN, ROOT, SEEDS, Rows, loss, noise_rows, percent, rows, zeros
+from pretrain_report import (
+    LARGER,
+    LONG,
+    MAIN,
+    PASS,
+    ROOT,
+    SEEDS,
+    Rows,
+    by_seed,
+    loss,
+    noise_rows,
+    percent,
+    rows,
+    zeros,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 IMAGES = ROOT / "docs/images"
+SKIPPED, GROUP = 25, 10  # logged values of the long runs: without the first 500 steps, means of 200 steps
 OPTIONS: dict[str, Any] = {"dpi": 90, "bbox_inches": "tight"}
 
 
@@ -48,6 +63,32 @@ def switch(all_rows: Rows) -> None:
     axes.set(xlabel="step of 3060", ylabel="training loss above SiLU's, nats", ylim=(-0.08, 0.21))
     axes.legend(fontsize=8, loc="upper center")
     figure.savefig(IMAGES / "pretraining-switch.png", **OPTIONS)
+
+
+def longer(all_rows: Rows) -> None:
+    """The long runs: training losses below ReLU's on the same tokens, and dead neurons by layer at the end."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
+    base = {seed: row["curve"] for seed, row in by_seed(all_rows, f"relu-{LONG}").items()}
+    colours = dict(zip(LARGER.values(), ("tab:green", "tab:orange", "tab:blue", "tab:red"), strict=True))
+    for label, name in LARGER.items():
+        for seed, row in by_seed(all_rows, f"{name}-{LONG}").items():
+            told = {"label": label if not seed else None, "color": colours[name], "linewidth": 1}
+            if "dead_per_layer" in row.get("docs-test", {}) and name != "silu":
+                right.plot([100 * share for share in row["docs-test"]["dead_per_layer"]], ".-", **told)
+            pairs = list(zip(row["curve"], base[seed], strict=False))
+            groups = [pairs[at : at + GROUP] for at in range(SKIPPED, len(pairs) - GROUP + 1, GROUP)]
+            ends = [group[-1][0][0] for group in groups]
+            gains = [statistics.mean(one[1] - other[1] for one, other in group) for group in groups]
+            if name != "relu":
+                left.plot(ends, gains, **told)
+    for step in (PASS, 2 * PASS):
+        left.axvline(step, color="grey", linewidth=0.5, linestyle=":")
+    left.axhline(0, color="grey", linewidth=0.5)
+    left.set(xlabel="step of 9156; dotted: the text begins again", ylabel="training loss less ReLU's, nats")
+    left.legend(fontsize=8)
+    right.set(xlabel="layer", ylabel="dead neurons at the end, %")
+    right.legend(fontsize=8)
+    figure.savefig(IMAGES / "pretraining-long.png", **OPTIONS)
 
 
 def dead(all_rows: Rows) -> None:
@@ -87,7 +128,7 @@ def noise(all_rows: Rows) -> None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     IMAGES.mkdir(exist_ok=True)
-    for draw in (losses, switch, dead, noise):
+    for draw in (losses, longer, switch, dead, noise):
         draw(rows())
 
 

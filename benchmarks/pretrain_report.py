@@ -14,6 +14,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,45 @@ VARIANTS = {
     "p from 0.7 to 0 over 80%, then ReLU": "annealed",
     "ReLU^2": "relu2",
 }
-SIZES = {  # seed 0 where nothing else stands
+SIZES = {  # seed 0
     "33.6M, 1e-3": "1e-3",
     "136M, 1e-3": "135m-1e-3",
     "136M, 5e-4": "135m-5e-4",
-    "136M, 5e-4, seed 1": "135m-5e-4-s1",
 }
+LONG = "135m-300m"  # 136M parameters, 300M tokens: the ending of these runs' names
 LARGER = {"SiLU": "silu", "Swi+FT, alpha 0.2": "swi-20", "StochA+FT, p 0.7, alpha 0.2": "stocha70-20", "ReLU": "relu"}
-ASKED = "135m-5e-4"  # the rate of the models that were asked tasks
+EARLIER = "135m-5e-4"  # the first models that were asked tasks, of 66M tokens
 REFERENCE = "SmolLM2-135M-Instruct"
 GROUPS = {"agreement": "agreement", "code": "code, ", "BIG-bench": "bigbench:"}  # and how names of their tasks begin
+HELD_OUT = {"documentation": "docs", "code": "code"}
+PASS = 3441  # steps in which the long runs see the text once
+TRAINED = {  # steps of the long runs, (after, to); what is left of the last ones, a run that was cut off lacks
+    "training text seen for the first time, noise on": (2440, 3440),
+    "training text seen for the third time, ReLU on": (8080, 9080),
+}
 Rows = dict[str, dict[str, Any]]
 
 
 def rows() -> Rows:
+    """By name; of a run that was cut off there is an error, and a curve."""
     return {row["name"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
 
 
+def by_seed(all_rows: Rows, name: str) -> Rows:
+    """The runs of a name that there are, by the ending of their seed."""
+    return {seed: all_rows[f"{name}{seed}"] for seed in SEEDS if f"{name}{seed}" in all_rows}
+
+
+def scored(runs: Rows) -> Rows:
+    return {seed: row for seed, row in runs.items() if "error" not in row}
+
+
 def loss(row: dict[str, Any], half: str = "test", mode: str | None = None) -> float:
-    texts = [row[f"{kind}-{half}"] for kind in ("docs", "code")]
-    return statistics.mean(math.log((text[mode] if mode else text)["perplexity"]) for text in texts)
+    return statistics.mean(loss_on(row, f"{kind}-{half}", mode) for kind in HELD_OUT.values())
+
+
+def loss_on(row: dict[str, Any], text: str, mode: str | None = None) -> float:
+    return math.log((row[text][mode] if mode else row[text])["perplexity"])
 
 
 def zeros(row: dict[str, Any]) -> float:
@@ -93,24 +113,37 @@ def change(difference: float) -> str:
 def end_loss(row: dict[str, Any]) -> float:
     """On the last 2.5% of the training text, which no step before had seen."""
     last = row["curve"][-1][0]
-    return statistics.mean(value for step, value, _ in row["curve"] if step > 0.975 * last)
+    return training_loss(row, after=0.975 * last, to=last)
+
+
+def training_loss(row: dict[str, Any], after: float, to: float) -> float:
+    return statistics.mean(value for step, value, _ in row["curve"] if after < step <= to)
+
+
+def changes(differences: list[float]) -> str:
+    """Their mean, its standard error, and each."""
+    error = f" +- {100 * standard_error(differences):.1f}" if len(differences) > 2 else ""
+    each = f" ({', '.join(map(change, differences))})" if len(differences) > 1 else ""
+    return f"**{change(statistics.mean(differences))}**{error}{each}"
+
+
+def standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def main_table(all_rows: Rows) -> str:
     lines = []
     for label, name in MAIN.items():
-        found = {seed: all_rows[f"{name}-1e-3{seed}"] for seed in SEEDS if f"{name}-1e-3{seed}" in all_rows}
+        found = by_seed(all_rows, f"{name}-1e-3")
         base = {seed: all_rows[f"relu-1e-3{seed}"] for seed in found}
         against = [loss(row) - loss(base[seed]) for seed, row in found.items()]
         trained = [end_loss(row) - end_loss(base[seed]) for seed, row in found.items()]
-        error = f" +- {100 * statistics.stdev(against) / len(against) ** 0.5:.1f}" if len(against) > 2 else ""
-        mean = f"**{change(statistics.mean(against))}**{error} ({', '.join(map(change, against))})"
         lines.append(
             [
                 label,
                 f"{statistics.mean(map(loss, found.values())):.4f}",
                 ", ".join(f"{perplexity(found.values(), kind):.2f}" for kind in ("docs", "code")),
-                "" if name == "relu" else mean,
+                "" if name == "relu" else changes(against),
                 "" if name == "relu" else change(statistics.mean(trained)),
                 percent(statistics.mean(map(zeros, found.values()))),
                 percent(statistics.mean(map(dead, found.values()))),
@@ -123,6 +156,39 @@ def main_table(all_rows: Rows) -> str:
 
 def perplexity(found: Iterable[dict[str, Any]], kind: str) -> float:
     return statistics.mean(row[f"{kind}-test"]["perplexity"] for row in found)
+
+
+def long_table(all_rows: Rows) -> str:
+    """The long runs, each seed's figures side by side."""
+    lines = []
+    for label, name in LARGER.items():
+        found = scored(by_seed(all_rows, f"{name}-{LONG}"))
+        told = [[f"{perplexity([row], kind):.2f}" for row in found.values()] for kind in HELD_OUT.values()]
+        told += [[percent(value(row)) for row in found.values()] for value in (zeros, dead)]
+        if found:
+            lines.append([label, *map(", ".join, told)])
+    heads = ("trained with", *(f"perplexity: {label}" for label in HELD_OUT), "zeros", "dead")
+    return table(heads, lines)
+
+
+def texts_table(all_rows: Rows) -> str:
+    """What each schedule gains over ReLU on each text; on training text also what a run gained that was cut off."""
+    kinds = {label: name for label, name in LARGER.items() if name != "relu"}
+    runs = [by_seed(all_rows, f"{name}-{LONG}") for name in kinds.values()]
+    base = by_seed(all_rows, f"relu-{LONG}")
+    lines = []
+
+    def add(label: str, value: Callable[[dict[str, Any]], float], columns: list[Rows]) -> None:
+        gains = [[value(row) - value(base[seed]) for seed, row in found.items()] for found in columns]
+        lines.append([label, *(changes(gain) if gain else "" for gain in gains)])
+
+    for half in ("test", "tune"):
+        for label, kind in HELD_OUT.items():
+            add(f"{label}, {half}", partial(loss_on, text=f"{kind}-{half}"), list(map(scored, runs)))
+        add(f"**both, {half}**", partial(loss, half=half), list(map(scored, runs)))
+    for label, (after, to) in TRAINED.items():
+        add(label, partial(training_loss, after=after, to=to), runs)
+    return table(("perplexity against ReLU's", *kinds), lines)
 
 
 def sweep_table(all_rows: Rows) -> str:
@@ -253,23 +319,26 @@ def probes_table(all_rows: Rows) -> str:
         "StochA p 0.5, 2e-3": "stocha50-05-2e-3",
         "SiLU, 2e-3": "silu-2e-3",
     }
+    found = {label: [all_rows[name]["probes"][index] for index in (0, 2, 8)] for label, name in names.items()}
+    return looked_at(("10%", "30%", "90%"), found)
+
+
+def long_probes_table(all_rows: Rows) -> str:
+    """The long runs' first seed: every fifth of training with noise."""
+    found = {label: all_rows[f"{name}-{LONG}"].get("probes", [])[:3] for label, name in LARGER.items()}
+    return looked_at(("20%", "40%", "60%"), {label: probes for label, probes in found.items() if probes})
+
+
+def looked_at(times: Iterable[str], found: dict[str, list[dict[str, Any]]]) -> str:
+    """Checkpoints of training before any switch; the shares of the gates and of the gradient are the last one's."""
     lines = []
-    for label, name in names.items():
-        probes = [all_rows[name]["probes"][index] for index in (0, 2, 8)]  # the last one before any switch
-        told = [percent(probe["dead"]) for probe in probes]
+    for label, probes in found.items():
         last = probes[-1]
+        told = [percent(probe["dead"]) for probe in probes]
         told += [percent(last["negative_gates"]), percent(last["gradient_at_negative_gates"])]
         lines.append([label, *told, percent(last["gradient_to_dead_neurons"], 2)])
-    heads = (
-        "trained with",
-        "dead at 10%",
-        "at 30%",
-        "at 90%",
-        "gates below 0",
-        "their gradient",
-        "gradient to the dead",
-    )
-    return table(heads, lines)
+    heads = (*(f"dead at {time}" for time in times), "gates below 0", "their gradient", "gradient to the dead")
+    return table(("trained with", *heads), lines)
 
 
 def sizes_table(all_rows: Rows) -> str:
@@ -303,35 +372,31 @@ def asked() -> Asked:
 
 
 def tasks_table(all_rows: Rows) -> str:
-    """A line a task, and one for all questions of a group; against ReLU question by question, a model of each seed."""
-    models = asked()
-    kinds = {label: name for label, name in LARGER.items() if f"{name}-{ASKED}" in models}
+    """A line a task, and one for all questions of a group; the seeds side by side."""
+    return asked_table(asked(), LONG, in_groups=False)
+
+
+def earlier_table(all_rows: Rows) -> str:
+    """The same of the models with fewer tokens, of which one seed was asked: by groups."""
+    return asked_table(asked(), EARLIER, in_groups=True)
+
+
+def asked_table(models: Asked, ending: str, in_groups: bool) -> str:
+    kinds = {label: name for label, name in LARGER.items() if f"{name}-{ending}" in models}
     tasks: list[tuple[str, list[str]]] = []
     for group, begins in GROUPS.items():
-        members = [task for task in models[f"relu-{ASKED}"] if task.startswith(begins)]
-        tasks += [*((task, [task]) for task in members), (f"**{group}, all**", members)]
+        members = [task for task in models[f"relu-{ending}"] if task.startswith(begins)]
+        tasks += [(task, [task]) for task in members if not in_groups]
+        tasks.append((f"**{group}, all**", members))
     lines = []
     for title, names in tasks:
-        told = [title, *size_and_chance([models[f"relu-{ASKED}"][task] for task in names])]
+        told = [title, *size_and_chance([models[f"relu-{ending}"][task] for task in names])]
         for name in kinds.values():
-            told.append(shares(right(models, f"{name}-{ASKED}{seed}", names) for seed in SEEDS))
-        told += [paired(models, name, names) for name in kinds.values() if name != "relu"]
+            told.append(shares(right(models, f"{name}-{ending}{seed}", names) for seed in SEEDS))
+        told += [less(models, name, ending, names) for name in kinds.values() if name != "relu"]
         lines.append([*told, shares([right(models, REFERENCE, names)])])
-    less = [f"{label.partition(',')[0]} less ReLU" for label, name in kinds.items() if name != "relu"]
-    return table(["task", "questions", "chance", *kinds, *less, REFERENCE], lines)
-
-
-def numbers_table(all_rows: Rows) -> str:
-    """Seed 0: singular subjects, which the first pair of a frame has, and plural ones."""
-    models = asked()
-    labels = {label: f"{name}-{ASKED}" for label, name in LARGER.items()} | {REFERENCE: REFERENCE}
-    labels = {label: model for label, model in labels.items() if model in models}
-    lines = []
-    for task in models[f"relu-{ASKED}"]:
-        if task.startswith(GROUPS["agreement"]):
-            found = [right(models, model, [task]) for model in labels.values()]
-            lines.append([task, *(", ".join(percent(statistics.mean(one[at::2])) for at in (0, 1)) for one in found)])
-    return table(["singular, plural", *labels], lines)
+    heads = [f"{label.partition(',')[0]} less ReLU" for label, name in kinds.items() if name != "relu"]
+    return table(["task", "questions", "chance", *kinds, *heads, REFERENCE], lines)
 
 
 def size_and_chance(found: list[dict[str, Any]]) -> list[str]:
@@ -349,21 +414,23 @@ def right(models: Asked, model: str, tasks: list[str]) -> list[int]:
     return [int(digit) for task in tasks for digit in held[task]["right"]] if set(tasks) <= held.keys() else []
 
 
-def paired(models: Asked, name: str, tasks: list[str]) -> str:
-    """The difference to ReLU in points, the mean of the seeds that both have, and its standard error by question."""
-    sides = [[right(models, f"{one}-{ASKED}{seed}", tasks) for one in (name, "relu")] for seed in SEEDS]
-    seeds = [[a - b for a, b in zip(*both, strict=True)] for both in sides if all(both)]
-    each = [100 * statistics.mean(question) for question in zip(*seeds, strict=True)]
-    if not any(each):
+def less(models: Asked, name: str, ending: str, tasks: list[str]) -> str:
+    """The difference to ReLU in points: mean and standard error of the seeds; of a single seed, over its questions."""
+    sides = [[right(models, f"{one}-{ending}{seed}", tasks) for one in (name, "relu")] for seed in SEEDS]
+    seeds = [[100.0 * (a - b) for a, b in zip(*both, strict=True)] for both in sides if all(both)]
+    values = seeds[0] if len(seeds) == 1 else list(map(statistics.mean, seeds))
+    if not any(values):
         return "0.0"
-    return f"{statistics.mean(each):+.1f} +- {statistics.stdev(each) / len(each) ** 0.5:.1f}"
+    return f"{statistics.mean(values):+.1f} +- {standard_error(values):.1f}"
 
 
 TABLES: dict[str, Callable[[Rows], str]] = {
     "main": main_table,
+    "long": long_table,
+    "texts": texts_table,
     "sizes": sizes_table,
     "tasks": tasks_table,
-    "numbers": numbers_table,
+    "earlier": earlier_table,
     "sweep": sweep_table,
     "variants": variants_table,
     "rates": rates_table,
@@ -372,6 +439,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "again": again_table,
     "noise": noise_table,
     "probes": probes_table,
+    "long-probes": long_probes_table,
 }
 
 

@@ -7,8 +7,9 @@ A line a model and task: `score` is the share of questions that the model gets r
 the same order for every model, so that two models can be compared question by question; the two pairs of a frame
 stand side by side. Of a minimal pair (benchmarks/minimal_pairs.py) the right text must have the larger likelihood,
 from its first token on; `margins` has the differences in nats: a preference for one alternative raises one of a
-frame's two and lowers the other. BIG-bench is asked as stocha-eval asks it, `--limit` evenly spaced questions of a
-task. `chance` is the score of guessing. Started again, it skips what `results` holds.
+frame's two and lowers the other. BIG-bench is asked as stocha-eval asks it, but `--limit` evenly spaced questions of a
+task: those that the models in benchmarks/results/ were asked. `chance` is the score of guessing. Started again, it
+skips what `results` holds.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.evaluator import evaluate
 from minimal_pairs import TASKS, pairs
 
 from stocha_hf.data import load_tokenizer
 from stocha_hf.models import load_model, tokenizer_folder
 from stocha_hf.tasks import local_data
-from stocha_hf.tasks.evaluate import evaluate_tasks
+from stocha_hf.tasks.catalogue import load_tasks
+from stocha_hf.tasks.evaluate import gathered
 from stocha_hf.tasks.harness import HarnessModel
 from stocha_hf.tasks.kept import Kept
 
@@ -53,7 +56,12 @@ def of_pairs(task: str, count: int, model: Any, tokenizer: Any) -> Answers:
 
 def of_bigbench(task: str, limit: int, data: str | None, model: Any, tokenizer: Any) -> Answers:
     """Of each question whether the best choice is the most likely one."""
-    found = evaluate_tasks(model, tokenizer, [f"bigbench:{task}"], limit=limit, task_data=data).questions
+    name = f"bigbench:{task}"
+    parts = load_tasks([name], False, data)[name]
+    count = len(parts["tasks"][name].eval_docs)
+    asked = [i * count // limit for i in range(limit)] if count > limit else list(range(count))
+    lm = HarnessModel(model, tokenizer, Kept(), "")
+    found = gathered(evaluate(lm, parts, samples={name: asked}, bootstrap_iters=0)).questions
     values = {number: value for (_, metric, number), value in sorted(found.items()) if metric == "acc"}
     rows = local_data.bigbench(task, data)
     chance = statistics.mean(rows[number]["scores"].count(1.0) / len(rows[number]["scores"]) for number in values)

@@ -23,7 +23,7 @@ from stocha_hf.data import load_tokenizer
 from stocha_hf.measurement.provenance import circumstances
 from stocha_hf.models import load_model, tokenizer_folder
 from stocha_hf.tasks.catalogue import CHATS, load_tasks
-from stocha_hf.tasks.evaluate import compare_tasks, evaluate_tasks, gathered, spread
+from stocha_hf.tasks.evaluate import choose, compare_tasks, evaluate_tasks, gathered
 
 
 def harness(args: argparse.Namespace, tokenizer: Any, device: str) -> Any:
@@ -35,7 +35,7 @@ def harness(args: argparse.Namespace, tokenizer: Any, device: str) -> Any:
         evaluate(
             lm,
             parts,
-            samples=spread(parts["tasks"], args.limit) if args.limit else None,
+            samples=choose(parts["tasks"], args.limit) if args.limit else None,
             apply_chat_template=chat and args.task in CHATS,
             confirm_run_unsafe_code=True,
         )

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ from .modeling_stocha import (
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 FALLBACK = "a probability from 0 to below 1"
+FALLBACK_TOKENS = "a whole number from 1 to 8"  # as many as the kernels take in one step
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class InputCuts:
         train: Whether train() mode cuts, at every token.
         calibration: The text that the thresholds were measured on.
         fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
+        fallback_tokens: How many tokens such a step then computes, 1 to 8: its own and those before it, whose keys and
+            values earlier steps wrote with cuts; None: its own.
 
     Raises:
         ValueError: For any other value; the message names the key, what was given and what was expected.
@@ -77,6 +80,7 @@ class InputCuts:
     train: bool = False
     calibration: dict[str, Any] | None = None
     fallback: float | None = None
+    fallback_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require_all(self, "inputs.", self._rules())
@@ -91,6 +95,9 @@ class InputCuts:
         yield "train", isinstance(self.train, bool), "true or false"
         yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
         yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
+        count = self.fallback_tokens
+        yield "fallback_tokens", count is None or is_fallback_tokens(count), FALLBACK_TOKENS
+        yield "fallback_tokens", count is None or bool(self.fallback), "none where there is no fallback"
 
     def check(self, layers: int) -> None:
         """Raise ValueError where this cannot be of a model with so many layers."""
@@ -116,6 +123,11 @@ def is_fallback(value: object) -> bool:
     return is_number(value) and 0 <= value < 1  # type: ignore[operator]
 
 
+def is_fallback_tokens(value: object) -> bool:
+    """Return whether a value can be the `fallback_tokens` of input cuts."""
+    return type(value) is int and 1 <= value <= 8
+
+
 def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
     """Whether this maps one or more of these names to lists of numbers, each `least` or more."""
     known = isinstance(value, dict) and bool(value) and all(name in names for name in value)
@@ -135,40 +147,67 @@ CUTS = ("never", "decode", "always")  # where a projection cuts its input; "deco
 _again = threading.RLock()
 
 
+class Text(NamedTuple):
+    """The text that a step's tokens end.
+
+    ids   int64 [batch, length], the step's token of each row the last
+    mask  attention_mask of a call on the last tokens of `ids`
+    """
+
+    ids: torch.Tensor
+    mask: Any
+
+
 class Cutting:
     """What the projections of a model share: which tokens of the call that runs now they cut, and its fallback.
 
     cut_at    bool [batch, seq]: the tokens whose inputs are cut; None: all
+    paused    whether the call that runs now cuts nothing
     fallback  a step whose most likely token has a lower probability is in doubt; 0: none is
+    tokens    so many tokens at most are computed again, the step's own and those before it, where these are known
     doubted   bool [batch]: which rows of the last step were in doubt; None before there was one
     steps, repeated  by rows so far, those whose text has ended too; how many of them were computed again
     """
 
-    def __init__(self, fallback: float) -> None:
-        self.fallback, self.steps, self.repeated, self.warned = fallback, 0, 0, False
+    def __init__(self, fallback: float, tokens: int = 1) -> None:
+        self.fallback, self.tokens, self.steps, self.repeated, self.warned = fallback, tokens, 0, 0, False
         self.cut_at: torch.Tensor | None = None
+        self.paused = False
         self.doubted: torch.Tensor | None = None
+
+    def tell(self, step: Any, ids: torch.Tensor, mask: Any) -> None:
+        """Note with a step's input_ids [batch, 1] the text that they end, as Text has it.
+
+        A step in doubt can then compute tokens before its own again. It is noted with the tensor, which a call that
+        follows is given or not, and with nothing that two threads share.
+        """
+        if self.fallback and self.tokens > 1 and isinstance(step, torch.Tensor) and step.shape[1] == 1:
+            step.stocha_text = Text(ids, mask)  # type: ignore[attr-defined]
 
     @torch.compiler.disable(reason="a step in doubt is computed again, which no graph decides: switch that off by "
                             "model.cut_inputs('decode', fallback=0)")  # fmt: skip
     def call(self, model: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return call(*args, **kwargs); of a step, with the rows in doubt computed again without cuts.
 
-        A row's result does not depend on the others: those that are in no doubt are cut the second time too. That is
-        with float weights; in 4 and 8 bits rounding depends on the rows beside it.
+        A row's result does not depend on the others: those in no doubt keep the first call's, and its keys and values.
         """
-        forget = self._forgetting(model, args, kwargs)
-        if forget is None:
+        given = kwargs | dict(zip(POSITIONAL, args))  # noqa: B905
+        cache = self._rewindable(model, given)
+        if cache is None:
             return call(*args, **kwargs)
         with _again:
             found = call(*args, **kwargs)
             doubted = self.judge(found.logits[:, -1])
-            if doubted is not None:
-                forget()
-                with holding([self], cut_at=~doubted[:, None]):
-                    again = call(*args, **kwargs)
-                again.logits = torch.where(doubted[:, None, None], again.logits, found.logits)
-        return found if doubted is None else again
+            if doubted is None:
+                return found
+            text: Text | None = getattr(given.get("input_ids"), "stocha_text", None)
+            count = 1
+            if text is not None and len(args) <= len(POSITIONAL):
+                count = min(self.tokens, cache.most(text.ids.shape[1]))
+                args, kwargs = (), _with_earlier(given, text, count)
+            with cache.rewound(count, doubted), holding([self], paused=True):
+                again = call(*args, **kwargs)
+        return _merged(found, again, doubted)
 
     def judge(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Count a step of these logits [batch, vocabulary]; return which rows are in doubt, None where none is."""
@@ -182,9 +221,8 @@ class Cutting:
         logits = logits.float()
         return (logits.amax(-1) - logits.logsumexp(-1)).exp() < self.fallback
 
-    def _forgetting(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None] | None:
-        """What makes a call's cache forget its tokens; None where it is no step with cuts, logits and known cache."""
-        given = kwargs | dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args))  # noqa: B905
+    def _rewindable(self, model: Any, given: dict[str, Any]) -> Any:
+        """A call's cache as one that forgets tokens; None where it is no step with cuts, logits and known cache."""
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         cache = given.get("past_key_values", given.get("cache"))
         if cache is None or tokens is None or tokens.shape[1] != 1 or given.get("return_dict") is False:
@@ -194,40 +232,117 @@ class Cutting:
         x = tokens[..., None] if tokens.dim() == 2 else tokens
         if not any(module.cuts(x) for module in cut_projections(model)[:1]):
             return None
-        forget = forgetting(cache)
-        if forget is None and not self.warned:
+        if hasattr(cache, "rewound"):
+            return cache
+        if type(cache) in (DynamicCache, StaticCache) and not cache.offloading:
+            return Rewindable(cache)
+        if not self.warned:
             self.warned = True
             warnings.warn(
                 f"the cache is a {type(cache).__name__}, which cannot forget a token: expected a DynamicCache or a "
                 "StaticCache without offloading; steps in doubt are not computed again without cuts",
                 stacklevel=2,
             )
-        return forget
+        return None
 
 
-def forgetting(cache: Any) -> Callable[[], None] | None:
-    """Return what makes a cache forget the tokens that it gets from now on, one step's; None where nothing can.
+POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # the first arguments of a model
+
+
+def _with_earlier(given: dict[str, Any], text: Text, count: int) -> dict[str, Any]:
+    """The arguments of a step's call, for the last `count` tokens of its text."""
+    positions = given.get("position_ids")
+    if positions is not None:
+        positions = (positions + torch.arange(1 - count, 1, device=positions.device)).clamp(min=0)
+    longer = {"input_ids": text.ids[:, -count:], "attention_mask": text.mask, "position_ids": positions}
+    return given | longer | {"logits_to_keep": 1}
+
+
+def _merged(found: Any, again: Any, doubted: torch.Tensor) -> Any:
+    """What a step returns, of the rows in doubt as a second call has it for its last token."""
+
+    def merge(first: torch.Tensor, second: torch.Tensor, dim: int) -> torch.Tensor:
+        rows = doubted.view(-1, *[1] * (first.dim() - 1)).to(first.device)
+        return torch.where(rows, second.narrow(dim, second.shape[dim] - 1, 1), first)
+
+    found.logits = merge(found.logits, again.logits, 1)
+    for name, dim in (("hidden_states", 1), ("attentions", 2)):
+        if found.get(name) is not None:
+            found[name] = tuple(merge(*both, dim) for both in zip(found[name], again[name], strict=True))
+    return found
+
+
+class Rewindable:
+    """A DynamicCache or StaticCache before a step: it can forget the step's token, and some before it.
 
     A dynamic layer puts new tensors in the place of old ones, so these are kept. A static one is written in place: the
-    next step writes the same places again, unless it has a window that is full, and thus moves.
+    next step writes the same places again, unless it has a window that is full, and thus moves. Another cache has the
+    same two methods, `most` and `rewound`.
     """
-    if getattr(cache, "rewritten", False):  # its steps write where they are told
-        return lambda: None
-    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
-        return None
-    layers, before = list(cache.layers), [dict(vars(layer)) for layer in cache.layers]
-    if type(cache) is StaticCache:
-        for kept, layer in zip(before, layers, strict=True):
-            moves = layer.is_sliding and layer.cumulative_length_int >= layer.max_cache_len
-            for name in ("cumulative_length", *(("keys", "values") if moves else ())):
-                kept[name] = kept[name].clone()
 
-    def forget() -> None:
-        cache.layers[:] = layers
-        for layer, kept in zip(layers, before, strict=True):
+    def __init__(self, cache: Any) -> None:
+        self.cache, self.layers = cache, list(cache.layers)
+        self.before = [dict(vars(layer)) for layer in self.layers]
+        if type(cache) is StaticCache:
+            for kept, layer in zip(self.before, self.layers, strict=True):
+                moves = layer.is_sliding and layer.cumulative_length_int >= layer.max_cache_len
+                for name in ("cumulative_length", *(("keys", "values") if moves else ())):
+                    kept[name] = kept[name].clone()
+
+    def most(self, length: int) -> int:
+        """Return how many tokens it can forget, the step's own among them, of a text of this length.
+
+        Of a layer whose window is full that is one: what the window has left behind is gone.
+        """
+        held = self._held()
+        windows = [
+            layer.max_cache_len if type(self.cache) is StaticCache else layer.sliding_window
+            for layer in self.layers
+            if layer.is_sliding
+        ]
+        return length if held + 1 == length and all(held < window for window in windows) else 1
+
+    @contextmanager
+    def rewound(self, count: int, rows: torch.Tensor) -> Iterator[None]:
+        """Forget the last `count` tokens, which a call then writes again; other rows than these keep their own.
+
+        Args:
+            count: The step's own token and those before it, as many as `most` says at most.
+            rows: bool [batch].
+        """
+        end = self._held() + 1
+        others = None if bool(rows.all()) else [part.clone() for part in self._last(count, end)]
+        self._rewind(count - 1)
+        yield
+        for part, own in zip(self._last(count, end), others or (), strict=others is not None):
+            part.copy_(torch.where(rows.to(part.device)[:, None, None, None], part, own))
+
+    def _held(self) -> int:
+        """How many tokens it had before the step."""
+        kept: dict[str, Any] = self.before[0] if self.before else {"keys": None}
+        for name in ("cumulative_length_int", "cumulative_length"):
+            if name in kept:
+                return int(kept[name])
+        return 0 if kept["keys"] is None else kept["keys"].shape[2]
+
+    def _last(self, count: int, end: int) -> list[torch.Tensor]:
+        """The keys and values of the last `count` of `end` tokens, as far as layers have them."""
+        parts = [part for layer in self.cache.layers for part in (layer.keys, layer.values)]
+        ends = [min(end, part.shape[2]) for part in parts]
+        return [part[:, :, max(last - count, 0) : last] for part, last in zip(parts, ends, strict=True)]
+
+    def _rewind(self, earlier: int) -> None:
+        """Make the layers what they were before the step, less some tokens."""
+        self.cache.layers[:] = self.layers
+        for layer, kept in zip(self.layers, self.before, strict=True):
             vars(layer).update(kept)
-
-    return forget
+            if not earlier:
+                continue
+            if type(self.cache) is DynamicCache:
+                layer.keys, layer.values = (part[:, :, :-earlier] for part in (layer.keys, layer.values))
+            for name in ("cumulative_length", "cumulative_length_int"):
+                if name in kept:
+                    setattr(layer, name, kept[name] - earlier)
 
 
 class CutInput:
@@ -272,6 +387,8 @@ class CutInput:
 
     def cuts(self, x: torch.Tensor) -> bool:
         """Return whether a forward on x [batch, length, size] now cuts."""
+        if self.cutting.paused:
+            return False
         where = self.cut_forced or (self.cut_training if self.training else self.cut_inference)
         return where == "always" or (where == "decode" and x.shape[-2] == 1)
 
@@ -330,7 +447,7 @@ def set_cuts(native: Any) -> None:
     cuts = StochaConfig.from_dict(native.config.stocha).inputs
     if cuts is None:
         return
-    cutting = native.__dict__.setdefault("cutting", Cutting(cuts.fallback or 0.0))
+    cutting = native.__dict__.setdefault("cutting", Cutting(cuts.fallback or 0.0, cuts.fallback_tokens or 1))
     for index, layer in enumerate(projections(native)):
         for name in cuts.thresholds:
             module = layer[name]
@@ -350,7 +467,9 @@ def set_cuts(native: Any) -> None:
 
 
 @contextmanager
-def cut_inputs(model: nn.Module, where: str, fallback: float | None = None) -> Iterator[nn.Module]:
+def cut_inputs(
+    model: nn.Module, where: str, fallback: float | None = None, fallback_tokens: int | None = None
+) -> Iterator[nn.Module]:
     """Force where a model cuts its projections' inputs, in train() and eval() alike; restored on exit.
 
     Args:
@@ -358,18 +477,22 @@ def cut_inputs(model: nn.Module, where: str, fallback: float | None = None) -> I
         where: "always" at every token, "decode" where each sequence has one new token, "never".
         fallback: In eval(), a step with cuts whose most likely token has a lower probability is computed again
             without; 0: none is. None keeps the model's own.
+        fallback_tokens: How many tokens such a step then computes, 1 to 8: its own and those before it, where they are
+            known, as in generate(). None keeps the model's own.
 
     Raises:
-        ValueError: For another `where` or `fallback`, or a model without input cuts.
+        ValueError: For another `where`, `fallback` or `fallback_tokens`, or a model without input cuts.
     """
     cutting = cut_projections(model)
     require(bool(cutting), "the model", type(model).__name__, CUTTING)
     require(where in CUTS, "where the model cuts inputs", where, f"one of {', '.join(CUTS)}")
     require(fallback is None or is_fallback(fallback), "fallback", fallback, FALLBACK)
+    count = fallback_tokens
+    require(count is None or is_fallback_tokens(count), "fallback_tokens", count, FALLBACK_TOKENS)
     shared: Any = cutting[0].cutting
     with (
         holding(cutting, cut_forced=where),
-        holding([shared], fallback=shared.fallback if fallback is None else fallback),
+        holding([shared], fallback=shared.fallback if fallback is None else fallback, tokens=count or shared.tokens),
     ):
         yield model
 

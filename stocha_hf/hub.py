@@ -101,6 +101,8 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+    from stocha_hf.progress import Progress
+
     names.check_hub_id(repo, "the source")
     if revision is not None:
         names.check_revision(revision, "--revision")
@@ -120,7 +122,8 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
     weights = inspection.weight_files(present, lambda: read(inspection.INDEX), repo)
     wanted = [CONFIG, *({CARD} & set(present)), *weights, *companion_files(present)]
     with hub_errors("reading", repo), _cache_errors():
-        folder = Path(snapshot_download(repo, revision=sha, allow_patterns=wanted))
+        bar: Any = Progress  # which is less than the type that the client names
+        folder = Path(snapshot_download(repo, revision=sha, allow_patterns=wanted, tqdm_class=bar))
     # Where the list of files cannot be had, the client returns what the cache holds, whole or not.
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise StochaError(f"reading {repo} failed: {missing[0]} did not arrive; run the command again")

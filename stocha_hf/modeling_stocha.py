@@ -606,18 +606,6 @@ class StochaModel:
                 return call(*args, **kwargs)
             return self.cutting.call(self, call, args, kwargs)
 
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        """As the native one, which generate() calls for greedy decoding and for sampling."""
-        runtime = StochaMLP.runtime
-        found = None if runtime is None or self.training else runtime.sample(self, *args, **kwargs)
-        return super()._sample(*args, **kwargs) if found is None else found  # type: ignore[misc]
-
-    def _extract_generation_mode_kwargs(self, *args: Any, **kwargs: Any) -> Any:
-        """As the native one, which forgets a streamer that a function for `custom_generate` takes."""
-        native = super()._extract_generation_mode_kwargs  # type: ignore[misc]
-        runtime = StochaMLP.runtime
-        return native(*args, **kwargs) if runtime is None else runtime.mode_kwargs(native, *args, **kwargs)
-
     def get_memory_footprint(self, *args: Any, **kwargs: Any) -> int:
         """The bytes of parameters and buffers, and of what decode steps hold beside them."""
         held = 0 if StochaMLP.runtime is None else StochaMLP.runtime.held_bytes(self)
@@ -627,10 +615,10 @@ class StochaModel:
         """`with model.stocha_mode("relu"): ...`; see the function of the same name."""
         return stocha_mode(self, name, p)  # type: ignore[arg-type]
 
-    def cut_inputs(self, where: str, fallback: float | None = None) -> Any:
+    def cut_inputs(self, where: str, fallback: float | None = None, fallback_tokens: int | None = None) -> Any:
         """`with model.cut_inputs("never"): ...`; see the function of the same name in cuts_stocha.py."""
         require(bool(self.config.stocha.get("inputs")), "the model", type(self).__name__, CUTTING)
-        return cuts_file().cut_inputs(self, where, fallback)
+        return cuts_file().cut_inputs(self, where, fallback, fallback_tokens)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
@@ -660,6 +648,35 @@ class StochaModel:
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)  # type: ignore
 
 
+class StochaGeneration:
+    """Mixin before a native class that generates, as StochaModel: what generate() calls of it."""
+
+    training: bool
+    cutting: Any
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
+        """As the native one; a fallback gets to know the text that a step continues."""
+        native = super().prepare_inputs_for_generation  # type: ignore[misc]
+        found = native(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if self.cutting is not None and not args and not self.training:
+            self.cutting.tell(found.get("input_ids"), input_ids, kwargs.get("attention_mask"))
+        return found
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """As the native one, which generate() calls for greedy decoding and for sampling."""
+        runtime = StochaMLP.runtime
+        found = None if runtime is None or self.training else runtime.sample(self, *args, **kwargs)
+        return super()._sample(*args, **kwargs) if found is None else found  # type: ignore[misc]
+
+    def _extract_generation_mode_kwargs(self, *args: Any, **kwargs: Any) -> Any:
+        """As the native one, which forgets a streamer that a function for `custom_generate` takes."""
+        native = super()._extract_generation_mode_kwargs  # type: ignore[misc]
+        runtime = StochaMLP.runtime
+        return native(*args, **kwargs) if runtime is None else runtime.mode_kwargs(native, *args, **kwargs)
+
+
 class StochaAutoConfig:
     """What `auto_map` names for AutoConfig: the native config, with this file's class in `architectures`.
 
@@ -683,7 +700,9 @@ class StochaAutoConfig:
 
 def _stocha_class(name: str) -> type:
     """The stocha class of a native one: the same with stocha MLPs."""
-    bases = (StochaModel, getattr(transformers, name), *([GenerationMixin] if name.endswith("ForCausalLM") else []))
+    native = getattr(transformers, name)
+    generates = name.endswith("ForCausalLM")
+    bases = (StochaModel, StochaGeneration, native, GenerationMixin) if generates else (StochaModel, native)
     return type(f"Stocha{name}", bases, {"__module__": __name__, "__doc__": f"{name} with stocha MLPs."})
 
 

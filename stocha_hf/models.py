@@ -20,7 +20,7 @@ from stocha_hf.checkpoints.architecture import check_loaded
 from stocha_hf.checkpoints.companions import CHAT_TEMPLATES, COMPANIONS
 from stocha_hf.checkpoints.inspection import CONFIG
 from stocha_hf.checkpoints.names import public_name
-from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.checkpoints.paths import is_path, local_path
 from stocha_hf.cuts_stocha import cut_inputs, cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.hub import hub_errors
@@ -84,13 +84,12 @@ def load_config(name: str, revision: str | None = None) -> Any:
 
 
 def _existing(name: str) -> Path | None:
-    """The path of this name, or None for what may be a Hub id. Raises StochaError for a path that does not exist."""
+    """The folder of this name, or None for what may be a Hub id. Raises StochaError for a path that is no folder."""
     path = local_path(name)
-    if path.exists():
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise StochaError(f"{name} does not exist: expected a checkpoint folder or a Hub id such as org/name")
-    return None
+    if not path.exists() and not is_path(name):
+        return None
+    inspection.check_folder(name, "a checkpoint folder or a Hub id such as org/name")
+    return path
 
 
 def _check_folder(folder: Path, name: str) -> None:

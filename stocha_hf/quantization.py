@@ -8,6 +8,9 @@ is 32 neighbours in a row.
     weight = code * scale                  8 bits: int8, -127 to 127; scale float16
     weight = (code - zero) * scale         4 bits: 0 to 15; byte j of a group holds code j below, code j + 16 above
 
+8-bit codes of the embedding and of lm_head are two planes, each like codes of 4 bits: those of the high halves of
+code + 128, then those of the low halves. So a decode step can read half of lm_head, and the rest where it matters.
+
 A group of 4 bits has one word of 16 bits, kept as int16. Its low 7 bits are zero, in eighths; the 9 above are scale:
 5 bits of exponent, from 2^-24 on, and 4 of mantissa. So a zero for each group costs no bits: 4.5 a weight.
 
@@ -26,10 +29,11 @@ QUANTIZATION_FILE = Path(__file__).with_name("quantization_stocha.py")
 
 # --- copied into quantization_stocha.py from here ---
 
-METHOD, FORMAT, GROUP = "stocha", 1, 32
+METHOD, FORMATS, GROUP = "stocha", (1, 2), 32
 BITS = (4, 8)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
+IN_PLANES = ("embed_tokens", "lm_head")  # of format 2: in 8 bits, as two planes of 4
 IN_8_BITS = ("v_proj", "embed_tokens", "lm_head")  # v_proj is small where heads share it, and loses most by 4 bits
 
 
@@ -42,7 +46,7 @@ class Quantization:
         in_8_bits: Names of matrices, or ends of them such as "self_attn.v_proj", that are stored in 8 bits.
         transposed: Names of matrices, or ends of them, whose rows are inputs.
         quant_method: "stocha".
-        format: The version of the format, 1.
+        format: The version of the format: 2, or 1, which has no planes.
         group_size: 32.
 
     Raises:
@@ -53,11 +57,11 @@ class Quantization:
     in_8_bits: tuple[str, ...] = IN_8_BITS
     transposed: tuple[str, ...] = ("down_proj",)
     quant_method: str = METHOD
-    format: int = FORMAT
+    format: int = FORMATS[-1]
     group_size: int = GROUP
 
     def __post_init__(self) -> None:
-        for key, allowed in (("bits", BITS), ("format", (FORMAT,)), ("group_size", (GROUP,))):
+        for key, allowed in (("bits", BITS), ("format", FORMATS), ("group_size", (GROUP,))):
             value = getattr(self, key)
             if type(value) is not int or value not in allowed:
                 newer = "; install a newer stocha_hf" if key == "format" else ""
@@ -92,10 +96,17 @@ class Quantization:
         """Return whether a matrix's rows are inputs."""
         return _is_named(name, self.transposed)
 
+    def is_in_planes(self, name: str) -> bool:
+        """Return whether a matrix's codes of 8 bits are two planes, of their high and their low halves."""
+        named = self.format > 1 and _is_named(name, IN_PLANES)
+        return named and self.bits_of(name) == 8 and not self.is_transposed(name)
+
     def tensors(self, name: str, outputs: int, inputs: int) -> dict[str, tuple[str, list[int]]]:
         """Return what stands for a matrix: name within the module -> safetensors' dtype, and shape."""
         rows, columns = (inputs, outputs) if self.is_transposed(name) else (outputs, inputs)
         groups, bits = -(-columns // GROUP), self.bits_of(name)
+        if self.is_in_planes(name):
+            return {"codes": ("U8", [2, rows, groups * GROUP // 2]), "scale": ("F16", [rows, groups])}
         if bits == 8:
             return {"codes": ("I8", [rows, groups * GROUP]), "scale": ("F16", [rows, groups])}
         return {"codes": ("U8", [rows, groups * GROUP // 2]), "scale": ("I16", [rows, groups])}

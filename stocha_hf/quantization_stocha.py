@@ -33,10 +33,11 @@ from .modeling_stocha import StochaMLP
 
 # --- stocha_hf/quantization.py, from here ---
 
-METHOD, FORMAT, GROUP = "stocha", 1, 32
+METHOD, FORMATS, GROUP = "stocha", (1, 2), 32
 BITS = (4, 8)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
+IN_PLANES = ("embed_tokens", "lm_head")  # of format 2: in 8 bits, as two planes of 4
 IN_8_BITS = ("v_proj", "embed_tokens", "lm_head")  # v_proj is small where heads share it, and loses most by 4 bits
 
 
@@ -49,7 +50,7 @@ class Quantization:
         in_8_bits: Names of matrices, or ends of them such as "self_attn.v_proj", that are stored in 8 bits.
         transposed: Names of matrices, or ends of them, whose rows are inputs.
         quant_method: "stocha".
-        format: The version of the format, 1.
+        format: The version of the format: 2, or 1, which has no planes.
         group_size: 32.
 
     Raises:
@@ -60,11 +61,11 @@ class Quantization:
     in_8_bits: tuple[str, ...] = IN_8_BITS
     transposed: tuple[str, ...] = ("down_proj",)
     quant_method: str = METHOD
-    format: int = FORMAT
+    format: int = FORMATS[-1]
     group_size: int = GROUP
 
     def __post_init__(self) -> None:
-        for key, allowed in (("bits", BITS), ("format", (FORMAT,)), ("group_size", (GROUP,))):
+        for key, allowed in (("bits", BITS), ("format", FORMATS), ("group_size", (GROUP,))):
             value = getattr(self, key)
             if type(value) is not int or value not in allowed:
                 newer = "; install a newer stocha_hf" if key == "format" else ""
@@ -99,10 +100,17 @@ class Quantization:
         """Return whether a matrix's rows are inputs."""
         return _is_named(name, self.transposed)
 
+    def is_in_planes(self, name: str) -> bool:
+        """Return whether a matrix's codes of 8 bits are two planes, of their high and their low halves."""
+        named = self.format > 1 and _is_named(name, IN_PLANES)
+        return named and self.bits_of(name) == 8 and not self.is_transposed(name)
+
     def tensors(self, name: str, outputs: int, inputs: int) -> dict[str, tuple[str, list[int]]]:
         """Return what stands for a matrix: name within the module -> safetensors' dtype, and shape."""
         rows, columns = (inputs, outputs) if self.is_transposed(name) else (outputs, inputs)
         groups, bits = -(-columns // GROUP), self.bits_of(name)
+        if self.is_in_planes(name):
+            return {"codes": ("U8", [2, rows, groups * GROUP // 2]), "scale": ("F16", [rows, groups])}
         if bits == 8:
             return {"codes": ("I8", [rows, groups * GROUP]), "scale": ("F16", [rows, groups])}
         return {"codes": ("U8", [rows, groups * GROUP // 2]), "scale": ("I16", [rows, groups])}
@@ -140,12 +148,26 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return (low | high << 4).reshape(len(codes), -1)
 
 
+def split(codes: torch.Tensor) -> torch.Tensor:
+    """Split codes of 8 bits [rows, columns] into planes of their high and their low halves [2, rows, columns / 2]."""
+    whole = codes.to(torch.int16) + 128
+    return torch.stack([pack(whole >> 4, 4), pack(whole & 15, 4)])
+
+
+def joined(planes: torch.Tensor) -> torch.Tensor:
+    """Return the codes of 8 bits [rows, columns] of two planes."""
+    packed = planes.view(2, planes.shape[1], -1, GROUP // 2)
+    high, low = torch.cat([packed & 15, packed >> 4], -1).flatten(2)
+    return ((high << 4 | low).to(torch.int16) - 128).to(torch.int8)
+
+
 def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return the weights [rows, columns] that packed codes and scales stand for."""
+    """Return the weights [rows, columns] that packed codes, of 8 bits also in planes, and scales stand for."""
     rows, groups = scale.shape
     if bits == 8:
+        codes = joined(codes) if codes.dim() == 3 else codes
         weights = decode(codes.view(rows, groups, GROUP), scale, 8)
     else:
         step, zero = levels(scale)
@@ -156,7 +178,7 @@ def dequantize(
 
 
 def quantize(
-    weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None
+    weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None, in_planes: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix [rows, columns], each group with the scale and zero of the least squared error.
 
@@ -164,6 +186,7 @@ def quantize(
         weight: [rows, columns], of any float dtype.
         bits: 4 or 8.
         importance: [columns], what a squared error counts in each column, such as the input's mean square.
+        in_planes: Whether to split codes of 8 bits.
 
     Returns:
         Packed codes, and scales [rows, groups]. The last group is filled with zeros.
@@ -177,9 +200,10 @@ def quantize(
     for block in weight.split(max(1, FITTED // columns)):
         groups = F.pad(block.float(), (0, filled)).view(len(block), -1, GROUP)
         scale = fit(groups, bits, counts)
-        parts.append((pack(encode(groups, scale, bits).view(len(block), -1), bits), scale))
-    packed, scales = zip(*parts, strict=True)
-    return torch.cat(packed), torch.cat(scales)
+        packed = pack(encode(groups, scale, bits).view(len(block), -1), bits)
+        parts.append((split(packed) if in_planes else packed, scale))
+    codes, scales = zip(*parts, strict=True)
+    return torch.cat(codes, -2), torch.cat(scales)
 
 
 def encode(groups: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -248,8 +272,8 @@ def _scale(step: torch.Tensor) -> torch.Tensor:
 class Quantized(nn.Module):
     """What QuantizedLinear and QuantizedEmbedding share: a matrix's tensors, and weights made of some rows of them."""
 
-    quantized_format = FORMAT
     _is_hf_initialized = True  # transformers fills modules that are not with random numbers
+    quantized_format: int  # the first one that has this layout: 2 for planes
     bits: int
     transposed: bool
     columns: int  # weights of a row
@@ -260,6 +284,7 @@ class Quantized(nn.Module):
     def _become(self, entry: Quantization, name: str, outputs: int, inputs: int, like: torch.Tensor) -> None:
         """Take the layout of the matrix of this name, with tensors that are not filled."""
         self.bits, self.transposed, self.dtype = entry.bits_of(name), entry.is_transposed(name), like.dtype
+        self.quantized_format = 2 if entry.is_in_planes(name) else 1
         self.columns = outputs if self.transposed else inputs
         for part, (dtype, shape) in entry.tensors(name, outputs, inputs).items():
             self.register_buffer(part, torch.empty(shape, dtype=DTYPES[dtype], device=like.device))
@@ -267,17 +292,20 @@ class Quantized(nn.Module):
     def fill(self, weight: torch.Tensor) -> None:
         """Quantize the native module's weight into the tensors."""
         matrix = weight.detach().t() if self.transposed else weight.detach()
-        self.codes, self.scale = quantize(matrix, self.bits)
+        self.codes, self.scale = quantize(matrix, self.bits, in_planes=self.quantized_format == 2)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights [last - first, columns] of rows that lie together."""
         if (runtime := _runtime()) is not None and (made := runtime.dequantize(self, first, last, dtype)) is not None:
             return made
-        return dequantize(self.codes[first:last], self.scale[first:last], self.bits, self.columns, dtype)
+        return self._dequantized(slice(first, last), dtype)
+
+    def _dequantized(self, rows: Any, dtype: torch.dtype) -> torch.Tensor:
+        return dequantize(self.codes[..., rows, :], self.scale[rows], self.bits, self.columns, dtype)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight that the native module would have."""
-        weight = self.rows(0, len(self.codes), dtype)
+        weight = self.rows(0, len(self.scale), dtype)
         return weight.t() if self.transposed else weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -301,7 +329,7 @@ class Quantized(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows, and weights of a row."""
-        return len(self.codes), self.columns
+        return len(self.scale), self.columns
 
 
 class _NoWeight(torch.Tensor):
@@ -341,7 +369,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         for part in NAMES:
             del self._buffers[part]
         self.tied_to = (embedding,)  # in a tuple: no child
-        self.bits, self.transposed = embedding.bits, False
+        self.bits, self.transposed, self.quantized_format = embedding.bits, False, embedding.quantized_format
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x [..., in_features] times the weight: by the runtime where it takes x, else in PyTorch."""
@@ -357,7 +385,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias
 
     def _blocks(self, x: torch.Tensor) -> Iterator[tuple[int, int]]:
-        rows, size = len(self.codes), max(1, (BLOCK if x.device.type == "cpu" else BLOCK_ON_GPU) // self.columns)
+        rows, size = len(self.scale), max(1, (BLOCK if x.device.type == "cpu" else BLOCK_ON_GPU) // self.columns)
         return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
 
@@ -374,7 +402,7 @@ class QuantizedEmbedding(Quantized):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the vectors [..., embedding_dim] of token ids."""
         flat = tokens.reshape(-1)
-        found = dequantize(self.codes[flat], self.scale[flat], self.bits, self.columns, self.dtype)
+        found = self._dequantized(flat, self.dtype)
         if self.factor != 1:
             found = found * torch.tensor(self.factor, dtype=self.dtype)
         return found.view(*tokens.shape, self.columns)

@@ -255,6 +255,7 @@ def input_cuts(entry: Any) -> InputCuts:
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 FALLBACK = "a probability from 0 to below 1"
+FALLBACK_TOKENS = "a whole number from 1 to 8"  # as many as the kernels take in one step
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,8 @@ class InputCuts:
         train: Whether train() mode cuts, at every token.
         calibration: The text that the thresholds were measured on.
         fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
+        fallback_tokens: How many tokens such a step then computes, 1 to 8: its own and those before it, whose keys and
+            values earlier steps wrote with cuts; None: its own.
 
     Raises:
         ValueError: For any other value; the message names the key, what was given and what was expected.
@@ -284,6 +287,7 @@ class InputCuts:
     train: bool = False
     calibration: dict[str, Any] | None = None
     fallback: float | None = None
+    fallback_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require_all(self, "inputs.", self._rules())
@@ -298,6 +302,9 @@ class InputCuts:
         yield "train", isinstance(self.train, bool), "true or false"
         yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
         yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
+        count = self.fallback_tokens
+        yield "fallback_tokens", count is None or is_fallback_tokens(count), FALLBACK_TOKENS
+        yield "fallback_tokens", count is None or bool(self.fallback), "none where there is no fallback"
 
     def check(self, layers: int) -> None:
         """Raise ValueError where this cannot be of a model with so many layers."""
@@ -321,6 +328,11 @@ class InputCuts:
 def is_fallback(value: object) -> bool:
     """Return whether a value can be the `fallback` of input cuts."""
     return is_number(value) and 0 <= value < 1  # type: ignore[operator]
+
+
+def is_fallback_tokens(value: object) -> bool:
+    """Return whether a value can be the `fallback_tokens` of input cuts."""
+    return type(value) is int and 1 <= value <= 8
 
 
 def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:

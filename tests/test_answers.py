@@ -132,12 +132,14 @@ def test_top_p_draws_from_the_nucleus_by_its_chances() -> None:
     assert cold[0] == pytest.approx((chances**10 / (chances**10).sum())[0].item(), abs=0.018)
 
 
-def test_grouped_attention_is_sdpa_without_copies() -> None:
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_grouped_attention_is_sdpa_without_copies(tokens: int) -> None:
     module = torch.nn.Module()
     module.num_key_value_groups = 3
-    query, key, value = (torch.randn(4, heads, size, 8) for heads, size in ((6, 1), (2, 64), (2, 64)))
-    mask = torch.zeros(4, 1, 1, 64).masked_fill(torch.rand(4, 1, 1, 64) < 0.5, torch.finfo(torch.float32).min)
-    for some in (mask, None):
+    query, key, value = (torch.randn(4, heads, size, 8) for heads, size in ((6, tokens), (2, 64), (2, 64)))
+    hidden = torch.rand(4, 1, tokens, 64) < 0.5
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    for some in (mask, None) if tokens == 1 else (mask,):
         expected = sdpa_attention_forward(module, query, key, value, some, scaling=0.3)[0]
         assert torch.allclose(attend(module, query, key, value, some, scaling=0.3)[0], expected, atol=1e-6)
 

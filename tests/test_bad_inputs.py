@@ -242,7 +242,7 @@ MODELS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "emptytokenizer": file("tokenizer.json", "{}"),
     "nan": tensors(_nan),
     "fivebits": quantization(bits=5),
-    "newformat": quantization(format=2),
+    "newformat": quantization(format=3),
     "uncoded": tensors(lambda found: found.pop("model.layers.0.mlp.down_proj.codes"), "quantized4"),
     "wrongcodes": tensors(_to_int8, "quantized4"),
     "unconverted4": config("quantized4", stocha=None),

@@ -30,12 +30,14 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "disable_c
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def cut_model(fallback: float | None = 0.3, model_type: str = "qwen2", **overrides: Any) -> Any:
+def cut_model(
+    fallback: float | None = 0.3, model_type: str = "qwen2", tokens: int | None = None, **overrides: Any
+) -> Any:
     torch.manual_seed(0)
     model = tiny_model(model_type, **overrides)
     for parameter in model.parameters():
         parameter.data += 0.15 * torch.randn_like(parameter)  # some steps are in doubt, and some are not
-    cuts = InputCuts({name: [0.5, 0.5] for name in PROJECTIONS}, fallback=fallback)
+    cuts = InputCuts({name: [0.5, 0.5] for name in PROJECTIONS}, fallback=fallback, fallback_tokens=tokens)
     patch(model, StochaConfig(activation=ARCHITECTURES[model_type].act, inputs=cuts))
     model.generation_config.eos_token_id = None
     return model.eval()
@@ -48,45 +50,58 @@ def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-def by_hand(model: Any, prompt: torch.Tensor, below: float) -> tuple[list[int], int]:
-    """Greedy tokens after a prompt [1, length], each from the whole text read anew; and how many were in doubt."""
-    kept: list[bool] = [False] * (prompt.shape[1])  # of each token whether it is cut: a prompt is not
-    repeated = 0
-    tokens = [int(model(prompt, use_cache=False).logits[0, -1].argmax())]
-    for _ in range(NEW - 1):
-        ids = torch.cat([prompt, torch.tensor([tokens])], 1)
-        for cut in (True, False):
-            model.cutting.cut_at = torch.tensor([[*kept, cut]])
+def by_hand(model: Any, ids: list[int], below: float, new: int = NEW - 1) -> tuple[list[int], int]:
+    """Greedy tokens after ids, the last of which is the first step's; and how many steps were in doubt.
+
+    Each step reads the whole text anew, whose tokens are cut but for the prompt's and those of steps in doubt. That is
+    what a cache holds: what is computed again is always all from some token on.
+    """
+    ids, prompt, repeated = list(ids), len(ids), 0
+    kept = [False] * (prompt - 1)  # of each token whether it is cut
+    window = getattr(model.config, "sliding_window", None) or NEW + prompt
+    for _ in range(new):
+        count = model.cutting.tokens if len(kept) < window else 1  # a full window has left tokens behind
+        for where in ([*kept, True], [*[*kept, True][:-count], *[False] * count][-len(ids) :]):
+            model.cutting.cut_at = torch.tensor([where])
             with model.cut_inputs("always"):
-                logits = model(ids, use_cache=False).logits[0, -1]
+                logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
             if logits.softmax(-1).max() >= below:
                 break
-            repeated += cut
-        model.cutting.cut_at = None
-        kept.append(cut)
-        tokens.append(int(logits.argmax()))
-    return tokens, repeated
+            repeated += where[-1]
+        model.cutting.cut_at, kept = None, where
+        ids.append(int(logits.argmax()))
+    return ids[prompt:], repeated
+
+
+SLIDING = {"layer_types": LAYERS}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("model_type", "below", "overrides"),
-    [("qwen2", 0.3, {}), ("gemma2", 0.64, {"sliding_window": 6, "layer_types": LAYERS})],
+    ("model_type", "below", "tokens", "overrides"),
+    [
+        ("qwen2", 0.3, 1, {}),
+        ("qwen2", 0.3, 3, {}),
+        ("gemma2", 0.64, 1, {"sliding_window": 6, **SLIDING}),
+        ("gemma2", 0.64, 8, {"sliding_window": 14, **SLIDING}),
+    ],
 )
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_steps_in_doubt_are_those_of_the_model_without_cuts(
-    cache: Any, model_type: str, below: float, overrides: Any, way: str
+    cache: Any, model_type: str, below: float, tokens: int, overrides: Any, way: str
 ) -> None:
-    model = cut_model(below, model_type, **overrides)
-    expected, repeated = by_hand(model, PROMPTS[1:2], below)
+    model = cut_model(below, model_type, tokens, **overrides)
+    first = int(model(PROMPTS[1:2]).logits[0, -1].argmax())
+    expected, repeated = by_hand(model, [*PROMPTS[1].tolist(), first], below)
     assert 0 < repeated < NEW - 1
     found = model.generate(PROMPTS[1:2], cache_implementation=cache, **OPTIONS)
-    assert found[0, 6:].tolist() == expected
+    assert found[0, 6:].tolist() == [first, *expected]
     assert (model.cutting.steps, model.cutting.repeated) == (NEW - 1, repeated)
 
 
-def test_a_row_does_not_depend_on_its_batch(way: str) -> None:
-    model = cut_model()
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_row_does_not_depend_on_its_batch(tokens: int, way: str) -> None:
+    model = cut_model(tokens=tokens)
     batch = model.generate(PROMPTS, attention_mask=MASK, **OPTIONS)[:, 6:]
     counts = model.cutting.steps, model.cutting.repeated
     model.cutting.steps = model.cutting.repeated = 0
@@ -183,22 +198,28 @@ def test_a_step_on_a_gpu_is_left_to_the_forward_where_it_could_not_be_repeated(m
 
 
 @torch.no_grad()
-def test_text_that_is_read_is_counted_as_its_steps_would_be() -> None:
-    model, windows = cut_model(0.3), torch.randint(3, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_text_that_is_read_is_counted_as_its_steps_would_be(tokens: int) -> None:
+    model = cut_model(0.3, tokens=tokens)
+    windows = torch.randint(3, 64, (6, 16), generator=torch.Generator().manual_seed(0))
     found = evaluate(model, windows)
     with model.cut_inputs("decode", fallback=0):
         without = evaluate(model, windows)
     assert found.fallback is not None and found.bytes_read is not None and without.bytes_read is not None
     assert without.fallback is None and "fallback" not in without.to_dict()
     with model.cut_inputs("always", fallback=0):
-        where = model(windows).logits.softmax(-1).amax(-1) < 0.3
+        first = model(windows).logits
+        where = first.softmax(-1).amax(-1) < 0.3
     assert (found.fallback.steps, found.fallback.repeated) == (96, int(where.sum())) and 0 < found.fallback.share < 1
     assert found.fallback.cut_share == without.bytes_read.share
     assert found.bytes_read.share == pytest.approx(without.bytes_read.share + found.fallback.share)
-    model.cutting.cut_at = ~where
+    again = torch.stack([where[:, i : i + tokens].any(1) for i in range(16)], 1)
+    model.cutting.cut_at = ~again
     with model.cut_inputs("always", fallback=0):
-        logits = model(windows).logits[:, :-1]
+        second = model(windows).logits
     model.cutting.cut_at = None
+    assert torch.equal(again, where) == (tokens == 1)
+    logits = torch.where((again & ~where)[..., None], first, second)[:, :-1]  # those before: with cuts
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     assert found.perplexity == pytest.approx(loss.exp().item()) and found.perplexity != without.perplexity
     native = cut_model(None)
@@ -209,6 +230,69 @@ def test_text_that_is_read_is_counted_as_its_steps_would_be() -> None:
         assert 0 < kl < compare(model, native, windows).kl
     with model.cut_inputs("decode", fallback=0.9999):
         assert compare(model, native, windows).kl < 1e-6
+
+
+@torch.no_grad()
+def test_tokens_before_a_doubt_are_renewed_and_other_rows_keep_theirs(way: str) -> None:
+    model = cut_model(tokens=8)
+    ids = torch.cat([PROMPTS, torch.tensor([[11], [3], [60]])], 1)  # 7 tokens, all of which a doubt renews
+
+    def stepped(renewed: bool) -> Any:
+        cache = model(ids[:, :4], attention_mask=MASK[:, :4], use_cache=True).past_key_values
+        for length in (5, 6, 7):
+            mask = torch.cat([MASK, torch.ones(3, 1, dtype=torch.int64)], 1)[:, :length]
+            step = ids[:, length - 1 : length].clone()
+            if renewed and length == 7:
+                model.cutting.tell(step, ids, mask)
+            fallback = below if renewed and length == 7 else 0
+            with model.cut_inputs("decode", fallback=fallback):
+                positions = mask.cumsum(1)[:, -1:] - 1
+                shown = [layer.keys for layer in cache.layers], [layer.keys.clone() for layer in cache.layers]
+                out = model(step, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            assert all(map(torch.equal, *shown)), "what a cache has shown is written again"
+        return out.logits[:, 0], cache
+
+    below = 0.0
+    logits, cut = stepped(False)
+    chances = logits.softmax(-1).amax(-1)
+    below = float(chances.sort().values[1]) + 1e-4  # two rows are in doubt
+    found, cache = stepped(True)
+    doubted = chances < below
+    assert doubted.sum() == 2 and torch.equal(found[~doubted], logits[~doubted])
+    real = torch.cat([MASK, torch.ones(3, 1, dtype=torch.int64)], 1)
+    with model.cut_inputs("never"):
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        whole = model(ids, attention_mask=real, position_ids=positions, use_cache=True)
+    assert torch.allclose(found[doubted], whole.logits[doubted, -1], atol=1e-5)
+    for layer, with_cuts, full in zip(cache.layers, cut.layers, whole.past_key_values.layers, strict=True):
+        for name in ("keys", "values"):
+            parts = [getattr(some, name).transpose(1, 2) for some in (layer, with_cuts, full)]
+            assert torch.equal(parts[0][~doubted], parts[1][~doubted])
+            mine, theirs = (part[doubted][real[doubted] == 1] for part in parts[::2])
+            assert torch.allclose(mine, theirs, atol=1e-5) and not parts[0].isnan().any()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_renews_the_same_by_kernels_and_without_them(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = cut_model(tokens=5), []
+    for runtime in (StochaMLP.runtime, None):
+        monkeypatch.setattr(StochaMLP, "runtime", runtime)
+        given = OPTIONS | {"num_beams": beams, "attention_mask": MASK}
+        texts.append(model.generate(PROMPTS, **given))
+        with model.cut_inputs("decode", fallback_tokens=1):
+            assert not torch.equal(model.generate(PROMPTS, **given), texts[0])
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), [("qwen2", {}), ("gemma2", {"sliding_window": 99, **SLIDING})])
+def test_answers_are_what_steps_write_whatever_stands_beside_them(model_type: str, overrides: Any) -> None:
+    model = cut_model(0.3, model_type, 6, **overrides)
+    prompts = [PROMPTS[1].tolist(), [9, 4, 17]]  # one of which has fewer tokens than a step renews
+    expected = [by_hand(model, prompt, 0.3, 10) for prompt in prompts]
+    for rows in (1, 2):
+        repeated: dict[int, int] = {}
+        found = dict(continue_prompts(model, prompts, new=10, ends=set(), rows=rows, repeated=repeated))
+        assert [(found[i], repeated[i]) for i in range(2)] == expected
 
 
 def test_steps_of_answers_are_counted_to_their_ends() -> None:
@@ -264,12 +348,16 @@ def test_folders_say_it_and_conversion_changes_that_alone(checkpoint: Any, text:
         "stocha-eval", tmp_path / "b", "--data", text, "--length", 32, "--windows", 4, "--dtype", "float32"
     )
     assert "of 128 steps, whose most likely token had a probability below 0.5, were computed again" in done.stdout
-    off = stocha_hf.convert(tmp_path / "b", tmp_path / "c", inputs_fallback=0)
-    assert off.stocha["inputs"] == before["inputs"]
-    both = stocha_hf.convert(
-        checkpoint(), tmp_path / "d", inputs=0.4, calibrate=text, calibrate_tokens=64, inputs_fallback=0.6
-    )
-    assert both.stocha["inputs"]["fallback"] == 0.6
+    both: dict[str, Any] = {"inputs_fallback": 0.6, "inputs_fallback_tokens": 8}
+    some = stocha_hf.convert(checkpoint(), tmp_path / "d", inputs=0.4, calibrate=text, calibrate_tokens=64, **both)
+    assert (some.stocha["inputs"]["fallback"], some.stocha["inputs"]["fallback_tokens"]) == (0.6, 8)
+    eight = stocha_hf.convert(tmp_path / "b", tmp_path / "c", inputs_fallback_tokens=8)
+    assert eight.stocha["inputs"] == after["inputs"] | {"fallback_tokens": 8}
+    loaded = stocha_hf.load_model(str(tmp_path / "c"))
+    assert (loaded.cutting.fallback, loaded.cutting.tokens) == (0.5, 8)
+    one = stocha_hf.convert(tmp_path / "c", tmp_path / "f", inputs_fallback_tokens=1)
+    off = stocha_hf.convert(tmp_path / "c", tmp_path / "g", inputs_fallback=0)
+    assert (one.stocha["inputs"], off.stocha["inputs"]) == (after["inputs"], before["inputs"])
     assert_refused(
         call_command("stocha-convert", tmp_path / "source", tmp_path / "e", "--inputs-fallback", 0.5),
         "cuts no inputs",
@@ -288,3 +376,16 @@ def test_what_is_no_probability_is_refused(wrong: Any, tmp_path: Path) -> None:
         cut_model().cut_inputs("decode", fallback=wrong).__enter__()
     with pytest.raises(StochaError, match=f"inputs_fallback is .*: {said}"):
         stocha_hf.convert(tmp_path, tmp_path / "out", inputs_fallback=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, 9, 2.0, True])
+def test_what_is_no_number_of_tokens_is_refused(wrong: Any, tmp_path: Path) -> None:
+    said = "expected a whole number from 1 to 8"
+    with pytest.raises(ValueError, match=f"inputs.fallback_tokens is .*: {said}"):
+        InputCuts({"q_proj": [0.1, 0.1]}, fallback=0.5, fallback_tokens=wrong)
+    with pytest.raises(ValueError, match="fallback_tokens is 8: expected none where there is no fallback"):
+        InputCuts({"q_proj": [0.1, 0.1]}, fallback_tokens=8)
+    with pytest.raises(ValueError, match=f"fallback_tokens is .*: {said}"):
+        cut_model().cut_inputs("decode", fallback_tokens=wrong).__enter__()
+    with pytest.raises(StochaError, match=f"inputs_fallback_tokens is .*: {said}"):
+        stocha_hf.convert(tmp_path, tmp_path / "out", inputs_fallback_tokens=wrong)

@@ -278,7 +278,10 @@ def test_lossless_text_is_that_without_cuts(
 
 
 @needs_triton
-def test_steps_in_doubt_are_computed_again_without_cuts(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "each"), [(1, 1), (7, 3)])  # 7 are steps of 1, 2 and 4 tokens
+def test_steps_in_doubt_are_computed_again_without_cuts(
+    tokens: int, each: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, new = model_of("qwen2", "silu", cuts_of(PROJECTIONS)), 6 if INTERPRETED else 40
     options = greedy(new, return_dict_in_generate=True, output_logits=True)
     without = slowly(monkeypatch, model.generate, PROMPT, **options)
@@ -288,19 +291,25 @@ def test_steps_in_doubt_are_computed_again_without_cuts(steps: list[int], monkey
         model.cutting.steps = model.cutting.repeated = 0
         return call(*args, **kwargs), model.cutting.steps, model.cutting.repeated
 
-    with cut_inputs(model, "decode", fallback=below):
+    with cut_inputs(model, "decode", fallback=below, fallback_tokens=tokens):
         found, count, repeated = counted(model.generate, PROMPT, **options)
-        assert count == new - 1 and 0 < repeated < count and len(steps) == count + repeated
+        assert count == new - 1 and 0 < repeated < count and len(steps) == count + repeated * each
         expected, *counts = counted(slowly, monkeypatch, model.generate, PROMPT, **options)
     assert counts == [count, repeated]
     for logits, others in zip(found.logits, expected.logits, strict=True):
         assert (logits - others).norm() <= 1e-5 * others.norm()
     for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
         assert torch.allclose(layer.keys, other.keys, atol=1e-5)
-    with torch.no_grad(), cut_inputs(model, "decode", fallback=0.999):
-        step = model(PROMPT[:, :1], past_key_values=found.past_key_values).logits
-        other = slowly(monkeypatch, model, PROMPT[:, :1], past_key_values=expected.past_key_values).logits
-    assert (step - other).norm() <= 1e-5 * other.norm() and len(steps) == count + repeated + 2
+    with torch.no_grad(), cut_inputs(model, "decode", fallback=0.999, fallback_tokens=tokens):
+        model.cutting.tell(last := found.sequences[:, -1:].clone(), found.sequences, None)
+        shown = [layer.keys for layer in found.past_key_values.layers]
+        before = [keys.clone() for keys in shown]
+        step = model(last, past_key_values=found.past_key_values).logits
+        other = slowly(monkeypatch, model, last, past_key_values=expected.past_key_values).logits
+    assert (step - other).norm() <= 1e-5 * other.norm() and len(steps) == count + 1 + (repeated + 1) * each
+    for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert torch.allclose(layer.keys, other.keys, atol=1e-5)
+    assert all(map(torch.equal, shown, before)), "what a cache has shown is written again"
 
 
 @needs_triton

@@ -30,7 +30,7 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"cuts_stocha"},
     {"modeling_stocha", "mlx_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
-    {"spec", "quantization"},
+    {"spec", "quantization", "progress"},
     {"errors"},
 ]
 FLOOR = {unit: floor for floor, units in enumerate(ORDER) for unit in units}

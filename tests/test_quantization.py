@@ -17,6 +17,7 @@ from stocha_hf import StochaError, convert, load_model, modeling_stocha, quantiz
 from stocha_hf.conversion import quantize as quantizing
 from stocha_hf.conversion.error_feedback import round_with_feedback
 from stocha_hf.data import calibration_windows
+from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
 from stocha_hf.patching import patch
 from stocha_hf.publishing.upload import _additions, _publishable
@@ -87,6 +88,8 @@ def test_a_model_is_quantized_saved_and_loaded(model_type: str, tied: bool, tmp_
                 native.get_submodule(name).weight.copy_(module.dequantized())
     patch(native, StochaConfig(activation="relu"))
     torch.testing.assert_close(model(TOKENS).logits, native(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    head = model.get_output_embeddings()
+    assert ReadMeter(model).read().lm_head == head.codes.nbytes + head.scale.nbytes, "the tied one is read too"
     model.save_pretrained(tmp_path / "saved")
     again = load_model(str(tmp_path / "saved"))
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
@@ -284,7 +287,7 @@ def test_adapters_are_honoured_and_trained_and_cannot_be_merged(checkpoint, tmp_
         ({"bits": True}, "bits is True"),
         ({"in_8_bits": "v_proj"}, "in_8_bits is 'v_proj': expected a list"),
         ({"transposed": [5]}, "transposed is [5]"),
-        ({"format": 2}, "format is 2: expected 1; install a newer stocha_hf"),
+        ({"format": 3}, "format is 3: expected 1 or 2; install a newer stocha_hf"),
         ({"group_size": 64}, "group_size is 64: expected 32"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
         ({"colour": "red"}, "the keys ['colour']"),

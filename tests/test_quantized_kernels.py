@@ -14,19 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.packing import packed
+from helpers.packing import VARIANTS, packed
 
 from stocha_hf.decoding import build, ops
 from stocha_hf.decoding.memory import use_large_pages
 from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn
 
 SHAPES = [(64, 96), (33, 77), (300, 530), (1, 1), (160, 32), (576, 40)]  # columns, rows
-# of the processor; and layouts of others on this one. Sixteen lanes and four, in plain C++.
-VARIANTS = [
-    pytest.param((), id="native"),
-    pytest.param(("-O1", "-DSTOCHA_LANES=16"), id="16 lanes", marks=pytest.mark.slow),
-    pytest.param(("-O1", "-DSTOCHA_LANES=4"), id="4 lanes", marks=pytest.mark.slow),
-]
 ROUNDING = 0.012  # of x, and of hidden vectors
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,8 +36,8 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-3)).item()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_products_equal_those_of_the_weights(library: Any, bits: int) -> None:
+@pytest.mark.parametrize("bits", [8, 4, "planes"])
+def test_products_equal_those_of_the_weights(library: Any, bits: int | str) -> None:
     torch.manual_seed(0)
     for (columns, rows), tokens in itertools.product(SHAPES, [1, 2, 3, 4, 7, 8]):
         weights = packed(rows, columns, bits)
@@ -96,8 +90,8 @@ def test_results_do_not_depend_on_the_number_of_threads(library: Any) -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_dequantized_rows(library: Any, bits: int) -> None:
+@pytest.mark.parametrize("bits", [8, 4, "planes"])
+def test_dequantized_rows(library: Any, bits: int | str) -> None:
     weights = packed(9, 70, bits)
     out = torch.empty(4, 70)
     library.stocha_dequantize(ctypes.byref(weights.matrix()), 3, 7, 70, DTYPES[out.dtype], out.data_ptr(), 2)

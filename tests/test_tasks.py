@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call_command, first_is_fast, tiny_model, tiny_tokenizer
+from helpers import assert_refused, call_command, first_is_fast, tiny_model, tiny_tokenizer
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.answers.batches import continue_prompts
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.records import TaskScore
 from stocha_hf.tasks import code_runs, local_data
-from stocha_hf.tasks.evaluate import TaskResults, compare_tasks, evaluate_tasks
+from stocha_hf.tasks.catalogue import load_tasks
+from stocha_hf.tasks.evaluate import TaskResults, choose, compare_tasks, evaluate_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra tasks is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +52,8 @@ def test_the_most_likely_choice_counts_and_kept_responses_are_not_asked_again(
         model, tokenizer, ["bigbench:toy"], task_data=task_data, limit=8, batch_size=3, kept=kept, name="a"
     )
     expected = []
-    for index in range(0, 24, 3):
+    asked = sorted(number for _, _, number in found.questions)
+    for index in asked:
         row = local_data.bigbench("toy", task_data)[index]
         sums = []
         for choice in row["choices"]:
@@ -59,19 +61,30 @@ def test_the_most_likely_choice_counts_and_kept_responses_are_not_asked_again(
             logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             sums.append(sum(logs[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
         expected.append(row["scores"][sums.index(max(sums))])
-    assert [found.questions[("bigbench:toy", "acc", index)] for index in range(0, 24, 3)] == expected
+    assert [found.questions[("bigbench:toy", "acc", index)] for index in asked] == expected
     score = found.scores[0]
     assert score == TaskScore("bigbench:toy", "acc", sum(expected) / 8, score.stderr, 8)
     lines = kept.read_text().splitlines(keepends=True)
     kept.write_text("".join(lines[:-4]) + lines[-4][:30])  # killed while it wrote a line
-    asked = []
+    read = []
     forward = type(model).forward
     monkeypatch.setattr(
-        type(model), "forward", lambda self, ids, **more: asked.append(len(ids)) or forward(self, ids, **more)
+        type(model), "forward", lambda self, ids, **more: read.append(len(ids)) or forward(self, ids, **more)
     )
     again = evaluate_tasks(model, tokenizer, ["bigbench:toy"], task_data=task_data, limit=8, kept=kept, name="a")
-    assert again.scores == found.scores and 0 < sum(asked) <= 4
-    assert sorted(kept.read_text().splitlines(keepends=True)) == sorted(lines)
+    assert again.scores == found.scores and 0 < sum(read) <= 4
+    assert {json.loads(line)["key"] for line in kept.open()} == {json.loads(line)["key"] for line in lines}
+
+
+def test_a_limit_draws_the_same_questions_of_every_model_and_of_every_kind(task_data: str) -> None:
+    """Where two kinds of questions take turns, evenly spaced ones would be of one kind."""
+    parts = load_tasks(["bigbench:toy", "bigbench:toy/first"], False, task_data)
+    tasks = {name: task for part in parts.values() for name, task in part["tasks"].items()}
+    some, more = choose(tasks, 8), choose(tasks, 12)
+    assert some == choose(tasks, 8) and all(len(numbers) == 8 for numbers in some.values())
+    assert all(set(some[name]) < set(more[name]) <= set(range(24)) for name in tasks)
+    assert {number % 2 for number in some["bigbench:toy"]} == {0, 1}
+    assert choose(tasks, 100)["bigbench:toy"] == list(range(24))
 
 
 def test_the_harness_class_for_transformers_finds_the_same_likelihoods(task_data: str) -> None:
@@ -173,9 +186,15 @@ def test_the_command_tells_scores_and_differences(checkpoint, task_data: str, tm
     done = call_command("stocha-eval", source, "--tasks", "bigbench:toy", "--baseline", other, *options, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert figures["tasks"][0]["questions"] == 24 and "perplexity" not in figures
+    assert figures["tasks"][0]["questions"] == 24 and "chosen" not in figures and "perplexity" not in figures
     difference = figures["tasks"][0]["score"] - figures["baseline"]["tasks"][0]["score"]
     assert figures["task_differences"][0]["difference"] == pytest.approx(difference)
     assert json.loads((tmp_path / "results" / "figures.json").read_text()) == figures
     questions = [json.loads(line) for line in (tmp_path / "results" / "questions.jsonl").read_text().splitlines()]
     assert len(questions) == 48 and {row["model"] for row in questions} == {str(source), str(other)}
+
+
+def test_questions_that_are_nowhere_are_noticed_before_a_model_is_loaded(checkpoint, task_data, monkeypatch) -> None:
+    monkeypatch.setattr("stocha_hf.models.load_model", lambda *args, **options: pytest.fail("a model is loaded"))
+    done = call_command("stocha-eval", checkpoint(), "--tasks", "bigbench:absent", "--task-data", task_data)
+    assert_refused(done, "BIG-bench's absent are not here")

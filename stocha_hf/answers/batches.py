@@ -93,7 +93,9 @@ class _Batch:
         self.waiting = deque(order)
         self.rows: list[_Row | None] = [None] * rows
         self.cache = SlotCache(rows, model.device)
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=model.device)
+        self.cutting = getattr(model, "cutting", None)
+        known = 1 if self.cutting is None else self.cutting.tokens
+        self.ids = torch.zeros(rows, known, dtype=torch.int64, device=model.device)  # the last ones of each row
 
     def run(self, new: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None) -> Iterator[_Row]:
         while self.waiting or any(self.rows):
@@ -140,7 +142,9 @@ class _Batch:
             prefilled = DynamicCache()
             self.model.base_model(padded.to(self.model.device), past_key_values=prefilled, use_cache=True)
             self.cache.put(at, prefilled)
-        self.ids[at] = torch.tensor([self.prompts[row.prompt][-1] for row in rows], device=self.model.device)
+        known = self.ids.shape[1]
+        last = [[0] * known + list(self.prompts[row.prompt][-known:]) for row in rows]
+        self.ids[at] = torch.tensor([ids[-known:] for ids in last], device=self.model.device)
         for slot, row in zip(slots, rows, strict=True):
             self.rows[slot] = row
 
@@ -149,12 +153,15 @@ class _Batch:
         """STRIDE steps of all rows: of each row its tokens, and which of the steps were computed again."""
         positions = [0 if row is None else row.position for row in self.rows]
         self.cache.aim(positions, STRIDE)
-        found, largest, doubted = [], [], []
+        found, largest, doubted, known = [], [], [], self.ids.shape[1]
         self._doubted()  # what was before
         for _ in range(STRIDE):
+            step = self.ids[:, -1:]
+            if self.cutting is not None and known > 1:
+                self.cutting.tell(step, self.ids, self.cache.masks(self.model.config, self.model.dtype, known))
             with grouped_attention(self.model.config, self.model.device):
                 logits = self.model(
-                    self.ids[:, None],
+                    step,
                     attention_mask=self.cache.masks(self.model.config, self.model.dtype),
                     position_ids=self.cache.positions[:, None],
                     past_key_values=self.cache,
@@ -162,8 +169,8 @@ class _Batch:
                 ).logits[:, -1]
             largest.append(logits.amax(-1))
             doubted.append(self._doubted())
-            self.ids = self.choice(logits, self.generator)
-            found.append(self.ids)
+            found.append(self.choice(logits, self.generator))
+            self.ids = torch.cat([self.ids[:, 1:], found[-1][:, None]], 1)
             self.cache.advance()
         if not torch.stack(largest).isfinite().all():
             raise StochaError(
@@ -174,8 +181,7 @@ class _Batch:
 
     def _doubted(self) -> torch.Tensor:
         """Which rows' last step was computed again since this was asked last, bool [rows]."""
-        cutting = getattr(self.model, "cutting", None)
-        if cutting is None or cutting.doubted is None:
-            return torch.zeros_like(self.ids, dtype=torch.bool)
-        found, cutting.doubted = cutting.doubted, None
+        if self.cutting is None or self.cutting.doubted is None:
+            return torch.zeros_like(self.ids[:, 0], dtype=torch.bool)
+        found, self.cutting.doubted = self.cutting.doubted, None
         return found

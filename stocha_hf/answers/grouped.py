@@ -2,7 +2,8 @@
 
 In grouped-query attention several query heads read the same keys. Where there is a mask, transformers 5.17 copies the
 keys for each of them: seven copies of the cache in every step of Qwen2.5-0.5B, which takes longer than all else when
-hundreds of rows are decoded. With one token a row, the heads of a group can stand where a longer text's tokens would.
+hundreds of rows are decoded. Here the heads of a group, each with a row's few tokens, stand where a longer text's
+tokens would.
 
     with grouped_attention(model.config, model.device):
         model(ids[:, None], attention_mask=mask, past_key_values=cache, ...)
@@ -42,24 +43,26 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend with one token of each row.
+    """Attend with a few tokens of each row.
 
     Args:
         module: The attention layer.
-        query: [rows, heads, 1, size].
+        query: [rows, heads, tokens, size].
         key: [rows, groups, length, size].
         value: As key.
-        attention_mask: [rows, 1, 1, length], added to the scores, or None.
+        attention_mask: [rows, 1, tokens, length], added to the scores, or None.
         scaling: Of the scores.
         **kwargs: What other kinds of attention take.
 
     Returns:
-        [rows, 1, heads, size], and no weights.
+        [rows, tokens, heads, size], and no weights.
     """
-    rows, heads, _, size = query.shape
-    packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
-    return mixed.reshape(rows, 1, heads, value.shape[-1]), None
+    rows, heads, tokens, size = query.shape
+    group = heads // key.shape[1]
+    packed = query.reshape(rows, key.shape[1], group * tokens, size)
+    mask = attention_mask if attention_mask is None or tokens == 1 else attention_mask.repeat(1, 1, group, 1)
+    mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    return mixed.reshape(rows, heads, tokens, value.shape[-1]).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

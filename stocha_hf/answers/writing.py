@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tqdm import tqdm
 
 from stocha_hf.answers.batches import continue_prompts
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.answers.prompts import token_ids
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
+from stocha_hf.progress import Progress
 
 ROWS = {"cuda": 512, "cpu": 8}  # answers in work: a GPU has room, and a CPU's sparse kernels take so many
 KINDS = (".jsonl", ".parquet")
@@ -110,7 +110,7 @@ def write_answers(
             generator=torch.Generator(model.device).manual_seed(seed + len(file.ids)),
         )
         begun, tokens, answered = time.monotonic(), 0, 0
-        with tqdm(total=len(missing), desc="Answering", unit="answer", disable=None) as bar:
+        with Progress(total=len(missing), desc="Answering", unit="answer") as bar:
             for i, answer in found:
                 text, sample = missing[i]
                 whole = _without_bos(tokenizer, text) + tokenizer.decode(answer, skip_special_tokens=False)

@@ -114,6 +114,8 @@ def cuts_sentence(cuts: InputCuts) -> str:
     if cuts.fallback:
         where += f", and a step whose most likely token has a probability below {cuts.fallback:g} is computed again "
         where += "without cuts"
+        if (cuts.fallback_tokens or 1) > 1:
+            where += f", with the tokens before it, {cuts.fallback_tokens} in all"
     return (
         f"{share} of {', '.join(cuts.thresholds)} are cut {where}; the native class, where it loads the folder, cuts "
         "nothing: it runs the model as it would be without thresholds"

@@ -9,6 +9,8 @@ weights (.bin, .pt) are never opened.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 from stocha_hf.checkpoints.architecture import check_tensors
 from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.headers import tensor_headers
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import dtypes, read_quantization
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import ARCHITECTURES, Architecture
@@ -28,7 +31,19 @@ LONGEST = 2**26  # bytes of a JSON file; the index of a large model has one or t
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder as a dict. Raises StochaError where there is none or it is not a JSON object."""
+    check_folder(folder)
     return read_json(folder / CONFIG, "a Hugging Face checkpoint folder, which has one")
+
+
+def check_folder(name: str | Path, expected: str = "a checkpoint folder") -> None:
+    """Raise StochaError unless this is a folder; it says what was `expected`, and how a GGUF file becomes one."""
+    path = local_path(name)
+    if path.is_dir():
+        return
+    what = "is not a folder" if os.path.lexists(path) else "does not exist"
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        what, expected = "is a GGUF file", f"{expected}; convert it first: stocha-convert {shlex.quote(str(name))} OUT"
+    raise StochaError(f"{name} {what}: expected {expected}")
 
 
 def read_json(path: Path, expected: str) -> dict[str, Any]:
@@ -106,9 +121,7 @@ def is_weight(name: str) -> bool:
 def list_files(folder: Path) -> list[str]:
     """All files of a folder and of its direct subfolders, as names relative to it. Raises StochaError."""
     try:
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise StochaError(f"{folder} {what}: expected a folder, a .gguf file or a Hub id such as org/name")
+        check_folder(folder)
         paths = [path for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()]
     except OSError as error:
         raise StochaError(f"cannot read {folder} ({error.strerror}): expected a folder that you may read") from error

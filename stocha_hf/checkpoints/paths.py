@@ -37,3 +37,8 @@ def local_path(name: str | Path) -> Path:
 def is_hub_id(name: str) -> bool:
     """Return whether a Hub repo can have this id: a name, or org/name."""
     return bool(_HUB_ID.fullmatch(name)) and not any(pair in name for pair in ("--", ".."))
+
+
+def is_path(name: str) -> bool:
+    """Return whether no Hub repo can have this name, so that it means a path, whether that exists or not."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(".gguf")

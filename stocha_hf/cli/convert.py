@@ -5,7 +5,7 @@ example:
   stocha-convert smollm2-stocha smollm2-relu --activation relu
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-cut --inputs 0.4 --calibrate text.parquet
-  stocha-convert smollm2-cut smollm2-careful --inputs-fallback 0.5
+  stocha-convert smollm2-cut smollm2-careful --inputs-fallback 0.5 --inputs-fallback-tokens 8
   stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
@@ -40,8 +40,9 @@ from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, LEARNED, POSITIVE_SIDES, PRO
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
-INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train", "inputs_fallback")
-INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS)
+INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
+FALLBACK_OPTIONS = ("inputs_fallback", "inputs_fallback_tokens")
+INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS, *FALLBACK_OPTIONS)
 OPTIONS = ("bits", "in_8_bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
 
@@ -131,6 +132,13 @@ def parser() -> Parser:
         metavar="P",
         help="compute a decode step again without cuts where its most likely token has a probability below P; also "
         "of a SOURCE that has cuts; 0: never (default: never)",
+    )
+    verb.add_argument(
+        "--inputs-fallback-tokens",
+        type=whole_number(1, 8),
+        metavar="N",
+        help="with a fallback: compute the last N tokens again, the step's own and those before it, so that later "
+        "steps attend to keys and values without cuts; also of a SOURCE that has a fallback (default: 1)",
     )
     verb.add_argument(
         "--bits",

@@ -18,8 +18,9 @@ raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it ta
 
 --tasks: humaneval, bigbench:NAME for BIG-bench's multiple choice, and the names of lm-evaluation-harness, which needs
 the extra `tasks`. Scores come with their standard errors, and differences from a baseline, question by question, with
-their 95% intervals. humaneval runs what the model writes, so it needs --run-code. --results keeps responses as they
-come: the same command continues where it was killed.
+their 95% intervals. --limit N asks the first N questions of a fixed shuffle, the same of all models. humaneval runs
+what the model writes, so it needs --run-code. --results keeps responses as they come: the same command continues where
+it was killed.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def parser() -> Parser:
     verb.add_argument(
         "--ppl-increase", type=positive_number, metavar="P", help="find the PPL-P%% sparsity, P in percent"
     )
-    verb.add_argument("--limit", type=whole_number(1), metavar="N", help="ask N evenly spaced questions of each task")
+    verb.add_argument(
+        "--limit", type=whole_number(1), metavar="N", help="ask N questions of each task, drawn once for all"
+    )
     verb.add_argument("--batch-size", type=whole_number(1), metavar="N", help="texts of a task run at once")
     verb.add_argument(
         "--run-code", action="store_true", help="run the code that MODEL writes, with limits and without network"
@@ -124,6 +127,7 @@ def evaluate(args: argparse.Namespace) -> None:
     names = [name for name in (args.model, args.baseline) if name]
     configs = [load_config(name) for name in names]  # refuse a broken model before a long text is read
     tokenizers = [load_tokenizer(tokenizer_folder(name)) for name in names] if args.tasks else []
+    tasks = [_loaded(args, tokenizer) for tokenizer in tokenizers]
     windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows) if args.data else None
     if windows is not None:
         for config in configs:
@@ -140,7 +144,7 @@ def evaluate(args: argparse.Namespace) -> None:
             if args.baseline:
                 figures |= evaluation.compare(models[0], models[1], windows).to_dict()
         if args.tasks:
-            figures |= _tasks(models, tokenizers, rows, args)
+            figures |= _tasks(models, tokenizers, tasks, rows, args)
     figures |= {"baseline": rows[1]} if args.baseline else {}
     _keep(figures, args.results)
     show(figures, _as_text(figures), args.json)
@@ -148,25 +152,33 @@ def evaluate(args: argparse.Namespace) -> None:
         plot_evaluation(figures, args.plot)
 
 
+def _loaded(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """The tasks as this tokenizer's model is asked them."""
+    from stocha_hf.tasks.catalogue import load_tasks
+
+    return load_tasks(args.tasks, bool(tokenizer.chat_template), args.task_data)
+
+
 def _tasks(
-    models: list[Any], tokenizers: list[Any], rows: list[dict[str, Any]], args: argparse.Namespace
+    models: list[Any], tokenizers: list[Any], tasks: list[Any], rows: list[dict[str, Any]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """What the first model's tasks say; those of a second one go into its row."""
-    from stocha_hf.tasks.evaluate import compare_tasks, evaluate_tasks
+    from stocha_hf.tasks.evaluate import CHOSEN, compare_tasks, evaluate_tasks
     from stocha_hf.tasks.kept import identity, write_questions
 
-    options = {key: getattr(args, key) for key in ("limit", "batch_size", "run_code", "task_data")}
+    options = {key: getattr(args, key) for key in ("limit", "batch_size", "run_code")}
     kept = args.results and f"{args.results}/responses.jsonl"
     results = []
-    for model, tokenizer, row, mode in zip(models, tokenizers, rows, (args.mode, None), strict=False):
+    for model, tokenizer, loaded, row, mode in zip(models, tokenizers, tasks, rows, (args.mode, None), strict=False):
         name = identity(row["weights"] or row["revision"] or row["model"], model, mode)
-        results.append(evaluate_tasks(model, tokenizer, args.tasks, kept=kept, name=name, **options))
+        results.append(evaluate_tasks(model, tokenizer, loaded, kept=kept, name=name, **options))
         row["tasks"] = results[-1].to_dict()
         if results[-1].readings:
             row["task_bytes"] = [reading.to_dict() for reading in results[-1].readings]
     if args.results:
         write_questions(args.results, {row["model"]: found.answers for row, found in zip(rows, results, strict=True)})
     figures = {key: rows[0][key] for key in ("tasks", "task_bytes") if key in rows[0]} | {"limit": args.limit}
+    figures |= {"chosen": CHOSEN} if args.limit else {}
     if args.baseline:
         figures["task_differences"] = [found.to_dict() for found in compare_tasks(*results)]
     return figures
@@ -280,9 +292,11 @@ def _model_lines(row: dict[str, Any]) -> Iterator[str]:
 
 def _fallback_lines(row: dict[str, Any]) -> Iterator[str]:
     if found := row.get("fallback"):
+        earlier = f", with the tokens before it, {found['tokens']} in all" if found["tokens"] > 1 else ""
         yield (
             f"  {found['share']:.1%} of {found['steps']} steps, whose most likely token had a probability below "
-            f"{found['below']:g}, were computed again without cuts; one with cuts reads {found['cut_share']:.1%}"
+            f"{found['below']:g}, were computed again without cuts{earlier}; one with cuts reads "
+            f"{found['cut_share']:.1%}"
         )
 
 

@@ -21,11 +21,12 @@ from typing import Any
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import behaviour, weights_hash
 from stocha_hf.checkpoints.headers import tensor_headers
+from stocha_hf.checkpoints.inspection import check_folder
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.convert import check_output, write_checkpoint
-from stocha_hf.conversion.source import Source, open_source
+from stocha_hf.conversion.source import Source, local_source, open_source
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import LEARNED_INPUTS, is_number
 
@@ -68,6 +69,8 @@ def average(
     """
     output, parts = local_path(output), _parts(sources, shares)
     check_output(output, overwrite)
+    for path in filter(None, map(local_source, map(str, sources))):  # before another one is downloaded
+        check_folder(path, "a stocha checkpoint folder or a Hub id such as org/name")
     check_apart(output, [path for path in map(local_path, sources) if path.exists()])
     with ExitStack() as stack:
         found = [stack.enter_context(open_source(str(source), None, "bfloat16", output)) for source in sources]
@@ -152,13 +155,13 @@ def _mean_config(found: Sequence[Source], parts: Sequence[float]) -> dict[str, A
 def _mean_weights(found: Sequence[Source], parts: Sequence[float], folder: Path) -> None:
     """Overwrite the tensors of `folder`, a copy of the first source, with the means."""
     import torch  # which checking does not need
-    from tqdm import tqdm
 
     from stocha_hf.checkpoints.tensors import Tensors
+    from stocha_hf.progress import Progress
 
     tensors = [Tensors(source.folder) for source in found]
     means = Tensors(folder)
-    for name in tqdm(means.files, desc="Averaging", unit="tensor", disable=None, leave=False):
+    for name in Progress(means.files, desc="Averaging", unit="tensor"):
         weighted = [part * one.read(name).float() for part, one in zip(parts, tensors, strict=True)]
         mean = torch.stack(weighted).sum(0)
         if not mean.to(means.read(name).dtype).isfinite().all():

@@ -29,7 +29,7 @@ from stocha_hf.checkpoints.names import check_hub_id
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart, copy_file, staged_folder
-from stocha_hf.conversion.input_cuts import Calibration, check_fallback, check_uncut, with_cuts, with_fallback
+from stocha_hf.conversion.input_cuts import Calibration, FallbackOptions, check_uncut, with_cuts
 from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
@@ -83,6 +83,7 @@ def convert(
     inputs_prefill: bool = False,
     inputs_train: bool = False,
     inputs_fallback: float | None = None,
+    inputs_fallback_tokens: int | None = None,
     bits: float | None = None,
     in_8_bits: Sequence[str] | None = None,
     revision: str | None = None,
@@ -119,6 +120,8 @@ def convert(
         inputs_train: cut at every token in train() mode too.
         inputs_fallback: compute a decode step again without cuts where its most likely token has a lower probability
             than this, of the cuts of `inputs` or of the source; 0 takes that off a source.
+        inputs_fallback_tokens: how many tokens such a step then computes, 1 to 8: its own and those before it, so that
+            their keys and values are those without cuts (default: the source's, or 1).
         bits: quantize the weights to 8 or 4 bits; such a folder needs remote code or this package to be loaded. A
             number between them is a mean of bits a weight of the projections, with scales: 4 bits, and 8
             for each matrix that still fits, those first that lose most in 4.
@@ -152,7 +155,8 @@ def convert(
             "target_sparsity, refit_tokens or refit_on_disk was given without refit: expected the data to refit on"
         )
     _check_fields(changes)
-    check_fallback(inputs_fallback, inputs)
+    fallback = FallbackOptions(inputs_fallback, inputs_fallback_tokens)
+    fallback.check(inputs)
     if bits is not None and not is_bits(bits):
         raise StochaError(f"bits is {bits!r}: expected 4 or 8, or a mean of bits between them")
     if bits is not None and options is not None:
@@ -176,6 +180,7 @@ def convert(
     check_output(output, overwrite)
     read = [local_path(name) for name in (source, refit, calibrate) if name is not None]
     check_apart(output, [path for path in read if path.exists()])
+    check_data(refit, calibrate)
     with ExitStack() as stack:
         kind = "quantization" if bits is not None else "refit"
         work = stack.enter_context(refit_folder(output, kind)) if bits is not None or options is not None else None
@@ -191,8 +196,7 @@ def convert(
             config, change = learned.config, learned.apply_to
         elif cuts is not None:
             config = with_cuts(found, config, cuts)
-        if inputs_fallback is not None:
-            config = with_fallback(config, found.id, inputs_fallback)
+        config = fallback.applied(config, found.id)
         if options is not None and work is not None:
             from stocha_hf.conversion.refit import refit_checkpoint  # needs torch, which copying does not
 
@@ -248,6 +252,15 @@ def _refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
+def check_data(*names: str | Path | None) -> None:
+    """Open each data set that is named, before a source is downloaded. Raises StochaError."""
+    for name in names:
+        if name is not None:
+            from stocha_hf.data import check_text  # which copying does not need
+
+            check_text(name)
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise StochaError where `output` cannot be written, or exists and is not to be replaced."""
     if not output.exists() and not output.is_symlink():
@@ -295,10 +308,10 @@ def write_checkpoint(
 
 def copy_files(source: Source, folder: Path) -> None:
     """Copy weights and companions, and the tokenizer's settings without code."""
-    from tqdm import tqdm
+    from stocha_hf.progress import Progress
 
     sizes = {name: (source.folder / name).stat().st_size for name in source.files}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying", disable=None, leave=False) as bar:
+    with Progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying") as bar:
         for name in source.files:
             copy_file(source.folder / name, folder / name, bar.update)
     if source.tokenizer is not None:

@@ -20,7 +20,7 @@ from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart
-from stocha_hf.conversion.convert import check_output
+from stocha_hf.conversion.convert import check_data, check_output
 from stocha_hf.conversion.export_gguf import check_gguf_output, write_gguf
 from stocha_hf.conversion.export_powerinfer import PRECISION, write_powerinfer
 from stocha_hf.conversion.export_vllm import write_vllm
@@ -98,6 +98,7 @@ def export(
     else:
         check_gguf_output(output, precision, overwrite)
     check_apart(output, [path for path in map(local_path, (source, data or source)) if path.exists()])
+    check_data(data)
     predictors = None
     with open_source(str(source), revision, "bfloat16", output) as found:
         refuse_quantized(found.config, found.id, "an export")

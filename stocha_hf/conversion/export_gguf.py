@@ -107,7 +107,8 @@ def write_file(path: Path, architecture: str, told: dict[str, Any], found: list[
     """Write a GGUF file of these metadata and tensors, one tensor in memory at a time."""
     import numpy as np
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
-    from tqdm import tqdm
+
+    from stocha_hf.progress import Progress
 
     writer = GGUFWriter(path, architecture)
     writer.add_file_type(int(LlamaFileType[OWN[precision]]))
@@ -121,7 +122,7 @@ def write_file(path: Path, architecture: str, told: dict[str, Any], found: list[
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tqdm(found, desc="Exporting", unit="tensor", disable=None, leave=False):
+        for tensor in Progress(found, desc="Exporting", unit="tensor"):
             writer.write_tensor_data(tensor.packed())
     finally:
         writer.close()

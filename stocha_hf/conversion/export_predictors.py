@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from stocha_hf.conversion.calibration import WINDOWS, Calibration
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
+from stocha_hf.progress import Progress
 
 FITTED_TOKENS, LENGTH = 16_384, 512
 RECALL = 0.98  # of the active neurons of the text that predictors are fitted on
@@ -67,7 +67,7 @@ def fit_predictors(source: Source, config: dict[str, Any], data: str, rank: int 
     text = Calibration(source, config, windows)
     fitted: list[tuple[torch.Tensor, torch.Tensor]] = []
     rows: list[torch.Tensor] = []
-    for index in tqdm(range(len(text.layers)), desc="Predicting", unit="layer", disable=None, leave=False):
+    for index in Progress(range(len(text.layers)), desc="Predicting", unit="layer"):
         with text.layers.load(index) as layer:
             inputs = torch.stack(_inputs(text, layer, index))  # [windows, length, hidden]
             gate = layer.mlp.gate_proj.weight.detach().float()

@@ -179,7 +179,8 @@ def dequantize(model: GgufModel, folder: Path, dtype: str) -> dict[str, Any]:
 
 def _write_tensors(model: GgufModel, path: Path, dtype: str) -> None:
     import torch
-    from tqdm import tqdm
+
+    from stocha_hf.progress import Progress
 
     kind, size = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -191,7 +192,7 @@ def _write_tensors(model: GgufModel, path: Path, dtype: str) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tqdm(model.tensors.items(), desc="Dequantizing", unit="tensor", disable=None, leave=False):
+        for name, tensor in Progress(model.tensors.items(), desc="Dequantizing", unit="tensor"):
             value = torch.from_numpy(_native(_read(tensor, name), name, model.config)).to(getattr(torch, dtype))
             if not value.isfinite().all():
                 raise StochaError(f"{name} of {model.path} has values that are not finite in {dtype}")

@@ -7,6 +7,7 @@ its usual constants, and Llama 3.1's factors, which the file holds as the tensor
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,8 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
     config: dict[str, Any] = {
         "architectures": [row.causal_lm],
         "model_type": MODEL_TYPES[arch],
+        # without it, transformers 5.17 takes the tokenizer for one of Mistral's with an old mistake, and says so
+        "transformers_version": importlib.metadata.version("transformers"),
         row.act_key: row.act,
         "hidden_size": hidden,
         "intermediate_size": width,

@@ -22,10 +22,12 @@ from stocha_hf.spec import (
     ALLOTMENTS,
     ATTENTION,
     FALLBACK,
+    FALLBACK_TOKENS,
     LEARNED,
     PROJECTIONS,
     StochaConfig,
     is_fallback,
+    is_fallback_tokens,
     is_number,
 )
 
@@ -99,26 +101,60 @@ def with_cuts(source: Source, config: dict[str, Any], options: Calibration) -> d
     return with_entry(config, entry)
 
 
-def check_fallback(fallback: float | None, share: float | None) -> None:
-    """Raise StochaError for a fallback that is no probability, or one of cuts that are taken off."""
-    if fallback is not None and not is_fallback(fallback):
-        raise StochaError(f"inputs_fallback is {fallback!r}: expected {FALLBACK}")
-    if fallback is not None and share == 0:
-        raise StochaError(
-            f"inputs_fallback {fallback:g} was given with a share of 0 inputs to cut, which takes cuts off: expected "
-            "one of them"
-        )
+@dataclass(frozen=True)
+class FallbackOptions:
+    """The fallback that input cuts are to have: `fallback` and `tokens` as InputCuts has them, None as they are.
 
+    A fallback of 0 takes it off, and 1 token the tokens before a step's own. Raises StochaError.
+    """
 
-def with_fallback(config: dict[str, Any], where: str, fallback: float) -> dict[str, Any]:
-    """Return a converted config.json whose input cuts have this fallback; 0: none. Raises StochaError without cuts."""
-    entry = read_entry(config, where)
-    if entry.inputs is None:
-        raise StochaError(
-            f"inputs_fallback {fallback:g} was given for {where}, which cuts no inputs: expected a folder that does, "
-            "or inputs, the share to cut"
-        )
-    return with_entry(config, replace(entry, inputs=replace(entry.inputs, fallback=fallback or None)))
+    fallback: float | None
+    tokens: int | None
+
+    def __post_init__(self) -> None:
+        if self.fallback is not None and not is_fallback(self.fallback):
+            raise StochaError(f"inputs_fallback is {self.fallback!r}: expected {FALLBACK}")
+        if self.tokens is not None and not is_fallback_tokens(self.tokens):
+            raise StochaError(f"inputs_fallback_tokens is {self.tokens!r}: expected {FALLBACK_TOKENS}")
+        if self.tokens is not None and self.fallback == 0:
+            raise StochaError(
+                f"inputs_fallback_tokens {self.tokens} was given with inputs_fallback 0, which takes the fallback "
+                "off: expected one of them"
+            )
+
+    @property
+    def given(self) -> str:
+        """What was given, for a message; empty if nothing was."""
+        tokens = "" if self.tokens is None else f"inputs_fallback_tokens {self.tokens}"
+        return tokens if self.fallback is None else f"inputs_fallback {self.fallback:g}"
+
+    def check(self, share: float | None) -> None:
+        """Raise StochaError where this is of cuts that are taken off."""
+        if self.given and share == 0:
+            raise StochaError(
+                f"{self.given} was given with a share of 0 inputs to cut, which takes cuts off: expected one of them"
+            )
+
+    def applied(self, config: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return a converted config.json with it. Raises StochaError without cuts, or for tokens of no fallback."""
+        if not self.given:
+            return config
+        entry = read_entry(config, where)
+        if entry.inputs is None:
+            raise StochaError(
+                f"{self.given} was given for {where}, which cuts no inputs: expected a folder that does, or inputs, "
+                "the share to cut"
+            )
+        fallback = entry.inputs.fallback if self.fallback is None else self.fallback
+        if not fallback and self.tokens is not None:
+            raise StochaError(
+                f"{self.given} was given for {where}, which has no fallback: expected inputs_fallback, a probability, "
+                "with it"
+            )
+        tokens = entry.inputs.fallback_tokens if self.tokens is None else self.tokens
+        kept = tokens if fallback and tokens != 1 else None
+        cuts = replace(entry.inputs, fallback=fallback or None, fallback_tokens=kept)
+        return with_entry(config, replace(entry, inputs=cuts))
 
 
 def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> Any:

@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from stocha_hf.checkpoints.tensors import LAYER, Tensors
 from stocha_hf.errors import StochaError
+from stocha_hf.progress import Progress
 from stocha_hf.quantization import BITS, PROJECTIONS, Quantization
 from stocha_hf.quantization_stocha import dequantize, quantize
 
@@ -65,7 +64,7 @@ def _bits(entry: Quantization, name: str, outputs: int, inputs: int) -> int:
 def _in_order(tensors: Tensors, entry: Quantization, names: list[str]) -> list[str]:
     """The matrices that have 4 bits: those of FIRST, then the others; within each, what loses most comes first."""
     four = [name for name in names if entry.bits_of(name) == 4]
-    losses = {name: _loss(tensors, entry, name) for name in tqdm(four, desc="Judging", unit="matrix", disable=None)}
+    losses = {name: _loss(tensors, entry, name) for name in Progress(four, desc="Judging", unit="matrix")}
     ranks = {name: FIRST.index(last) if (last := name.rpartition(".")[2]) in FIRST else len(FIRST) for name in four}
     return sorted(four, key=lambda name: (ranks[name], -losses[name]))
 

@@ -23,7 +23,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from stocha_hf.checkpoints.architecture import Sizes
 from stocha_hf.checkpoints.companions import dump
@@ -39,6 +38,7 @@ from stocha_hf.conversion.refit_work import layers_folder, reading_layer
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
+from stocha_hf.progress import Progress
 from stocha_hf.quantization import IN_8_BITS, Quantization, is_matrix
 from stocha_hf.quantization_stocha import NAMES, dequantize, quantize
 
@@ -97,7 +97,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
     try:
         folder = layers_folder(work, _key(source, config, options))
         parts = _parts(tensors, Sizes.of(config, source.id).tied)
-        for part, names in tqdm(parts.items(), desc="Quantizing", unit="layer", disable=None):
+        for part, names in Progress(parts.items(), desc="Quantizing", unit="layer"):
             match = LAYER.search(names[0])
             if text is not None and match is not None:
                 _calibrated(tensors, names, options.entry, folder / part, text, int(match[1]))
@@ -172,7 +172,7 @@ def _quantized(
         matrix = value.t() if entry.is_transposed(module) else value
         bits = entry.bits_of(module)
         if moments is None or bits == 8:
-            made = quantize(matrix, bits)
+            made = quantize(matrix, bits, in_planes=entry.is_in_planes(module))
         else:
             own = moments[module.rpartition(".")[2]]
             made = round_with_feedback(matrix.to(own.device), own, entry.is_transposed(module))

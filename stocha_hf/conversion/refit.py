@@ -25,7 +25,6 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import weights_hash
@@ -40,6 +39,7 @@ from stocha_hf.conversion.refit_work import Refit, layers_folder, reading_layer
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
+from stocha_hf.progress import Progress
 from stocha_hf.spec import LEARNED_INPUTS, StochaConfig
 
 DEFAULT_TOKENS = 98_304  # or TOKENS_PER_NEURON x the FFN's width if that is more
@@ -191,7 +191,7 @@ def refit_layers(
     last = time.monotonic()
     steps = PASSES * tokens.numel() // BATCH
     done = []
-    with tqdm(total=len(layers) * (steps + 2 * streams.batches), desc="Refitting", unit="step", disable=None) as bar:
+    with Progress(total=len(layers) * (steps + 2 * streams.batches), desc="Refitting", unit="step") as bar:
         for index in range(len(layers)):
             if index < passed:
                 done.append((store[index][0].threshold, store[index][1]))

@@ -17,7 +17,7 @@ from typing import Any
 from stocha_hf import hub
 from stocha_hf.checkpoints import companions, inspection, names
 from stocha_hf.checkpoints.metadata import source_metadata
-from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.checkpoints.paths import is_path, local_path
 from stocha_hf.checkpoints.staging import scratch_folder
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import Architecture
@@ -42,8 +42,7 @@ class Source:
 def local_source(source: str) -> Path | None:
     """The path of a source that is local, None for a Hub id. Raises StochaError for a path that cannot be one."""
     path = local_path(source)
-    is_path = path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1 or _is_gguf(path)
-    return path if is_path else None
+    return path if path.exists() or is_path(source) else None
 
 
 @contextmanager
@@ -78,6 +77,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _checked(folder: Path, name: str, revision: str | None, metadata: dict[str, Any] | None = None) -> Source:
+    inspection.check_folder(folder, "a checkpoint folder, a .gguf file or a Hub id such as org/name")
     present = inspection.list_files(folder)
     companions.check_links(folder, {inspection.CONFIG, inspection.CARD, inspection.INDEX} & set(present))
     config = inspection.read_config(folder)

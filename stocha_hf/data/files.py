@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.checkpoints.paths import is_path, local_path
 from stocha_hf.errors import StochaError
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
@@ -33,7 +33,7 @@ def local_files(name: str) -> tuple[str, list[Path]] | None:
     path = local_path(name)
     kinds = ", ".join(BUILDERS)
     if not path.exists():
-        if path.suffix in BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if path.suffix in BUILDERS or is_path(name):
             raise StochaError(
                 f"the data file {name} does not exist: expected a local file or the id of a Hub data set"
             )

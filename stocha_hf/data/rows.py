@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocha_hf.data.files import explain, first_line, local_files
-from stocha_hf.data.row_text import text_of
+from stocha_hf.data.row_text import plain_text, text_of
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import is_number
 
@@ -75,6 +75,11 @@ def load_data(
         first["text"] = first[text_column]
     with reading(name, found and found[1]):
         return _usable(name, data.select_columns(columns), first, partial(_is_usable, columns, name, text_column))
+
+
+def check_text(name: str | Path) -> None:
+    """Open a data set of text as `load_data` does, before long work that reads it later: raises StochaError."""
+    plain_text(next(iter(load_data(str(name), streaming=local_files(str(name)) is None))))
 
 
 def load_mixture(shares: Mapping[str, float], seed: int, **options: Any) -> Dataset | IterableDataset:

@@ -9,6 +9,8 @@ somebody put there, such as other beams, is copied into a new one. Nothing that 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class _GrowingLayer:
         self.keys, self.values = self.layer.keys, self.layer.values
         self.begin, self.end = 0, self.keys.shape[2]
         self.capacity = self.end  # a tensor of somebody else has no room
-        self.shown = self.keys, self.values
+        self.shown, self.told = (self.keys, self.values), self.end  # `told`: tokens of the buffer that views show
 
     def takes(self, new: int, is_padded: bool) -> bool:
         """Return whether new tokens go behind the others, at places that are positions if some begin with padding."""
@@ -51,14 +53,14 @@ class _GrowingLayer:
         """Make room for new tokens, and for more if so many are expected; return whether the buffer is another now."""
         if self.layer.keys is not self.shown[0] or self.layer.values is not self.shown[1]:
             self._take()
-        if self.end + new <= self.capacity:
+        if self.end + new <= self.capacity and self.end >= self.told:
             return False
         count = self.end - self.begin
         self.capacity = count + max(new + expected, ROOM, count // 4)
         if self.seen is not None:
             self.capacity = min(self.capacity, 2 * self.seen + ROOM + new)
         self.keys, self.values = (self._moved(part) for part in (self.keys, self.values))
-        self.begin, self.end = 0, count
+        self.begin, self.end, self.told = 0, count, 0
         return True
 
     def _moved(self, part: torch.Tensor) -> torch.Tensor:
@@ -74,8 +76,13 @@ class _GrowingLayer:
             self.begin = max(self.begin, self.end - self.seen)
             self.layer.cumulative_length += new
 
+    def most(self, length: int) -> int:
+        """Return how many tokens it can forget after a step, of a text of this length: as a cache's Rewindable."""
+        held = self.end if self.seen is None else self.layer.cumulative_length
+        return length if held == length and (self.seen is None or held - 1 <= self.seen) else 1
+
     def rewind(self, count: int) -> None:
-        """Forget the last tokens, of steps since the buffer was made."""
+        """Forget the last tokens, of steps since the buffer was made or no more than `most` says."""
         self.end -= count
         if self.seen is not None:
             self.begin = max(0, self.end - self.seen)
@@ -83,6 +90,7 @@ class _GrowingLayer:
 
     def show(self) -> None:
         self.shown = tuple(part[:, :, self.begin : self.end] for part in (self.keys, self.values))
+        self.told = self.end
         self.layer.keys, self.layer.values = self.shown
 
 
@@ -108,6 +116,9 @@ class _StaticLayer:
     def advance(self, new: int) -> None:
         self.end += new
         self.pending += new
+
+    def most(self, length: int) -> int:
+        return length if self.end == length else 1
 
     def rewind(self, count: int) -> None:
         self.end -= count
@@ -157,19 +168,26 @@ class CacheRows:
             row.advance(new)
 
     def rewind(self, count: int) -> None:
-        """Forget the last tokens, which steps wrote since `prepare` made room for them all."""
+        """Forget the last tokens, which steps wrote since `prepare` made room for them all, or which `most` allows."""
         for row in self.rows:
             row.rewind(count)
 
-    def last(self) -> list[tuple[torch.Tensor, ...]]:
-        """Return copies of the last token's keys and values, [sequences, heads, size] of each layer."""
-        return [tuple(part[:, :, row.end - 1].clone() for part in (row.keys, row.values)) for row in self.rows]
+    def most(self, length: int) -> int:
+        """Return how many tokens can be forgotten after a step, its own among them, of a text of this length."""
+        return min(row.most(length) for row in self.rows)
 
-    def put(self, last: list[tuple[torch.Tensor, ...]], where: torch.Tensor) -> None:
-        """Give the last token of these sequences, bool [sequences], the keys and values that `last` returned."""
-        for row, parts in zip(self.rows, last, strict=True):
-            for part, kept in zip((row.keys, row.values), parts, strict=True):
-                part[where, :, row.end - 1] = kept[where]
+    @contextmanager
+    def rewound(self, count: int, sequences: torch.Tensor) -> Iterator[None]:
+        """Forget the last tokens, which steps then write again; sequences that are not among these keep theirs."""
+        others = None if bool(sequences.all()) else [part.clone() for part in self._last(count)]
+        self.rewind(count)
+        yield
+        for part, own in zip(self._last(count), others or (), strict=others is not None):
+            part[~sequences] = own[~sequences]
+
+    def _last(self, count: int) -> list[torch.Tensor]:
+        """The last tokens' keys and values."""
+        return [part[:, :, row.end - count : row.end] for row in self.rows for part in (row.keys, row.values)]
 
     def show(self) -> None:
         """Let the cache have what was written."""

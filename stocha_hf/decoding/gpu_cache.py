@@ -13,6 +13,7 @@ import torch
 from stocha_hf.decoding.cache import rows_in, takes
 from stocha_hf.decoding.gpu_plan import GpuPlan
 from stocha_hf.decoding.gpu_step import GpuStep
+from stocha_hf.decoding.step import tokens_of
 
 
 class GpuRows:
@@ -40,22 +41,57 @@ class GpuRows:
             self._lend(step)
         return lengths.pop()
 
-    def again(self, step: GpuStep, token: torch.Tensor, position: int, length: int, start: int) -> torch.Tensor:
-        """Let another step compute a token [1] that one has computed, at its place; return logits [1, vocabulary]."""
-        self._lend(step)
-        step.set(position, length, start)
-        step.tokens.copy_(token)
-        step.replay()
-        return step.logits
+    def again(
+        self, step: GpuStep, text: torch.Tensor, most: int, position: int, start: int, written: int, left: int = 0
+    ) -> torch.Tensor:
+        """Let steps without cuts compute the last tokens again; return the logits of the last, [1, vocabulary].
+
+        Args:
+            step: What has computed the last token, and goes on after it.
+            text: int64 [1, length], which that token ends.
+            most: Tokens to compute at most, fewer where the cache cannot forget so many.
+            position: The last token's.
+            start: The first place that is no padding.
+            written: Tokens that the cache holds and does not count yet.
+            left: Tokens that it is to have room for behind them.
+        """
+        self._advance(written)
+        held = self.rows[0].end
+        count = min(most, held - start, *(row.most(text.shape[1]) for row in self.rows))
+        sizes = [2**i for i in range(count.bit_length()) if count & 2**i]  # so that no step writes beyond the text
+        steps: list[Any] = [self.plan.step(size, cuts=False) for size in sizes]
+        for row in self.rows:
+            row.rewind(count)
+        length = self.prepare([step, *steps], count + left, start > 0)
+        assert length is not None, "the cache took these tokens before"
+        for used, part in zip(steps, text[0, -count:].split(sizes), strict=True):
+            used.set(position + length - held + 1, length, start)
+            used.tokens.copy_(part)
+            used.replay()
+            length += len(part)
+        self._advance(count)
+        for row in self.rows:
+            row.rewind(written)
+        return steps[-1].logits[-1:]
 
     def _lend(self, step: GpuStep) -> None:
         step.use([row.keys[0] for row in self.rows], [row.values[0] for row in self.rows])
 
     def finish(self, new: int) -> None:
         """Let the cache have the tokens that steps wrote."""
+        self._advance(new)
+        for row in self.rows:
+            row.show()
+
+    def _advance(self, new: int) -> None:
         for row in self.rows:
             row.advance(new)
-            row.show()
+
+
+def repeats(plan: GpuPlan, cutting: Any) -> bool:
+    """Return whether there are the steps that `again` takes for a model with this Cutting, None for one without."""
+    sizes = [] if cutting is None else [2**i for i in range(tokens_of(cutting).bit_length())]
+    return all(plan.step(size, cuts=False) is not None for size in sizes)
 
 
 def rows_of(plan: GpuPlan, cache: Any) -> GpuRows | None:

@@ -14,8 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from stocha_hf.decoding import gpu_plan
 from stocha_hf.decoding.cache import takes
 from stocha_hf.decoding.conditions import CACHE, FEW, OLD_CACHE
-from stocha_hf.decoding.gpu_cache import rows_of
-from stocha_hf.decoding.step import cutting_of, given_to, padding
+from stocha_hf.decoding.gpu_cache import repeats, rows_of
+from stocha_hf.decoding.step import cutting_of, given_to, padding, text_of, tokens_of
 
 
 def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
@@ -46,8 +46,7 @@ def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any], cutting: Any) -> torc
     ids, cache = given["input_ids"][0], given[CACHE]
     rows = rows_of(plan, cache)
     step = None if rows is None else plan.step(len(ids))
-    uncut = None if cutting is None or rows is None else plan.step(1, cuts=False)
-    if cutting is not None and uncut is None:
+    if not repeats(plan, cutting):
         return None
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     held = int(cache.get_seq_length())
@@ -62,8 +61,10 @@ def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any], cutting: Any) -> torc
     step.tokens[: len(ids)] = ids
     step.replay()
     logits = step.logits
-    if uncut is not None and cutting.judge(logits) is not None:
-        logits = rows.again(uncut, ids, places[0], length, int(starts[0]))
+    if cutting is not None and cutting.judge(logits) is not None:
+        text = text_of(given["input_ids"])
+        text, most = (ids[None], 1) if text is None else (text, tokens_of(cutting))
+        logits = rows.again(step, text, most, places[0], int(starts[0]), len(ids))
     rows.finish(len(ids))
     kept = given.get("logits_to_keep") or len(ids)
     return logits[None, len(ids) - kept : len(ids)].to(plan.dtype, copy=True)

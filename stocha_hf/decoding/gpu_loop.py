@@ -17,7 +17,7 @@ from transformers.generation import MaxLengthCriteria
 from stocha_hf.decoding import gpu_plan, step
 from stocha_hf.decoding.cache import takes
 from stocha_hf.decoding.conditions import CACHE
-from stocha_hf.decoding.gpu_cache import rows_of
+from stocha_hf.decoding.gpu_cache import repeats, rows_of
 from stocha_hf.decoding.gpu_step import RING
 from stocha_hf.decoding.loop import Loop, ending
 
@@ -32,7 +32,7 @@ def loop(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any
     plan = gpu_plan.of(model)
     if plan is None or not takes(kwargs[CACHE]) or plan.step(1) is None:
         return None
-    if step.cutting_of(model, plan, 1) and plan.step(1, cuts=False) is None:
+    if not repeats(plan, step.cutting_of(model, plan, 1)):
         return None
     return GpuLoop(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
 
@@ -62,7 +62,7 @@ class GpuLoop(Loop):
             if self.left or self._reserve(RING):
                 self.step.tokens.copy_(chosen)
                 self._replay()
-                found = self._with_fallback(chosen).clone()
+                found = self._with_fallback().clone()
             else:
                 found = self._by_call(chosen, at, cache)[:, 0]
             at.add_(1)
@@ -85,12 +85,13 @@ class GpuLoop(Loop):
         self.left = steps
         return True
 
-    def _with_fallback(self, token: torch.Tensor) -> torch.Tensor:
-        """The logits [1, vocabulary] of the last step, which read this token [1]; without cuts if it was in doubt."""
+    def _with_fallback(self) -> torch.Tensor:
+        """The logits [1, vocabulary] of the last step; without cuts if it was in doubt."""
         if self.cutting is None or self.cutting.judge(self.step.logits) is None:
             return self.step.logits
-        position, length = (first + self.written - 1 for first in self.place)
-        return self.rows.again(self.plan.step(1, cuts=False), token, position, length, self.start)
+        text, position = self.ids[:, : self.length], self.place[0] + self.written - 1
+        most = step.tokens_of(self.cutting)
+        return self.rows.again(self.step, text, most, position, self.start, self.written, self.left)
 
     def _replay(self) -> None:
         self.step.replay()

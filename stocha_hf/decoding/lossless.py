@@ -23,6 +23,7 @@ from stocha_hf.decoding.generation import is_plain_call, loop_on_cpu
 from stocha_hf.decoding.loop import Loop
 from stocha_hf.decoding.ops import available
 from stocha_hf.decoding.rounds import Rounds, first_tokens
+from stocha_hf.decoding.structs import ABOUT
 from stocha_hf.errors import StochaError
 
 
@@ -100,13 +101,13 @@ class CpuRounds(Rounds):
 
     def _next(self, drafted: list[int]) -> tuple[int, float]:
         place = self.length + len(drafted)
-        logits = self._run(place - 1, 1, cuts=True, listed=self.listed)[:, -1]
+        logits = self._run(place - 1, 1, cuts=True, listed=self.listed, wanted=ABOUT)[:, -1]
         found = self._chosen(logits, self.listed, place)
         self.ids[:, place] = found[0]
         return found
 
     def _verify(self, drafted: list[int]) -> Callable[[int], bool]:
-        logits = self._run(self.length - 1, len(drafted) + 1, cuts=False)[0]
+        logits = self._run(self.length - 1, len(drafted) + 1, cuts=False, wanted=self._wanted_logits())[0]
         return lambda i: self._take(logits[i : i + 1])
 
     def _keep(self, tokens: int) -> None:

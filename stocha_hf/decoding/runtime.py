@@ -16,7 +16,8 @@ not change without a number. The file asks `for_contract(its number)` and calls 
 
 Of an MLP it relies on gate_proj, up_proj, down_proj, act_fn, running, threshold, hidden(gate, up) and a free attribute
 decode_state; of a projection that cuts its input on what cuts.py reads, and a free attribute input_major; of a model
-that cuts on `cutting`, None or a Cutting of cuts_stocha.py, whose fallback `call` and `sample` honour. Contract 0,
+that cuts on `cutting`, None or a Cutting of cuts_stocha.py, whose fallback `call` and `sample` honour: of tokens
+before a step's own, one of `tokens`, where input_ids have an attribute `stocha_text`, a Text of that file. Contract 0,
 of stocha_hf 0.1, is served by stocha_hf/sparse.
 """
 

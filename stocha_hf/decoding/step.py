@@ -17,7 +17,7 @@ from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.cache import CacheRows, rows_of
 from stocha_hf.decoding.conditions import CACHE, FEW, OLD_CACHE
 from stocha_hf.decoding.ops import available
-from stocha_hf.decoding.structs import Call
+from stocha_hf.decoding.structs import ALL, Call
 
 UNSET = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states")
 KNOWN = {
@@ -48,7 +48,8 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     if positions is None:
         positions = torch.arange(tokens) + int(cache.get_seq_length())
     positions = positions.expand(sequences, tokens).contiguous()
-    logits = with_fallback(model, rows, ids.contiguous(), positions, starts, given.get("logits_to_keep") or tokens)
+    kept = given.get("logits_to_keep") or tokens
+    logits = with_fallback(model, rows, ids.contiguous(), positions, starts, kept, text=text_of(ids))
     if logits is None:
         return None
     rows.show()
@@ -63,18 +64,39 @@ def with_fallback(
     starts: torch.Tensor,
     kept: int,
     expected: int = 0,
+    text: torch.Tensor | None = None,
+    wanted: int = ALL,
 ) -> torch.Tensor | None:
-    """Compute a step as `run` does, and sequences in doubt again without cuts, as a Cutting of cuts_stocha.py does."""
-    logits = run(rows, ids, positions, starts, kept, expected)
+    """Compute a step as `run` does, and sequences in doubt again without cuts, as a Cutting of cuts_stocha.py does.
+
+    `text`, int64 [sequences, length], is what the step's tokens end, where that is known. Doubts are judged by all
+    logits, whatever is wanted.
+    """
     cutting = cutting_of(model, rows.plan, ids.shape[1])
+    logits = run(rows, ids, positions, starts, kept, expected, wanted=wanted if cutting is None else ALL)
     doubted = None if logits is None or cutting is None else cutting.judge(logits[:, -1])
     if doubted is None or logits is None:
         return logits
-    before = rows.last()
-    rows.rewind(1)
-    again: Any = run(rows, ids, positions, starts, kept, expected, cuts=False)
-    rows.put(before, ~doubted)
+    count = 1 if text is None else min(tokens_of(cutting), rows.most(text.shape[1]))
+    ids = ids if text is None else text[:, -count:]
+    positions = (positions + torch.arange(1 - count, 1)).clamp(min=0)
+    again: Any = None
+    with rows.rewound(count, doubted):
+        for part, at in zip(*(some.split(FEW // len(ids), 1) for some in (ids, positions)), strict=True):
+            again = run(rows, part.contiguous(), at.contiguous(), starts, 1, expected, cuts=False, wanted=wanted)
     return torch.where(doubted[:, None, None], again, logits)
+
+
+def text_of(ids: torch.Tensor) -> torch.Tensor | None:
+    """Return the text that a step's ids end, int64 [sequences, length], where generate() has told it with them."""
+    text = getattr(ids, "stocha_text", None)
+    return None if text is None else text.ids
+
+
+def tokens_of(cutting: Any) -> int:
+    """Return how many tokens a step in doubt computes again: one in folders of before there were more."""
+    found: int = getattr(cutting, "tokens", 1)
+    return found
 
 
 def cutting_of(model: Any, plan: Any, tokens: int) -> Any:
@@ -92,6 +114,7 @@ def run(
     expected: int = 0,
     cuts: bool | None = None,
     listed: torch.Tensor | None = None,
+    wanted: int = ALL,
 ) -> torch.Tensor | None:
     """Compute a step and write its tokens behind those of the cache, whose tensors show them after `rows.show()`.
 
@@ -104,6 +127,8 @@ def run(
         expected: Tokens that will follow, for which the cache may make room now.
         cuts: Whether projections cut their inputs; None: as the model says.
         listed: int64, rising and contiguous: tokens whose logits are computed; None: all.
+        wanted: ALL logits; or the GREATEST one of each token, where others may be minus infinity; or all ABOUT as
+            large as they are. The latter two read less where lm_head is in two planes, and are ALL otherwise.
 
     Returns:
         Logits, float32 [sequences, kept, vocabulary or number of `listed`], rounded to the model's type. None where
@@ -116,7 +141,7 @@ def run(
     pointers = (ids.data_ptr(), positions.data_ptr(), starts.data_ptr())
     cuts = rows.plan.cuts(tokens) if cuts is None else cuts
     told = (None, 0) if listed is None else (listed.data_ptr(), len(listed))
-    step = Call(*pointers, sequences, tokens, kept, logits.data_ptr(), cuts, *told)
+    step = Call(*pointers, sequences, tokens, kept, logits.data_ptr(), cuts, *told, wanted)
     kernels().stocha_step(ctypes.byref(rows.model), ctypes.byref(step), torch.get_num_threads())  # type: ignore[union-attr]
     rows.advance(tokens)
     return logits

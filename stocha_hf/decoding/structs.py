@@ -13,6 +13,8 @@ from torch import nn
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 QUANTIZED = {8: 3, 4: 4}  # bits: format
+IN_PLANES = 5
+ALL, GREATEST, ABOUT = range(3)  # logits that a step is to give; see cpp/head.h
 KERNEL_ACTIVATIONS = {
     name: number
     for number, name in enumerate(
@@ -94,6 +96,7 @@ class Call(ctypes.Structure):
         ("cuts", _SIZE),
         ("listed", _POINTER),
         ("listed_count", _SIZE),
+        ("wanted", _SIZE),
     ]
 
 
@@ -107,7 +110,7 @@ def is_quantized(module: nn.Module) -> bool:
 
     By an attribute: each quantized folder has a copy of quantization_stocha.py, and so of the class.
     """
-    return getattr(module, "quantized_format", None) == 1
+    return getattr(module, "quantized_format", None) in (1, 2)
 
 
 def matrix(weight: torch.Tensor, bias: torch.Tensor | None = None, rows_are_inputs: bool = False) -> Matrix:
@@ -120,8 +123,6 @@ def matrix_of(module: Any) -> Matrix:
     bias = module._parameters.get("bias")
     if not is_quantized(module):
         return matrix(module._parameters["weight"], bias)
-    codes = module.codes
-    return Matrix(
-        *map(pointer, (codes, module.scale, bias)), len(codes), module.columns, QUANTIZED[module.bits],
-        module.transposed,
-    )  # fmt: skip
+    kind = IN_PLANES if module.quantized_format == 2 else QUANTIZED[module.bits]
+    tensors = (module.codes, module.scale, bias)
+    return Matrix(*map(pointer, tensors), len(module.scale), module.columns, kind, module.transposed)

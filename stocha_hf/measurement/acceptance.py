@@ -88,7 +88,8 @@ def acceptance(model: Any, text: GreedyText) -> float:
         given = {"attention_mask": mask, "position_ids": places}
         given = {name: tensor[:, :-1].to(model.device) for name, tensor in given.items()}
         kept = ids.shape[1] - 1 - text.prompt
-        found = predictions(model, ids[:, :-1].to(model.device), kept, **given).argmax(-1)
+        real = given["attention_mask"] == 1
+        found = predictions(model, ids[:, :-1].to(model.device), kept, real, **given).argmax(-1)
         right = found.cpu() == ids[:, text.prompt + 1 :]
         same += int((right & mask[:, text.prompt + 1 :].bool()).sum())
     return same / text.judged

@@ -60,7 +60,8 @@ class ReadMeter:
     ) -> None:
         self._blocks = blocks(model)
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        self._lm_head = stored_bytes(head)
+        embedding, *_ = getattr(head, "tied_to", (head,))  # a quantized lm_head that is tied holds no tensors
+        self._lm_head = stored_bytes(embedding)
         self.columns = [{name: Tally() for name in PROJECTIONS} for _ in self._blocks]
         self.rows = [{name: Tally() for name in PROJECTIONS} for _ in self._blocks]
         self.extra = [0.0] * len(self._blocks)  # bytes beside the weights, of each block

@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stocha_hf.measurement.blocks import weight_of
 from stocha_hf.measurement.evaluation import batches, evaluate
 from stocha_hf.measurement.records import Truncation
 from stocha_hf.models import cutting_everywhere, patched_layers
+from stocha_hf.progress import Progress
 
 WINDOWS = 8  # that thresholds are taken from: evenly spaced ones of those measured
 POINTS = 48  # thresholds of a layer's curve
@@ -163,7 +163,7 @@ def ppl_sparsity(model: Any, windows: torch.Tensor, curve: CettCurve, dense: flo
         StochaError: as `evaluate` does.
     """
     low, high, best = 0.0, 1.0, None
-    for _ in tqdm(range(STEPS), desc=f"Looking for PPL-{percent:g}%", unit="step", disable=None, leave=False):
+    for _ in Progress(range(STEPS), desc=f"Looking for PPL-{percent:g}%", unit="step"):
         middle = (low + high) / 2
         found = at_cett(model, windows, curve, middle)
         if found.perplexity <= dense * (1 + percent / 100):

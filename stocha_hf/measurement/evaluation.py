@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.bytes_read import ReadMeter
-from stocha_hf.measurement.fallback import doubts, fallback_of, predictions, uncut, with_repeated
+from stocha_hf.measurement.fallback import doubts, fallback_of, predictions, renewed, uncut, with_repeated
 from stocha_hf.measurement.records import AggregatedSparsity, Comparison, Evaluation, Shares
 from stocha_hf.modeling_stocha import stocha_mlps
 from stocha_hf.models import cutting_everywhere, patched_layers
+from stocha_hf.progress import Progress
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
 LOGIT_ROWS = 512  # tokens whose logits are float32 at a time
@@ -48,17 +48,18 @@ def evaluate(model: Any, windows: torch.Tensor, prompt: int = 0) -> Evaluation:
     check_vocabulary(model.config, windows)
     activity, meter = Activity(model), ReadMeter(model)
     try:
-        loss, doubted = _loss(model, windows, prompt)
+        losses, doubted = _losses(model, windows, prompt)
     finally:
         activity.close()
         meter.close()
     read, fallback = meter.read(), None
     if doubted:
         repeated = sum(int(some.sum()) for some in doubted)
-        read, fallback = with_repeated(read, fallback_of(model), windows.numel(), repeated)
-        loss, _ = _loss(model, windows, prompt, doubted)
+        read, fallback = with_repeated(model, read, windows.numel(), repeated)
+        again, _ = _losses(model, windows, prompt, [renewed(model, some) for some in doubted])
+        losses = torch.where(_early(model, doubted)[:, prompt:-1], losses, again)
     return Evaluation(
-        perplexity=_perplexity(loss),
+        perplexity=_perplexity(math.fsum(losses.sum(1).tolist()) / losses.numel()),
         tokens=windows.numel(),
         activation=stocha_mlps(model)[0].running,
         bytes_read=read,
@@ -68,21 +69,29 @@ def evaluate(model: Any, windows: torch.Tensor, prompt: int = 0) -> Evaluation:
     )
 
 
-def _loss(
-    model: Any, windows: torch.Tensor, prompt: int, doubted: Sequence[torch.Tensor] | None = None
-) -> tuple[float, list[torch.Tensor]]:
-    """The mean loss, and where each batch is in doubt if the model has a fallback; `doubted` is then not cut."""
+def _losses(
+    model: Any, windows: torch.Tensor, prompt: int, without: Sequence[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Each token's loss, [windows, length - 1 - prompt], and where each batch is in doubt if the model has a fallback.
+
+    `without` are the tokens of each batch that are not cut, and then nothing is asked for doubts.
+    """
     losses, found = [], []  # on the device: no part waits for it
     with cutting_everywhere(model):
         for i, batch in enumerate(batches(model, windows, "Evaluating")):
-            with uncut(model, doubted[i] if doubted else None):
+            with uncut(model, without[i] if without else None):
                 logits = model(batch, use_cache=False).logits
-            if fallback_of(model) and not doubted:
+            if fallback_of(model) and not without:
                 found.append(doubts(model, logits))
             rows, following = logits[:, prompt:-1].flatten(0, 1), batch[:, prompt + 1 :].flatten()
             for part, after in zip(rows.split(LOGIT_ROWS), following.split(LOGIT_ROWS), strict=True):
-                losses.append(F.cross_entropy(part.float(), after, reduction="sum"))
-    return _sum(losses) / (windows.numel() - (1 + prompt) * len(windows)), found
+                losses.append(F.cross_entropy(part.float(), after, reduction="none"))
+    return torch.cat(losses).view(len(windows), -1), found
+
+
+def _early(model: Any, doubted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tokens that are computed again for those after them, and were predicted from before."""
+    return torch.cat([renewed(model, some) & ~some for some in doubted])
 
 
 @torch.no_grad()
@@ -150,7 +159,7 @@ def batches(model: Any, windows: torch.Tensor, doing: str) -> Iterator[torch.Ten
     """A few windows at a time, on the model's device, with a progress bar."""
     device = next(model.parameters()).device
     size = GPU_BATCH if device.type == "cuda" else BATCH
-    for batch in tqdm(windows.split(size), desc=doing, unit="batch", disable=None, leave=False):
+    for batch in Progress(windows.split(size), desc=doing, unit="batch"):
         yield batch.to(device)
 
 

@@ -1,9 +1,12 @@
 """What a model with a fallback predicts and reads: a decode step in doubt counts twice, the second time as a full one.
 
 Text that is read at once has no steps, so their doubts are found in a first pass, with cuts at every token. In a
-second pass the tokens in doubt are not cut; its predictions count. In decoding, a step that was computed again can
-take the doubt from a later one, or raise it; two passes leave that out. A step in doubt reads what one with cuts does,
-and then all blocks and lm_head: an upper bound where the FFN is sparse by its gate.
+second pass the tokens in doubt are not cut, nor those before them that a step in doubt computes again; its predictions
+count. But a token that is computed again for its keys and values alone was predicted from before, with cuts: there
+the first pass counts, whose context has no renewed tokens, so the estimate is low. In decoding, a step that was
+computed again can take the doubt from a later one, or raise it, and where a window is full it computes its own token
+alone; two passes leave that out. A step in doubt reads what one with cuts does, and then all blocks and lm_head: an
+upper bound where the FFN is sparse by its gate.
 
     with cutting_everywhere(model):
         logits = predictions(model, windows)
@@ -36,29 +39,46 @@ def doubts(model: Any, logits: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows).view(logits.shape[:-1])
 
 
+def renewed(model: Any, doubted: torch.Tensor) -> torch.Tensor:
+    """Return the tokens that steps in doubt compute again, bool [batch, seq]: their own and some before them."""
+    count = _cutting(model).tokens
+    ahead = torch.nn.functional.pad(doubted, (0, count - 1))
+    return ahead.unfold(1, count, 1).any(-1)
+
+
 def uncut(model: Any, where: torch.Tensor | None) -> AbstractContextManager[None]:
     """A context in which the tokens `where`, bool [batch, seq], are not cut; None: as the model says."""
     return nullcontext() if where is None else holding([_cutting(model)], cut_at=~where)
 
 
-def predictions(model: Any, tokens: torch.Tensor, kept: int = 0, **given: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the last `kept` of tokens [batch, seq], 0: all; those in doubt read again without cuts."""
+def predictions(
+    model: Any, tokens: torch.Tensor, kept: int = 0, real: torch.Tensor | None = None, **given: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits of the last `kept` of tokens [batch, seq], 0: all; those in doubt read again without cuts.
+
+    `real`, bool [batch, seq], is False at padding, None where there is none: no step is in doubt there.
+    """
     logits = model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
     if not fallback_of(model):
         return logits
-    doubted = doubts(model, logits)
+    doubted = torch.nn.functional.pad(doubts(model, logits), (tokens.shape[1] - logits.shape[1], 0))
+    doubted = doubted if real is None else doubted & real
+    where = renewed(model, doubted)
+    early = (where & ~doubted)[:, -logits.shape[1] :]
+    first = logits[early]
     del logits  # gigabytes
-    where = torch.nn.functional.pad(doubted, (tokens.shape[1] - doubted.shape[1], 0))
     with uncut(model, where):
-        return model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
+        found = model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
+    found[early] = first
+    return found
 
 
-def with_repeated(read: BytesRead, below: float, steps: int, repeated: int) -> tuple[BytesRead, Fallback]:
+def with_repeated(model: Any, read: BytesRead, steps: int, repeated: int) -> tuple[BytesRead, Fallback]:
     """Return what a step reads on average, and how often one was computed again, where one with cuts reads `read`."""
     share = repeated / steps if steps else 0.0
     blocks, head = round(read.blocks + share * read.dense_blocks), round((1 + share) * read.lm_head)
     whole = BytesRead(blocks + head, blocks, head, read.dense_blocks, blocks / read.dense_blocks)
-    return whole, Fallback(below, steps, repeated, share, read.share)
+    return whole, Fallback(fallback_of(model), steps, repeated, share, read.share, _cutting(model).tokens)
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import Block, blocks
@@ -31,6 +30,7 @@ from stocha_hf.measurement.evaluation import batches
 from stocha_hf.measurement.records import Predictivity, Shares
 from stocha_hf.measurement.selection.applied import Selection
 from stocha_hf.measurement.selection.distributions import watching
+from stocha_hf.progress import Progress
 
 LAYERS = 4  # whose inputs and activity are held at a time
 BATCH = 1024  # tokens
@@ -66,7 +66,7 @@ def predictivity(
     """
     rows: list[tuple[float, float, float]] = []
     found = blocks(model)
-    with tqdm(total=len(found), desc="Predicting", unit="layer", disable=None, leave=False) as bar:
+    with Progress(total=len(found), desc="Predicting", unit="layer") as bar:
         for first in range(0, len(found), LAYERS):
             group = range(first, min(first + LAYERS, len(found)))
             seen, unseen = (_activity(model, windows, group, selection) for windows in (train, test))

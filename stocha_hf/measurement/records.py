@@ -72,7 +72,7 @@ class Fallback(Record):
     """How often a step was computed again without cuts, because its most likely token had a probability `below` this.
 
     `repeated` of `steps` were, a `share` of them. `cut_share` is how much of the blocks a step with cuts reads; the
-    bytes read beside this record count the repeated steps too.
+    bytes read beside this record count the repeated steps too. `tokens` is how many tokens such a step computed.
     """
 
     below: float
@@ -80,6 +80,7 @@ class Fallback(Record):
     repeated: int
     share: float
     cut_share: float
+    tokens: int = 1
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.diversity import distinct, self_bleu
 from stocha_hf.measurement.fallback import predictions
 from stocha_hf.measurement.records import SampledText, Samples
 from stocha_hf.models import cutting_everywhere
+from stocha_hf.progress import Progress
 
 LOGIT_ROWS = 8  # samples whose logits are in memory at a time
 IGNORED = -100  # cross_entropy's default
@@ -120,8 +120,9 @@ def log_likelihoods(model: Any, prompt: Sequence[int], samples: Sequence[Sequenc
     for after in torch.tensor(padded, device=model.device).split(LOGIT_ROWS):
         before = torch.tensor([list(prompt)] * len(after), device=model.device)
         rows = torch.cat([before, after.clamp(min=0)], dim=1)
+        real = torch.cat([torch.ones_like(before, dtype=torch.bool), after != IGNORED], dim=1)
         with cutting_everywhere(model):
-            logits = predictions(model, rows, longest + 1)[:, :-1].float()
+            logits = predictions(model, rows, longest + 1, real)[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), after, reduction="none", ignore_index=IGNORED)
         found += (-losses.sum(1) / (after != IGNORED).sum(1)).tolist()
     return found
@@ -160,7 +161,7 @@ def sample(
         StochaError: a prompt is empty, the logits are NaN or infinite, or sacrebleu is missing.
     """
     rows, found = [], []
-    for i, prompt in enumerate(tqdm(prompts, desc=doing, unit="prompt", disable=None, leave=False)):
+    for i, prompt in enumerate(Progress(prompts, desc=doing, unit="prompt")):
         ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         _check_prompt(ids, prompt, model.config.vocab_size)
         some = generate(model, ids, samples=samples, new=new, p=p, temperature=temperature, seed=seed + i)

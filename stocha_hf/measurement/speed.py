@@ -16,9 +16,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from stocha_hf.decoding.build import kernels
+from stocha_hf.progress import Progress
 
 READ = 2**28  # bytes read for the bandwidth
 DENSE = -1e30  # a threshold that every gate is above
@@ -39,7 +39,7 @@ def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
 def measured_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each measure returned in each round, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in measures}
-    for counted in tqdm(range(rounds + 1), desc="Measuring", unit="round", leave=False, disable=None):
+    for counted in Progress(range(rounds + 1), desc="Measuring", unit="round"):
         for name, measure in measures.items():
             seconds[name] += [measure()] * (counted > 0)
     return seconds

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from tqdm import tqdm
+from stocha_hf.progress import Progress
 
 SECONDS = 10  # of a program; on two busy cores all 164 solutions that HumanEval brings end within it
 MEMORY = 4 * 2**30  # bytes of address space: numpy alone asks for one GiB
@@ -64,7 +64,7 @@ def run_programs(programs: Sequence[str]) -> list[str | None]:
     """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         runs = pool.map(_run, programs)
-        return list(tqdm(runs, "Running code", len(programs), unit="program", disable=None, leave=False))
+        return list(Progress(runs, "Running code", len(programs), unit="program"))
 
 
 @cache

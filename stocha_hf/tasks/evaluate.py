@@ -11,19 +11,19 @@ known better than either score: its standard error is that of the differences by
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from tqdm import tqdm
-
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.records import TaskDifference, TaskReading, TaskScore
+from stocha_hf.progress import Progress
 
 CONFIDENCE = 1.96  # standard errors to each side of a 95% interval
+CHOSEN = "shuffled"  # how `limit` chooses questions; figures say it, as others were asked before 0.2
 BOOTSTRAPS = 1000  # for the metrics of the harness that have no formula for their standard error
 Question = tuple[str, str, int]  # a task, a metric, the question's number
 
@@ -45,7 +45,7 @@ class TaskResults:
 def evaluate_tasks(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | Mapping[str, dict[str, Any]],
     *,
     limit: int | None = None,
     batch_size: int | None = None,
@@ -59,8 +59,9 @@ def evaluate_tasks(
     Args:
         model: A CausalLM of `load_model`, on the device and in the dtype that it is to run in.
         tokenizer: Its tokenizer.
-        tasks: `humaneval`, `bigbench:NAME`, or names of the harness, whose questions come from the Hub.
-        limit: Ask only so many questions of a task, evenly spaced.
+        tasks: `humaneval`, `bigbench:NAME`, or names of the harness, whose questions come from the Hub; or what
+            `load_tasks` made of them.
+        limit: Ask only so many questions of a task, the same of every model: the first ones of a fixed shuffle.
         batch_size: Texts at a time; None takes what suits the device. Half as many where memory does not suffice.
         run_code: Allow tasks that run the code that the model writes.
         task_data: A folder or file with questions, as stocha_hf.tasks.local_data says.
@@ -76,9 +77,9 @@ def evaluate_tasks(
     """
     from stocha_hf.tasks.catalogue import CHATS, check_names, load_tasks
 
-    check_names(tasks, run_code)
+    check_names([*tasks], run_code)
     chat = bool(tokenizer.chat_template)
-    loaded = load_tasks(tasks, chat, task_data)
+    loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, chat, task_data)
 
     import lm_eval.api.task
     from lm_eval.evaluator import evaluate
@@ -86,14 +87,14 @@ def evaluate_tasks(
     from stocha_hf.tasks.harness import HarnessModel
     from stocha_hf.tasks.kept import Kept
 
-    lm_eval.api.task.tqdm = partial(tqdm, disable=None, leave=False)  # its own bar also shows where nobody looks
+    lm_eval.api.task.tqdm = Progress  # its own bar also shows where nobody looks
     lm = HarnessModel(model, tokenizer, Kept(None if kept is None else Path(kept)), name, batch_size)
     results = TaskResults([])
     for task, parts in loaded.items():
         found = evaluate(
             lm,
             parts,
-            samples=None if limit is None else spread(parts["tasks"], limit),
+            samples=None if limit is None else choose(parts["tasks"], limit),
             bootstrap_iters=BOOTSTRAPS,
             apply_chat_template=chat and task in CHATS,
             confirm_run_unsafe_code=run_code,
@@ -162,13 +163,19 @@ def compare_tasks(model: TaskResults, baseline: TaskResults) -> list[TaskDiffere
     return differences
 
 
-def spread(tasks: dict[str, Any], limit: int) -> dict[str, list[int]]:
-    """Return the numbers of `limit` evenly spaced questions of each task: some list all of a kind together."""
-    counts = {name: len(task.eval_docs) for name, task in tasks.items()}
-    return {
-        name: [i * count // limit for i in range(limit)] if count > limit else list(range(count))
-        for name, count in counts.items()
-    }
+def choose(tasks: dict[str, Any], limit: int) -> dict[str, list[int]]:
+    """Return the numbers of `limit` questions of each task: the first of a shuffle that its name and size decide.
+
+    Evenly spaced ones may all be of one kind, where kinds take turns. More questions include fewer. They are in order,
+    as the harness counts them.
+    """
+    return {name: sorted(_shuffled(name, len(task.eval_docs))[:limit]) for name, task in tasks.items()}
+
+
+def _shuffled(name: str, count: int) -> list[int]:
+    numbers = list(range(count))
+    random.Random(f"{name} {count}").shuffle(numbers)
+    return numbers
 
 
 def _scores(found: dict[str, Any]) -> list[TaskScore]:

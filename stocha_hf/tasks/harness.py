@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from stocha_hf.answers.batches import STRIDE, continue_prompts
 from stocha_hf.answers.choosing import Choice
@@ -27,6 +26,7 @@ from stocha_hf.errors import StochaError
 from stocha_hf.measurement.fallback import fallback_of, predictions, read_of_texts, with_repeated
 from stocha_hf.measurement.records import TaskReading
 from stocha_hf.models import cutting_everywhere
+from stocha_hf.progress import Progress
 from stocha_hf.tasks.kept import Kept
 
 ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
@@ -81,7 +81,7 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         missing = self._missing(requests)
-        with tqdm(total=len(missing), desc=_title(missing), unit="choice", disable=None, leave=False) as bar:
+        with Progress(total=len(missing), desc=_title(missing), unit="choice") as bar:
             for batch in self._read(self._encoded(missing)):
                 self.kept.add((self._key(missing[i]), _about(missing[i]), response) for i, response in batch)
                 bar.update(len(batch))
@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
             stop=stop if until else None,
             repeated=repeated,
         )
-        for i, tokens in tqdm(answers, _title(requests), len(requests), unit="answer", disable=None, leave=False):
+        for i, tokens in Progress(answers, _title(requests), len(requests), unit="answer"):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             text = text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
             about = _about(requests[i]) | {"steps": len(tokens), "repeated": repeated[i]}
@@ -151,8 +151,8 @@ class HarnessModel(TemplateLM):
         steps, repeated = (sum(row[key] for row in about) for key in ("steps", "repeated"))
         texts = [self._text(request) for request in requests[:: -(-len(requests) // TEXTS)]]
         read, fallback = read_of_texts(self.model, texts), None
-        if below := fallback_of(self.model):
-            read, fallback = with_repeated(read, below, steps, repeated)
+        if fallback_of(self.model):
+            read, fallback = with_repeated(self.model, read, steps, repeated)
         return TaskReading(task, steps, len(texts), read, fallback)
 
     def _text(self, request: Any) -> tuple[list[int], int]:
@@ -222,8 +222,9 @@ class HarnessModel(TemplateLM):
             (at, len(row), i, pairs[i][1][-len(row) :]) for at, (row, owners) in enumerate(batch) for i in owners
         ]
         first = min(length - len(after) for _, length, _, after in wanted)  # of the places whose prediction is wanted
+        real = torch.arange(longest) < torch.tensor([[len(tokens)] for tokens, _ in batch])
         with cutting_everywhere(self.model):
-            logits = predictions(self.model, ids.to(self.device), longest - first)
+            logits = predictions(self.model, ids.to(self.device), longest - first, real.to(self.device))
         found = []
         for at, length, _, tokens in wanted:
             after = torch.tensor(tokens, device=self.device)

@@ -119,7 +119,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     from trl import get_peft_config
 
     from stocha_hf.data import load_tokenizer
-    from stocha_hf.models import load_model, tokenizer_folder
+    from stocha_hf.models import load_config, load_model, tokenizer_folder
     from stocha_hf.training.checkpointing import last_checkpoint
     from stocha_hf.training.fresh import fresh_model
     from stocha_hf.training.held_inputs import trains_with_cuts
@@ -129,6 +129,9 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if args.model_config is None:
+        load_config(name, revision)  # a missing model or teacher is told before long texts are read
+    teacher_config = load_config(args.teacher) if args.teacher else None
     train_data, eval_data = _load_both(data, args.seed)
     tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_name_or_path or name, revision))
     if args.model_config is not None:
@@ -142,12 +145,13 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
             f"{uncut} is {getattr(args, uncut)} and {name} computes all inputs in full in training: expected a "
             "model that cuts them there; convert it with --inputs SHARE --inputs-train"
         )
-    taught_in = {"dtype": args.loads_teacher_in} if args.loads_teacher_in else {}
-    teacher = load_model(args.teacher, **options | taught_in) if args.teacher else None
-    if teacher is not None:
-        check_teacher(model.config, teacher.config)
+    teacher = None
+    if teacher_config is not None:
+        check_teacher(model.config, teacher_config)
         if args.distill_hidden:
-            check_same_shape(model.config, teacher.config)
+            check_same_shape(model.config, teacher_config)
+        taught_in = {"dtype": args.loads_teacher_in} if args.loads_teacher_in else {}
+        teacher = load_model(args.teacher, **options | taught_in)
         _use_base(teacher)
     if model_args.use_peft:
         _check_thresholds_stay(args, schedule)

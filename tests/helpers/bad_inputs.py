@@ -3,6 +3,9 @@
 EVAL = """
 relu -> --data
 relu --data '' -> --data; is empty
+broken.gguf --data text.txt -> broken.gguf is a GGUF file; convert it first: stocha-convert broken.gguf OUT
+absent.gguf --data text.txt -> absent.gguf does not exist; a checkpoint folder or a Hub id
+nothing --data text.txt -> nothing/config.json does not exist; a Hugging Face checkpoint folder
 '' --data text.txt -> MODEL; is empty
 LONG --data text.txt -> bytes: expected at most 255
 ~nouser/x --data text.txt -> home folder of ~nouser, an unknown user
@@ -117,6 +120,8 @@ nan --data text.txt --length 16 --json -> loss is nan; weights
 """
 
 GENERATE = """
+broken.gguf --prompt w5 -> broken.gguf is a GGUF file; convert it first
+relu/config.json --prompt w5 -> relu/config.json is not a folder; a checkpoint folder or a Hub id
 relu -> no prompt; --prompt TEXT
 relu --prompt '' -> empty; --prompt TEXT
 relu --prompt ' ' -> empty
@@ -157,6 +162,7 @@ stocha5 --prompt w5 -> stocha
 """
 
 BENCH = """
+broken.gguf -> broken.gguf is a GGUF file; convert it first: stocha-convert broken.gguf OUT
  -> nothing to measure; --shape
 '' -> MODEL; is empty
 absent -> absent
@@ -190,12 +196,13 @@ unknownactivation -> activation is 'swiglu'
 """
 
 CARD = """
+broken.gguf eval.json -> broken.gguf is a GGUF file; convert it first
 relu eval.json --tasks absent.json -> absent.json cannot be read
 relu eval.json --tasks eval.json -> eval.json has no tasks
 relu -> EVAL
 relu '' -> EVAL; is empty
 '' eval.json -> FOLDER; is empty
-absent eval.json -> absent/config.json does not exist
+absent eval.json -> absent does not exist; a checkpoint folder
 native eval.json -> native is not a stocha checkpoint
 stocha5 eval.json -> stocha5 is not a stocha checkpoint
 badconfig eval.json -> badconfig/config.json cannot be read
@@ -296,7 +303,7 @@ native out --refit text.txt --refit-tokens 0 -> --refit-tokens is 0; at least 1
 native out --refit text.txt --refit-tokens -5 -> --refit-tokens is -5
 native out --refit text.txt --target-sparsity 1 -> --target-sparsity is 1; between 0 and 1
 native out --refit text.txt --activation silu -> silu; relu
-native out --refit absent.txt -> absent.txt does not exist
+org/absent out --refit absent.txt -> absent.txt does not exist
 native out --target-sparsity 0.5 -> without refit
 native out --inputs 1.5 --calibrate text.txt -> --inputs is 1.5; below 1
 native out --inputs nan --calibrate text.txt -> --inputs is nan
@@ -304,8 +311,8 @@ native out --inputs -0.1 --calibrate text.txt -> --inputs is -0.1
 native out --inputs half --calibrate text.txt -> --inputs is half
 native out --inputs 0.4 -> without text; --calibrate DATA
 native out --inputs 0.4 --calibrate '' -> --calibrate; is empty
-native out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
-native out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
+org/absent out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
+org/absent out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
 native out --inputs 0.4 --calibrate short.txt -> short.txt has less than 64 tokens; one window
 native out --inputs 0.4 --calibrate text.txt --calibrate-tokens 0 -> --calibrate-tokens is 0; at least 1
 native out --inputs 0.4 --calibrate text.txt --inputs-allotment fair -> --inputs-allotment is fair; greedy, output
@@ -315,6 +322,10 @@ native out --inputs 0 --calibrate text.txt -> data was given; above 0
 native out --inputs 0 --inputs-prefill -> prefill was given; above 0
 native out --calibrate text.txt -> calibrate was given without inputs
 native out --inputs-train -> inputs_train was given without inputs
+cuts out --inputs-fallback-tokens 9 -> --inputs-fallback-tokens is 9; from 1 to 8
+cuts out --inputs-fallback-tokens 8 -> inputs_fallback_tokens 8 was given for; no fallback; expected inputs_fallback
+cuts out --inputs-fallback-tokens 8 --inputs-fallback 0 -> with inputs_fallback 0; one of them
+native out --inputs-fallback-tokens 8 --inputs-fallback 0.5 -> cuts no inputs; a folder that does
 vocabulary out --inputs 0.4 --calibrate text.txt -> only 16 tokens
 notokenizer out --inputs 0.4 --calibrate text.txt -> no tokenizer
 cuts out --refit text.txt -> cuts its projections' inputs; --inputs 0
@@ -357,12 +368,13 @@ native out --bits 8 --calibrate text.txt -> calibrate was given without inputs
 native out --bits 8 --in-8-bits v_proj -> in_8_bits v_proj was given with bits 8; bits below 8
 native out --bits 4 --calibrate-tokens 100 -> calibrate_tokens 100 was given without calibrate
 native out --bits 4 --calibrate short.txt -> short.txt has too little text; 4 windows
-native out --bits 4 --calibrate absent.txt -> absent.txt does not exist
+org/absent out --bits 4 --calibrate columns.jsonl -> columns.jsonl has the columns body, id
+org/absent out --bits 4 --calibrate ids.jsonl -> token ids; expected text
 native out --bits 4 --refit text.txt -> bits was given with refit; refit first
 quantized4 out --bits 4 -> quantized4 is quantized to 4 bits; quantizing
 quantized4 out --refit text.txt -> quantized4 is quantized to 4 bits; a refit
 fivebits out -> bits is 5; 4 or 8
-newformat out -> format is 2; newer stocha_hf
+newformat out -> format is 3; newer stocha_hf
 uncoded out -> layers.0.mlp.down_proj.codes; missing
 wrongcodes out -> (I8); U8
 unconverted4 out -> not a stocha checkpoint
@@ -390,6 +402,7 @@ noindex out -> no weight_map
 """
 
 AVERAGE = """
+org/absent broken.gguf out -> broken.gguf is a GGUF file; convert it first
 relu -> OUTPUT
 relu out -> at least two
 relu stocha out -> stocha; relu
@@ -413,6 +426,7 @@ relu relu text.txt/out -> cannot write
 """
 
 EXPORT = """
+org/absent out.gguf --format powerinfer --data absent.txt -> absent.txt does not exist
 relu -> OUT
 '' out.gguf -> FOLDER; is empty
 relu '' -> OUT; is empty
@@ -441,6 +455,7 @@ gpt2 out.gguf -> model_type 'gpt2'
 """
 
 PUBLISH = """
+broken.gguf user/x -> broken.gguf is a GGUF file; convert it first
 relu -> REPO
 '' user/x -> FOLDER; is empty
 relu '' -> REPO is ''; org/name
@@ -462,6 +477,7 @@ relu user/x --colour -> --colour
 """
 
 TRAIN = """
+--config good.yaml --model_name_or_path broken.gguf -> broken.gguf is a GGUF file; convert it first
 --use_cpu true --bf16 false -> model_name_or_path is missing
 --config -> --config
 --config '' -> the recipe
@@ -512,13 +528,14 @@ TRAIN = """
 --config good.yaml --model_name_or_path stocha5 -> stocha
 --config good.yaml --model_name_or_path quantized4 -> quantized4 is quantized to 4 bits; training
 --config good.yaml --model_name_or_path notokenizer -> notokenizer has no tokenizer
---config good.yaml --teacher ./absent -> ./absent does not exist
+--config good.yaml --dataset absent.txt --teacher ./absent -> ./absent does not exist
 --config good.yaml --teacher vocabulary -> 16
 --config good.yaml --accelerate nosuch -> --accelerate is nosuch
 --config good.yaml --num_processes 2 -> --num_processes is 2; --accelerate
 """
 
 ANSWERS = """
+broken.gguf prompts.jsonl out.jsonl -> broken.gguf is a GGUF file; convert it first
 relu -> PROMPTS
 relu prompts.txt -> OUT
 relu text.txt out.csv -> out.csv; .parquet

@@ -1,14 +1,24 @@
-"""Matrices of random weights in 8 and 4 bits, packed as the kernels read them, and what they stand for in float64."""
+"""Matrices of random weights in 8 and 4 bits, packed as the kernels read them, and what they stand for in float64;
+and the kernels' variants.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
 
-from stocha_hf.decoding.structs import QUANTIZED, Matrix, pointer
+from stocha_hf.decoding.structs import IN_PLANES, QUANTIZED, Matrix, pointer
+from stocha_hf.quantization_stocha import split
 
 GROUP = 32
+# of the processor; and layouts of others on this one. Sixteen lanes and four, in plain C++.
+VARIANTS = [
+    pytest.param((), id="native"),
+    pytest.param(("-O1", "-DSTOCHA_LANES=16"), id="16 lanes", marks=pytest.mark.slow),
+    pytest.param(("-O1", "-DSTOCHA_LANES=4"), id="4 lanes", marks=pytest.mark.slow),
+]
 
 
 @dataclass
@@ -24,11 +34,19 @@ class Packed:
         self, bias: torch.Tensor | None = None, rows_are_inputs: bool = False, threshold: float = 0.0
     ) -> Matrix:
         pointers = map(pointer, (self.codes, self.scale, bias))
-        return Matrix(*pointers, *self.exact.shape, QUANTIZED[self.bits], rows_are_inputs, threshold)
+        kind = IN_PLANES if self.codes.dim() == 3 else QUANTIZED[self.bits]
+        return Matrix(*pointers, *self.exact.shape, kind, rows_are_inputs, threshold)
+
+    def in_planes(self) -> Packed:
+        """The same of 8 bits, in two planes."""
+        return replace(self, codes=split(self.codes))
 
 
-def packed(rows: int, columns: int, bits: int) -> Packed:
-    """Random codes and scales, of weights about columns ** -0.5 in size."""
+def packed(rows: int, columns: int, bits: int | str) -> Packed:
+    """Random codes and scales, of weights about columns ** -0.5 in size; "planes" are of 8 bits."""
+    if bits == "planes":
+        return packed(rows, columns, 8).in_planes()
+    assert isinstance(bits, int)
     groups = -(-columns // GROUP)
     sizes = columns**-0.5 * (0.5 + torch.rand(rows, groups))
     if bits == 8:

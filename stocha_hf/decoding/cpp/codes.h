@@ -139,8 +139,11 @@ inline Integers bytes_of(Integers pair) {
 #endif
 }
 
+// Of what a loop of products is made: a call in it would keep its sums in memory.
+#define STOCHA_INLINED __attribute__((always_inline))
+
 template <int i, int n, class F>
-inline void repeated(F f) {  // f with a constant 0 to n - 1
+STOCHA_INLINED inline void repeated(F f) {  // f with a constant 0 to n - 1
   if constexpr (i < n) {
     f(std::integral_constant<int, i>());
     repeated<i + 1, n>(f);

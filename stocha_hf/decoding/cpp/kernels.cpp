@@ -7,11 +7,12 @@
 //   vectors.h    vectors of float32, types in and out of them
 //   team.h       threads, and what they wait with
 //   floats.h     rows of bfloat16, float16, float32
-//   codes.h      codes of 8 and 4 bits; quantized.h  rows of them; quantized_sums.h  sums of rows
+//   codes.h      codes of 8 and 4 bits; quantized.h  rows of them; planes.h  in two planes; quantized_sums.h  sums of rows
 //   matrix.h     a matrix in any of these formats; sums.h  sums of its rows
 //   linear.h     its products with x, in either layout
 //   ffn.h        a gated FFN
 //   attention.h  attention to a cache
+//   head.h       logits
 //   step.h       all of a model
 //
 // Built, cached and loaded by build.py; the functions below are called through ctypes by ops.py and step.py. OpenMP

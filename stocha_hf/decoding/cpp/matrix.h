@@ -3,13 +3,13 @@
 
 #include <type_traits>
 
-#include "quantized.h"
+#include "planes.h"
 #include "team.h"
 
-enum Format { kFormatBf16 = kBf16, kFormatFp16 = kFp16, kFormatFloat = kFloat, kFormat8, kFormat4 };
+enum Format { kFormatBf16 = kBf16, kFormatFp16 = kFp16, kFormatFloat = kFloat, kFormat8, kFormat4, kFormatPlanes };
 
 struct Matrix {  // as structs.py has it
-  const void* weights;  // [rows, columns], or their codes; columns are a multiple of 32 where they are codes
+  const void* weights;  // [rows, columns], or their codes, also in planes [2, rows]; columns of codes are filled to 32
   const void* scales;  // [rows, columns / 32], of codes: float16, or words of 4 bits
   const void* bias;  // [outputs] or null, of the model's type
   int64_t rows, columns, format;
@@ -20,11 +20,12 @@ struct Matrix {  // as structs.py has it
   int64_t outputs() const { return rows_are_inputs ? columns : rows; }
   int64_t groups() const { return (columns + kGroupSize - 1) / kGroupSize; }
   int64_t row_bytes() const {
-    if (format == kFormat4) return groups() * 16;
+    if (format == kFormat4 || format == kFormatPlanes) return groups() * 16;
     if (format == kFormat8) return groups() * kGroupSize;
     return columns * (format == kFormatFloat ? 4 : 2);
   }
   const uint8_t* row(int64_t r) const { return static_cast<const uint8_t*>(weights) + r * row_bytes(); }
+  const uint8_t* low(int64_t r) const { return row(rows + r); }
   const fp16* row_scales(int64_t r) const { return static_cast<const fp16*>(scales) + r * groups(); }
   const uint16_t* row_words(int64_t r) const { return static_cast<const uint16_t*>(scales) + r * groups(); }
 };
@@ -101,22 +102,30 @@ void float_products(const Matrix& m, const Inputs& x, Rows chosen, float* values
   }
 }
 
-// values [rows, stride] of T tokens from the first one on, of kRows rows from i on, of which there are `here`.
+struct Found {  // by products of rows of codes
+  float* values;  // [rows, padded tokens]
+  const float* squares;  // of x, where the high plane alone is read; then also
+  float* variances;
+};
+
+// What is found for T tokens from the first one on, of kRows rows from i on, of which there are `here`.
 template <int T, class Code>
-void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i, int64_t here, int64_t first, float* values,
+void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i, int64_t here, int64_t first, Found to,
                    int64_t stride) {
-  constexpr int R = kRows / T;
+  constexpr int R = kRows / T, planes = std::is_same_v<Code, Both> ? 2 : 1;
   const int64_t ahead = std::max<int64_t>((chosen.list ? kAheadListed : kAheadAlone) / m.row_bytes(), kRows);
-  const uint8_t* later[R];
+  const uint8_t* later[planes * R];
   for (int64_t from = 0; from < here; from += R) {
     CodeRows<R, Code> rows;
     rows.groups = m.groups();
     rows.readable = true;
     for (int r = 0; r < R; ++r) {
       const int64_t at = i + std::min(from + r, here - 1), row = chosen[at];
-      rows.codes[r] = reinterpret_cast<const Code*>(m.row(row));
+      rows.codes[r] = reinterpret_cast<std::remove_reference_t<decltype(rows.codes[r])>>(m.row(row));
+      if constexpr (kInPlanes<Code>) rows.low[r] = m.low(row);
       const int64_t then = chosen[std::min(at + ahead, chosen.limit - 1)];
       later[r] = m.row(then);
+      if constexpr (planes == 2) later[R + r] = m.low(then);
       if (chosen.list && !first)
         for (int64_t g = 0; g < m.groups(); g += kLine / 2) prefetch(m.row_words(then) + g);
       if constexpr (std::is_same_v<Code, uint8_t>)
@@ -125,26 +134,35 @@ void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i,
         rows.scales[r] = m.row_scales(row);
       rows.readable &= (m.rows - 1 - row) * m.groups() >= kLanes;
     }
-    Fetch fetch{nullptr, nullptr, later, first ? 0 : R, m.row_bytes()};
-    if (!chosen.list && !first) fetch = {later[0], later[R - 1] + m.row_bytes()};
-    float found[R][T];
-    dots<R, T>(rows, fetch, x, first, found);
+    Fetch fetch{nullptr, nullptr, later, first ? 0 : planes * R, m.row_bytes()};
+    if (!chosen.list && !first)
+      fetch = {later[0], later[R - 1] + m.row_bytes(), later + R, (planes - 1) * R, m.row_bytes()};
+    float found[R][T], variances[R][T];
+    if constexpr (kInPlanes<Code>)
+      dots<R, T>(rows, fetch, x, to.squares, first, found, variances);
+    else
+      dots<R, T>(rows, fetch, x, first, found);
     for (int64_t r = 0; r < std::min<int64_t>(R, here - from); ++r)
-      for (int t = 0; t < T; ++t) values[(from + r) * stride + first + t] = found[r][t];
+      for (int t = 0; t < T; ++t) {
+        const int64_t at = (from + r) * stride + first + t;
+        to.values[at] = found[r][t];
+        if constexpr (std::is_same_v<Code, High>) to.variances[at] = variances[r][t];
+      }
   }
 }
 
 // The same of all tokens and rows: kRows rows at a time, for as many tokens as the registers hold.
 template <class Code>
-void code_products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
-  const QuantizedX& of_x = x.quantized(m.format == kFormat4 ? 4 : 8);
-  for (int64_t i = chosen.begin; i < chosen.end; i += kRows, values += kRows * x.padded) {
+void code_products(const Matrix& m, Inputs& x, Rows chosen, Found to) {
+  const QuantizedX& of_x = x.quantized(std::is_same_v<Code, int8_t> ? 8 : 4);
+  for (int64_t i = chosen.begin; i < chosen.end; i += kRows) {
     const int64_t here = std::min<int64_t>(kRows, chosen.end - i);
     int64_t t = 0;
-    for (; t + 4 <= x.tokens; t += 4) code_products<4, Code>(m, of_x, chosen, i, here, t, values, x.padded);
-    for (; t + 2 <= x.tokens; t += 2) code_products<2, Code>(m, of_x, chosen, i, here, t, values, x.padded);
-    for (; t < x.tokens; ++t) code_products<1, Code>(m, of_x, chosen, i, here, t, values, x.padded);
-    for (int64_t r = 0; r < here; ++r) std::fill(values + r * x.padded + x.tokens, values + (r + 1) * x.padded, 0.0f);
+    for (; t + 4 <= x.tokens; t += 4) code_products<4, Code>(m, of_x, chosen, i, here, t, to, x.padded);
+    for (; t + 2 <= x.tokens; t += 2) code_products<2, Code>(m, of_x, chosen, i, here, t, to, x.padded);
+    for (; t < x.tokens; ++t) code_products<1, Code>(m, of_x, chosen, i, here, t, to, x.padded);
+    for (int64_t r = 0; r < here; ++r, to.values += x.padded) std::fill(to.values + x.tokens, to.values + x.padded, 0.0f);
+    if (to.variances) to.variances += here * x.padded;
   }
 }
 
@@ -169,13 +187,16 @@ void with_tokens(int64_t padded, F f) {
 
 // values [rows, x.padded] of the products of these rows.
 inline void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
-  if (m.format == kFormat4) return code_products<uint8_t>(m, x, chosen, values);
-  if (m.format == kFormat8) return code_products<int8_t>(m, x, chosen, values);
+  const Found to{values, nullptr, nullptr};
+  if (m.format == kFormat4) return code_products<uint8_t>(m, x, chosen, to);
+  if (m.format == kFormat8) return code_products<int8_t>(m, x, chosen, to);
+  if (m.format == kFormatPlanes) return code_products<Both>(m, x, chosen, to);
   with_tokens(x.padded, [&](auto T) { products<decltype(T)::value>(m, x, chosen, values); });
 }
 
 inline void dequantize(const Matrix& m, int64_t row, int64_t size, float* out) {
   if (m.format < kFormat8) return widen(static_cast<int>(m.format), m.row(row), size, out);
   if (m.format == kFormat4) return dequantize_row_4(m.row(row), m.row_words(row), size, out);
+  if (m.format == kFormatPlanes) return dequantize_planes(m.row(row), m.low(row), m.row_scales(row), size, out);
   dequantize_row_8(reinterpret_cast<const int8_t*>(m.row(row)), m.row_scales(row), size, out);
 }

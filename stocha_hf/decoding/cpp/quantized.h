@@ -121,7 +121,7 @@ inline void dots(const CodeRows<R, uint8_t>& rows, Fetch fetch, const QuantizedX
       }
     }
     fetch.lines(R * kChunk / 2);
-    const auto step = [&](auto i, bool whole) {
+    const auto step = [&](auto i, bool whole) STOCHA_INLINED {
       const int8_t* part = &x.codes[at * kChunk + i * 2 * kBytes];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -137,9 +137,9 @@ inline void dots(const CodeRows<R, uint8_t>& rows, Fetch fetch, const QuantizedX
       }
     };
     if (here >= kLanes)
-      repeated<0, 4>([&](auto i) { step(i, true); });
+      repeated<0, 4>([&](auto i) STOCHA_INLINED { step(i, true); });
     else
-      repeated<0, 4>([&](auto i) {
+      repeated<0, 4>([&](auto i) STOCHA_INLINED {
         if (i * kPer < here) step(i, rows.readable);
       });
   }
@@ -162,7 +162,7 @@ inline void dots(const CodeRows<R, int8_t>& rows, Fetch fetch, const QuantizedX&
       for (int t = 0; t < T; ++t) factor[r][t] = scale * load(&x.scales[(t * x.chunks + at) * kLanes]);
     }
     fetch.lines(R * kChunk);
-    const auto step = [&](auto i, bool whole) {
+    const auto step = [&](auto i, bool whole) STOCHA_INLINED {
       const int8_t* part = &x.codes[at * kChunk + i * kBytes];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -176,9 +176,9 @@ inline void dots(const CodeRows<R, int8_t>& rows, Fetch fetch, const QuantizedX&
       }
     };
     if (here >= kLanes)
-      repeated<0, 8>([&](auto i) { step(i, true); });
+      repeated<0, 8>([&](auto i) STOCHA_INLINED { step(i, true); });
     else
-      repeated<0, 8>([&](auto i) {
+      repeated<0, 8>([&](auto i) STOCHA_INLINED {
         if (i * kBytes < here * kGroupSize) step(i, rows.readable);
       });
   }

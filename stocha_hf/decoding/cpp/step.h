@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "ffn.h"
+#include "head.h"
 
 struct Layer {  // as structs.py has it
   Matrix q, k, v, o;
@@ -35,11 +36,12 @@ struct Call {
   int64_t cuts;                             // whether matrices with a threshold cut their inputs
   const int64_t* listed;                    // rows of the head that are computed, rising; null: all
   int64_t listed_count;
+  int64_t wanted;                           // of logits; see Wanted
 };
 
 struct Shared {  // what threads tell each other
   Scratch scratch;
-  std::vector<float> q, k, v, attended, projected;
+  std::vector<float> q, k, v, attended, projected, least;
 };
 
 struct Pass {  // a thread's part of a step
@@ -185,7 +187,8 @@ struct Pass {  // a thread's part of a step
       const int64_t token = i / model.heads, sequence = token / call.tokens;
       const int64_t key_head = i % model.heads / (model.heads / model.key_heads);
       const int64_t last = layer.length + token % call.tokens + 1;
-      const int64_t first = std::max(call.starts[sequence], layer.window ? last - layer.window : 0);
+      const int64_t seen = std::max(call.starts[sequence], layer.window ? last - layer.window : 0);
+      const int64_t first = std::min(seen, last - 1);  // padding sees itself, not nothing: no number is NaN
       float* query = &shared.q[i * head_size];
       place(query, token, layer.q_norm);
       attend<E>(rule, query, layer.keys.head<E>(sequence, key_head), layer.values.head<E>(sequence, key_head), first,
@@ -200,27 +203,9 @@ struct Pass {  // a thread's part of a step
         rms_norm(norm(model.norm), type, &stream[((s + 1) * call.tokens - call.kept + i) * size], size,
                  &normed[(s * call.kept + i) * size]);
     inputs.set(normed.data(), call.sequences * call.kept, size);
-    const float cap = model.soft_cap;
-    const Matrix& head = model.head;
-    const int64_t width = call.listed ? call.listed_count : head.rows;
-    const Part mine(width, kRows, team);
-    float* room = shared.scratch.sums.data();
-    const Product product(head, inputs.padded, room);
-    begin({&product}, inputs, team);
-    in_turn(product, inputs, call.listed, mine.begin, mine.end, false, [&](int64_t first, int64_t last, float* values) {
-      for (int64_t i = first; i < last; ++i, values += inputs.padded)
-        for (int64_t t = 0; t < inputs.tokens; ++t) {
-          float value = rounded(type, values[t] + bias_of(head, call.listed ? call.listed[i] : i));
-          if (cap > 0) value = rounded(type, rounded(type, std::tanh(rounded(type, value / cap))) * cap);
-          call.logits[t * width + i] = value;
-        }
-    });
-  }
-
-  float bias_of(const Matrix& m, int64_t output) const {
-    float found = 0;
-    if (m.bias) widen(type, static_cast<const char*>(m.bias) + output * (type == kFloat ? 4 : 2), 1, &found);
-    return found;
+    const int64_t width = call.listed ? call.listed_count : model.head.outputs();
+    const Head head{model.head, type, model.soft_cap, call.listed, width, call.logits};
+    head.run(inputs, team, static_cast<Wanted>(call.wanted), shared.scratch.sums.data(), shared.least.data());
   }
 };
 
@@ -240,5 +225,6 @@ inline void step(const Model& model, const Call& call, int threads) {
   shared.k.resize(count * model.key_heads * model.head_size);
   shared.v.resize(count * model.key_heads * model.head_size);
   shared.projected.resize(count * model.size);
+  shared.least.resize(threads * kTokens);
   with_team(threads, [&](Team team) { Pass{model, call, shared, team}.run(); });
 }

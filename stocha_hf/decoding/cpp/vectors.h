@@ -139,6 +139,17 @@ inline float largest(const Vector& v) {
   return std::max(std::max(found[0], found[1]), std::max(found[2], found[3]));
 }
 
+inline Vector root(Vector x) {
+#if defined(STOCHA_AVX512)
+  return (Vector)_mm512_sqrt_ps((__m512)x);
+#elif defined(STOCHA_AVX2)
+  return (Vector)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 // To the nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves it in the mantissa.
 inline Integers nearest(Vector x) { return (Integers)(x + 12582912.0f) - 0x4b400000; }
 

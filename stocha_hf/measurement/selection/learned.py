@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
@@ -34,6 +33,7 @@ from stocha_hf.measurement.blocks import Block, blocks
 from stocha_hf.measurement.evaluation import check_vocabulary
 from stocha_hf.measurement.selection.distributions import Distribution, watching
 from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, scale_inputs, spread_over_heads
+from stocha_hf.progress import Progress
 from stocha_hf.spec import InputCuts, is_number
 
 STEPS, BATCH, RATE = 140, 32, 0.02  # of Adam on the logarithms of thresholds
@@ -128,7 +128,7 @@ def learn_input_cuts(
         groups = _groups(model, draw(), share)
         optimizer = torch.optim.Adam([group.logs for group in groups], lr=RATE, betas=(0.9, 0.95))
         price = 1.0
-        for step in tqdm(range(steps), desc="Learning thresholds", unit="step", disable=None, leave=False):
+        for step in Progress(range(steps), desc="Learning thresholds", unit="step"):
             passes = draw()
             tokens = sum(int(at.sum()) for _, at in passes)
             for setting in optimizer.param_groups:

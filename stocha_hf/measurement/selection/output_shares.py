@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.distributions import Distribution
 from stocha_hf.measurement.selection.input_scales import SHARED
 from stocha_hf.measurement.selection.thresholds import cutting, spread
+from stocha_hf.progress import Progress
 from stocha_hf.spec import PROJECTIONS
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
@@ -81,7 +81,7 @@ def output_curves(
     places = [(i, block, group) for i, block in enumerate(blocks(model)) for group in groups if group]
     expected = [_logits(model, row) for row in some]
     curves = []
-    with tqdm(total=len(places) * len(LEVELS), desc="Allotting", unit="cut", disable=None, leave=False) as bar:
+    with Progress(total=len(places) * len(LEVELS), desc="Allotting", unit="cut") as bar:
         for i, block, group in places:
             losses = [0.0]
             for level in LEVELS:

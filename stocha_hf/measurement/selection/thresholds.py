@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from stocha_hf.measurement.blocks import PROJECTIONS, Block, blocks
 from stocha_hf.measurement.selection.distributions import Distribution
+from stocha_hf.progress import Progress
 
 STEP = 0.05  # of a projection's inputs, that a step of the greedy allocation leaves out
 MOST = 0.95  # that it leaves out at most
@@ -75,7 +75,7 @@ def greedy_shares(
         hooks.append(block.module.register_forward_hook(search, with_kwargs=True))
     some = spread(windows, MEASURED_TOKENS).to(next(model.parameters()).device)
     try:
-        with tqdm(total=len(seen), desc="Allotting", unit="block", disable=None, leave=False) as bar:
+        with Progress(total=len(seen), desc="Allotting", unit="block") as bar:
             model(some, use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
