@@ -391,6 +391,8 @@ RECIPES: dict[str, str | bytes] = {
     "noshare.yaml": MODEL + SCHEDULE + CPU + "datasets: {absent.txt: 0}\n",
     "absentshare.yaml": MODEL + SCHEDULE + CPU + "datasets: {absent.txt: 1}\n",
     "noschedule.yaml": GOOD.replace(SCHEDULE, ""),
+    "twice.yaml": GOOD + "max_steps: 2\n",
+    "attention.yaml": GOOD + "attn_implementation: flash_attention_9\n",
     "activation.yaml": GOOD.replace("relu", "swiglu"),
     "activations.yaml": GOOD.replace("activation: relu", "activation: [relu]"),
     "phases.yaml": GOOD.replace("[{activation: relu, until: 1.0}]", "relu"),

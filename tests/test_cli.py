@@ -81,3 +81,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(RuntimeError, match="a bug"):
         run(Parser("stocha-x", "Doc."), lambda args: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_figures_name_the_command_also_where_it_was_started_as_a_module(monkeypatch) -> None:
+    from stocha_hf.cli import eval as verb
+    from stocha_hf.measurement.provenance import circumstances
+
+    for started in ("/usr/bin/stocha-eval", verb.__file__):
+        monkeypatch.setattr(sys, "argv", [str(started), "a model", "--json"])
+        assert circumstances()["command"] == "stocha-eval 'a model' --json"

@@ -273,8 +273,12 @@ def test_lossless_text_is_that_without_cuts(
     assert [*found[0].tolist(), -1] == given
     assert torch.equal(found, expected[:, : found.shape[1]]) and int(found[0, -1]) == end
     assert len(steps) > len(set(steps)), "a verification begins where its draft began"
-    if not options:  # a static cache without room for a round has tokens by the model's own call, which makes a plan
-        assert model.gpu_plan.drafting is not None, "a prompt of 8 tokens leaves the plan and its graphs"
+    from stocha_hf.decoding import gpu_plan  # which needs Triton
+
+    plan = model.gpu_plan
+    assert plan.drafting is not None, "a prompt of 8 tokens, and a cache without room, leave the plan and its graphs"
+    with plan.in_use, cut_inputs(model, "never"):
+        assert gpu_plan.of(model) is None and model.gpu_plan is plan, "as does a call while a loop has the plan"
 
 
 @needs_triton

@@ -195,9 +195,15 @@ def weights_of(model: Any) -> Weights:
 
 
 def of(model: Any) -> GpuPlan | None:
-    """Return the current plan of a causal language model in eval mode, None where modules must be called."""
+    """Return the current plan of a causal language model in eval mode, None where modules must be called.
+
+    A plan that a loop has for itself stays the model's, with its graphs, also where a call within that loop would need
+    another one.
+    """
     plan = model.__dict__.get("gpu_plan")
     if plan is None or not plan.is_current():
+        if plan is not None and plan.in_use.locked():
+            return None
         try:
             plan = GpuPlan(model)
         except Refused:

@@ -29,7 +29,7 @@ from stocha_hf.decoding.triton_attention import attention_kernel
 from stocha_hf.decoding.triton_ends import embed_kernel, head_kernel, next_kernel
 from stocha_hf.decoding.triton_prediction import list_kernel, listed_kernel
 from stocha_hf.decoding.triton_products import down_kernel, hidden_kernel, linear_kernel
-from stocha_hf.decoding.triton_several import several_head_kernel, several_hidden_kernel, several_linear_kernel
+from stocha_hf.decoding.triton_several import several_head_kernel, several_hidden_kernel
 
 LEAST = 16  # rows or columns of a tile that tensor cores take
 SLOTS = 64  # of maxima, which the head's programs share
@@ -164,10 +164,6 @@ class GpuStep:
     def _next(self) -> None:
         next_kernel[(1,)](self.best, self.state, self.chosen, SLOTS, RING, self.early, num_warps=1, **self.options)
 
-    @property
-    def _linear(self) -> Any:
-        return several_linear_kernel if self.by_tensor_cores else linear_kernel
-
     def _tile(self, name: str, size: int, divides: int = 0) -> dict[str, Any]:
         """How a product is tiled, for rows of this size, of which there are so many, or any number."""
         tile = self.tiles[name]
@@ -184,10 +180,10 @@ class GpuStep:
             return
         tile = self._tile("qkv", self.size, divides=self.weights.head_dim)
         biases = layer.qkv_bias or layer.qkv
-        self._linear[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
+        linear_kernel[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
             self.x, layer.input_norm, self.weights.eps, q, k, v, *biases, self.x, self.qkv, len(q), len(k),
-            self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.early,
-            **tile,
+            self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.by_tensor_cores,
+            self.early, **tile,
         )  # fmt: skip
 
     def _attention(self, layer: LayerWeights, table: torch.Tensor) -> None:
@@ -213,9 +209,9 @@ class GpuStep:
         """out = residual + W x + bias."""
         rows, size = weight.shape
         tile = self._tile(name, size)
-        self._linear[(triton.cdiv(rows, tile["ROWS"]),)](
+        linear_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
             x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size,
-            self.count, 1, False, bias is not None, True, self.early, **tile,
+            self.count, 1, False, bias is not None, True, self.by_tensor_cores, self.early, **tile,
         )  # fmt: skip
 
     def _ffn(self, layer: LayerWeights, count: torch.Tensor) -> None:

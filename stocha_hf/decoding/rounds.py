@@ -40,11 +40,12 @@ class Rounds(Loop):
         self._start()
         done = self._take(self.first)
         while not done:
-            count = min(self.pace.drafts(), self._wanted())
-            if self._has_room(count + 1):
-                done = self._round(count)
-            else:
+            most = min(self.pace.drafts(), self._wanted())
+            count = next((count for count in range(most, -1, -1) if self._has_room(count + 1)), None)
+            if count is None:
                 done = self._take(decode(self.ids[:, self.length - 1].contiguous()))
+            else:
+                done = self._round(count)
 
     def _round(self, most: int) -> bool:
         """Draft so many tokens at most and verify them; return whether the text has ended."""

@@ -82,7 +82,10 @@ def hidden_value(gate, up, cut, ACTIVATION: tl.constexpr, dtype: tl.constexpr): 
         value = gate - cut
     if ACTIVATION == "drelu":
         up = tl.where(up <= 0, 0.0, up)
-    value = tl.where(gate <= cut, 0.0, value).to(dtype).to(tl.float32)
+    if ACTIVATION == "silu":
+        value = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+    else:
+        value = tl.where(gate <= cut, 0.0, value).to(dtype).to(tl.float32)
     return (value * up).to(dtype)
 
 

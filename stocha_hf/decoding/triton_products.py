@@ -1,10 +1,14 @@
-"""The products of a whole decode step on a GPU, for 1 or 2 tokens: a row of a matrix is read once, by a few warps.
+"""The products of a whole decode step on a GPU: a row of a matrix is read once, by a few warps.
 
-A program owns ROWS rows and goes through them BLOCK columns at a time; the next tile is asked for before this one is
-used. The first tile is asked for before the program waits for the kernel before it (EARLY: from Hopper on a kernel's
-programs may start while that one ends). The RMS norm before a product is a factor of its result: x times the norm's
-weight is multiplied, squares of x are summed beside it. Sums are in float32; what PyTorch would write is rounded to
-the weights' type. Those of more tokens are in triton_several.py, but for the sparse down product, which is here.
+For 1 or 2 tokens by multiply-adds (`product`): a program owns ROWS rows and goes through them BLOCK columns at a time;
+the next tile is asked for before this one is used. The first tile is asked for before the program waits for the kernel
+before it (EARLY: from Hopper on a kernel's programs may start while that one ends). The RMS norm before a product is a
+factor of its result: x times the norm's weight is multiplied, squares of x are summed beside it. Sums are in float32;
+what PyTorch would write is rounded to the weights' type.
+
+For 3 to 8 tokens by tensor cores (`dots`), as multiply-adds would take longer than reading. They take 8 tokens or
+more, so that some of their lanes are empty. x times the norm's weight is rounded to the weights' type there, as
+PyTorch rounds it. The head and the FFN's first products of so many tokens are in triton_several.py.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stocha_hf.decoding.triton_one_token import hidden_value
+
+LANES: tl.constexpr = tl.constexpr(8)  # tokens in a tile
 
 
 @triton.jit
@@ -54,13 +60,44 @@ def product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def dots(  # type: ignore[no-untyped-def]
+    x_ptr, norm_ptr, w_ptr, rows, taken,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The taken rows of w [., SIZE] times x [TOKENS, SIZE], or times x * norm: float32 [LANES, rows]; and the sum of
+    each token's x * x, float32 [LANES, 1].
+    """
+    EVEN: tl.constexpr = SIZE % BLOCK == 0
+    dtype = w_ptr.dtype.element_ty
+    column, token = tl.arange(0, BLOCK)[None, :], tl.arange(0, LANES)[:, None]
+    x_ptrs, w_ptrs = x_ptr + token * SIZE, w_ptr + rows[:, None].to(tl.int64) * SIZE
+    sums = tl.zeros([rows.shape[0], LANES], tl.float32)
+    squares = tl.zeros([LANES, 1], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        k = start + column
+        x_mask, w_mask = token < TOKENS, taken[:, None]
+        if not EVEN:
+            x_mask, w_mask = x_mask & (k < SIZE), w_mask & (k < SIZE)
+        x = tl.load(x_ptrs + k, x_mask, 0.0)
+        if NORM:
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)[:, None]
+            weight = tl.load(norm_ptr + k) if EVEN else tl.load(norm_ptr + k, k < SIZE, 0.0)
+            x = (wide * weight.to(tl.float32)).to(dtype)
+        w = tl.load(w_ptrs + k, w_mask, 0.0)
+        sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
+    return tl.trans(sums), squares
+
+
+@triton.jit
 def linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, eps, first_ptr, second_ptr, third_ptr, first_bias, second_bias, third_bias, residual_ptr, out_ptr,
     first_rows, second_rows, all_rows,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, CORES: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [TOKENS, rows] = residual + W norm(x) + bias, for one matrix, or three whose results stand side by side.
+    """out [TOKENS, rows] = residual + W norm(x) + bias, for one matrix, or three whose results stand side by side; by
+    tensor cores with CORES.
 
     ROWS divides the rows of the first and the second of three.
     """
@@ -75,16 +112,23 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             w_ptr, bias_ptr, shift = second_ptr, second_bias, first_rows
     rows = first + tl.arange(0, ROWS)
     inside = rows < all_rows
-    sums, squares = product(x_ptr, norm_ptr, w_ptr, rows - shift, inside, SIZE, TOKENS, NORM, EARLY, BLOCK)
+    token = tl.arange(0, LANES if CORES else TOKENS)[:, None]
+    place, mask = token * all_rows + rows[None, :], inside[None, :]
+    if CORES:
+        mask = mask & (token < TOKENS)
+        if EARLY:
+            gdc_wait()
+        sums, squares = dots(x_ptr, norm_ptr, w_ptr, rows - shift, inside, SIZE, TOKENS, NORM, BLOCK)
+    else:
+        sums, squares = product(x_ptr, norm_ptr, w_ptr, rows - shift, inside, SIZE, TOKENS, NORM, EARLY, BLOCK)
     if NORM:
         sums *= tl.rsqrt(squares / SIZE + eps)
     if BIAS:
         sums += tl.load(bias_ptr + rows - shift, inside, 0.0).to(tl.float32)[None, :]
-    place = tl.arange(0, TOKENS)[:, None] * all_rows + rows[None, :]
     if RESIDUAL:
         sums = sums.to(out_ptr.dtype.element_ty).to(tl.float32)
-        sums += tl.load(residual_ptr + place, inside[None, :], 0.0).to(tl.float32)
-    tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), inside[None, :])
+        sums += tl.load(residual_ptr + place, mask, 0.0).to(tl.float32)
+    tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -115,10 +159,7 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
     else:
         up, _ = product(x_ptr, norm_ptr, up_ptr, rows, inside, SIZE, TOKENS, True, False, UP)
         up = (up * scale).to(dtype).to(tl.float32)
-        if ACTIVATION == "silu":
-            hidden = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
-        else:
-            hidden = hidden_value(gate, up, cut, ACTIVATION, dtype)
+        hidden = hidden_value(gate, up, cut, ACTIVATION, dtype)
     place = tl.arange(0, TOKENS)[:, None] * width + rows[None, :]
     tl.store(hidden_ptr + place, hidden.to(dtype), inside[None, :])
 

@@ -34,10 +34,16 @@ def circumstances() -> dict[str, Any]:
     threads = torch.get_num_threads()
     processor = f"{_processor()}, {threads} thread{'s' if threads != 1 else ''}"
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "versions": versions,
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
     }
+
+
+def _program() -> str:
+    """The command's name, also where it was started as a module of cli/."""
+    path = Path(sys.argv[0])
+    return f"stocha-{path.stem}" if path.parent == Path(__file__).parent.parent / "cli" else path.name
 
 
 def _processor() -> str:

@@ -97,6 +97,11 @@ class StochaArguments(SFTConfig):
         self.logging_nan_inf_filter = False  # it waits for the GPU twice a step; check_finite stops the run
         accelerator: Any = self.accelerator_config
         accelerator.non_blocking = self.dataloader_pin_memory  # else a batch's copy waits for the step before
+        if self.resume_from_checkpoint is not None:
+            raise StochaError(
+                f"resume_from_checkpoint is {self.resume_from_checkpoint}: expected no such key, since a run goes on "
+                "from the last whole checkpoint in output_dir"
+            )
         if self.use_liger_kernel:
             raise StochaError("use_liger_kernel is true: Liger's FFN computes SiLU only, so leave it out")
         if not self.distill_temperature > 0:

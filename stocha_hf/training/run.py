@@ -134,11 +134,16 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     teacher_config = load_config(args.teacher) if args.teacher else None
     train_data, eval_data = _load_both(data, args.seed)
     tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_name_or_path or name, revision))
-    if args.model_config is not None:
-        model = fresh_model(args.model_config, tokenizer, seed=args.seed, **options)
-    else:
-        model = load_model(name, revision=revision, **options)
-        refuse_quantized(model.config.to_dict(), name, "training")
+    try:
+        if args.model_config is not None:
+            model = fresh_model(args.model_config, tokenizer, seed=args.seed, **options)
+        else:
+            model = load_model(name, revision=revision, **options)
+            refuse_quantized(model.config.to_dict(), name, "training")
+    except (ValueError, ImportError) as error:
+        if model_args.attn_implementation is None or isinstance(error, StochaError):
+            raise
+        raise StochaError(str(error).partition("\n")[0]) from error  # it is not known, or not installed
     uncut = next((key for key in ("uncut_prompts", "uncut_rows") if getattr(args, key)), None)
     if uncut and not trains_with_cuts(model):
         raise StochaError(

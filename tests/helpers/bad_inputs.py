@@ -491,6 +491,9 @@ TRAIN = """
 --config word.yaml -> word.yaml holds no keys
 --config empty.yaml -> empty.yaml holds no keys
 --config alias.yaml -> alias.yaml; alias
+--config twice.yaml -> the key max_steps is there twice; each once
+--config attention.yaml -> flash_attention_9; sdpa
+--config good.yaml --resume_from_checkpoint out -> resume_from_checkpoint is out; output_dir
 --config unknown.yaml -> 'colour'
 --config nomodel.yaml -> model_name_or_path is missing
 --config nodata.yaml -> dataset is missing
