@@ -491,6 +491,9 @@ TRAIN = """
 --config word.yaml -> word.yaml holds no keys
 --config empty.yaml -> empty.yaml holds no keys
 --config alias.yaml -> alias.yaml; alias
+--config good.yaml --output_dir stocha -> output_dir is stocha, a model that the run reads; another folder
+--config good.yaml --output_dir text.txt -> cannot write text.txt; a folder
+--config good.yaml --output_dir text.txt/x -> cannot write text.txt/x in; text.txt: expected a folder
 --config twice.yaml -> the key max_steps is there twice; each once
 --config attention.yaml -> flash_attention_9; sdpa
 --config good.yaml --resume_from_checkpoint out -> resume_from_checkpoint is out; output_dir
