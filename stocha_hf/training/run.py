@@ -122,6 +122,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     from trl import get_peft_config
 
     from stocha_hf.data import load_tokenizer
+    from stocha_hf.data.files import local_files
     from stocha_hf.models import load_config, load_model, tokenizer_folder
     from stocha_hf.training.checkpointing import last_checkpoint
     from stocha_hf.training.fresh import fresh_model
@@ -133,6 +134,8 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     name, revision = model_args.model_name_or_path, model_args.model_revision
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     _check_output(args.output_dir, name, args.teacher)
+    for text in filter(None, (data.dataset, *(data.datasets or ()), data.eval_dataset)):
+        local_files(text)  # what is missing here is told before the Hub is asked
     if args.model_config is None:
         load_config(name, revision)  # a missing model or teacher is told before long texts are read
     teacher_config = load_config(args.teacher) if args.teacher else None

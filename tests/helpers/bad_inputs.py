@@ -534,7 +534,7 @@ TRAIN = """
 --config good.yaml --model_name_or_path stocha5 -> stocha
 --config good.yaml --model_name_or_path quantized4 -> quantized4 is quantized to 4 bits; training
 --config good.yaml --model_name_or_path notokenizer -> notokenizer has no tokenizer
---config good.yaml --dataset absent.txt --teacher ./absent -> ./absent does not exist
+--config good.yaml --teacher ./absent -> ./absent does not exist
 --config good.yaml --teacher vocabulary -> 16
 --config good.yaml --accelerate nosuch -> --accelerate is nosuch
 --config good.yaml --num_processes 2 -> --num_processes is 2; --accelerate
