@@ -50,7 +50,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(GpuStep, "replay", counted)
     if INTERPRETED:
-        for kind in ("TILES", "FOUR", "EIGHT"):
+        for kind in ("TILES", "SMALL", "FOUR", "EIGHT"):
             tiles = getattr(gpu_tiles, kind).items()
             few = {name: {key: FEW.get(key, value) for key, value in tile.items()} for name, tile in tiles}
             monkeypatch.setattr(gpu_tiles, kind, few)
@@ -204,14 +204,32 @@ def cuts_of(names: Iterable[str], **fields: Any) -> InputCuts:
     return InputCuts({name: [0.05, 0.1] if name == "down_proj" else [0.4, 0.5] for name in names}, **fields)
 
 
+LISTED = {  # tiles of products that read the rows of kept inputs only, as those of large models do
+    f"cut {name}": {"SPLITS": 3, "DEPTH": 2, "BLOCK": 16, "num_warps": 1} for name in ("qkv", "o", "hidden", "down")
+}
+
+
 @needs_triton
 @pytest.mark.parametrize(
-    ("model_type", "activation", "names"),
-    [("qwen2", "silu", PROJECTIONS), ("llama", "relu", PROJECTIONS), ("llama", "silu", ("o_proj", "down_proj"))],
+    ("model_type", "activation", "names", "tiles"),
+    [
+        ("qwen2", "silu", PROJECTIONS, LISTED),
+        ("qwen2", "silu", PROJECTIONS, {}),
+        ("llama", "relu", PROJECTIONS, LISTED),
+        ("llama", "silu", ("o_proj", "down_proj"), {}),
+    ],
 )
 def test_inputs_are_cut_in_steps_of_one_token(
-    model_type: str, activation: str, names: tuple[str, ...], steps: list[int], monkeypatch: pytest.MonkeyPatch
+    model_type: str,
+    activation: str,
+    names: tuple[str, ...],
+    tiles: dict[str, dict[str, int]],
+    steps: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from stocha_hf.decoding import gpu_tiles
+
+    monkeypatch.setattr(gpu_tiles, "SMALL", gpu_tiles.SMALL | tiles)
     model = model_of(model_type, activation, cuts_of(names))
     new = 4 if INTERPRETED else 40
     options = greedy(new, return_dict_in_generate=True, output_logits=True)
@@ -381,7 +399,8 @@ def weights_of_no_content(dtype: torch.dtype, coarse: bool, sparse: bool = True,
 @pytest.mark.skipif(triton_ffn.triton is None or INTERPRETED or CUDA, reason="no Triton, interpreted, or a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("kind", "tokens"), [("dense", 1), ("sparse", 1), ("predicted", 1), ("cut", 1), ("dense", 4), ("sparse", 8)]
+    ("kind", "tokens"),
+    [("dense", 1), ("sparse", 1), ("predicted", 1), ("cut", 1), ("cut, listed", 1), ("dense", 4), ("sparse", 8)],
 )
 def test_the_kernels_compile_for_an_h100_that_is_not_there(
     kind: str, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -389,11 +408,13 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there(
     from helpers.triton import compiling
 
     from stocha_hf.decoding import gpu_cuts, gpu_step
+    from stocha_hf.decoding.gpu_tiles import LARGE
 
     for has in ("_can_start_early", "_has_dp4a"):
         monkeypatch.setattr(gpu_step, has, lambda like: True)
     compiled = compiling([gpu_step, gpu_cuts], monkeypatch)
-    weights = weights_of_no_content(dtype, kind == "predicted", kind in ("sparse", "predicted"), kind == "cut")
-    gpu_step.GpuStep(weights, tokens).launch()
+    weights = weights_of_no_content(dtype, kind == "predicted", kind in ("sparse", "predicted"), "cut" in kind)
+    tiles = {name: LARGE[name] for name in LARGE if "cut" in name} if "listed" in kind else {}
+    gpu_step.GpuStep(weights, tokens, tiles).launch()
     assert len(compiled) == (9 if kind == "predicted" else 8) - (tokens > 1)
     assert all(kernel.metadata.shared <= 227 * 2**10 for kernel in compiled), "what a program of an H100 has"

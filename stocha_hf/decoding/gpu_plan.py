@@ -17,6 +17,7 @@ from torch import nn
 from stocha_hf.decoding import triton_ffn
 from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.families import FAMILIES
+from stocha_hf.decoding.gpu_cuts import listed
 from stocha_hf.decoding.gpu_draft import GpuDraft
 from stocha_hf.decoding.gpu_step import GpuStep
 from stocha_hf.decoding.gpu_weights import CutWeights, LayerWeights, Weights
@@ -141,7 +142,11 @@ class GpuPlan(Watch):
         if not self.cuts(1):
             return {}
         limits = {name: torch.tensor(modules[name].input_threshold, dtype=self.dtype).item() for name in names}
-        return {name: CutWeights(self.input_major(modules[name]), limit) for name, limit in limits.items()}
+        turned = listed(self.config.hidden_size)
+        return {
+            name: CutWeights(self.input_major(modules[name]) if name in turned else None, limit)
+            for name, limit in limits.items()
+        }
 
     def _ffn(self, mlp: Any) -> dict[str, Any]:
         """Its fields of LayerWeights."""

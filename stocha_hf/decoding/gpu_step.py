@@ -198,7 +198,7 @@ class GpuStep:
 
     def _o(self, layer: LayerWeights) -> None:
         if self.cut is not None and "o_proj" in layer.cuts:
-            self.cut.add(layer.cuts["o_proj"], layer.o_bias, self.attended, self.x, self.middle, "o")
+            self.cut.o(layer, self.attended, self.x, self.middle)
         else:
             self._add(layer.o, layer.o_bias, self.attended, self.x, self.middle, "o")
 
@@ -226,7 +226,7 @@ class GpuStep:
         if layer.down_t is not None:
             self._down(layer, 0.0 if down is None else down.threshold)
         elif self.cut is not None and down is not None:
-            self.cut.add(down, None, self.hidden, self.middle, self.x, "down")
+            self.cut.down(layer, self.hidden, self.middle, self.x)
         else:
             self._add(layer.down, None, self.hidden, self.middle, self.x, "dense down")
 

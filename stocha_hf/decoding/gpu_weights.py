@@ -12,9 +12,11 @@ from stocha_hf.decoding.packed_gate import PackedGate
 
 @dataclass(frozen=True)
 class CutWeights:
-    """Of a projection that cuts its input: its matrix an input a row, [inputs, outputs], and the threshold."""
+    """Of a projection that cuts its input: its matrix an input a row, [inputs, outputs], or None where the one of an
+    output a row is read whole; and the threshold.
+    """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     threshold: float
 
 
