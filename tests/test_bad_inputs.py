@@ -388,7 +388,7 @@ RECIPES: dict[str, str | bytes] = {
     "nomodel.yaml": DATA + SCHEDULE + CPU,
     "nodata.yaml": MODEL + SCHEDULE + CPU,
     "twodata.yaml": GOOD + "datasets: {absent.txt: 1}\n",
-    "noshare.yaml": MODEL + SCHEDULE + CPU + "datasets: {absent.txt: 0}\n",
+    "noshare.yaml": MODEL + SCHEDULE + CPU + "datasets: {text.txt: 0}\n",
     "absentshare.yaml": MODEL + SCHEDULE + CPU + "datasets: {absent.txt: 1}\n",
     "noschedule.yaml": GOOD.replace(SCHEDULE, ""),
     "twice.yaml": GOOD + "max_steps: 2\n",

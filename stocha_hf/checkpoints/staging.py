@@ -87,6 +87,15 @@ def check_apart(output: Path, sources: Iterable[Path]) -> None:
             )
 
 
+def check_place(output: Path) -> None:
+    """Raise StochaError where no folder `output` can be written, or made."""
+    path = output.absolute()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        where = "" if nearest == path else f" in {nearest}"
+        raise StochaError(f"cannot write {output}{where}: expected a folder with write permission")
+
+
 def _take_place(partial: Path, output: Path, replace: bool) -> None:
     old = output.with_name(f"{partial.name}-old")
     if replace and output.exists():

@@ -14,7 +14,6 @@ With `bits` the weights are quantized on the way (quantize.py).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from stocha_hf.checkpoints.modeling_file import code_files
 from stocha_hf.checkpoints.names import check_hub_id
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
-from stocha_hf.checkpoints.staging import check_apart, copy_file, staged_folder
+from stocha_hf.checkpoints.staging import check_apart, check_place, copy_file, staged_folder
 from stocha_hf.conversion.input_cuts import Calibration, FallbackOptions, check_uncut, with_cuts
 from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
@@ -264,9 +263,7 @@ def check_data(*names: str | Path | None) -> None:
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise StochaError where `output` cannot be written, or exists and is not to be replaced."""
     if not output.exists() and not output.is_symlink():
-        ancestor = next(parent for parent in output.absolute().parents if parent.exists())
-        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-            raise StochaError(f"cannot write {output} in {ancestor}: expected a folder with write permission")
+        check_place(output)
         return
     if not overwrite:
         raise StochaError(f"{output} exists: expected a new folder; choose another one or pass --overwrite")

@@ -9,13 +9,16 @@ is checked before training starts. Started again with the same command, a run go
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.entry import RANDOM_START, with_stage
 from stocha_hf.checkpoints.metadata import public_name
+from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
+from stocha_hf.checkpoints.staging import check_place
 from stocha_hf.errors import StochaError
 from stocha_hf.spec import StochaConfig
 
@@ -119,6 +122,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     from trl import get_peft_config
 
     from stocha_hf.data import load_tokenizer
+    from stocha_hf.data.files import local_files
     from stocha_hf.models import load_config, load_model, tokenizer_folder
     from stocha_hf.training.checkpointing import last_checkpoint
     from stocha_hf.training.fresh import fresh_model
@@ -129,6 +133,9 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    _check_output(args.output_dir, name, args.teacher)
+    for text in filter(None, (data.dataset, *(data.datasets or ()), data.eval_dataset)):
+        local_files(text)  # what is missing here is told before the Hub is asked
     if args.model_config is None:
         load_config(name, revision)  # a missing model or teacher is told before long texts are read
     teacher_config = load_config(args.teacher) if args.teacher else None
@@ -195,6 +202,15 @@ def _result(folder: Path, state: Any, seconds: float) -> TrainingResult:
     return TrainingResult(
         folder, state.global_step, last.get("loss"), last.get("sparsity"), last.get("num_tokens", 0), seconds
     )
+
+
+def _check_output(output: str, *models: str | None) -> None:
+    check_place(Path(output))
+    for name in filter(None, models):
+        if os.path.exists(output) and os.path.realpath(output) == os.path.realpath(local_path(name)):
+            raise StochaError(
+                f"output_dir is {output}, a model that the run reads and would write over: expected another folder"
+            )
 
 
 def _load_both(data: DataArguments, seed: int) -> tuple[Any, Any]:

@@ -491,6 +491,9 @@ TRAIN = """
 --config word.yaml -> word.yaml holds no keys
 --config empty.yaml -> empty.yaml holds no keys
 --config alias.yaml -> alias.yaml; alias
+--config good.yaml --output_dir stocha -> output_dir is stocha, a model that the run reads; another folder
+--config good.yaml --output_dir text.txt -> cannot write text.txt; a folder
+--config good.yaml --output_dir text.txt/x -> cannot write text.txt/x in; text.txt: expected a folder
 --config twice.yaml -> the key max_steps is there twice; each once
 --config attention.yaml -> flash_attention_9; sdpa
 --config good.yaml --resume_from_checkpoint out -> resume_from_checkpoint is out; output_dir
@@ -531,7 +534,7 @@ TRAIN = """
 --config good.yaml --model_name_or_path stocha5 -> stocha
 --config good.yaml --model_name_or_path quantized4 -> quantized4 is quantized to 4 bits; training
 --config good.yaml --model_name_or_path notokenizer -> notokenizer has no tokenizer
---config good.yaml --dataset absent.txt --teacher ./absent -> ./absent does not exist
+--config good.yaml --teacher ./absent -> ./absent does not exist
 --config good.yaml --teacher vocabulary -> 16
 --config good.yaml --accelerate nosuch -> --accelerate is nosuch
 --config good.yaml --num_processes 2 -> --num_processes is 2; --accelerate
