@@ -489,11 +489,8 @@ def cut_inputs(
     require(fallback is None or is_fallback(fallback), "fallback", fallback, FALLBACK)
     count = fallback_tokens
     require(count is None or is_fallback_tokens(count), "fallback_tokens", count, FALLBACK_TOKENS)
-    shared: Any = cutting[0].cutting
-    with (
-        holding(cutting, cut_forced=where),
-        holding([shared], fallback=shared.fallback if fallback is None else fallback, tokens=count or shared.tokens),
-    ):
+    given = {key: value for key, value in (("fallback", fallback), ("tokens", count)) if value is not None}
+    with holding(cutting, cut_forced=where), holding([cutting[0].cutting], **given):
         yield model
 
 

@@ -295,6 +295,17 @@ def test_answers_are_what_steps_write_whatever_stands_beside_them(model_type: st
         assert [(found[i], repeated[i]) for i in range(2)] == expected
 
 
+def test_a_model_of_a_file_of_before_there_were_more_tokens_is_measured_and_answers() -> None:
+    model, windows = cut_model(0.3), PROMPTS[:, 2:]
+
+    def figures() -> Any:
+        return evaluate(model, windows), dict(continue_prompts(model, windows.tolist(), new=3, ends=set(), rows=3))
+
+    expected = figures()
+    del model.cutting.tokens
+    assert figures() == expected
+
+
 def test_steps_of_answers_are_counted_to_their_ends() -> None:
     model = cut_model(0.3)
     prompts = [row[mask == 1].tolist() for row, mask in zip(PROMPTS, MASK, strict=True)]

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.answers.grouped import grouped_attention
 from stocha_hf.answers.slots import SlotCache
+from stocha_hf.decoding.step import tokens_of
 from stocha_hf.errors import StochaError
 
 STRIDE = 8
@@ -94,7 +95,7 @@ class _Batch:
         self.rows: list[_Row | None] = [None] * rows
         self.cache = SlotCache(rows, model.device)
         self.cutting = getattr(model, "cutting", None)
-        known = 1 if self.cutting is None else self.cutting.tokens
+        known = 1 if self.cutting is None else tokens_of(self.cutting)
         self.ids = torch.zeros(rows, known, dtype=torch.int64, device=model.device)  # the last ones of each row
 
     def run(self, new: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None) -> Iterator[_Row]:

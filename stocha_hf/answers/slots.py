@@ -27,6 +27,8 @@ PLACES = 64  # the cache grows by so many tokens at a time, and a step reads a m
 class SlotCache(Cache):
     """Keys and values of `rows` slots, [rows, heads, places, size] for each layer."""
 
+    rewritten = True  # which cuts_stocha.py of folders of before `rewound` asks: a step computed again writes in place
+
     def __init__(self, rows: int, device: torch.device) -> None:
         super().__init__(layers=[])
         self.held: list[list[torch.Tensor]] = []  # of each layer keys and values

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from stocha_hf.cuts_stocha import cut_inputs, cut_projections
+from stocha_hf.decoding.step import tokens_of
 from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.records import BytesRead, Fallback
 from stocha_hf.modeling_stocha import holding
@@ -41,7 +42,7 @@ def doubts(model: Any, logits: torch.Tensor) -> torch.Tensor:
 
 def renewed(model: Any, doubted: torch.Tensor) -> torch.Tensor:
     """Return the tokens that steps in doubt compute again, bool [batch, seq]: their own and some before them."""
-    count = _cutting(model).tokens
+    count = tokens_of(_cutting(model))
     ahead = torch.nn.functional.pad(doubted, (0, count - 1))
     return ahead.unfold(1, count, 1).any(-1)
 
@@ -78,7 +79,7 @@ def with_repeated(model: Any, read: BytesRead, steps: int, repeated: int) -> tup
     share = repeated / steps if steps else 0.0
     blocks, head = round(read.blocks + share * read.dense_blocks), round((1 + share) * read.lm_head)
     whole = BytesRead(blocks + head, blocks, head, read.dense_blocks, blocks / read.dense_blocks)
-    return whole, Fallback(fallback_of(model), steps, repeated, share, read.share, _cutting(model).tokens)
+    return whole, Fallback(fallback_of(model), steps, repeated, share, read.share, tokens_of(_cutting(model)))
 
 
 @torch.no_grad()
