@@ -226,6 +226,12 @@ def test_a_running_conversion_is_not_swept_up_by_another(tmp_path):
     assert (out / "file").read_text() == "mine"
 
 
+def test_files_are_as_readable_as_the_folder(tmp_path):
+    with staged_folder(tmp_path / "out") as folder:
+        (folder / "weights").touch(mode=0o600)
+    assert (tmp_path / "out/weights").stat().st_mode & 0o666 == (tmp_path / "out").stat().st_mode & 0o666
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(large_source, tmp_path):
     """A limit on the size of files stands in for the disk: the kernel refuses the same write() half way through."""
     limit = 20 << 20

@@ -107,8 +107,8 @@ def with_stage(stocha: StochaConfig, stage: Mapping[str, Any]) -> StochaConfig:
     return replace(stocha, history=[*(stocha.history or []), kept])
 
 
-def cuts_sentence(cuts: InputCuts) -> str:
-    """Say what input cuts do, in a sentence without its full stop."""
+def cuts_sentence(cuts: InputCuts, loads_natively: bool = True) -> str:
+    """Say what input cuts do, in a sentence without its full stop; what the native class does, if it loads the folder."""
     share = f"{cuts.share:.0%} of the inputs" if cuts.share else "small inputs"
     where = "at every token" if cuts.prefill else "in decode steps of one token"
     if cuts.fallback:
@@ -116,7 +116,7 @@ def cuts_sentence(cuts: InputCuts) -> str:
         where += "without cuts"
         if (cuts.fallback_tokens or 1) > 1:
             where += f", with the tokens before it, {cuts.fallback_tokens} in all"
-    return (
-        f"{share} of {', '.join(cuts.thresholds)} are cut {where}; the native class, where it loads the folder, cuts "
-        "nothing: it runs the model as it would be without thresholds"
-    )
+    said = f"{share} of {', '.join(cuts.thresholds)} are cut {where}"
+    if loads_natively:
+        said += "; the native class cuts nothing: it runs the model as it would be without thresholds"
+    return said

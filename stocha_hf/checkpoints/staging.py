@@ -32,6 +32,7 @@ def staged_folder(output: Path, replace: bool = False) -> Iterator[Path]:
     output = Path(os.path.abspath(output))
     with scratch_folder(output) as partial:
         yield partial
+        _open_to_readers(partial)
         _take_place(partial, output, replace)
 
 
@@ -94,6 +95,14 @@ def check_place(output: Path) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         where = "" if nearest == path else f" in {nearest}"
         raise StochaError(f"cannot write {output}{where}: expected a folder with write permission")
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give files the permissions that the folder has by the umask: safetensors writes some for their owner alone."""
+    permissions = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | permissions)
 
 
 def _take_place(partial: Path, output: Path, replace: bool) -> None:

@@ -189,7 +189,7 @@ def convert(args: argparse.Namespace) -> None:
     text += f", {done['stocha']['inference']} in inference"
     text += f", {done['bits']} bits" if done["bits"] else ""
     if (cuts := StochaConfig.from_dict(done["stocha"]).inputs) is not None:
-        text += f"\n{cuts_sentence(cuts)}"
+        text += f"\n{cuts_sentence(cuts, loads_natively=not done['bits'])}"
     if args.push_to_hub:
         try:
             done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()

@@ -166,7 +166,7 @@ def _calibrated(source: Source, entry: StochaConfig, options: Calibration) -> An
     windows = calibration_windows(str(options.data), source.folder, tokens, length, options.seed)
     if not windows.numel():
         raise StochaError(
-            f"{options.data} has less than {length} tokens: expected at least one window of text to calibrate "
+            f"{options.data} has fewer than {length} tokens: expected at least one window of text to calibrate "
             "thresholds on"
         )
     of = options.of or (ATTENTION if is_sparse(entry) else PROJECTIONS)

@@ -129,7 +129,7 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
         **made,
         "activation": stocha.activation + p,
         "inference": stocha.inference,
-        "cuts": f"In the custom class, {cuts_sentence(stocha.inputs)}.\n\n" if stocha.inputs else "",
+        "cuts": f"In the custom class, {cuts_sentence(stocha.inputs, not quantization)}.\n\n" if stocha.inputs else "",
         "native": "not possible: the weights are quantized" if quantization else native,
         "native_use": native_use,
         "tools": "" if quantization else _other_tools(stocha, str(stocha.base)),

@@ -313,7 +313,7 @@ native out --inputs 0.4 -> without text; --calibrate DATA
 native out --inputs 0.4 --calibrate '' -> --calibrate; is empty
 org/absent out --inputs 0.4 --calibrate absent.txt -> absent.txt does not exist
 org/absent out --inputs 0.4 --calibrate empty.jsonl -> empty.jsonl is empty
-native out --inputs 0.4 --calibrate short.txt -> short.txt has less than 64 tokens; one window
+native out --inputs 0.4 --calibrate short.txt -> short.txt has fewer than 64 tokens; one window
 native out --inputs 0.4 --calibrate text.txt --calibrate-tokens 0 -> --calibrate-tokens is 0; at least 1
 native out --inputs 0.4 --calibrate text.txt --inputs-allotment fair -> --inputs-allotment is fair; greedy, output
 native out --inputs 0.4 --calibrate text.txt --inputs-of lm_head -> --inputs-of is lm_head; q_proj
