@@ -281,3 +281,13 @@ def test_usual_criteria_are_compared_as_numbers_and_one_that_may_warn_is_called(
     assert [done(torch.tensor([ids]), None) for ids in ([1, 2], [1, 3], [1, 2, 1, 2])] == [False, True, True]
     long = StoppingCriteriaList([MaxLengthCriteria(10, max_position_embeddings=8)])
     assert ending(long, 1) is long and ending(usual, 2) is usual
+
+
+def test_a_padded_window_that_becomes_full_in_the_loop_is_left_to_the_modules(slowly: Any) -> None:
+    model = model_of("mistral", **sliding("mistral"))
+    for parameter in model.parameters():
+        parameter.data += 0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 1, 1, 1]])
+    given = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+    found = model.generate(PROMPT[:, :4], **given)
+    assert torch.equal(found, slowly(model.generate, PROMPT[:, :4], **given))

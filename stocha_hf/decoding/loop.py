@@ -113,11 +113,12 @@ class Loop:
 
         def decode(chosen: torch.Tensor) -> torch.Tensor:
             found = None
-            if rows is not None and starts is not None:
-                text, wanted = self.ids[:, : self.length], self._wanted_logits()
-                found = step.with_fallback(self.model, rows, chosen[:, None], at, starts, 1, expected, text, wanted)
+            if self.rows is not None and starts is not None:
+                given = self.rows, chosen[:, None], at, starts, 1, expected
+                found = step.with_fallback(self.model, *given, self.ids[:, : self.length], self._wanted_logits())
             if found is None:
                 self.finish()
+                self.rows, self.finish = None, lambda: None  # the cache goes on alone: no step takes it back
                 found = self._by_call(chosen, at, cache)
             at.add_(1)
             return found[:, 0]
