@@ -100,6 +100,7 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
     Config and index are checked before the first weight is downloaded. Raises StochaError.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled, tqdm
 
     from stocha_hf.progress import Progress
 
@@ -122,7 +123,7 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
     weights = inspection.weight_files(present, lambda: read(inspection.INDEX), repo)
     wanted = [CONFIG, *({CARD} & set(present)), *weights, *companion_files(present)]
     with hub_errors("reading", repo), _cache_errors():
-        bar: Any = Progress  # which is less than the type that the client names
+        bar: Any = tqdm if are_progress_bars_disabled() else Progress  # less than the type that the client names
         folder = Path(snapshot_download(repo, revision=sha, allow_patterns=wanted, tqdm_class=bar))
     # Where the list of files cannot be had, the client returns what the cache holds, whole or not.
     if missing := [name for name in wanted if not (folder / name).is_file()]:

@@ -108,7 +108,7 @@ def with_stage(stocha: StochaConfig, stage: Mapping[str, Any]) -> StochaConfig:
 
 
 def cuts_sentence(cuts: InputCuts, loads_natively: bool = True) -> str:
-    """Say what input cuts do, in a sentence without its full stop; what the native class does, if it loads the folder."""
+    """Say what input cuts do, in a sentence without its full stop; and what the native class does, if it can load."""
     share = f"{cuts.share:.0%} of the inputs" if cuts.share else "small inputs"
     where = "at every token" if cuts.prefill else "in decode steps of one token"
     if cuts.fallback:

@@ -45,14 +45,14 @@ def _logits(plan: gpu_plan.GpuPlan, given: dict[str, Any], cutting: Any) -> torc
     """
     ids, cache = given["input_ids"][0], given[CACHE]
     rows = rows_of(plan, cache)
-    step = None if rows is None else plan.step(len(ids))
-    if not repeats(plan, cutting):
+    if rows is None or not repeats(plan, cutting):
         return None
+    step = plan.step(len(ids))
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     held = int(cache.get_seq_length())
     starts = padding(mask.cpu() if isinstance(mask, torch.Tensor) else mask, 1, held + len(ids))
     places = [held] if positions is None else positions.flatten().tolist()
-    if rows is None or step is None or starts is None or places != list(range(places[0], places[0] + len(places))):
+    if step is None or starts is None or places != list(range(places[0], places[0] + len(places))):
         return None
     length = rows.prepare([step], step.count, int(starts[0]) > 0)
     if length is None:
