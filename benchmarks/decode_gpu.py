@@ -14,7 +14,6 @@ which no token of the step needs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_records import report
 from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -221,12 +221,7 @@ def main() -> None:
         shapes = [tuple(map(int, shape.split(","))) for shape in args.shape or ["2048,8192", "4096,14336"]]
         records = (r for shape in shapes for r in ffn_records(shape, dtype, args.tokens, args.sparsity, args.rounds))
     for record in tqdm(records, unit="record", disable=None):
-        told = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in record.items()}
-        line = json.dumps({"device": torch.cuda.get_device_name(), **told})
-        print(line, flush=True)
-        if args.json:
-            with args.json.open("a") as file:
-                file.write(line + "\n")
+        report(record, args.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ that the steps which were timed need. Keys and values are the prompt's.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_records import report
 
 from stocha_hf.decoding.gpu_plan import weights_of
 from stocha_hf.decoding.gpu_step import GpuStep
@@ -172,12 +172,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for name in args.random:
         for record in records(name, args.cut, args.length):
-            rounded = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in record.items()}
-            line = json.dumps({"device": torch.cuda.get_device_name(), **rounded})
-            print(line, flush=True)
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(line + "\n")
+            report(record, args.json)
         torch.cuda.empty_cache()
 
 

@@ -10,7 +10,6 @@ events, with overlap as it is used and without. `gbps` counts weights, and keys 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_records import report
 from torch.profiler import ProfilerActivity, profile
 
 from stocha_hf.decoding.gpu_plan import weights_of
@@ -120,12 +120,6 @@ def records(name: str, zeros: float, length: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", nargs="+", choices=SHAPES, default=["1b", "8b"], help="Llama shapes")
@@ -139,11 +133,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for name in args.random:
         for record in records(name, args.sparsity, args.length):
-            line = json.dumps({"device": torch.cuda.get_device_name(), **_rounded(record)})
-            print(line, flush=True)
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(line + "\n")
+            report(record, args.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_records import report
 from transformers import AutoTokenizer
 
 from stocha_hf.decoding.gate_prediction import predict_gates
@@ -142,12 +142,7 @@ def main() -> None:
     makers |= {folder: lambda folder=folder: loaded_models(folder) for folder in args.models}
     for name, make in makers.items():
         for record in records(name, *make(), args):
-            rounded = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in record.items()}
-            line = json.dumps({"device": torch.cuda.get_device_name(), **rounded})
-            print(line, flush=True)
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(line + "\n")
+            report(record, args.json)
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -1,0 +1,24 @@
+"""What the GPU's benchmarks write: a line of JSON a measurement, to the screen and to a file of results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def report(record: dict[str, Any], path: Path | None) -> None:
+    """Print a measurement with the card's name, in four digits, and add it to a file, if there is one."""
+    line = json.dumps({"device": torch.cuda.get_device_name(), **_rounded(record)})
+    print(line, flush=True)
+    if path:
+        with path.open("a") as file:
+            file.write(line + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
