@@ -6,9 +6,10 @@ of attention; TILE are also rows of the sparse down product. A product that cuts
 DEPTH rows that a warp reads at a time; without SPLITS it reads its matrices whole.
 
 Found on an H200, by the time of the whole step: TILES with a Llama of 1B shape; LARGE and FOUR with one of 8B. The
-list's tile, and the stages of FOUR's hidden, are of an H100. EIGHT and SIXTEEN were not searched for. Tiles of products that cut
-their inputs were found by the time of each product: LARGE's at 8B, SMALL's at 0.5B; those of TILES were reckoned from
-these. To bring a product's rows into the L2 cache before it waits for x made the step slower, by up to 9%.
+list's tile, and the stages of FOUR's hidden, are of an H100. EIGHT and SIXTEEN were not searched for. Tiles of
+products that cut their inputs were found by the time of each product: LARGE's at 8B, SMALL's at 0.5B; those of TILES
+were reckoned from these. To bring a product's rows into the L2 cache before it waits for x made the step slower, by up
+to 9%.
 """
 
 from __future__ import annotations

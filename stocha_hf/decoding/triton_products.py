@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stocha_hf.decoding.triton_one_token import hidden_value
 
+
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
     x_ptr, norm_ptr, w_ptr, rows, taken,
