@@ -75,7 +75,14 @@ def hub_errors(doing: str, repo: str) -> Iterator[None]:
             reason = "the transfer broke off; run the command again, which does only what is missing"
         elif isinstance(error, ValueError) and own is not error:  # of a card that the Hub does not accept
             reason = shorten(str(error), 400)
-        raise StochaError(f"{doing} {repo} failed: {reason}") from error
+        raise StochaError(f"{_attempt(doing, repo)} failed: {reason}") from error
+
+
+def _attempt(doing: str, repo: str) -> str:
+    """What failed; a name in a folder that exists here is more likely a mistyped path than a Hub id."""
+    if doing == "reading" and "/" in repo and Path(repo).parent.is_dir():
+        return f"the folder {repo} does not exist, and {doing} it from the Hub"
+    return f"{doing} {repo}"
 
 
 def _own(error: BaseException, kinds: tuple[type[BaseException], ...]) -> BaseException | None:

@@ -156,7 +156,7 @@ def split(codes: torch.Tensor) -> torch.Tensor:
 
 def joined(planes: torch.Tensor) -> torch.Tensor:
     """Return the codes of 8 bits [rows, columns] of two planes."""
-    packed = planes.view(2, planes.shape[1], -1, GROUP // 2)
+    packed = planes.unflatten(-1, (-1, GROUP // 2))
     high, low = torch.cat([packed & 15, packed >> 4], -1).flatten(2)
     return ((high << 4 | low).to(torch.int16) - 128).to(torch.int8)
 
@@ -174,7 +174,7 @@ def dequantize(
         packed, weights = codes.view(rows, groups, GROUP // 2), step.new_empty(rows, groups, GROUP)
         for half, target in ((packed & 15, weights[..., : GROUP // 2]), (packed >> 4, weights[..., GROUP // 2 :])):
             torch.mul(half.float().sub_(zero), step, out=target)
-    return weights.view(rows, -1)[:, :columns].to(dtype)
+    return weights.flatten(1)[:, :columns].to(dtype)
 
 
 def quantize(
@@ -402,7 +402,8 @@ class QuantizedEmbedding(Quantized):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the vectors [..., embedding_dim] of token ids."""
         flat = tokens.reshape(-1)
-        found = self._dequantized(flat, self.dtype)
+        scale = F.embedding(flat, self.scale)  # first: of ids that there are none of, it says what a native one says
+        found = dequantize(self.codes[..., flat, :], scale, self.bits, self.columns, self.dtype)
         if self.factor != 1:
             found = found * torch.tensor(self.factor, dtype=self.dtype)
         return found.view(*tokens.shape, self.columns)

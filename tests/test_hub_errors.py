@@ -56,6 +56,13 @@ def test_the_hubs_own_errors_become_a_sentence_and_stay_the_cause(error, words):
     assert "secret" not in str(found) and "signed" not in str(found)
 
 
+def test_a_name_in_a_folder_that_exists_is_told_as_a_path_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    found = raised(errors.OfflineModeIsEnabled("offline"))
+    assert str(found).startswith("the folder org/model does not exist, and reading it from the Hub failed: HF_HUB")
+
+
 def test_what_the_hubs_errors_caused_is_told_by_its_cause():
     broken = raised(RuntimeError("Error while uploading 'x' to the Hub."), HTTP_ERROR("reset"))
     assert "the transfer broke off; run the command again" in str(broken)

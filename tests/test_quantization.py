@@ -43,6 +43,21 @@ def test_bytes_hold_codes_in_the_order_that_kernels_read() -> None:
     )
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("ids", [torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0), torch.tensor([[-1]])])
+def test_ids_that_are_none_are_refused_as_a_native_model_refuses_them(bits: int, ids: torch.Tensor) -> None:
+    native, quantized = tiny_model(), tiny_model()
+    quantization_stocha.exchange(quantized, Quantization(bits), fill=True)
+    errors = []
+    for model in (native, quantized):
+        with torch.no_grad(), pytest.raises((RuntimeError, IndexError)) as caught:
+            model.eval()(ids)
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+    empty = quantized.get_input_embeddings()(torch.empty(2, 0, dtype=torch.int64))
+    assert empty.shape == (2, 0, native.config.hidden_size)
+
+
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.09), (8, 0.007)])
 def test_the_error_is_that_of_the_bits_and_what_a_group_can_hold_is_exact(bits: int, most: float) -> None:
     """A normal weight's range in 32 is 4.1 deviations; in 15 steps, the error is 0.27 / sqrt(12) = 0.08."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, assert_refused, first_is_fast, run_command, tiny_model, tiny_tokenizer
+from helpers import CONFIGS, assert_refused, call_command, first_is_fast, run_command, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +19,7 @@ from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion import refit, refit_streams
 from stocha_hf.conversion.convert import convert
 from stocha_hf.conversion.layerwise import Layers, autocast
-from stocha_hf.conversion.refit_ffn import FFN, RIDGES, Rows, balance, refit_ffn, solve_down, threshold_for
+from stocha_hf.conversion.refit_ffn import FFN, RIDGES, Fitted, Rows, balance, refit_ffn, solve_down, threshold_for
 from stocha_hf.conversion.refit_model import refit as refit_model
 from stocha_hf.conversion.refit_shares import allocate
 from stocha_hf.data import calibration_windows
@@ -61,7 +61,8 @@ def relative_error(ffn: FFN, rows: Rows) -> float:
 
 def test_closed_form_equals_weighted_least_squares() -> None:
     ffn, rows = silu_rows()
-    solved, error = solve_down(ffn, rows, rows[:1000])
+    done = solve_down(ffn, rows, rows[:1000])
+    solved, error = done.ffn, done.error
     hidden = ffn.hidden(rows.inputs).double() * rows.weights.double().sqrt().unsqueeze(1)
     reference = torch.linalg.lstsq(hidden, rows.targets.double() * rows.weights.double().sqrt().unsqueeze(1)).solution
     difference = (solved.down.double() - reference.T).norm() / reference.norm()
@@ -84,8 +85,9 @@ def test_each_part_of_the_fit_lowers_the_error_on_rows_it_has_not_seen() -> None
     ffn, rows = silu_rows(16384)
     seen, unseen = rows[:12288], rows[12288:]
     swapped = relative_error(ffn, unseen)
-    closed = relative_error(solve_down(ffn, seen, unseen)[0], unseen)
-    fitted, told = refit_ffn(ffn, seen, steps=100)
+    closed = relative_error(solve_down(ffn, seen, unseen).ffn, unseen)
+    done = refit_ffn(ffn, seen, steps=100)
+    fitted, told = done.ffn, done.error
     assert relative_error(fitted, unseen) < 0.7 * closed < 0.7 * swapped
     assert told == pytest.approx(relative_error(fitted, unseen), rel=0.1)
 
@@ -93,16 +95,18 @@ def test_each_part_of_the_fit_lowers_the_error_on_rows_it_has_not_seen() -> None
 @pytest.mark.parametrize("share", first_is_fast([0.7, 0.9]))
 def test_a_share_of_zeros_is_met_by_a_threshold(share: float) -> None:
     ffn, rows = silu_rows()
-    fitted, _ = refit_ffn(ffn, rows, share=share, steps=50)
+    done = refit_ffn(ffn, rows, share=share, steps=50)
+    fitted = done.ffn
     assert fitted.threshold > 0
     assert (fitted.hidden(rows.inputs) == 0).double().mean().item() == pytest.approx(share, abs=0.02)
+    assert done.zeros == pytest.approx(share, abs=0.02)
     assert threshold_for(ffn, rows, 0.1) == 0.0  # plain ReLU makes more
     assert relative_error(fitted, rows) < relative_error(FFN(ffn.gate, ffn.up, ffn.down, fitted.threshold), rows)
 
 
 def test_a_seed_gives_the_same_weights() -> None:
     ffn, rows = silu_rows()
-    first, second, other = (refit_ffn(ffn, rows, steps=5, seed=seed)[0].gate for seed in (1, 1, 2))
+    first, second, other = (refit_ffn(ffn, rows, steps=5, seed=seed).ffn.gate for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -164,15 +168,19 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_target_sparsity_is_met_with_thresholds_in_the_config(checkpoint, text, tmp_path) -> None:
-    done = convert(checkpoint(), tmp_path / "out", refit=str(text), refit_tokens=2048, target_sparsity=0.85)
-    assert done.stocha["activation"] == done.stocha["inference"] == "fatrelu"
-    assert len(done.stocha["threshold"]) == 2
+    given = ("--refit", text, "--refit-tokens", 2048, "--target-sparsity", 0.85)
+    done = call_command("stocha-convert", checkpoint(), tmp_path / "out", *given)
+    stocha = read_config(tmp_path / "out")["stocha"]
+    assert stocha["activation"] == stocha["inference"] == "fatrelu"
+    assert len(stocha["threshold"]) == 2
     assert "refitted layer by layer on 2,048 tokens" in (tmp_path / "out" / "README.md").read_text()
     model = load_model(str(tmp_path / "out")).eval()
     meter = SparsityMeter(model)
     with meter.record(), torch.no_grad():
         model(TOKENS)
     assert meter.read()["mean"] == pytest.approx(0.85, abs=0.04)
+    assert stocha["history"][0]["zeros"] == pytest.approx(0.85, abs=0.04)
+    assert f"{stocha['history'][0]['zeros']:.1%} zeros" in done.stdout.splitlines()[-1], done
 
 
 def test_shares_follow_what_zeros_cost(checkpoint) -> None:
@@ -290,14 +298,14 @@ def test_kept_streams_make_room_for_a_finished_layer(tmp_path, monkeypatch) -> N
 
     monkeypatch.setattr(refit, "save_file", full)
     kept.write_bytes(b"streams")
-    store[0] = silu_ffn()[0], 0.25
-    assert 0 in store and store[0][1] == 0.25 and not kept.exists()
+    store[0] = Fitted(silu_ffn()[0], 0.25, 0.8)
+    assert 0 in store and (store[0].error, store[0].zeros) == (0.25, 0.8) and not kept.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "without figures"])
 def test_a_damaged_layer_is_named_and_not_called_a_full_disk(tmp_path, damage: str) -> None:
     store, (ffn, _) = refit.LayerFiles(tmp_path), silu_ffn()
-    store[0] = ffn, 0.25
+    store[0] = Fitted(ffn, 0.25, 0.8)
     path = store.path(0)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:2000])

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +33,7 @@ from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion.layerwise import Layers
-from stocha_hf.conversion.refit_ffn import BATCH, FFN, refit_ffn
+from stocha_hf.conversion.refit_ffn import BATCH, FFN, Fitted, refit_ffn
 from stocha_hf.conversion.refit_shares import allocate
 from stocha_hf.conversion.refit_streams import KEPT, WINDOWS, Streams
 from stocha_hf.conversion.refit_work import Refit, layers_folder, reading_layer
@@ -52,13 +53,25 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Store(Protocol):
-    """Where finished layers are kept: each FFN, and its error on held-out text."""
+    """Where finished layers are kept."""
 
     def __contains__(self, index: int) -> bool: ...
 
-    def __setitem__(self, index: int, fitted: tuple[FFN, float]) -> None: ...
+    def __setitem__(self, index: int, fitted: Fitted) -> None: ...
 
-    def __getitem__(self, index: int) -> tuple[FFN, float]: ...
+    def __getitem__(self, index: int) -> Fitted: ...
+
+
+class Figures(NamedTuple):
+    """Of a finished layer: its threshold, and the error and share of zeros of its FFN on held-out text."""
+
+    threshold: float
+    error: float
+    zeros: float
+
+    @classmethod
+    def of(cls, fitted: Fitted) -> Figures:
+        return cls(fitted.ffn.threshold, fitted.error, fitted.zeros)
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,11 @@ class LayerFiles:
     def __contains__(self, index: int) -> bool:
         return self.path(index).exists()
 
-    def __setitem__(self, index: int, fitted: tuple[FFN, float]) -> None:
-        ffn, error = fitted
+    def __setitem__(self, index: int, fitted: Fitted) -> None:
+        ffn = fitted.ffn
         partial = self.path(index).with_suffix(".partial")
         matrices = {part: matrix.cpu() for part, matrix in zip(PARTS, (ffn.gate, ffn.up, ffn.down), strict=True)}
-        told = {"threshold": repr(ffn.threshold), "error": repr(error)}
+        told = {"threshold": repr(ffn.threshold), "error": repr(fitted.error), "zeros": repr(fitted.zeros)}
         try:
             save_file(matrices, partial, told)
         except (OSError, SafetensorError):
@@ -89,12 +102,12 @@ class LayerFiles:
             save_file(matrices, partial, told)
         partial.rename(self.path(index))
 
-    def __getitem__(self, index: int) -> tuple[FFN, float]:
+    def __getitem__(self, index: int) -> Fitted:
         path = self.path(index)
         with reading_layer(path), safe_open(path, framework="pt", device=self.device) as stored:
-            figures = stored.metadata()
+            told = {name: float(figure) for name, figure in (stored.metadata() or {}).items()}
             gate, up, down = (stored.get_tensor(part) for part in PARTS)
-            return FFN(gate, up, down, float(figures["threshold"])), float(figures["error"])
+            return Fitted(FFN(gate, up, down, told["threshold"]), told["error"], told["zeros"])
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ class Refitted:
         """Overwrite the FFN weights of a copy of the source."""
         tensors = Tensors(checkpoint)
         for index in range(self.config["num_hidden_layers"]):
-            names, (ffn, _) = tensors.layer(index), self.layers[index]
+            names, ffn = tensors.layer(index), self.layers[index].ffn
             for part, matrix in zip(PARTS, (ffn.gate, ffn.up, ffn.down), strict=True):
                 tensors.overwrite(names[f"mlp.{part}.weight"], matrix)
 
@@ -180,8 +193,8 @@ def whole_batches(windows: torch.Tensor, config: dict[str, Any], data: str) -> t
 
 def refit_layers(
     layers: Layers, tokens: torch.Tensor, options: Refit, store: Store, work: Path | None = None
-) -> list[tuple[float, float]]:
-    """Threshold and held-out error of each layer, whose weights are then in `store`; goes on after what `work` has."""
+) -> list[Figures]:
+    """The figures of each layer, whose weights are then in `store`; goes on after what `work` has."""
     layers.check_no_biases()
     kept = work / KEPT if work is not None else None
     streams = Streams(layers, tokens, work if options.on_disk else None)
@@ -194,7 +207,7 @@ def refit_layers(
     with Progress(total=len(layers) * (steps + 2 * streams.batches), desc="Refitting", unit="step") as bar:
         for index in range(len(layers)):
             if index < passed:
-                done.append((store[index][0].threshold, store[index][1]))
+                done.append(Figures.of(store[index]))
                 bar.update(steps + 2 * streams.batches)
                 continue
             with layers.load(index) as layer:
@@ -206,9 +219,9 @@ def refit_layers(
                     store[index] = refit_ffn(
                         ffn, rows, share=shares[index], steps=steps, seed=seed, progress=bar.update
                     )
-                ffn, error = store[index]
-                streams.through_ffn(layer, rows, ffn, bar.update)
-            done.append((ffn.threshold, error))
+                fitted = store[index]
+                streams.through_ffn(layer, rows, fitted.ffn, bar.update)
+            done.append(Figures.of(fitted))
             if kept is not None and time.monotonic() - last >= KEEP_EVERY:
                 streams.keep(kept, index + 1, shares)
                 last = time.monotonic()
@@ -222,18 +235,17 @@ def _shares(layers: Layers, tokens: torch.Tensor, options: Refit) -> list[float 
     return [*allocate(layers, tokens[:WINDOWS], options.target_sparsity)]
 
 
-def refitted_entry(
-    entry: StochaConfig, options: Refit, tokens: int, figures: list[tuple[float, float]]
-) -> StochaConfig:
+def refitted_entry(entry: StochaConfig, options: Refit, tokens: int, figures: list[Figures]) -> StochaConfig:
     """The entry of a refitted model: what it runs, and one more stage of its history."""
-    thresholds, errors = map(list, zip(*figures, strict=True))
+    thresholds = [layer.threshold for layer in figures]
     stage = {
         "method": "refit",
         "data": public_name(str(options.data)),
         "tokens": tokens,
         "target_sparsity": options.target_sparsity,
         "seed": options.seed,
-        "held_out_errors": [round(error, 4) for error in errors],
+        "zeros": round(statistics.fmean(layer.zeros for layer in figures), 4),
+        "held_out_errors": [round(layer.error, 4) for layer in figures],
     }
     if any(thresholds):
         entry = replace(entry, activation="fatrelu", inference="fatrelu", threshold=thresholds)

@@ -11,7 +11,8 @@ W_down(act(W_gate n) * (W_up n)) - t, where act(x) = x if x > threshold else 0:
 Before that, `balance` rescales neurons so that one threshold a layer cuts each neuron where its contribution to the
 output is equally small: for any positive c, (c W_gate, W_up / c) is the same FFN under ReLU.
 
-    fitted, error = refit_ffn(ffn, Rows(inputs, targets, weights), share=0.9, steps=200, seed=0)
+    fitted = refit_ffn(ffn, Rows(inputs, targets, weights), share=0.9, steps=200, seed=0)
+    fitted.ffn, fitted.error, fitted.zeros
 """
 
 from __future__ import annotations
@@ -52,6 +53,19 @@ class FFN:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """A refitted FFN and its figures on held-out rows.
+
+    `error` is its squared error relative to that of an FFN that returns 0, `zeros` the share of zeros in its hidden
+    vectors.
+    """
+
+    ffn: FFN
+    error: float
+    zeros: float
+
+
+@dataclass(frozen=True)
 class Rows:
     """Calibration rows: inputs and targets [T, H], and the weight [T] of each row's squared error."""
 
@@ -77,8 +91,8 @@ def refit_ffn(
     steps: int = 200,
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
-) -> tuple[FFN, float]:
-    """The refitted FFN, and its squared error on held-out rows relative to that of an FFN that returns 0.
+) -> Fitted:
+    """The refitted FFN and its figures.
 
     `share` is the wanted share of zeros in the hidden vector; None, or less than plain ReLU makes, is plain ReLU.
     `progress` is called after each step. Raises StochaError when no ridge makes the normal equations solvable.
@@ -88,7 +102,7 @@ def refit_ffn(
     generator = torch.Generator().manual_seed(seed)
     ffn = balance(ffn, held_out.inputs)
     ffn = replace(ffn, threshold=threshold_for(ffn, held_out, share))
-    ffn, _ = solve_down(ffn, train[: len(train) // 4], held_out)
+    ffn = solve_down(ffn, train[: len(train) // 4], held_out).ffn
     ffn = fit_locally(ffn, train, share, steps, generator, progress)
     ffn = replace(ffn, threshold=threshold_for(ffn, held_out, share))
     return solve_down(ffn, train, held_out)
@@ -156,8 +170,8 @@ def _as_ffn(weights: list[torch.Tensor], threshold: float) -> FFN:
     return FFN(gate, up, down, threshold)
 
 
-def solve_down(ffn: FFN, rows: Rows, held_out: Rows) -> tuple[FFN, float]:
-    """The FFN with the W_down of least error on `rows`, ridge towards the old one; and its error on `held_out`.
+def solve_down(ffn: FFN, rows: Rows, held_out: Rows) -> Fitted:
+    """The FFN with the W_down of least error on `rows`, ridge towards the old one.
 
     The ridge is the one of RIDGES with the least error on `held_out`. Raises StochaError if none can be solved.
     """
@@ -182,7 +196,8 @@ def solve_down(ffn: FFN, rows: Rows, held_out: Rows) -> tuple[FFN, float]:
             f"the normal equations of {len(rows)} calibration tokens are singular for every ridge up to {RIDGES[-1]}: "
             "expected text with more variety, or more of it"
         )
-    return replace(ffn, down=best[1].T.contiguous()), best[0]
+    zeros = sum(int((hidden == 0).sum()) for hidden, _ in judged) / sum(hidden.numel() for hidden, _ in judged)
+    return Fitted(replace(ffn, down=best[1].T.contiguous()), best[0], zeros)
 
 
 def _hidden(ffn: FFN, block: Rows) -> torch.Tensor:

@@ -30,7 +30,7 @@ from stocha_hf.conversion.refit import (
     wanted_tokens,
     whole_batches,
 )
-from stocha_hf.conversion.refit_ffn import FFN
+from stocha_hf.conversion.refit_ffn import Fitted
 from stocha_hf.conversion.refit_work import Refit
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
@@ -81,7 +81,7 @@ def refit(
         data = _text_windows(options, tokenizer, wanted_tokens(options, native, length), length)
     windows = whole_batches(_checked_ids(data, settings.vocab_size), native, options.data)
     layers = Layers(ModelTensors(model), native, str(next(model.parameters()).device))
-    store: dict[int, tuple[FFN, float]] = {}
+    store: dict[int, Fitted] = {}
     figures = refit_layers(layers, windows, options, store)
     stocha = refitted_entry(before, options, windows.numel(), figures)
     if stocha_mlps(model):
@@ -89,7 +89,7 @@ def refit(
     patch(model, stocha)  # type: ignore[arg-type] # inside the package there is one StochaConfig
     with torch.no_grad():
         for index, mlp in enumerate(stocha_mlps(model)):
-            ffn, _ = store[index]
+            ffn = store[index].ffn
             for part, matrix in zip(PARTS, (ffn.gate, ffn.up, ffn.down), strict=True):
                 getattr(mlp, part).weight.copy_(matrix)
     return model
