@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_records import report
+from gpu_records import check_gpu, report
 from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -210,8 +210,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that a model decodes (default: 64)")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
-    if not (torch.cuda.is_available() and triton_ffn.available()):
-        parser.error("expected a GPU and Triton")
+    check_gpu(parser)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     dtype = getattr(torch, args.dtype)

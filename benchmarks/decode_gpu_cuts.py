@@ -14,16 +14,17 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_records import report
+from gpu_records import check_gpu, report
 
-from stocha_hf.decoding.gpu_plan import weights_of
-from stocha_hf.decoding.gpu_step import GpuStep
 from stocha_hf.decoding.gpu_weights import CutWeights, LayerWeights, Weights
 from stocha_hf.measurement.speed_models import SHAPES, VOCABULARIES, random_llama
 from stocha_hf.spec import PROJECTIONS
+
+if TYPE_CHECKING:
+    from stocha_hf.decoding.gpu_step import GpuStep
 
 STEPS = 32  # between two events
 COUNTED = 4  # steps whose inputs are counted
@@ -70,6 +71,8 @@ def turned(layer: LayerWeights) -> dict[str, torch.Tensor]:
 
 def started(weights: Weights, cache: Any) -> GpuStep:
     """A step whose keys and values are a copy of these, with room."""
+    from stocha_hf.decoding.gpu_step import GpuStep  # which needs Triton
+
     step = GpuStep(weights)
     step.record()
     parts = [
@@ -98,6 +101,8 @@ def replay_us(step: GpuStep, cache: Any, token: int) -> float:
 
 def bytes_of_steps(step: GpuStep, cache: Any, token: int) -> float:
     """The share of the decoder blocks' weights that steps need, by their own inputs."""
+    from stocha_hf.decoding.gpu_step import GpuStep  # which needs Triton
+
     needed: list[float] = []
     whole: list[float] = []
     attention, ffn, down = PROJECTIONS[:3], PROJECTIONS[4:6], PROJECTIONS[6:]
@@ -134,6 +139,8 @@ def bytes_of_steps(step: GpuStep, cache: Any, token: int) -> float:
 
 
 def records(name: str, shares: Sequence[float], length: int) -> Iterator[dict[str, Any]]:
+    from stocha_hf.decoding.gpu_plan import weights_of  # which needs Triton
+
     model = random_llama(name, torch.bfloat16, "cuda")
     tokens = torch.randint(32000, (1, length), device="cuda")
     found, cache = inputs_of(model, tokens)
@@ -166,8 +173,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in the cache (default: 512)")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("expected a GPU")
+    check_gpu(parser)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     for name in args.random:

@@ -14,17 +14,18 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_records import report
+from gpu_records import check_gpu, report
 from torch.profiler import ProfilerActivity, profile
 
-from stocha_hf.decoding.gpu_plan import weights_of
-from stocha_hf.decoding.gpu_step import GpuStep
 from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.measurement.speed_models import SHAPES, random_llama
+
+if TYPE_CHECKING:
+    from stocha_hf.decoding.gpu_step import GpuStep
 
 STEPS = 64  # between two events
 ROUNDS = 5
@@ -94,6 +95,9 @@ def kernel_us(step: GpuStep, names: list[str]) -> dict[str, float]:
 
 
 def records(name: str, zeros: float, length: int) -> Iterator[dict[str, Any]]:
+    from stocha_hf.decoding.gpu_plan import weights_of  # which need Triton
+    from stocha_hf.decoding.gpu_step import GpuStep
+
     dense = weights_of(random_llama(name, torch.bfloat16, "cuda"))
     sparse = with_zeros(dense, zeros)
     for side, weights in {"dense": dense, "sparse": sparse, "predicted": with_prediction(sparse)}.items():
@@ -127,8 +131,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in the cache (default: 512)")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("expected a GPU")
+    check_gpu(parser)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     for name in args.random:

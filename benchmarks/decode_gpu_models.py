@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_records import report
+from gpu_records import check_gpu, report
 from transformers import AutoTokenizer
 
 from stocha_hf.decoding.gate_prediction import predict_gates
@@ -133,8 +133,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("expected a GPU")
+    check_gpu(parser)
     torch.manual_seed(0)
     tokens, dtype = torch.randint(32000, (1, args.prompt), device="cuda"), getattr(torch, args.dtype)
     makers: dict[str, Callable[[], tuple[Any, Any]]] = {

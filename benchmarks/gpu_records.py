@@ -1,12 +1,24 @@
-"""What the GPU's benchmarks write: a line of JSON a measurement, to the screen and to a file of results."""
+"""What the GPU's benchmarks share: a sentence where there is no GPU, and a line of JSON a measurement, to the screen
+and to a file of results.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stocha_hf.cli import fail
+from stocha_hf.decoding import triton_ffn
+
+
+def check_gpu(parser: argparse.ArgumentParser, device: str = "cuda") -> None:
+    """End the program with a sentence where `device` is a GPU and there is none, or no Triton."""
+    if device.startswith("cuda") and not (torch.cuda.is_available() and triton_ffn.available()):
+        fail(parser.prog, "there is no GPU with Triton here: expected a machine that has one")
 
 
 def report(record: dict[str, Any], path: Path | None) -> None:

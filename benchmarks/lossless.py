@@ -180,7 +180,10 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, help="a line for each text is added to this file")
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
     args = parser.parse_args()
+    from gpu_records import check_gpu
     from transformers import AutoTokenizer
+
+    check_gpu(parser, args.device)
 
     args.threads = 1 if args.cpu else args.threads
     now = time.process_time if args.cpu else time.perf_counter

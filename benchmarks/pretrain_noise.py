@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_records import check_gpu
 from transformers import AutoTokenizer
 
 from stocha_hf.data import text_windows
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, required=True, help="lines are added to this file")
     args = parser.parse_args()
+    check_gpu(parser, args.device)
     check_sacrebleu()
     model, judge = (load_model(str(f), dtype=torch.float32).eval().to(args.device) for f in (args.model, args.judge))
     given = prompts(args.prompts, args.model, args.each, args.length)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_records import check_gpu
 from lm_eval.evaluator import evaluate
 from minimal_pairs import TASKS, pairs
 
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, required=True, help="lines are added to this file")
     args = parser.parse_args()
+    check_gpu(parser, args.device)
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     held = {(row["model"], row["task"]) for row in map(json.loads, lines)}
     jobs: dict[str, Callable[[Any, Any], Answers]]

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from gpu_records import check_gpu
 from tokenizers import Tokenizer, models
 from train_step import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to try the script")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
+    check_gpu(parser, "cpu" if args.small else "cuda")
     length = 64 if args.small else LENGTH
     with tempfile.TemporaryDirectory() as folder:
         model, rows = inputs(Path(folder), SHAPES["tiny" if args.small else "135m"], length)

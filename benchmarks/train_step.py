@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 import torch
+from gpu_records import check_gpu
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stocha_hf.modeling_stocha import StochaConfig
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--device", choices=list(BATCH), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     args = parser.parse_args()
+    check_gpu(parser, args.device)
     if not args.json:
         titles = ("shape", "dtype", "mode", "tokens", "SiLU ms", "StochA", "ratio", "spread", "kept MB", "peak MB")
         print(("{:6}{:9}{:8}" + 5 * "{:>9}" + 2 * "{:>15}").format(*titles), flush=True)

@@ -191,7 +191,8 @@ def convert(args: argparse.Namespace) -> None:
     if (cuts := StochaConfig.from_dict(done["stocha"]).inputs) is not None:
         text += f"\n{cuts_sentence(cuts, loads_natively=not done['bits'])}"
     if args.refit is not None:
-        text += f"\n{done['stocha']['history'][-1]['zeros']:.1%} zeros in the hidden vectors of held-out text of {args.refit}"
+        zeros = done["stocha"]["history"][-1]["zeros"]
+        text += f"\n{zeros:.1%} zeros in the hidden vectors, on a part of {args.refit} that was held out"
     if args.push_to_hub:
         try:
             done["published"] = publish(args.output, args.push_to_hub, private=args.private).to_dict()
