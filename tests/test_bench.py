@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import call_command, tiny_model
+from helpers import assert_refused, call_command, tiny_model
 
+from stocha_hf.conversion.convert import convert
 from stocha_hf.measurement import speed, speed_ffn, speed_models
 from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.patching import patch
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {"shape", "dtype", "sparsity", "dense_ms", "sparse_ms", "speedup", "achieved_gbps"}
+
+
+@pytest.mark.parametrize("script", ["decode_gpu_cuts", "decode_gpu_kernels"])
+def test_without_a_gpu_its_benchmarks_say_so(script: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.argv", [f"{script}.py"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("there is no GPU with Triton here: expected a machine that has one\n")
 
 
 @pytest.mark.slow
@@ -47,6 +62,17 @@ def test_a_converted_checkpoint_is_measured_against_its_native_class(tmp_path: P
     )
     record = json.loads(done.stdout)[0]
     assert record.keys() >= KEYS - {"shape"} and 0.2 < record["sparsity"] < 0.8
+
+
+def test_a_checkpoint_that_cuts_inputs_and_has_no_zeros_is_measured(
+    checkpoint, text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "READ", 2**20)
+    convert(checkpoint(), tmp_path / "cut", inputs=0.4, calibrate=text, calibrate_tokens=2048)
+    given = (tmp_path / "cut", "--prompt", 4, "--new", 8, "--dtype", "float32")
+    told = re.search(r"at 0% zeros, (\d+)% of the inputs cut: dense", call_command("stocha-bench", *given).stdout)
+    assert told is not None and int(told[1]) == pytest.approx(40, abs=10)
+    assert_refused(call_command("stocha-bench", *given, "--recall", 0.9), "decodes with silu, which skips no neuron")
 
 
 @pytest.mark.slow

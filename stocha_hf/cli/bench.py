@@ -5,8 +5,8 @@ example:
   stocha-bench smollm2-sparse
   stocha-bench --random 1b --sparsity 0.9 --json > decode.json
 
-MODEL is a converted checkpoint, measured as it is against its native class. --random builds a Llama of that size from
-random numbers and forces the shares of zeros by thresholds.
+MODEL is a converted checkpoint, with zeros or input cuts, measured as it is against its native class. --random builds
+a Llama of that size from random numbers and forces the shares of zeros by thresholds.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def _as_text(record: dict[str, Any]) -> str:
     speed = f"dense {record['dense_ms']:.2f} ms, sparse {record['sparse_ms']:.2f} ms, {record['speedup']:.2f}x"
     if "model" in record:
         what = f"{record['model']} {record['dtype']}, a step of {record['batch']} at {record['sparsity']:.0%} zeros"
+        what += f", {record['inputs_cut']:.0%} of the inputs cut" if "inputs_cut" in record else ""
         rest = f"{record['tokens_per_second']:.1f} tokens/s; memory reads {record['read_gbps']:.0f} GB/s"
     else:
         what = f"FFN {record['shape'][0]}x{record['shape'][1]} {record['dtype']}, {record['tokens']} tokens, "

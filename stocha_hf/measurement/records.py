@@ -237,10 +237,11 @@ class TaskDifference(Record):
 class Benchmark(Record):
     """Dense against sparse decode of one model.
 
-    `sparsity` is the share of zeros while decoding. `batch` sequences are decoded at once, `new_tokens` after
-    `prompt` tokens. `dense_ms` and `sparse_ms` are milliseconds a step, `speedup` the median of their ratios within a
-    round, `tokens_per_second` the whole batch's when sparse, `read_gbps` what the memory gave meanwhile. `weights` and
-    `revision` name a checkpoint; `forced_sparsity` is the share that a model of random weights was made to have.
+    `sparsity` is the share of zeros while decoding, `inputs_cut` that of projections' inputs that steps cut, where a
+    model cuts them. `batch` sequences are decoded at once, `new_tokens` after `prompt` tokens. `dense_ms` and
+    `sparse_ms` are milliseconds a step, `speedup` the median of their ratios within a round, `tokens_per_second` the
+    whole batch's when sparse, `read_gbps` what the memory gave meanwhile. `weights` and `revision` name a checkpoint;
+    `forced_sparsity` is the share that a model of random weights was made to have.
     """
 
     model: str
@@ -259,10 +260,12 @@ class Benchmark(Record):
     weights: str | None = None
     revision: str | None = None
     forced_sparsity: float | None = None
+    inputs_cut: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures; a checkpoint's have no `forced_sparsity`, random weights no `weights` or `revision`."""
-        absent = ("forced_sparsity",) if self.forced_sparsity is None else ("weights", "revision")
+        absent = ["forced_sparsity"] if self.forced_sparsity is None else ["weights", "revision"]
+        absent += ["inputs_cut"] if self.inputs_cut is None else []
         return {key: value for key, value in super().to_dict().items() if key not in absent}
 
 

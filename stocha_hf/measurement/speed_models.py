@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
+from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.errors import StochaError
+from stocha_hf.measurement.fallback import uncut
 from stocha_hf.measurement.provenance import origin
 from stocha_hf.measurement.records import Benchmark
 from stocha_hf.measurement.speed import READ, measured_in_turn, ratio, read_memory, threshold_for, timed
 from stocha_hf.modeling_stocha import ACTIVATIONS, StochaConfig, stocha_mlps
+from stocha_hf.models import cutting_everywhere, load_config, load_model
 from stocha_hf.patching import patch
 
 SHAPES = {  # Llama shapes for random weights: hidden_size, intermediate_size, layers, heads, key heads
@@ -116,7 +119,7 @@ def decoding_in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> d
 def compare_decoding(name: str, dense: Any, sparse: Any, tokens: torch.Tensor, new: int, rounds: int = 5) -> Benchmark:
     """Time a native model and its stocha counterpart, decoding `new` tokens in turn after token ids [batch, length].
 
-    The zeros are those of the tokens generated.
+    The zeros and cuts are those of the tokens generated.
     """
     from stocha_hf.measurement.sparsity import SparsityMeter
 
@@ -126,7 +129,8 @@ def compare_decoding(name: str, dense: Any, sparse: Any, tokens: torch.Tensor, n
     )
     meter = SparsityMeter(sparse)
     with meter.record(), torch.no_grad():
-        sparse(sparse.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False))
+        text = sparse.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False)
+        sparse(text)
     zeros = meter.read()["mean"]
     meter.close()
     return Benchmark(
@@ -143,7 +147,31 @@ def compare_decoding(name: str, dense: Any, sparse: Any, tokens: torch.Tensor, n
         achieved_gbps=None,
         read_gbps=READ / statistics.median(seconds["read"]) / 1e9,
         threads=torch.get_num_threads(),
+        inputs_cut=share_cut(sparse, text, tokens.shape[1]),
     )
+
+
+@torch.no_grad()
+def share_cut(model: Any, text: torch.Tensor, prompt: int) -> float | None:
+    """The share of inputs that projections cut in steps after a prompt of this length; None of a model without cuts.
+
+    `text` are token ids [batch, length], the prompt's before the others.
+    """
+    counts: list[tuple[int, int]] = []
+
+    def count(module: Any, args: Any) -> None:
+        small = module.small(args[0])[:, prompt:]
+        counts.append((int(small.sum()), small.numel()))
+
+    cutting: list[Any] = cut_projections(model)
+    hooks = [module.register_forward_pre_hook(count) for module in cutting]
+    prompts = (torch.arange(text.shape[1]) < prompt).expand(text.shape)
+    with cutting_everywhere(model), uncut(model, prompts if cutting else None):
+        model(text)
+    for hook in hooks:
+        hook.remove()
+    cut, entries = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
+    return cut / entries if entries else None
 
 
 def benchmark_random(
@@ -193,7 +221,7 @@ def benchmark(
     """Time a converted checkpoint's decoding on this CPU against its native class, in turn.
 
     Args:
-        model: Checkpoint folder or Hub id, converted for an activation that skips neurons.
+        model: Checkpoint folder or Hub id, converted for an activation that skips neurons, or with input cuts.
         dtype: "bfloat16", "float16" or "float32".
         prompt: Tokens before decoding; they are drawn at random.
         new: Tokens to decode.
@@ -204,16 +232,17 @@ def benchmark(
         Milliseconds a step of both, and their ratio.
 
     Raises:
-        StochaError: there is no such model, or its activation skips no neuron.
+        StochaError: there is no such model, or it skips no neuron and cuts no input.
     """
-    from stocha_hf.models import load_config, load_model
-
     name, precision = str(model), getattr(torch, dtype)
-    inference = (getattr(load_config(name), "stocha", None) or {}).get("inference")
-    if inference is None or ACTIVATIONS[inference].cut is None:
+    stocha = getattr(load_config(name), "stocha", None) or {}
+    inference = stocha.get("inference")
+    skips = inference is not None and ACTIVATIONS[inference].cut is not None
+    if not skips and (recall is not None or not stocha.get("inputs")):
+        expected = "" if recall is not None else ", or with --inputs"
         raise StochaError(
             f"{name} decodes with {inference or 'its native activation'}, which skips no neuron: expected a model "
-            "converted with --activation relu, fatrelu, relu2, drelu or shifted_relu"
+            f"converted with --activation relu, fatrelu, relu2, drelu or shifted_relu{expected}"
         )
     sparse = load_model(name, dtype=precision).eval()
     _use_coarse_gates(sparse, recall)
