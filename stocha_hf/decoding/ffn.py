@@ -20,7 +20,7 @@ from stocha_hf.decoding import ops, structs
 from stocha_hf.decoding.conditions import has_few_tokens, is_called, is_plain, is_plain_inference
 from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.gate_prediction import CoarseGate
-from stocha_hf.decoding.state import neuron_major, sole_copy
+from stocha_hf.decoding.state import gate_copy, neuron_major, sole_copy
 from stocha_hf.spec import ACTIVATIONS
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -68,7 +68,9 @@ def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
 def quantized_ffn(mlp: Any) -> structs.Ffn:
     """Return the kernel's structure of an FFN of quantized matrices."""
     matrices = [structs.matrix_of(mlp._modules[name]) for name in MATRICES]
-    return structs.Ffn(*matrices, None, None, structs.KERNEL_ACTIVATIONS[mlp.running], zero_up_to(mlp), 0.0)
+    copy = gate_copy(mlp)
+    told = structs.GateCopy() if copy is None else copy.structure()
+    return structs.Ffn(*matrices, told, structs.KERNEL_ACTIVATIONS[mlp.running], zero_up_to(mlp))
 
 
 def skipping(mlp: Any, x: torch.Tensor) -> bool:

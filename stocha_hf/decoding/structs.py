@@ -39,14 +39,20 @@ class Matrix(ctypes.Structure):
         return self.columns if self.rows_are_inputs else self.rows
 
 
+class GateCopy(ctypes.Structure):
+    """A small copy of a gate, or none; see cpp/prediction.h."""
+
+    _fields_ = [*((name, _POINTER) for name in ("codes", "scales", "slack")), ("margin", _REAL)]
+
+
 class Ffn(ctypes.Structure):
     """A gated FFN; see cpp/ffn.h."""
 
     _fields_ = [
         *((name, Matrix) for name in ("gate", "up", "down")),
-        *((name, _POINTER) for name in ("coarse", "coarse_scales")),
+        ("copy", GateCopy),
         ("activation", _SIZE),
-        *((name, _REAL) for name in ("threshold", "margin")),
+        ("threshold", _REAL),
     ]
 
 
