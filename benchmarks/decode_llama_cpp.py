@@ -334,6 +334,15 @@ def record_of(args: argparse.Namespace, seconds: dict[str, list[float]], sizes: 
     }
 
 
+def gains(args: argparse.Namespace, seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """By bits: what gate prediction gains, the median of the rounds' ratios and each of them."""
+    found = {}
+    for bits in args.ours:
+        ratios = [a / b for a, b in zip(seconds[f"ours {bits}"], seconds[f"ours {bits} predicted"], strict=True)]
+        found[str(bits)] = {"median": statistics.median(ratios), "rounds": [round(ratio, 3) for ratio in ratios]}
+    return found
+
+
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -373,12 +382,13 @@ def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="stocha-gguf-", ignore_cleanup_errors=True) as folder:
         sides = prepared(args, Path(folder))
-        record = record_of(args, decoding_in_turn(sides.measures, args.rounds), sides.sizes)
+        seconds = decoding_in_turn(sides.measures, args.rounds)
+        record = record_of(args, seconds, sides.sizes)
         if args.text:
             record["text"] = Path(args.text).name
             record["quality"] = {name: found() for name, found in sides.qualities.items()}
         if sides.gates:
-            record |= {"recall": args.recall, "gates": sides.gates}
+            record |= {"recall": args.recall, "gates": sides.gates, "full_over_predicted": gains(args, seconds)}
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=1))
