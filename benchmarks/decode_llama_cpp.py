@@ -305,7 +305,8 @@ def prepared(args: argparse.Namespace, folder: Path) -> Prepared:
 def copy_bytes(model: Any, predicted: Any, found: dict[str, float]) -> int:
     """What a step with predicted gates reads more: their copies, less the rows of gates that it leaves out."""
     gates = [mlp.gate_proj for mlp in stocha_mlps(model)]
-    left_out = sum(gate.codes.nbytes + gate.scale.nbytes for gate in gates) * (1 - found["gate_rows"])
+    tensors = [(gate.codes, gate.scale) if hasattr(gate, "codes") else (gate.weight,) for gate in gates]
+    left_out = sum(tensor.nbytes for parts in tensors for tensor in parts) * (1 - found["gate_rows"])
     return sum(mlp.decode_state.coarse.nbytes for mlp in stocha_mlps(predicted)) - round(left_out)
 
 
@@ -372,8 +373,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     if args.text and (args.random or not args.folder):
         parser.error("--text measures a real model: give --folder and --gguf in place of --random")
-    if args.recall and (args.sparsity is None or args.together > 1 or 16 in args.ours):
-        parser.error("--recall predicts zeros of one token in 8 or 4 bits: give --sparsity, and no --together")
+    if args.recall and (args.sparsity is None or args.together > 1):
+        parser.error("--recall predicts zeros of one token: give --sparsity, and no --together")
     args.threads = 1 if args.cpu else args.threads
     return args
 

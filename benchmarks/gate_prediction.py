@@ -1,4 +1,4 @@
-"""Measure gate prediction of a quantized model on a CPU: rows still read, active neurons found, the text, the time.
+"""Measure gate prediction on a CPU: rows still read, active neurons found, the text, the time.
 
 Text is read by the modules, whose gates are all computed; for each recall, copies of them say which rows a step would
 read and which active neurons it would miss. Then the same text is read token by token by whole steps, for a
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from stocha_hf.data import text_windows
 from stocha_hf.decoding.ffn import zero_up_to
 from stocha_hf.decoding.gate_prediction import candidates, predict_gates
-from stocha_hf.decoding.thin_gate import MIDDLE, ThinGate
+from stocha_hf.decoding.thin_gate import MIDDLE, ThinGate, float_rows
 from stocha_hf.measurement.speed import ratio
 from stocha_hf.measurement.speed_models import decode_seconds, decoding_in_turn
 from stocha_hf.modeling_stocha import stocha_mlps
@@ -53,7 +53,7 @@ def rows_of(model: Any, windows: torch.Tensor) -> dict[str, float]:
             gate: ThinGate = mlp.decode_state.coarse
             chosen, active = candidates(gate, x, cut), gates > cut
             codes = gate.unpacked()[:, : x.shape[1]] - MIDDLE
-            weights = module.rows(0, len(module.scale), torch.float32)
+            weights = torch.cat(list(float_rows(module)))
             bound = (weights - codes * gate.steps[:, None]).abs().amax(1) * x.abs().sum(1, keepdim=True)
             bounded = x @ codes.T * gate.steps + bound > cut
             squares = (gates - cut).square()
@@ -106,7 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--bits", type=int, default=4, choices=[8, 4], help="of a folder that is not quantized")
+    parser.add_argument("--bits", type=int, default=4, choices=[16, 8, 4], help="of floats")
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--recall", type=float, nargs="+", default=[0.9, 0.99, 0.999])
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
@@ -114,8 +115,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, required=True, help="a line is added to this file")
     args = parser.parse_args()
-    quantized = {"quantization_config": StochaQuantConfig(bits=args.bits)}
-    full = load_model(str(args.folder), dtype=torch.float32, **quantized).eval()
+    quantized = {"quantization_config": StochaQuantConfig(bits=args.bits)} if args.bits < 16 else {}
+    full = load_model(str(args.folder), dtype=getattr(torch, args.dtype), **quantized).eval()
     windows = text_windows(args.data, args.folder, args.length, args.windows)
     models = {"full": full} | {str(recall): sharing(full) for recall in args.recall}
     written, recalls = texts(full, windows, args.new), {}
@@ -135,6 +136,7 @@ def main() -> None:
         "model": args.folder.name,
         "data": Path(args.data).name,
         "bits": args.bits,
+        "dtype": args.dtype,
         "tokens": windows.numel(),
         "new": args.new,
         "perplexity": perplexity(full, windows),

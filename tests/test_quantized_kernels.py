@@ -38,7 +38,7 @@ def thin(gate: Packed, recall: float) -> ThinGate:
     def rows(first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         return gate.exact[first:last].to(dtype)
 
-    return ThinGate.of(SimpleNamespace(codes=gate.codes, scale=gate.scale, rows=rows), recall)
+    return ThinGate.of(SimpleNamespace(quantized_format=1, codes=gate.codes, scale=gate.scale, rows=rows), recall)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -295,7 +295,7 @@ def test_predicted_gates_of_quantized_models(slowly: Any) -> None:
     model.model.layers[1].mlp.gate_proj.codes.mul_(1)
     model.model.layers[0].mlp.gate_proj.codes.mul_(1)
     assert torch.equal(decoded(), full)  # the weights may have changed, so copies of them are not used
-    with pytest.raises(StochaError, match="the recall is None: expected a recall, such as 0.9"):
+    with pytest.raises(StochaError, match=r"recall is None: expected a recall, such as 0\.9"):
         predict_gates(model)
 
 

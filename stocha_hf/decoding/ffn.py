@@ -21,6 +21,7 @@ from stocha_hf.decoding.conditions import has_few_tokens, is_called, is_plain, i
 from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.state import gate_copy, neuron_major, sole_copy
+from stocha_hf.decoding.thin_gate import ThinGate
 from stocha_hf.spec import ACTIVATIONS
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -102,7 +103,7 @@ def _decode(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
         if down_t is None:
             return None
         coarse = None if torch.compiler.is_compiling() else mlp.decode_state.coarse
-        copy = coarse if isinstance(coarse, CoarseGate) else None
+        copy = coarse if isinstance(coarse, CoarseGate | ThinGate) else None
         return ops.ffn(x, gate, up, down_t, mlp.running, zero_up_to(mlp), copy)
     if x.is_cpu and x.numel() == x.shape[-1]:
         return gathered(mlp, x)

@@ -22,6 +22,7 @@ from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.state import key_of
 from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn, GateCopy, Matrix, matrix
+from stocha_hf.decoding.thin_gate import ThinGate
 
 MOST_TOKENS = 8  # at most
 HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {  # (gate, up, threshold) -> hidden
@@ -45,9 +46,9 @@ def ffn(
     down_t: torch.Tensor,
     activation: str,
     threshold: float,
-    coarse: CoarseGate | None = None,
+    coarse: CoarseGate | ThinGate | None = None,
 ) -> torch.Tensor:
-    """A gated FFN on x [..., H]; gate, up and the transposed down are contiguous, [M, H]; `coarse` is the gate's copy.
+    """A gated FFN on x [..., H]; gate, up and the transposed down are contiguous, [M, H]; `coarse` is a copy of gate.
 
     Equals PyTorch's dense path within the rounding of sums, but for infinite or NaN weights of skipped neurons.
     """
@@ -72,7 +73,7 @@ def _ffn(
     down_t: torch.Tensor,
     activation: str,
     threshold: float,
-    coarse: CoarseGate | None = None,
+    coarse: CoarseGate | ThinGate | None = None,
 ) -> torch.Tensor:
     library = kernels()
     if library is None:

@@ -43,16 +43,15 @@ def key_of(weight: torch.Tensor) -> tuple[int, int]:
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-def key_of_gate(mlp: Any) -> tuple[int, int]:
-    """Return the key of a patched FFN's gate, by its codes where it is quantized."""
-    gate = mlp._modules["gate_proj"]
-    return key_of(gate.codes if is_quantized(gate) else gate._parameters["weight"])
+def key_of_linear(module: Any) -> tuple[int, int]:
+    """Return the key of a Linear layer's weight, or of its codes where it is quantized."""
+    return key_of(module.codes if is_quantized(module) else module._parameters["weight"])
 
 
 def gate_copy(mlp: Any) -> Any:
     """Return the copy that predicts a patched FFN's gates; None where there is none of its gate as it is."""
     copy = None if mlp.decode_state is None else mlp.decode_state.coarse
-    return copy if copy is not None and copy.key == key_of_gate(mlp) else None
+    return copy if copy is not None and copy.key == key_of_linear(mlp._modules["gate_proj"]) else None
 
 
 def neuron_major(mlp: Any, thorough: bool = False) -> torch.Tensor | None:

@@ -42,7 +42,7 @@ class Matrix(ctypes.Structure):
 class GateCopy(ctypes.Structure):
     """A small copy of a gate, or none; see cpp/prediction.h."""
 
-    _fields_ = [*((name, _POINTER) for name in ("codes", "scales", "slack")), ("margin", _REAL)]
+    _fields_ = [(name, _POINTER) for name in ("codes", "scales", "slack")]
 
 
 class Ffn(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""Gate prediction for quantized gates on a CPU: a copy of each gate in 2 bits says which neurons can be active.
+"""Gate prediction with a recall on a CPU: a copy of each gate in 2 bits says which neurons can be active.
 
 A row has one step, and its entries are -1.5, -0.5, 0.5 or 1.5 of it: the step of the least squared error that repeated
 fits find. Errors are large, so no useful bound on a pre-activation holds, and results cannot be exact. But errors of a
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from stocha_hf.decoding.memory import use_large_pages
-from stocha_hf.decoding.state import key_of
-from stocha_hf.decoding.structs import GateCopy, pointer
+from stocha_hf.decoding.state import key_of_linear
+from stocha_hf.decoding.structs import GateCopy, is_quantized, pointer
 
 UNIT = 64  # columns in 16 bytes of codes: byte j has those of columns j, 16 + j, 32 + j and 48 + j
 MIDDLE = 1.5  # what codes 0 to 3 count from
@@ -44,11 +44,11 @@ class ThinGate:
 
     @classmethod
     def of(cls, gate: Any, recall: float) -> ThinGate:
-        """Return the copy of a quantized Linear layer that misses a share 1 - recall at the threshold."""
+        """Return the copy of a Linear layer, quantized or not, that misses a share 1 - recall at the threshold."""
         quantile = NormalDist().inv_cdf(recall)
-        codes, steps, slack = zip(*(_of_rows(rows, quantile) for rows in _rows(gate)), strict=True)
+        codes, steps, slack = zip(*(_of_rows(rows, quantile) for rows in float_rows(gate)), strict=True)
         tail = torch.zeros(READABLE, dtype=torch.uint8)
-        copy = cls(torch.cat([*codes, tail]), torch.cat(steps), torch.cat(slack), key_of(gate.codes))
+        copy = cls(torch.cat([*codes, tail]), torch.cat(steps), torch.cat(slack), key_of_linear(gate))
         use_large_pages(copy.codes)
         return copy
 
@@ -75,9 +75,13 @@ class ThinGate:
         return (packed >> shifts & 3).flatten(1).float()
 
 
-def _rows(gate: Any) -> Iterator[torch.Tensor]:
-    rows = len(gate.scale)
-    return (gate.rows(first, min(first + ROWS, rows), torch.float32) for first in range(0, rows, ROWS))
+def float_rows(gate: Any) -> Iterator[torch.Tensor]:
+    """Yield a Linear layer's weight as float32, some rows at a time; its rows are outputs."""
+    if not is_quantized(gate):
+        yield from (rows.float() for rows in gate.weight.detach().split(ROWS))
+        return
+    count = len(gate.scale)
+    yield from (gate.rows(first, min(first + ROWS, count), torch.float32) for first in range(0, count, ROWS))
 
 
 def _of_rows(rows: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

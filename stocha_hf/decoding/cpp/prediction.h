@@ -1,9 +1,9 @@
 // Which gates may be above the threshold, judged by a small copy of the gate; the others' rows are not read.
 //
 // In 8 bits, as gate_prediction.py makes it: an entry is off by at most half its row's scale, so a product by at most half
-// the scale times |x|_1; with errors that are independent and uniform, by scale times |x|_2 / sqrt(12) as a standard
-// deviation. In 2 bits, as thin_gate.py makes it: by a row's `slack` times |x|_2. There x is in 8 bits too, with one scale,
-// so that a row's sums are of integers until its end: these products must take much less time than those of all bits.
+// the scale times |x|_1. In 2 bits, as thin_gate.py makes it: by a row's `slack` times |x|_2, with a probability. There x
+// has 8 bits and one scale, so that a row's sums are of integers until its end: these products must take much less time
+// than those of all bits.
 #pragma once
 
 #include "linear.h"
@@ -12,7 +12,6 @@ struct GateCopy {  // as structs.py has it
   const void* codes;   // int8 [rows, columns], or 2 bits [rows, columns / 4] with rows of whole kThin; null: none
   const float* scales;  // [rows]: gate is about scale * code
   const float* slack;   // [rows], of 2 bits; null: 8 bits
-  float margin;  // of 8 bits: standard deviations of the rounding error; 0: its bound, which makes results exact
 };
 
 constexpr int kCoarseTokens = 2;  // with more, judging all rows takes longer than it saves below 95% zeros
@@ -41,14 +40,8 @@ int64_t rows_that_may(Part mine, int64_t tokens, float least, int64_t* list, Mos
 template <int T>
 int64_t candidates_by_8_bits(const GateCopy& copy, const Inputs& x, Part mine, float least, int64_t* list) {
   float slack[T] = {};
-  for (int64_t t = 0; t < x.tokens; ++t) {
-    float sum_1 = 0, sum_2 = 0;
-    for (int64_t k = t * x.size; k < (t + 1) * x.size; ++k) {
-      sum_1 += std::abs(x.values[k]);
-      sum_2 += x.values[k] * x.values[k];
-    }
-    slack[t] = copy.margin > 0 ? copy.margin * std::sqrt(sum_2 / 12) : 0.5f * sum_1;
-  }
+  for (int64_t t = 0; t < x.tokens; ++t)
+    for (int64_t k = t * x.size; k < (t + 1) * x.size; ++k) slack[t] += 0.5f * std::abs(x.values[k]);
   return rows_that_may<T>(mine, x.tokens, least, list, [&](int64_t m, int here, float (&values)[kRows][T]) {
     const int8_t *rows[kRows], *next[kRows];
     for (int r = 0; r < kRows; ++r) {
