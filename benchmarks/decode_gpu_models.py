@@ -39,20 +39,20 @@ def sharing(model: Any) -> Any:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def random_models(name: str, share: float, tokens: torch.Tensor) -> tuple[Any, Any]:
+def random_models(name: str, share: float, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
     """A native model, and one that shares its weights, under FATReLU with forced zeros."""
-    native = random_llama(name, torch.bfloat16, "cuda")
+    native = random_llama(name, dtype, "cuda")
     sparse = sharing(native)
     patch(sparse, StochaConfig(activation="relu"))
     force_sparsity(sparse.eval(), share, tokens)
     return native, sparse
 
 
-def loaded_models(folder: str) -> tuple[Any, Any]:
+def loaded_models(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A converted checkpoint in its native class, and as it is."""
-    sparse: Any = load_model(folder, dtype=torch.bfloat16).to("cuda").eval()
+    sparse: Any = load_model(folder, dtype=dtype).to("cuda").eval()
     native: Any = next(base for base in type(sparse).__mro__ if f"Stocha{base.__name__}" == type(sparse).__name__)
-    return native.from_pretrained(folder, dtype=torch.bfloat16).to("cuda").eval(), sparse
+    return native.from_pretrained(folder, dtype=dtype).to("cuda").eval(), sparse
 
 
 def prompt_of(name: str, vocabulary: int, length: int) -> torch.Tensor:
@@ -108,7 +108,7 @@ def records(name: str, native: Any, sparse: Any, args: argparse.Namespace) -> It
     seconds = measured_in_turn(sides, args.rounds)
     yield {
         "model": name,
-        "dtype": "bfloat16",
+        "dtype": args.dtype,
         "prompt": tokens.shape[1],
         "new_tokens": args.new,
         "zeros": zeros_of(sparse, tokens, args.new),
@@ -130,16 +130,18 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a GPU")
     torch.manual_seed(0)
-    tokens = torch.randint(32000, (1, args.prompt), device="cuda")
+    tokens, dtype = torch.randint(32000, (1, args.prompt), device="cuda"), getattr(torch, args.dtype)
     makers: dict[str, Callable[[], tuple[Any, Any]]] = {
-        f"random Llama {name}": lambda name=name: random_models(name, args.sparsity, tokens) for name in args.random
+        f"random Llama {name}": lambda name=name: random_models(name, args.sparsity, tokens, dtype)
+        for name in args.random
     }
-    makers |= {folder: lambda folder=folder: loaded_models(folder) for folder in args.models}
+    makers |= {folder: lambda folder=folder: loaded_models(folder, dtype) for folder in args.models}
     for name, make in makers.items():
         for record in records(name, *make(), args):
             report(record, args.json)

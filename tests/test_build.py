@@ -136,6 +136,8 @@ def test_builds_at_once_leave_one_library(cache: Path, tmp_path: Path, monkeypat
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: loaded(), range(4))) == [7] * 4
     assert [path.suffix for path in libraries(cache)] == [".so"]
+    monkeypatch.setenv("CXX", f"'{slow}' -O2")
+    assert loaded() == 7 and len(libraries(cache)) == 2  # another option, another library
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_refused, call_command, run_warm, tiny_model, tiny_tokenizer
-from helpers.gguf_writer import ARCHS, write_gguf
+from helpers.gguf_writer import ARCHS, pieces, write_gguf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from stocha_hf.conversion.convert import convert
 from stocha_hf.conversion.gguf import check_gguf
@@ -166,6 +166,34 @@ def test_scaled_rotary_embeddings_are_carried_over(tmp_path):
     parameters = check_gguf(tmp_path / "gemma.gguf").config["rope_parameters"]
     assert parameters["full_attention"] == {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}
     assert parameters["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
+def test_a_vocabulary_of_sentencepiece_reads_words_and_begins_with_bos(tmp_path, model_type):
+    write_gguf(tmp_path / "m.gguf", tiny_model(model_type, vocab_size=VOCAB, sliding_window=4), vocabulary=pieces)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a the and")["input_ids"])
+    assert (tokens[0], tokens[-2:]) == ("<s>", ["\u2581the", "\u2581and"])
+
+
+def without_merges(writer: gguf.GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*map(chr, range(97, 123)), "ab", "\u0120the", "\u0120and", "<s>", "<2>", "<3>"])
+    writer.add_token_scores([0.0] * 32)
+    writer.add_token_types([1] * 29 + [3] * 3)
+    writer.add_token_merges(["a b"])
+
+
+def test_a_tokenizer_that_does_not_read_as_the_file_means_it_is_refused(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "m.gguf", small_llama(), vocabulary=without_merges)
+    with pytest.raises(StochaError, match=r"reads it, cuts 2 of 2 words .* such as 'the': update transformers, or"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+    write_gguf(tmp_path / "m.gguf", small_llama(), vocabulary=pieces)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "update_post_processor", lambda self: None)
+    with pytest.raises(StochaError, match=r"reads it, begins no text with '<s>': update transformers, or"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def drop(name: str) -> dict[str, Any]:

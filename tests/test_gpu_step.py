@@ -50,7 +50,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(GpuStep, "replay", counted)
     if INTERPRETED:
-        for kind in ("TILES", "SMALL", "FOUR", "EIGHT"):
+        for kind in ("TILES", "SMALL", "FOUR", "EIGHT", "SIXTEEN"):
             tiles = getattr(gpu_tiles, kind).items()
             few = {name: {key: FEW.get(key, value) for key, value in tile.items()} for name, tile in tiles}
             monkeypatch.setattr(gpu_tiles, kind, few)

@@ -2,8 +2,8 @@
 
 The header is checked first (gguf_header.py), its metadata become a config.json (gguf_config.py), and its tensors
 are compared with what that config asks for. Then one tensor after the other is dequantized by llama.cpp's own package
-gguf, and written: memory is that of one tensor. The tokenizer is the one inside the file, which transformers reads. It
-needs torch, and the extra `stocha_hf[gguf]`.
+gguf, and written: memory is that of one tensor. The tokenizer is the one inside the file (gguf_tokenizer.py). It needs
+torch, and the extra `stocha_hf[gguf]`.
 
     model = check_gguf(Path("model-00001-of-00003.gguf"))
     metadata = dequantize(model, folder, "bfloat16")
@@ -25,12 +25,9 @@ from stocha_hf.checkpoints.inspection import CONFIG, SINGLE
 from stocha_hf.checkpoints.metadata import plain_metadata
 from stocha_hf.conversion.gguf_config import config_of, with_scaled_rope
 from stocha_hf.conversion.gguf_header import GgufTensor, read_gguf_header
+from stocha_hf.conversion.gguf_tokenizer import write_tokenizer
 from stocha_hf.errors import StochaError
 
-SPECIAL_TOKENS = {  # of a tokenizer, and the metadata of a .gguf file that says which they are
-    f"{ours}_token": f"tokenizer.ggml.{theirs}_token_id"
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-}
 ROPE_FACTORS = "rope_freqs.weight"
 PARTS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_PARTS = {
@@ -165,12 +162,12 @@ def dequantize(model: GgufModel, folder: Path, dtype: str) -> dict[str, Any]:
 
     Raises StochaError for a tokenizer that cannot be read and for weights that are not finite in `dtype`.
     """
-    _write_tokenizer(model, folder)
     ids = {key: model.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "generation_config.json").write_text(
         dump({key: value for key, value in ids.items() if value is not None})
     )
     (folder / CONFIG).write_text(dump(model.config | {"dtype": dtype}), encoding="utf-8")
+    write_tokenizer(model.path, model.metadata, folder)
     _write_tensors(model, folder / SINGLE, dtype)
     named = {"license": "general.license", "language": "general.languages"}
     found = {key: model.metadata[field] for key, field in named.items() if field in model.metadata}
@@ -210,25 +207,3 @@ def _native(values: Any, name: str, config: dict[str, Any]) -> Any:
     if config["model_type"].startswith("gemma") and name.endswith("norm.weight"):
         values = values - 1
     return np.array(values, dtype=np.float32)  # a copy: the file is mapped read-only
-
-
-def _write_tokenizer(model: GgufModel, folder: Path) -> None:
-    """Save the tokenizer inside the file; a folder of its own keeps transformers from a neighbour's tokenizer.json."""
-    from transformers import AutoTokenizer
-
-    link = folder / "model.gguf"
-    link.symlink_to(model.path.resolve())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
-        for name, key in SPECIAL_TOKENS.items():  # transformers 5.17 takes BOS for EOS
-            if key in model.metadata:
-                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(model.metadata[key])))
-    except Exception as error:  # tokenizers and transformers raise whatever a broken vocabulary leads them to
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise StochaError(
-            f"the tokenizer in {model.path} cannot be read ({reason}): expected a vocabulary that transformers knows; "
-            "convert the model's safetensors instead"
-        ) from error
-    finally:
-        link.unlink()
-    tokenizer.save_pretrained(folder)

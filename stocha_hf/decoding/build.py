@@ -164,7 +164,7 @@ def _run(*command: str) -> None:
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=TIMEOUT).stdout
     sources = [path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
-    parts = [b"2", *sources, repr(flags).encode(), version, _processor().encode()]  # 2: with a hash
+    parts = [b"2", *sources, repr((*compiler, *flags)).encode(), version, _processor().encode()]  # 2: with a hash
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

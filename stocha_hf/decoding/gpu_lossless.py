@@ -13,13 +13,13 @@ import torch
 
 from stocha_hf.decoding import gpu_draft, gpu_plan
 from stocha_hf.decoding.cache import takes
-from stocha_hf.decoding.conditions import CACHE, FEW
+from stocha_hf.decoding.conditions import CACHE
 from stocha_hf.decoding.gpu_loop import UNKNOWN, GpuLoop
 from stocha_hf.decoding.gpu_step import RING
 from stocha_hf.decoding.loop import Loop, ending
 from stocha_hf.decoding.rounds import Rounds, first_tokens
 
-SIZES = (1, 2, 4, FEW)  # tokens of the steps that verify
+SIZES = (1, 2, 4, 8, 16)  # tokens of the steps that verify
 
 
 def rounds(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
@@ -34,6 +34,8 @@ def rounds(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, A
 
 class GpuRounds(Rounds, GpuLoop):
     """Rounds whose steps are replays of graphs, which have the plan's steps for themselves until the text ends."""
+
+    most = SIZES[-1]
 
     def _steps(self) -> list[Any]:
         self.draft = self.plan.draft(first_tokens(self.model))
@@ -64,7 +66,7 @@ class GpuRounds(Rounds, GpuLoop):
 
     def _reserve(self, steps: int) -> bool:
         """With room for what a last verification may write beyond the text, if there is."""
-        return super()._reserve(steps + FEW) or super()._reserve(steps)
+        return super()._reserve(steps + self.most) or super()._reserve(steps)
 
     def _has_room(self, tokens: int) -> bool:
         needed = self.plan.step(tokens, cuts=False).count

@@ -1,4 +1,4 @@
-"""A whole decode step on a GPU, for 1 to 8 tokens of one sequence: five kernels a layer, recorded as one CUDA graph.
+"""A whole decode step on a GPU, for 1 to 16 tokens of one sequence: five kernels a layer, recorded as one CUDA graph.
 
     layer   norm, q, k, v | attention | o, residual | norm, gate, up | down, residual
     ends    embedding and angles | ... | norm, lm_head | of one token: the most likely next, with which it goes on

@@ -6,9 +6,10 @@ of attention; TILE are also rows of the sparse down product. A product that cuts
 DEPTH rows that a warp reads at a time; without SPLITS it reads its matrices whole.
 
 Found on an H200, by the time of the whole step: TILES with a Llama of 1B shape; LARGE and FOUR with one of 8B. The
-list's tile, and the stages of FOUR's hidden, are of an H100. EIGHT was not searched for. Tiles of products that cut
-their inputs were found by the time of each product: LARGE's at 8B, SMALL's at 0.5B; those of TILES were reckoned from
-these. To bring a product's rows into the L2 cache before it waits for x made the step slower, by up to 9%.
+list's tile, and the stages of FOUR's hidden, are of an H100. EIGHT and SIXTEEN were not searched for. Tiles of
+products that cut their inputs were found by the time of each product: LARGE's at 8B, SMALL's at 0.5B; those of TILES
+were reckoned from these. To bring a product's rows into the L2 cache before it waits for x made the step slower, by up
+to 9%.
 """
 
 from __future__ import annotations
@@ -64,15 +65,19 @@ EIGHT: dict[str, dict[str, int]] = {  # more warps than FOUR's, for what a progr
     "down": {"PROGRAMS": 1024, "TILE": 32, "BLOCK": 64, "num_warps": 4},
     "attention": {"SPLITS": 16, "TILE": 64, "num_warps": 8},
 }
+SIXTEEN: dict[str, dict[str, int]] = {  # fewer rows and splits at a time, so that a program's sums fit its registers
+    "down": {"PROGRAMS": 1024, "TILE": 16, "BLOCK": 64, "num_warps": 8},
+    "attention": {"SPLITS": 8, "TILE": 64, "num_warps": 8},
+}
 
 
 def tiles_for(tokens: int, size: int) -> dict[str, dict[str, int]]:
-    """Return each kernel's tile for a step of 1, 2, 4 or 8 tokens, in a model of this hidden size."""
+    """Return each kernel's tile for a step of 1, 2, 4, 8 or 16 tokens, in a model of this hidden size."""
     tiles = TILES | (LARGE if size >= 4096 else SMALL if size < 1536 else {})
     if tokens == 1:
         return tiles
     if tokens > 2:
-        return tiles | FOUR | (EIGHT if tokens > 4 else {})
+        return tiles | FOUR | (SIXTEEN if tokens > 8 else EIGHT if tokens > 4 else {})
     found = {}
     for name, tile in tiles.items():
         found[name] = tile if name in ONE_BY_ONE else {key: TWO.get(key, value) for key, value in tile.items()}

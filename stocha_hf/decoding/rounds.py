@@ -32,11 +32,13 @@ def first_tokens(model: Any) -> int:
 
 
 class Rounds(Loop):
-    """One call of generate(), greedy, for one sequence, in rounds."""
+    """One call of generate(), greedy, for one sequence, in rounds, each of which verifies `most` tokens at most."""
+
+    most = FEW
 
     def _generate(self, decode: Any, processors: Any, criteria: Any, streamer: Any) -> None:
         self._begin(processors, criteria, streamer)
-        self.pace = Pace(FEW)
+        self.pace = Pace(self.most)
         self._start()
         done = self._take(self.first)
         while not done:
@@ -71,7 +73,7 @@ class Rounds(Loop):
     def _wanted(self) -> int:
         """Drafts that can still be of use."""
         longest = self.config.max_length
-        return FEW if longest is None else max(longest - self.length - 1, 0)
+        return self.most if longest is None else max(longest - self.length - 1, 0)
 
     def _last(self) -> int:
         return int(self.ids[0, self.length - 1])

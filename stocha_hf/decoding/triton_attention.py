@@ -1,4 +1,4 @@
-"""Attention of a decode step on a GPU, for 1 to 8 tokens: norms of heads, rotation, new rows of the cache, softmax.
+"""Attention of a decode step on a GPU, for 1 to 16 tokens: norms of heads, rotation, new rows of the cache, softmax.
 
 A program owns a key head and a split of the tokens; the heads that share the key head are the rows of a tile, for one
 new token after the other. The first split is the new tokens, whose keys and values it writes to the cache. The last

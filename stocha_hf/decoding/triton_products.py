@@ -6,8 +6,8 @@ before it (EARLY: from Hopper on a kernel's programs may start while that one en
 factor of its result: x times the norm's weight is multiplied, squares of x are summed beside it. Sums are in float32;
 what PyTorch would write is rounded to the weights' type.
 
-For 3 to 8 tokens by tensor cores (`dots`), as multiply-adds would take longer than reading. They take 8 tokens or
-more, so that some of their lanes are empty. x times the norm's weight is rounded to the weights' type there, as
+For 3 to 16 tokens by tensor cores (`dots`), as multiply-adds would take longer than reading. They take 8 tokens or
+16, so that some of their lanes are empty. x times the norm's weight is rounded to the weights' type there, as
 PyTorch rounds it. The head and the FFN's first products of so many tokens are in triton_several.py.
 """
 
@@ -18,8 +18,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stocha_hf.decoding.triton_one_token import hidden_value
-
-LANES: tl.constexpr = tl.constexpr(8)  # tokens in a tile
 
 
 @triton.jit
@@ -68,6 +66,7 @@ def dots(  # type: ignore[no-untyped-def]
     each token's x * x, float32 [LANES, 1].
     """
     EVEN: tl.constexpr = SIZE % BLOCK == 0
+    LANES: tl.constexpr = 8 if TOKENS <= 8 else 16
     dtype = w_ptr.dtype.element_ty
     column, token = tl.arange(0, BLOCK)[None, :], tl.arange(0, LANES)[:, None]
     x_ptrs, w_ptrs = x_ptr + token * SIZE, w_ptr + rows[:, None].to(tl.int64) * SIZE
@@ -112,7 +111,8 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             w_ptr, bias_ptr, shift = second_ptr, second_bias, first_rows
     rows = first + tl.arange(0, ROWS)
     inside = rows < all_rows
-    token = tl.arange(0, LANES if CORES else TOKENS)[:, None]
+    LANES: tl.constexpr = TOKENS if not CORES else 8 if TOKENS <= 8 else 16
+    token = tl.arange(0, LANES)[:, None]
     place, mask = token * all_rows + rows[None, :], inside[None, :]
     if CORES:
         mask = mask & (token < TOKENS)

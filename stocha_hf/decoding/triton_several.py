@@ -1,4 +1,4 @@
-"""The head and the FFN's first products of a whole decode step on a GPU for 3 to 8 tokens, by tensor cores.
+"""The head and the FFN's first products of a whole decode step on a GPU for 3 to 16 tokens, by tensor cores.
 
 A sparse FFN multiplies all gate rows of a segment, lists the neurons that any token needs, and takes tiles of the list
 through up: with masks, most rows of a tile would be empty, while every step of the loop still waits for it.
@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stocha_hf.decoding.triton_one_token import hidden_value
-from stocha_hf.decoding.triton_products import LANES, dots
+from stocha_hf.decoding.triton_products import dots
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def several_head_kernel(  # type: ignore[no-untyped-def]
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
+    LANES: tl.constexpr = 8 if TOKENS <= 8 else 16
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < vocabulary
     logits, squares = dots(x_ptr, norm_ptr, head_ptr, rows, inside, SIZE, TOKENS, True, BLOCK)
@@ -47,6 +48,7 @@ def several_hidden_kernel(  # type: ignore[no-untyped-def]
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
+    LANES: tl.constexpr = 8 if TOKENS <= 8 else 16
     dtype = hidden_ptr.dtype.element_ty
     token, row = tl.arange(0, LANES)[:, None], tl.arange(0, ROWS)
     first = tl.program_id(0) * ROWS

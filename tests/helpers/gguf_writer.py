@@ -18,12 +18,37 @@ from stocha_hf.conversion.gguf_config import MODEL_TYPES
 ARCHS = {model_type: arch for arch, model_type in MODEL_TYPES.items()}
 
 
+def letters(writer: gguf.GGUFWriter) -> None:
+    """32 tokens of byte-level BPE."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([chr(97 + i) for i in range(26)] + ["ab", "cd"] + [f"<{i}>" for i in range(4)])
+    writer.add_token_scores([-float(i) for i in range(32)])  # as SentencePiece has; transformers 5.17 asks for them
+    writer.add_token_types([1] * 28 + [3] * 4)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(28)
+    writer.add_eos_token_id(29)
+
+
+def pieces(writer: gguf.GGUFWriter) -> None:
+    """32 tokens as SentencePiece has them, with scores and without merges; whether BOS begins is not said."""
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", *"adehnt", "\u2581t", "he", "\u2581the", "\u2581a", "nd", "\u2581and"]
+    tokens += [f"<{i}>" for i in range(len(tokens), 32)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(32)])
+    writer.add_token_types([2, 3, 3] + [1] * 29)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
 def write_gguf(
     path: Path,
     model: Any,
     *,
     quantized: gguf.GGMLQuantizationType | None = None,
     change: Callable[[dict[str, np.ndarray]], object] = lambda tensors: None,
+    vocabulary: Callable[[gguf.GGUFWriter], object] = letters,
     more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
     **options: Any,
 ) -> dict[str, np.ndarray]:
@@ -45,13 +70,7 @@ def write_gguf(
         writer.add_sliding_window(config.sliding_window)
     parameters = config.rope_parameters
     writer.add_rope_freq_base(parameters.get("full_attention", parameters)["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(97 + i) for i in range(26)] + ["ab", "cd"] + [f"<{i}>" for i in range(4)])
-    writer.add_token_scores([-float(i) for i in range(32)])  # as SentencePiece has; transformers 5.17 asks for them
-    writer.add_token_types([1] * 28 + [3] * 4)
-    writer.add_token_merges(["a b", "c d"])
-    writer.add_bos_token_id(28)
-    writer.add_eos_token_id(29)
+    vocabulary(writer)
     more(writer)
     tensors = gguf_tensors(model, arch)
     change(tensors)

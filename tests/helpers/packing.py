@@ -5,6 +5,8 @@ and the kernels' variants.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,32 @@ from stocha_hf.decoding.structs import IN_PLANES, QUANTIZED, Matrix, pointer
 from stocha_hf.quantization_stocha import split
 
 GROUP = 32
-# of the processor; and layouts of others on this one. Sixteen lanes and four, in plain C++.
-VARIANTS = [
-    pytest.param((), id="native"),
-    pytest.param(("-O1", "-DSTOCHA_LANES=16"), id="16 lanes", marks=pytest.mark.slow),
-    pytest.param(("-O1", "-DSTOCHA_LANES=4"), id="4 lanes", marks=pytest.mark.slow),
-]
+# Layouts of other processors on this one: sixteen lanes and four, in plain C++; and this one's older instructions, by
+# what /proc/cpuinfo calls those that a variant leaves out.
+OTHERS = {
+    "16 lanes": ("-DSTOCHA_LANES=16",),
+    "4 lanes": ("-DSTOCHA_LANES=4",),
+    "avx512_vnni": ("-mno-avx512vnni",),
+    "avx512f": ("-mno-avx512f",),  # with AVX-VNNI, where the processor has that
+    "avx_vnni": ("-mno-avx512f", "-mno-avxvnni"),
+}
+
+
+def variants() -> list[Any]:
+    """The compiler's further flags for each variant of the kernels that this processor can run."""
+    info = Path("/proc/cpuinfo")
+    has = set(info.read_text().split()) if info.exists() else set()
+    return [
+        pytest.param((), id="native"),
+        *(
+            pytest.param(("-O1", *flags), id=name if "lanes" in name else f"no {name}", marks=pytest.mark.slow)
+            for name, flags in OTHERS.items()
+            if "lanes" in name or name in has
+        ),
+    ]
+
+
+VARIANTS = variants()
 
 
 @dataclass

@@ -19,7 +19,7 @@
 #if defined(STOCHA_LANES)
 constexpr int kLanes = STOCHA_LANES;
 #define STOCHA_PLAIN
-#elif defined(__AVX512F__)
+#elif defined(__AVX512BW__)  // of bytes, which the first processors with AVX-512 lack
 constexpr int kLanes = 16;
 #define STOCHA_AVX512
 #elif defined(__AVX2__)
