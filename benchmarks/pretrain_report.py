@@ -222,6 +222,9 @@ def rates_table(all_rows: Rows) -> str:
         "StochA+FT, p 0.5, alpha 0.05": "stocha50-05",
         "StochA+FT, p 0.5, alpha 0.2": "stocha50-20",
         "Swi+FT, alpha 0.2": "swi-20",
+        "ReLU^2": "relu2",
+        "the mean of StochA, p 0.5, alpha 0.05": "mean50-05",
+        "p from 0.7 to 0, then ReLU": "annealed",
     }
 
     def cell(name: str) -> str:

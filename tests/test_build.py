@@ -161,3 +161,14 @@ def test_without_a_working_compiler_one_warning_names_the_cause(
     (warning,) = caught
     assert "sparse kernels cannot be built, so decoding falls back to PyTorch" in str(warning.message)
     assert words in str(warning.message)
+
+
+def test_libraries_of_one_process_share_nothing() -> None:
+    library = build.kernels()
+    assert library is not None
+    defined = subprocess.run(
+        ["nm", "-D", "--defined-only", library._name], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    named = {line.split()[-1]: line.split()[-2] for line in defined}
+    assert set(build.FUNCTIONS) <= set(named)
+    assert "u" not in named.values(), "buffers of this name in another build's library would be the same"

@@ -34,7 +34,7 @@ from typing import Any
 import torch  # noqa: F401 - loads the OpenMP runtime with global symbols
 
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"  # and the headers beside it
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-fopenmp", "-fvisibility=hidden")
 TIMEOUT = 300  # seconds
 _INT, _POINTER, _SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
 FUNCTIONS: dict[str, tuple[list[Any], Any]] = {  # of cpp/kernels.cpp: argument types, type of the result

@@ -20,6 +20,10 @@
 
 #include "step.h"
 
+// All else is hidden: the loader makes one of the inline functions' thread-local buffers of all libraries in a process,
+// and another build's may be laid out otherwise.
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
 namespace {
 
 int64_t ffn_call(const Ffn& f, int type, const void* x, void* out, int64_t tokens, int threads) {
@@ -74,18 +78,19 @@ void linear_call(const Matrix& m, int type, const void* x, void* out, int64_t to
 // x, out and biases are of the element type `type`; all tensors are contiguous.
 
 // Returns the number of active neurons, those that are not zero for every token.
-extern "C" int64_t stocha_ffn(const Ffn* f, int type, const void* x, void* out, int64_t tokens, int threads) {
+EXPORTED int64_t stocha_ffn(const Ffn* f, int type, const void* x, void* out, int64_t tokens, int threads) {
   return ffn_call(*f, type, x, out, tokens, threads);
 }
 
-extern "C" void stocha_linear(const Matrix* m, int type, const void* x, void* out, int64_t tokens, int threads) {
+EXPORTED void stocha_linear(const Matrix* m, int type, const void* x, void* out, int64_t tokens, int threads) {
   linear_call(*m, type, x, out, tokens, threads);
 }
 
-extern "C" void stocha_step(const Model* model, const Call* call, int threads) { step(*model, *call, threads); }
+EXPORTED void stocha_step(const Model* model, const Call* call, int threads) { step(*model, *call, threads); }
 
 // Rows of a matrix, `size` of their columns, as `type`.
-extern "C" void stocha_dequantize(const Matrix* m, int64_t first, int64_t last, int64_t size, int type, void* out, int threads) {
+EXPORTED void stocha_dequantize(const Matrix* m, int64_t first, int64_t last, int64_t size, int type, void* out,
+                                int threads) {
   const int64_t width = size * (type == kFloat ? 4 : 2);
   with_team(threads, [&](Team team) {
     static thread_local std::vector<float> row;
@@ -101,7 +106,7 @@ extern "C" void stocha_dequantize(const Matrix* m, int64_t first, int64_t last, 
 
 // Whether sampled entries of a matrix [rows, columns] are those of its transposed copy, byte for byte. They lie near each
 // other in one row: the matrix's pages may have been given back, and each one touched comes back with its neighbours.
-extern "C" int stocha_same(const void* matrix, const void* transposed, int64_t rows, int64_t columns, int64_t size) {
+EXPORTED int stocha_same(const void* matrix, const void* transposed, int64_t rows, int64_t columns, int64_t size) {
   constexpr int64_t kSamples = 16, kSpan = 1024;
   const auto* a = static_cast<const char*>(matrix);
   const auto* b = static_cast<const char*>(transposed);
@@ -112,7 +117,7 @@ extern "C" int stocha_same(const void* matrix, const void* transposed, int64_t r
 }
 
 // Reads `bytes` and returns something that depends on all of them: what the machine's memory can give.
-extern "C" int64_t stocha_read(const void* data, int64_t bytes, int threads) {
+EXPORTED int64_t stocha_read(const void* data, int64_t bytes, int threads) {
   const auto* p = static_cast<const float*>(data);
   std::vector<Vector> totals(threads);
   with_team(threads, [&](Team team) {
