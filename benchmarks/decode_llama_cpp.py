@@ -197,7 +197,8 @@ def step_bytes(model: Any, zeros: float) -> int:
         size = sum(tensor.nbytes for tensor in tensors)
         if tensors[0].dim() == 3:  # a head in two planes, of which a greedy step reads one
             size -= tensors[0].nbytes // 2
-        size -= round(size * shares.get(last, 0.0))
+        if getattr(module, "transposed", True):  # else what is cut is read all the same
+            size -= round(size * shares.get(last, 0.0))
         total += round(size * (1 - zeros)) if last in ("up_proj", "down_proj") else size
     return total
 

@@ -78,6 +78,10 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   const Product gate(f.gate, T, room), up(f.up, T, room);
   begin({&gate, &up}, x, team);
 
+  // Where all of down's rows are read, the first ones are fetched while gates and hidden entries are computed.
+  const Part of_down = f.down.rows_are_inputs ? Part() : part_of(f.down, team);
+  Fetch down_rows{f.down.row(of_down.begin), f.down.row(of_down.end)};
+
   // 1. Gate rows, all or those that its copy leaves: `found` are those with an activation that is not zero.
   const bool predicted = f.copy.codes && !all && x.tokens <= kCoarseTokens;
   const int64_t possible = predicted ? candidates_of(f.copy, f.threshold, x, mine, active) : mine.end;
@@ -86,6 +90,7 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
     round_row(type, gates, (last - first) * T);
     activate(gates, (last - first) * T, f, type);
     for (int64_t i = first; i < last; ++i, gates += T) {
+      down_rows.line();
       const int64_t neuron = predicted ? active[i] : i;
       bool any = all;
       for (int64_t t = 0; t < T; ++t) {
@@ -98,17 +103,23 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   });
 
   // 2. Their up rows, and what of hidden down takes.
-  const bool cut = cuts(f.down, x);
+  const bool cut = cuts(f.down, x), skips = f.down.rows_are_inputs && (f.skips() || cut);
   int64_t kept_end = mine.begin;
   in_turn(up, x, all ? nullptr : active, mine.begin, found, !all, [&](int64_t first, int64_t last, float* values) {
-    round_row(type, values, (last - first) * T);
+    const int64_t count = (last - first) * T;
+    round_row(type, values, count);
+    if (f.activation == kDRelu)
+      for (int64_t k = 0; k < count; ++k) values[k] = values[k] <= 0 ? 0 : values[k];
+    for (int64_t k = 0; k < count; ++k) values[k] *= hidden[first * T + k];
+    round_row(type, values, count);
+    if (cut)
+      for (int64_t k = 0; k < count; ++k) values[k] = kept(f.down, type, values[k]);
     for (int64_t i = first; i < last; ++i, values += T) {
-      bool any = !f.down.rows_are_inputs || (!f.skips() && !cut);
+      down_rows.line();
+      bool any = !skips;
       for (int64_t t = 0; t < T; ++t) {
-        const float value = f.activation == kDRelu && values[t] <= 0 ? 0 : values[t];
-        const float product = rounded(type, hidden[i * T + t] * value);
-        hidden[kept_end * T + t] = cut && t < x.tokens ? kept(f.down, type, product) : product;
-        any |= hidden[kept_end * T + t] != 0;
+        hidden[kept_end * T + t] = values[t];
+        any |= t < x.tokens && values[t] != 0;
       }
       active[kept_end] = active[i];
       kept_end += any;
@@ -120,29 +131,36 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   // 3. All active rows of down.
   static thread_local std::vector<int64_t> neurons;
   static thread_local std::vector<float> factors;
-  neurons.clear();
-  factors.clear();
-  for (int other = 0; other < team.threads; ++other) {
-    const int64_t begin = part_of(f.gate, {other, team.threads, nullptr}).begin, end = begin + scratch.counts[other];
-    neurons.insert(neurons.end(), active + begin, active + end);
-    factors.insert(factors.end(), hidden + begin * T, hidden + end * T);
-  }
-  const auto count = static_cast<int64_t>(neurons.size());
-  static thread_local std::vector<float> rows;
   static thread_local Inputs hidden_x;
+  int64_t count = 0;
+  const auto for_active = [&](auto keep_part) {  // those of each thread
+    for (int other = 0; other < team.threads; ++other) {
+      const int64_t begin = part_of(f.gate, {other, team.threads, nullptr}).begin, end = begin + scratch.counts[other];
+      count += end - begin;
+      keep_part(begin, end);
+    }
+  };
   room = scratch.sums.data();
+  factors.clear();
   if (f.down.rows_are_inputs) {
+    neurons.clear();
+    for_active([&](int64_t begin, int64_t end) {
+      neurons.insert(neurons.end(), active + begin, active + end);
+      factors.insert(factors.end(), hidden + begin * T, hidden + end * T);
+    });
     const Product down(f.down, T, room);
     RowSum parts[2];
     sum_all(parts, parts_of_halves(f.down, neurons.data(), factors.data(), count, T, x.tokens, team, down.halves, parts));
     team.wait();
     finish(down, x, team, keep);
   } else {
-    rows.assign(x.tokens * width, 0.0f);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t t = 0; t < x.tokens; ++t) rows[t * width + neurons[i]] = factors[i * T + t];
+    factors.resize(x.tokens * width);
+    for_active([&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t t = 0; t < x.tokens; ++t) factors[t * width + active[i]] = hidden[i * T + t];
+    });
     hidden_x.type = type;
-    hidden_x.set(rows.data(), x.tokens, width);
+    hidden_x.set(factors.data(), x.tokens, width);
     finish(Product(f.down, T, room), hidden_x, team, keep);
   }
   return count;
