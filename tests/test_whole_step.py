@@ -297,6 +297,9 @@ def test_predicted_gates_of_quantized_models(slowly: Any) -> None:
     assert torch.equal(decoded(), full)  # the weights may have changed, so copies of them are not used
     with pytest.raises(StochaError, match=r"recall is None: expected a recall, such as 0\.9"):
         predict_gates(model)
+    model.model.layers[0].mlp.gate_proj.input_threshold = 0.1
+    with pytest.raises(StochaError, match="a gate_proj cuts its input"):
+        predict_gates(model, 0.9)
 
 
 def test_usual_criteria_are_compared_as_numbers_and_one_that_may_warn_is_called() -> None:

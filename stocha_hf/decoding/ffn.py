@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from stocha_hf.decoding import ops, structs
 from stocha_hf.decoding.conditions import has_few_tokens, is_called, is_plain, is_plain_inference
-from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.state import gate_copy, neuron_major, sole_copy
 from stocha_hf.decoding.thin_gate import ThinGate
@@ -57,7 +56,7 @@ def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
         and all(
             structs.is_quantized(part)
             and not is_called(part)
-            and not is_cut(part)
+            and not structs.is_cut(part)
             and part._parameters["bias"] is None
             for part in parts
         )

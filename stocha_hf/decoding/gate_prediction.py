@@ -20,7 +20,7 @@ import torch
 
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.decoding.state import DecodeState, key_of
-from stocha_hf.decoding.structs import GateCopy, is_quantized, pointer
+from stocha_hf.decoding.structs import GateCopy, is_cut, is_quantized, pointer
 from stocha_hf.decoding.thin_gate import ThinGate
 from stocha_hf.errors import StochaError
 
@@ -74,8 +74,8 @@ def predict_gates(model: Any, recall: float | None = None) -> int:
         The number of FFNs.
 
     Raises:
-        StochaError: For a model without patched FFNs, a recall that is not between 0.5 and 1, none for a quantized
-            gate or on a GPU, or a quantized gate that cuts its input.
+        StochaError: For a model without patched FFNs, a gate that cuts its input, a recall that is not between 0.5
+            and 1, or none for a quantized gate or on a GPU.
     """
     mlps = [module for module in model.modules() if "decode_state" in module.__dict__]
     if not mlps:
@@ -91,6 +91,11 @@ def predict_gates(model: Any, recall: float | None = None) -> int:
 
 def _copy_of(module: Any, recall: float | None) -> CoarseGate | PackedGate | ThinGate:
     gate = module.weight
+    if is_cut(module) or (is_quantized(module) and module.transposed):
+        raise StochaError(
+            "a gate_proj cuts its input, or has a row an input: expected one that does not, since prediction reads "
+            "some outputs' rows of it"
+        )
     if gate.is_cuda:
         if recall is None or gate.shape[1] % 8:
             raise StochaError(
@@ -98,11 +103,10 @@ def _copy_of(module: Any, recall: float | None) -> CoarseGate | PackedGate | Thi
                 "0.999, since 4 bits give no exact bound, and a hidden size that 8 divides"
             )
         return PackedGate.of(gate, recall)
-    if is_quantized(module) and (recall is None or module.transposed):
+    if is_quantized(module) and recall is None:
         raise StochaError(
-            f"the gate is in {module.bits} bits, its rows are {'inputs' if module.transposed else 'outputs'}, and the "
-            f"recall is {recall}: expected a recall, such as 0.9, since 2 bits give no exact bound, and rows that are "
-            "outputs, so no input cuts"
+            f"the gate is in {module.bits} bits and the recall is None: expected a recall, such as 0.9, since the "
+            "copy's 2 bits give no exact bound"
         )
     return CoarseGate.of(gate) if recall is None else ThinGate.of(module, recall)
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from stocha_hf.decoding import structs
-from stocha_hf.decoding.cuts import is_cut, with_cut
+from stocha_hf.decoding.cuts import with_cut
 from stocha_hf.decoding.families import FAMILIES
 from stocha_hf.decoding.memory import use_large_pages
-from stocha_hf.decoding.structs import matrix, matrix_of, pointer
+from stocha_hf.decoding.structs import is_cut, matrix, matrix_of, pointer
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS
 

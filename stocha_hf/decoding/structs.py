@@ -119,6 +119,11 @@ def is_quantized(module: nn.Module) -> bool:
     return getattr(module, "quantized_format", None) in (1, 2)
 
 
+def is_cut(module: Any) -> bool:
+    """Return whether a module cuts its input, by an attribute: each folder's modeling file has classes of its own."""
+    return "input_threshold" in module.__dict__
+
+
 def matrix(weight: torch.Tensor, bias: torch.Tensor | None = None, rows_are_inputs: bool = False) -> Matrix:
     """Return a float matrix [rows, columns], contiguous."""
     return Matrix(weight.data_ptr(), None, pointer(bias), *weight.shape, DTYPES[weight.dtype], rows_are_inputs)
