@@ -2,8 +2,8 @@
 
 A matrix of a quantized folder is two tensors in the place of one, `codes` and `scale`. Their rows are what a decode
 step reads whole, so that file, memory and kernel share one layout and one copy: a neuron of gate_proj and up_proj, a
-neuron of down_proj too (hence stored transposed), an output of any other projection, a token of the embedding. A group
-is 32 neighbours in a row.
+neuron of down_proj too (hence stored transposed), an output of any other projection, a token of the embedding. Of
+projections that cut their inputs, `laid_out` says what a row is. A group is 32 neighbours in a row.
 
     weight = code * scale                  8 bits: int8, -127 to 127; scale float16
     weight = (code - zero) * scale         4 bits: 0 to 15; byte j of a group holds code j below, code j + 16 above
@@ -21,7 +21,7 @@ quantization_stocha.py, which ships with quantized folders, holds a copy of ever
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ BITS = (4, 8)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
 IN_PLANES = ("embed_tokens", "lm_head")  # of format 2: in 8 bits, as two planes of 4
+LONG_ROW = 2048  # bytes from which on memory gives rows here and there, of which 40% are left out, faster than all
 IN_8_BITS = ("v_proj", "embed_tokens", "lm_head")  # v_proj is small where heads share it, and loses most by 4 bits
 
 
@@ -95,6 +96,20 @@ class Quantization:
     def is_transposed(self, name: str) -> bool:
         """Return whether a matrix's rows are inputs."""
         return _is_named(name, self.transposed)
+
+    def laid_out(self, outputs: dict[str, int], skips: bool) -> Quantization:
+        """Return the entry with the layout in which projections that cut their inputs are read fastest.
+
+        A kept input's row is read alone where rows are long. Where they are short, a row is an output and all are
+        read, with zeros for what is cut; so it is with down_proj, unless the activation skips neurons.
+
+        Args:
+            outputs: Of the projections that cut their inputs, by name: how many there are.
+            skips: Whether the activation skips neurons.
+        """
+        long = {name for name, count in outputs.items() if count * self.bits_of(name) // 8 >= LONG_ROW}
+        kept = {name for name in self.transposed if skips or name != "down_proj" or name not in outputs}
+        return replace(self, transposed=tuple(sorted(kept | long)))
 
     def is_in_planes(self, name: str) -> bool:
         """Return whether a matrix's codes of 8 bits are two planes, of their high and their low halves."""

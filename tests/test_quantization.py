@@ -244,12 +244,23 @@ def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path
     )
 
 
-def test_projections_that_cut_their_inputs_go_on_cutting_and_are_stored_by_input(checkpoint, text, tmp_path) -> None:
+def test_layout_of_projections_that_cut_their_inputs() -> None:
+    cut = {"q_proj": 896, "v_proj": 2048, "up_proj": 4864, "down_proj": 896}
+    assert Quantization().laid_out({}, skips=False).transposed == ("down_proj",)
+    assert Quantization().laid_out(cut, skips=False).transposed == ("up_proj", "v_proj")  # v_proj has 8 bits
+    assert Quantization().laid_out(cut, skips=True).transposed == ("down_proj", "up_proj", "v_proj")
+
+
+@pytest.mark.parametrize("long_row", [16, 2048])
+def test_projections_that_cut_their_inputs_go_on_cutting(
+    long_row: int, checkpoint, text, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stocha_hf.quantization.LONG_ROW", long_row)
     convert(checkpoint(), tmp_path / "cut", inputs=0.5, calibrate=str(text), inputs_prefill=True)
     convert(tmp_path / "cut", tmp_path / "small", bits=8)
     model, plain = load_model(str(tmp_path / "small")), load_model(str(tmp_path / "cut"))
     query = model.model.layers[0].self_attn.q_proj
-    assert type(query).__name__ == "CutQuantizedLinear" and query.transposed and query.codes.shape == (32, 32)
+    assert type(query).__name__ == "CutQuantizedLinear" and query.transposed == (long_row == 16)
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, quantization_stocha.Quantized):

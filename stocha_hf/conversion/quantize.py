@@ -24,7 +24,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from stocha_hf.checkpoints.architecture import Sizes
+from stocha_hf.checkpoints.architecture import Sizes, expected_tensors
 from stocha_hf.checkpoints.companions import dump
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import weights_hash
@@ -41,6 +41,7 @@ from stocha_hf.errors import StochaError
 from stocha_hf.progress import Progress
 from stocha_hf.quantization import IN_8_BITS, Quantization, is_matrix
 from stocha_hf.quantization_stocha import NAMES, dequantize, quantize
+from stocha_hf.spec import ACTIVATIONS
 
 SHARD = "5GB"
 DEFAULT_TOKENS, WINDOW = 16_384, 512
@@ -78,10 +79,16 @@ class Quantized:
 
 
 def layout(bits: float, in_8_bits: Sequence[str] | None, config: dict[str, Any]) -> Quantization:
-    """The entry for a converted config.json: projections that cut their inputs are read an input at a time."""
-    cut = (config["stocha"].get("inputs") or {}).get("thresholds", {})
-    named = IN_8_BITS if in_8_bits is None else tuple(in_8_bits)
-    return Quantization(8 if bits == 8 else 4, named, tuple(sorted({"down_proj", *cut})))
+    """The entry for a converted config.json, with projections that cut their inputs laid out for decode steps."""
+    entry, named = config["stocha"], IN_8_BITS if in_8_bits is None else tuple(in_8_bits)
+    cut = (entry.get("inputs") or {}).get("thresholds", {})
+    outputs = {
+        name.split(".")[-2]: shape[0]
+        for name, shape in expected_tensors(Sizes.of(config, "the converted folder"))
+        if name.split(".")[-2] in cut and len(shape) == 2
+    }
+    skips = ACTIVATIONS[entry["inference"]].cut is not None
+    return Quantization(8 if bits == 8 else 4, named).laid_out(outputs, skips)
 
 
 def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:

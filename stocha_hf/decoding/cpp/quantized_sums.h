@@ -2,7 +2,8 @@
 //
 // Of 4 bits, kBlock rows at a time: with each row's share of a group, hidden * scale, rounded to 255 steps of the
 // block's largest, sums of products with code - 8 fit 16 bits, being at most 8 * 127 * kBlock; what zeros differ from 8 by
-// is added in float32. Rows are unpacked once for two tokens, of which more would not fit the registers.
+// is added in float32. Four rows at a time are read along, while sums stay in the first-level cache: rows read side by
+// side in short pieces come from memory more slowly, and take as long to sum.
 #pragma once
 
 #include "quantized.h"
@@ -123,81 +124,109 @@ inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t gro
   }
 }
 
-// Adds the sums of vector i of a chunk to the chunk's floats.
-template <int i>
-inline void add_sums(const Words (&sums)[4], const FactorsOf4& factors, int64_t here, float* chunk) {
-  float* acc = chunk + i * kPer * kGroupSize;
-  for (int q = 0; q < kPer && i * kPer + q < here; ++q) {
-    const float step = factors.step[i * kPer + q], offset = factors.offset[i * kPer + q];
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      EightShorts part;
-      std::memcpy(&part, reinterpret_cast<const char*>(&sums[k]) + q * 16, 16);
-      LooseEight& to = *reinterpret_cast<LooseEight*>(acc + q * kGroupSize + k * 8);  // auto would align it
-      to += __builtin_convertvector(part, Eight) * step + offset;
-    }
-  }
-}
+// A pass of a block: some groups of its rows, so few that their factors and sums stay in the first-level cache.
+constexpr int kChunksOfPass = 160 / kLanes;  // times tokens
+struct PassOf4 {
+  const BlockOf4& block;
+  int tokens;
+  int64_t group, groups;                 // the first of them, and how many
+  FactorsOf4 factors[kChunksOfPass];     // [chunks, tokens]
+  Words sums[kChunksOfPass * 16];        // [chunks, 4 vectors, tokens, 4], which wrap around on the way to what fits
 
-// acc[t * stride + ...] of V vectors from i on of a chunk, for T tokens; V * T <= 2. Meanwhile fetches the next block.
-template <int i, int V, int T, bool whole>
-inline void add_vectors(const BlockOf4& block, Fetch& fetched, bool fetches, const FactorsOf4* factors, int64_t group,
-                        int64_t here, float* acc, int64_t stride) {
-  const int64_t from = group * 16 + i * kBytes;
-  Fetch fetch = fetched;  // a copy stays in registers
-  Words sums[V][T][4];    // which wrap around on the way to what fits
-  repeated<0, V>([&](auto v) {
-#pragma GCC unroll 2
-    for (int t = 0; t < T; ++t)
-      for (Words& s : sums[v][t]) s = (Words)spread<i + v>(factors[t].start);
-  });
-  for (int p = 0; p < block.pairs; ++p) {
-    const uint8_t *a = block.rows[2 * p] + from, *b = block.rows[2 * p + 1] + from;
-    if (fetches) fetch.lines(2 * std::max<int64_t>(V * kBytes, kLine));
-    repeated<0, V>([&](auto v) {
-      const int64_t bytes = (here - (i + v) * kPer) * 16;
-      const PairOf4 codes(load_codes_part(a + v * kBytes, bytes, whole), load_codes_part(b + v * kBytes, bytes, whole));
-#pragma GCC unroll 2
-      for (int t = 0; t < T; ++t) codes.add_to(sums[v][t], spread<i + v>(factors[t].pairs[p]));
+  static int64_t most_groups(int tokens) { return std::max(kChunksOfPass / tokens, 1) * kLanes; }
+
+  // f(chunk, vector i as a constant, groups from this vector's first on, its sums)
+  template <class F>
+  STOCHA_INLINED void for_vectors(F f) {
+    Words* of_vector = sums;
+    for (int64_t g = 0, chunk = 0; g < groups; g += kLanes, ++chunk)
+      repeated<0, 4>([&](auto i) STOCHA_INLINED {
+        if (g + i * kPer < groups) f(chunk, i, groups - g - i * kPer, of_vector);
+        of_vector += 4 * tokens;
+      });
+  }
+
+  template <bool whole>
+  void set_all_factors(const BlockOf4& next) {
+    FactorsOf4* to = factors;
+    for (int64_t g = 0; g < groups; g += kLanes, to += tokens) {
+      const int64_t here = std::min<int64_t>(kLanes, groups - g);
+      int t = 0;
+      for (; t + 4 <= tokens; t += 4) set_factors<4, whole>(block, next, group + g, here, t, to + t);
+      for (; t + 2 <= tokens; t += 2) set_factors<2, whole>(block, next, group + g, here, t, to + t);
+      if (t < tokens) set_factors<1, whole>(block, next, group + g, here, t, to + t);
+    }
+    for_vectors([&](int64_t chunk, auto i, int64_t, Words* own) STOCHA_INLINED {
+      for (int t = 0; t < tokens; ++t)
+        for (int k = 0; k < 4; ++k) own[4 * t + k] = (Words)spread<i>(factors[chunk * tokens + t].start);
     });
   }
-  fetched = fetch;
-  repeated<0, V>([&](auto v) {
-#pragma GCC unroll 2
-    for (int t = 0; t < T; ++t) add_sums<i + v>(sums[v][t], factors[t], here, acc + t * stride);
-  });
-}
 
-// acc[t * stride : t * stride + 32 * here], of one chunk's groups, here <= kLanes; `whole`: so many may be read.
-template <bool whole>
-inline void add_chunk_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t group, int64_t here,
-                        float* acc, int64_t stride) {
-  FactorsOf4 factors[kTokens];
-  int first = 0;
-  for (; first + 4 <= tokens; first += 4) set_factors<4, whole>(block, next, group, here, first, factors + first);
-  for (; first + 2 <= tokens; first += 2) set_factors<2, whole>(block, next, group, here, first, factors + first);
-  if (first < tokens) set_factors<1, whole>(block, next, group, here, first, factors + first);
-  repeated<0, 4>([&](auto i) {
-    if (i * kPer >= here) return;
-    for (int t = 0; t < tokens; t += 2) {
-      const bool fetches = t == 0 && i * kBytes % kLine == 0;
-      float* to = acc + t * stride;
-      if (t + 1 < tokens)
-        add_vectors<i, 1, 2, whole>(block, fetch, fetches, factors + t, group, here, to, stride);
-      else if (i % 2 == 0 && here > (i + 1) * kPer)
-        add_vectors<i, i % 2 ? 1 : 2, 1, whole>(block, fetch, fetches, factors + t, group, here, to, stride);
-      else if (i % 2 == 0)
-        add_vectors<i, 1, 1, whole>(block, fetch, fetches, factors + t, group, here, to, stride);
-    }
-  });
-}
+  // Adds P pairs of rows from the p-th on, along the rows, as memory is read fastest. Meanwhile fetches others.
+  template <int P, bool whole>
+  void add_pairs(int p, Fetch& fetched) {
+    Fetch fetch = fetched;  // a copy stays in registers
+    const uint8_t* rows[2 * P];
+    for (int r = 0; r < 2 * P; ++r) rows[r] = block.rows[2 * p + r] + group * 16;
+    for_vectors([&](int64_t chunk, auto i, int64_t left, Words* own) STOCHA_INLINED {
+      const int64_t from = chunk * kLanes * 16 + i * kBytes;
+      const auto load = [&](int r) STOCHA_INLINED { return load_codes_part(rows[r] + from, left * 16, whole); };
+      const PairOf4 a(load(0), load(1)), b(load(2 * P - 2), load(2 * P - 1));
+      fetch.lines(std::max(2 * P * kBytes, kLine));
+      for (int t = 0; t < tokens; ++t) {
+        const Integers* by = factors[chunk * tokens + t].pairs + p;
+        Words total[4];
+        for (int k = 0; k < 4; ++k) total[k] = own[4 * t + k];
+        a.add_to(total, spread<i>(by[0]));
+        if (P == 2) b.add_to(total, spread<i>(by[1]));
+        for (int k = 0; k < 4; ++k) own[4 * t + k] = total[k];
+      }
+    });
+    fetched = fetch;
+  }
 
-inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t group, int64_t here,
-                        float* acc, int64_t stride) {
-  if (block.readable || here == kLanes)
-    add_chunk_4<true>(block, next, fetch, tokens, group, here, acc, stride);
-  else
-    add_chunk_4<false>(block, next, fetch, tokens, group, here, acc, stride);
+  // Adds the sums to acc[t * stride : t * stride + 32 * groups].
+  void add_sums(float* acc, int64_t stride) {
+    for_vectors([&](int64_t chunk, auto i, int64_t left, Words* own) STOCHA_INLINED {
+      for (int t = 0; t < tokens; ++t, own += 4) {
+        const FactorsOf4& of_t = factors[chunk * tokens + t];
+        float* to = acc + t * stride + (chunk * kLanes + i * kPer) * kGroupSize;
+        for (int q = 0; q < kPer && q < left; ++q) {
+          const float step = of_t.step[i * kPer + q], offset = of_t.offset[i * kPer + q];
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) {
+            EightShorts part;
+            std::memcpy(&part, reinterpret_cast<const char*>(own + k) + q * 16, 16);
+            LooseEight& eight = *reinterpret_cast<LooseEight*>(to + q * kGroupSize + k * 8);  // auto would align it
+            eight += __builtin_convertvector(part, Eight) * step + offset;
+          }
+        }
+      }
+    });
+  }
+
+  // All of it; `whole`: so much may be read.
+  template <bool whole>
+  void run(const BlockOf4& next, Fetch& fetch, float* acc, int64_t stride) {
+    set_all_factors<whole>(next);
+    int p = 0;
+    for (; p + 2 <= block.pairs; p += 2) add_pairs<2, whole>(p, fetch);
+    if (p < block.pairs) add_pairs<1, whole>(p, fetch);
+    add_sums(acc, stride);
+  }
+};
+
+// acc[t * stride : t * stride + 32 * groups] of a block's groups. Meanwhile fetches the next block.
+inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t groups, float* acc,
+                        int64_t stride) {
+  const int64_t most = PassOf4::most_groups(tokens);
+  for (int64_t g = 0; g < groups; g += most) {
+    PassOf4 pass{block, tokens, g, std::min(most, groups - g)};
+    if (block.readable || groups % kLanes == 0)
+      pass.run<true>(next, fetch, acc + g * kGroupSize, stride);
+    else
+      pass.run<false>(next, fetch, acc + g * kGroupSize, stride);
+  }
 }
 
 // The same of 8 bits, in float32, for T tokens at once; acc's tokens are `stride` apart. G rows.

@@ -60,9 +60,8 @@ inline void sum_rows_4(const RowSum& own, const RowSum* after, bool fetched) {
     const RowSum* of_next = i + kBlock < own.count ? &own : after;
     if (of_next) of_next->set_block(of_next == &own ? i + kBlock : 0, next);
     Fetch fetch{nullptr, nullptr, next.rows, of_next ? kBlock : 0, of_next ? of_next->groups() * 16 : 0};
-    for (int64_t g = 0; g < groups; g += kLanes)
-      add_block_4(block, of_next ? next : block, fetch, static_cast<int>(own.tokens), g,
-                  std::min<int64_t>(kLanes, groups - g), own.acc + (own.first() + g) * kGroupSize, own.stride);
+    add_block_4(block, of_next ? next : block, fetch, static_cast<int>(own.tokens), groups,
+                own.acc + own.first() * kGroupSize, own.stride);
   }
 }
 
