@@ -37,12 +37,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from gate_prediction import rows_of, sharing
 from transformers import AutoModelForCausalLM
 
 from stocha_hf.checkpoints.inspection import read_config
 from stocha_hf.checkpoints.quantized import read_quantization
 from stocha_hf.conversion.gguf import check_gguf, dequantize
 from stocha_hf.data import text_windows
+from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.measurement.speed import READ
 from stocha_hf.measurement.speed_models import (
@@ -252,11 +254,14 @@ def of_gguf(path: Path, windows: torch.Tensor) -> dict[str, float]:
 
 @dataclass
 class Prepared:
-    """By name: functions that return seconds of a step, the bytes that each reads, and functions for the quality."""
+    """By name: functions that return seconds of a step, the bytes that each reads, functions for the quality, and what
+    gate prediction finds.
+    """
 
     measures: dict[str, Callable[[], float]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     qualities: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
+    gates: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def prepared(args: argparse.Namespace, folder: Path) -> Prepared:
@@ -289,17 +294,29 @@ def prepared(args: argparse.Namespace, folder: Path) -> Prepared:
             done.measures[f"ours {bits}"] = partial(decode_seconds, model, tokens, args.new, now)
         else:
             done.measures[f"ours {bits}"] = partial(together_seconds, model, tokens, args.new, args.together, now)
+        if args.recall:
+            predicted = sharing(model)
+            predict_gates(predicted, args.recall)
+            done.gates[f"ours {bits} predicted"] = found = rows_of(predicted, tokens)
+            done.sizes[f"ours {bits} predicted"] = done.sizes[f"ours {bits}"] + copy_bytes(model, predicted, found)
+            done.measures[f"ours {bits} predicted"] = partial(decode_seconds, predicted, tokens, args.new, now)
     return done
+
+
+def copy_bytes(model: Any, predicted: Any, found: dict[str, float]) -> int:
+    """What a step with predicted gates reads more: their copies, less the rows of gates that it leaves out."""
+    gates = [mlp.gate_proj for mlp in stocha_mlps(model)]
+    tensors = [(gate.codes, gate.scale) if hasattr(gate, "codes") else (gate.weight,) for gate in gates]
+    left_out = sum(tensor.nbytes for parts in tensors for tensor in parts) * (1 - found["gate_rows"])
+    return sum(mlp.decode_state.coarse.nbytes for mlp in stocha_mlps(predicted)) - round(left_out)
 
 
 def record_of(args: argparse.Namespace, seconds: dict[str, list[float]], sizes: dict[str, int]) -> dict[str, Any]:
     """The line for the file of results."""
     medians = {name: statistics.median(found) for name, found in seconds.items()}
-    ratios = {
-        f"{theirs} / {bits}": [a / b for a, b in zip(seconds[theirs], seconds[f"ours {bits}"], strict=True)]
-        for theirs in args.theirs
-        for bits in args.ours
-    }
+    own = [name.removeprefix("ours ") for name in sizes if name.startswith("ours ")]
+    pairs = {f"{theirs} / {ours}": (theirs, f"ours {ours}") for theirs in args.theirs for ours in own}
+    ratios = {pair: [a / b for a, b in zip(*map(seconds.get, names), strict=True)] for pair, names in pairs.items()}
     return {
         "model": f"random Llama {args.random}" if args.random else Path(args.folder).name,
         "forced_sparsity": args.sparsity,
@@ -317,6 +334,15 @@ def record_of(args: argparse.Namespace, seconds: dict[str, list[float]], sizes: 
         "processor": platform.processor() or platform.machine(),
         "versions": {"llama.cpp": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def gains(args: argparse.Namespace, seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """By bits: what gate prediction gains, the median of the rounds' ratios and each of them."""
+    found = {}
+    for bits in args.ours:
+        ratios = [a / b for a, b in zip(seconds[f"ours {bits}"], seconds[f"ours {bits} predicted"], strict=True)]
+        found[str(bits)] = {"median": statistics.median(ratios), "rounds": [round(ratio, 3) for ratio in ratios]}
+    return found
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -338,6 +364,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens of the text")
     parser.add_argument("--head-bits", type=int, default=8, choices=[8, 4], help="of embeddings and lm_head")
     parser.add_argument("--together", type=int, default=1, help="tokens a step")
+    parser.add_argument("--recall", type=float, help="time ours with gates predicted by this recall as well")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu", action="store_true", help="time one thread by its CPU time: on a machine with others")
     parser.add_argument("--new", type=int, default=32)
@@ -347,6 +374,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     if args.text and (args.random or not args.folder):
         parser.error("--text measures a real model: give --folder and --gguf in place of --random")
+    if args.recall and (args.sparsity is None or args.together > 1):
+        parser.error("--recall predicts zeros of one token: give --sparsity, and no --together")
     args.threads = 1 if args.cpu else args.threads
     return args
 
@@ -355,10 +384,13 @@ def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="stocha-gguf-", ignore_cleanup_errors=True) as folder:
         sides = prepared(args, Path(folder))
-        record = record_of(args, decoding_in_turn(sides.measures, args.rounds), sides.sizes)
+        seconds = decoding_in_turn(sides.measures, args.rounds)
+        record = record_of(args, seconds, sides.sizes)
         if args.text:
             record["text"] = Path(args.text).name
             record["quality"] = {name: found() for name, found in sides.qualities.items()}
+        if sides.gates:
+            record |= {"recall": args.recall, "gates": sides.gates, "full_over_predicted": gains(args, seconds)}
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=1))

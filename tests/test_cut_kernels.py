@@ -13,7 +13,7 @@ from helpers.packing import packed
 
 from stocha_hf import InputCuts, StochaConfig
 from stocha_hf.decoding import ops, step
-from stocha_hf.decoding.structs import KERNEL_ACTIVATIONS, Ffn, matrix
+from stocha_hf.decoding.structs import KERNEL_ACTIVATIONS, Ffn, GateCopy, matrix
 from stocha_hf.modeling_stocha import StochaMLP
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
@@ -84,7 +84,7 @@ def test_the_ffn_cuts_its_input_and_its_hidden_vector(activation: str, kind: Any
         parts = zip((gate, up, down), transposed, limits, strict=True)
         matrices = [part.matrix(None, bool(first), limit) for part, first, limit in parts]
         x = torch.randn(tokens, 64).to(gate.dtype)
-        found = ops.run_ffn(x, Ffn(*matrices, None, None, KERNEL_ACTIVATIONS[activation], 0.0, 0.0))
+        found = ops.run_ffn(x, Ffn(*matrices, GateCopy(), KERNEL_ACTIVATIONS[activation], 0.0))
         exact = [
             part.exact if first else part.exact.T for part, first in zip((gate, up, down), transposed, strict=True)
         ]

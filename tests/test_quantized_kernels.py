@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.packing import VARIANTS, packed
+from helpers.packing import VARIANTS, Packed, packed
 
 from stocha_hf.decoding import build, ops
+from stocha_hf.decoding.gate_prediction import candidates
 from stocha_hf.decoding.memory import use_large_pages
-from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn
+from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn, GateCopy
+from stocha_hf.decoding.thin_gate import ThinGate
 
 SHAPES = [(64, 96), (33, 77), (300, 530), (1, 1), (160, 32), (576, 40)]  # columns, rows
 ROUNDING = 0.012  # of x, and of hidden vectors
@@ -30,6 +32,13 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     found = build.load((*build.FLAGS, *request.param)) if request.param else build.kernels()
     monkeypatch.setattr(ops, "kernels", lambda: found)
     return found
+
+
+def thin(gate: Packed, recall: float) -> ThinGate:
+    def rows(first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        return gate.exact[first:last].to(dtype)
+
+    return ThinGate.of(SimpleNamespace(quantized_format=1, codes=gate.codes, scale=gate.scale, rows=rows), recall)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -66,7 +75,7 @@ def test_the_ffn_equals_that_of_the_weights(library: Any, activation: str, bits:
         x = torch.randn(tokens, size)
         gates = x.double() @ gate.exact.T
         matrices = (gate.matrix(), up.matrix(), down.matrix(rows_are_inputs=True))
-        weights = Ffn(*matrices, None, None, KERNEL_ACTIVATIONS[activation], threshold, 0.0)
+        weights = Ffn(*matrices, GateCopy(), KERNEL_ACTIVATIONS[activation], threshold)
         found = ops.run_ffn(x, weights)
         exact = hidden_vector(gates, x.double() @ up.exact.T, activation, threshold) @ down.exact
         if threshold > 1e8:
@@ -75,11 +84,45 @@ def test_the_ffn_equals_that_of_the_weights(library: Any, activation: str, bits:
             assert error(found, exact) < 4 * ROUNDING, (size, width, tokens, threshold)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("activation", sorted(ops.HIDDEN))
+def test_a_thin_gate_leaves_out_what_it_says(library: Any, activation: str, bits: int) -> None:
+    torch.manual_seed(0)
+    threshold = 0.3 if activation in ("fatrelu", "shifted_relu") else 0.0
+    for (size, width), tokens in itertools.product(SHAPES[:3], [1, 2]):
+        gate, up, down = (packed(width, size, bits) for _ in range(3))
+        x = torch.randn(tokens, size)
+        copy = thin(gate, recall=0.6)
+        chosen = candidates(copy, x, threshold).any(0)
+        gates = x.double() @ gate.exact.T
+        assert not chosen.all() and (chosen & (gates > threshold)).any()
+        matrices = (gate.matrix(), up.matrix(), down.matrix(rows_are_inputs=True))
+        found = ops.run_ffn(x, Ffn(*matrices, copy.structure(), KERNEL_ACTIVATIONS[activation], threshold))
+        hidden = hidden_vector(gates, x.double() @ up.exact.T, activation, threshold)
+        assert error(found, (hidden * chosen) @ down.exact) < 4 * ROUNDING, (size, width, tokens)
+    x, rule = torch.randn(3, size), (KERNEL_ACTIVATIONS[activation], threshold)
+    full, predicted = (ops.run_ffn(x, Ffn(*matrices, told, *rule)) for told in (GateCopy(), copy.structure()))
+    assert torch.equal(full, predicted)  # three tokens read the whole gate
+
+
+def test_a_thin_gate_finds_what_it_promises() -> None:
+    torch.manual_seed(0)
+    gate, x, threshold = packed(4000, 512, 4), torch.randn(4, 512), 0.65
+    active = x @ gate.exact.float().T > threshold
+    shares, recalls = [], []
+    for recall in (0.6, 0.9, 0.999):
+        chosen = candidates(thin(gate, recall), x, threshold)
+        shares.append(chosen.float().mean() / active.float().mean())
+        recalls.append((chosen & active).sum() / active.sum())
+    assert recalls[0] > 0.8 and recalls[1] > 0.96 and recalls[2] > 0.9995
+    assert 1 < shares[0] < shares[1] < shares[2] < 4
+
+
 def test_results_do_not_depend_on_the_number_of_threads(library: Any) -> None:
     torch.manual_seed(0)
     gate, up, down = (packed(300, 320, 4) for _ in range(3))
     matrices = (gate.matrix(), up.matrix(), down.matrix(rows_are_inputs=True))
-    weights = Ffn(*matrices, None, None, KERNEL_ACTIVATIONS["relu"], 0.0, 0.0)
+    weights = Ffn(*matrices, GateCopy(), KERNEL_ACTIVATIONS["relu"], 0.0)
     x, threads, found = torch.randn(2, 320), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from stocha_hf.decoding import generation, step
+from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.decoding.loop import ending
+from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
@@ -272,6 +275,31 @@ def test_quantized_models_decode_as_their_modules_do(model_type: str, bits: int,
     dense = model(TOKENS).logits[:, 9:]
     assert (fast - torch.cat(slow, 1)).norm() < 0.02 * dense.norm()
     assert (fast - dense).norm() < 0.05 * dense.norm()
+
+
+@torch.no_grad()
+def test_predicted_gates_of_quantized_models(slowly: Any) -> None:
+    model = model_of("llama")
+    exchange(model, Quantization(bits=4), fill=True)
+
+    def decoded(call: Any = model) -> torch.Tensor:
+        cache = model(TOKENS[:1, :9], use_cache=True).past_key_values
+        return torch.cat([call(TOKENS[:1, i : i + 1], past_key_values=cache).logits for i in range(9, 20)], 1)
+
+    full = decoded()
+    for recall, same in ((0.999, True), (0.501, False)):
+        assert predict_gates(model, recall) == 2
+        fast, slow = decoded(), decoded(partial(slowly, model))
+        assert bool((fast - full).norm() < 0.01 * full.norm()) is same
+        assert (fast - slow).norm() < 0.02 * full.norm()
+    model.model.layers[1].mlp.gate_proj.codes.mul_(1)
+    model.model.layers[0].mlp.gate_proj.codes.mul_(1)
+    assert torch.equal(decoded(), full)  # the weights may have changed, so copies of them are not used
+    with pytest.raises(StochaError, match=r"recall is None: expected a recall, such as 0\.9"):
+        predict_gates(model)
+    model.model.layers[0].mlp.gate_proj.input_threshold = 0.1
+    with pytest.raises(StochaError, match="a gate_proj cuts its input"):
+        predict_gates(model, 0.9)
 
 
 def test_usual_criteria_are_compared_as_numbers_and_one_that_may_warn_is_called() -> None:

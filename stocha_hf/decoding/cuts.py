@@ -14,14 +14,9 @@ from torch import nn
 from stocha_hf.decoding import ops
 from stocha_hf.decoding.conditions import is_called, is_plain_inference, is_step
 from stocha_hf.decoding.state import input_major, sole
-from stocha_hf.decoding.structs import Matrix, matrix
+from stocha_hf.decoding.structs import Matrix, is_cut, matrix
 
 SMALLEST = 1e-40  # a threshold of what is cut already: less than any number but 0
-
-
-def is_cut(module: Any) -> bool:
-    """Return whether a module cuts its input, by an attribute: each folder's modeling file has classes of its own."""
-    return "input_threshold" in module.__dict__
 
 
 def with_cut(found: Matrix, module: Any, dtype: torch.dtype) -> Matrix:

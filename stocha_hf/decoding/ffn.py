@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from stocha_hf.decoding import ops, structs
 from stocha_hf.decoding.conditions import has_few_tokens, is_called, is_plain, is_plain_inference
-from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.gate_prediction import CoarseGate
-from stocha_hf.decoding.state import neuron_major, sole_copy
+from stocha_hf.decoding.state import gate_copy, neuron_major, sole_copy
+from stocha_hf.decoding.thin_gate import ThinGate
 from stocha_hf.spec import ACTIVATIONS
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -56,7 +56,7 @@ def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
         and all(
             structs.is_quantized(part)
             and not is_called(part)
-            and not is_cut(part)
+            and not structs.is_cut(part)
             and part._parameters["bias"] is None
             for part in parts
         )
@@ -68,7 +68,9 @@ def _quantized(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
 def quantized_ffn(mlp: Any) -> structs.Ffn:
     """Return the kernel's structure of an FFN of quantized matrices."""
     matrices = [structs.matrix_of(mlp._modules[name]) for name in MATRICES]
-    return structs.Ffn(*matrices, None, None, structs.KERNEL_ACTIVATIONS[mlp.running], zero_up_to(mlp), 0.0)
+    copy = gate_copy(mlp)
+    told = structs.GateCopy() if copy is None else copy.structure()
+    return structs.Ffn(*matrices, told, structs.KERNEL_ACTIVATIONS[mlp.running], zero_up_to(mlp))
 
 
 def skipping(mlp: Any, x: torch.Tensor) -> bool:
@@ -100,7 +102,7 @@ def _decode(mlp: Any, x: torch.Tensor) -> torch.Tensor | None:
         if down_t is None:
             return None
         coarse = None if torch.compiler.is_compiling() else mlp.decode_state.coarse
-        copy = coarse if isinstance(coarse, CoarseGate) else None
+        copy = coarse if isinstance(coarse, CoarseGate | ThinGate) else None
         return ops.ffn(x, gate, up, down_t, mlp.running, zero_up_to(mlp), copy)
     if x.is_cpu and x.numel() == x.shape[-1]:
         return gathered(mlp, x)

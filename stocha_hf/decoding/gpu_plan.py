@@ -15,7 +15,6 @@ import triton
 from torch import nn
 
 from stocha_hf.decoding import triton_ffn
-from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.families import FAMILIES
 from stocha_hf.decoding.gpu_cuts import listed
 from stocha_hf.decoding.gpu_draft import GpuDraft
@@ -23,6 +22,7 @@ from stocha_hf.decoding.gpu_step import GpuStep
 from stocha_hf.decoding.gpu_weights import CutWeights, LayerWeights, Weights
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.decoding.plan import CHANGING_ROTARY
+from stocha_hf.decoding.structs import is_cut
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS, PROJECTIONS
 

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 
 from stocha_hf.decoding import step
-from stocha_hf.decoding.cuts import is_cut
 from stocha_hf.decoding.generation import is_plain_call, loop_on_cpu
 from stocha_hf.decoding.loop import Loop
 from stocha_hf.decoding.ops import available
 from stocha_hf.decoding.rounds import Rounds, first_tokens
-from stocha_hf.decoding.structs import ABOUT
+from stocha_hf.decoding.structs import ABOUT, is_cut
 from stocha_hf.errors import StochaError
 
 

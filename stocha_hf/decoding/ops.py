@@ -21,7 +21,8 @@ from stocha_hf.decoding import triton_ffn
 from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.state import key_of
-from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn, Matrix, matrix
+from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn, GateCopy, Matrix, matrix
+from stocha_hf.decoding.thin_gate import ThinGate
 
 MOST_TOKENS = 8  # at most
 HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {  # (gate, up, threshold) -> hidden
@@ -45,9 +46,9 @@ def ffn(
     down_t: torch.Tensor,
     activation: str,
     threshold: float,
-    coarse: CoarseGate | None = None,
+    coarse: CoarseGate | ThinGate | None = None,
 ) -> torch.Tensor:
-    """A gated FFN on x [..., H]; gate, up and the transposed down are contiguous, [M, H]; `coarse` is the gate's copy.
+    """A gated FFN on x [..., H]; gate, up and the transposed down are contiguous, [M, H]; `coarse` is a copy of gate.
 
     Equals PyTorch's dense path within the rounding of sums, but for infinite or NaN weights of skipped neurons.
     """
@@ -72,14 +73,15 @@ def _ffn(
     down_t: torch.Tensor,
     activation: str,
     threshold: float,
-    coarse: CoarseGate | None = None,
+    coarse: CoarseGate | ThinGate | None = None,
 ) -> torch.Tensor:
     library = kernels()
     if library is None:
         return _dense(x, gate, up, down_t, activation, threshold)
     weights = Ffn(
-        matrix(gate), matrix(up), matrix(down_t, rows_are_inputs=True), *_coarse(coarse, gate),
-        KERNEL_ACTIVATIONS[activation], threshold, 0.0 if coarse is None else coarse.margin,
+        matrix(gate), matrix(up), matrix(down_t, rows_are_inputs=True),
+        GateCopy() if coarse is None or coarse.key != key_of(gate) else coarse.structure(),
+        KERNEL_ACTIVATIONS[activation], threshold,
     )  # fmt: skip
     return run_ffn(x, weights)
 
@@ -126,12 +128,6 @@ def _tokens(x: torch.Tensor) -> int:
     if not 1 <= count <= MOST_TOKENS:
         raise ValueError(f"x has {count} tokens: expected 1 to {MOST_TOKENS}, a decode step's")
     return count
-
-
-def _coarse(coarse: CoarseGate | None, gate: torch.Tensor) -> tuple[int | None, int | None]:
-    if coarse is None or coarse.key != key_of(gate):
-        return None, None
-    return coarse.weights.data_ptr(), coarse.scales.data_ptr()
 
 
 _library = torch.library.Library("stocha", "DEF")

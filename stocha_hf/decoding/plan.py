@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from stocha_hf.decoding import structs
-from stocha_hf.decoding.cuts import is_cut, with_cut
+from stocha_hf.decoding.cuts import with_cut
 from stocha_hf.decoding.families import FAMILIES
-from stocha_hf.decoding.gate_prediction import CoarseGate
 from stocha_hf.decoding.memory import use_large_pages
-from stocha_hf.decoding.structs import matrix, matrix_of, pointer
+from stocha_hf.decoding.structs import is_cut, matrix, matrix_of, pointer
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS
 
@@ -150,12 +149,9 @@ class Plan(Watch):
         threshold = self.rule(mlp)
         if any(m.bias for m in matrices):
             raise Refused
-        coarse = None if structs.is_quantized(gate) or is_cut(gate) else self.coarse(mlp)
-        pointers: list[int | None] = [None, None]
-        margin = 0.0
-        if isinstance(coarse, CoarseGate):
-            pointers, margin = [pointer(coarse.weights), pointer(coarse.scales)], coarse.margin
-        return structs.Ffn(*matrices, *pointers, structs.KERNEL_ACTIVATIONS[mlp.running], threshold, margin)
+        coarse = None if is_cut(gate) else self.coarse(mlp)
+        told = structs.GateCopy() if coarse is None else coarse.structure()
+        return structs.Ffn(*matrices, told, structs.KERNEL_ACTIVATIONS[mlp.running], threshold)
 
 
 def of(model: Any) -> Plan | None:

@@ -20,10 +20,11 @@ from torch import nn
 
 from stocha_hf.decoding.build import kernels
 from stocha_hf.decoding.memory import release
+from stocha_hf.decoding.structs import is_quantized
 
 
 class DecodeState:
-    """Of one weight: `transposed`, a copy; of an FFN's down_proj also `coarse`, a CoarseGate, a PackedGate or None.
+    """Of one weight: `transposed`, a copy; of an FFN's down_proj also `coarse`, a copy of the gate or None.
     Copies and pickles of a model do not take it along.
     """
 
@@ -40,6 +41,17 @@ class DecodeState:
 def key_of(weight: torch.Tensor) -> tuple[int, int]:
     """Return where a weight's memory is and how often it was changed in place."""
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def key_of_linear(module: Any) -> tuple[int, int]:
+    """Return the key of a Linear layer's weight, or of its codes where it is quantized."""
+    return key_of(module.codes if is_quantized(module) else module._parameters["weight"])
+
+
+def gate_copy(mlp: Any) -> Any:
+    """Return the copy that predicts a patched FFN's gates; None where there is none of its gate as it is."""
+    copy = None if mlp.decode_state is None else mlp.decode_state.coarse
+    return copy if copy is not None and copy.key == key_of_linear(mlp._modules["gate_proj"]) else None
 
 
 def neuron_major(mlp: Any, thorough: bool = False) -> torch.Tensor | None:

@@ -39,14 +39,20 @@ class Matrix(ctypes.Structure):
         return self.columns if self.rows_are_inputs else self.rows
 
 
+class GateCopy(ctypes.Structure):
+    """A small copy of a gate, or none; see cpp/prediction.h."""
+
+    _fields_ = [(name, _POINTER) for name in ("codes", "scales", "slack")]
+
+
 class Ffn(ctypes.Structure):
     """A gated FFN; see cpp/ffn.h."""
 
     _fields_ = [
         *((name, Matrix) for name in ("gate", "up", "down")),
-        *((name, _POINTER) for name in ("coarse", "coarse_scales")),
+        ("copy", GateCopy),
         ("activation", _SIZE),
-        *((name, _REAL) for name in ("threshold", "margin")),
+        ("threshold", _REAL),
     ]
 
 
@@ -111,6 +117,11 @@ def is_quantized(module: nn.Module) -> bool:
     By an attribute: each quantized folder has a copy of quantization_stocha.py, and so of the class.
     """
     return getattr(module, "quantized_format", None) in (1, 2)
+
+
+def is_cut(module: Any) -> bool:
+    """Return whether a module cuts its input, by an attribute: each folder's modeling file has classes of its own."""
+    return "input_threshold" in module.__dict__
 
 
 def matrix(weight: torch.Tensor, bias: torch.Tensor | None = None, rows_are_inputs: bool = False) -> Matrix:

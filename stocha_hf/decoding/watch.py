@@ -14,7 +14,7 @@ from torch import nn
 from stocha_hf.decoding.conditions import is_called
 from stocha_hf.decoding.ffn import zero_up_to
 from stocha_hf.decoding.layers import IN_A_STEP
-from stocha_hf.decoding.state import input_major, key_of, neuron_major
+from stocha_hf.decoding.state import gate_copy, input_major, neuron_major
 
 ATTENTION = ("sdpa", "eager")  # what transformers may be asked to compute attention with
 
@@ -48,7 +48,7 @@ class Watch:
             and all(table.get(name) is tensor and tensor.data_ptr() == at for table, name, tensor, at in self.tensors)
             and all(mlp.running == name and zero_up_to(mlp) == cut for mlp, name, cut in self.rules)
             and all(neuron_major(mlp) is down_t for mlp, down_t in self.gates)
-            and all(_coarse(mlp) is copy for mlp, copy in self.copies)
+            and all(gate_copy(mlp) is copy for mlp, copy in self.copies)
             and all(_cut(module) == (module, *cut) for module, *cut in self.cutting)
             and all(input_major(module) is copy for module, copy in self.inputs)
             and self.config._attn_implementation in ATTENTION
@@ -111,19 +111,13 @@ class Watch:
 
     def coarse(self, mlp: Any) -> Any:
         """Note and return the copy that predicts a patched FFN's gates, None where there is none of this gate."""
-        copy = _coarse(mlp)
+        copy = gate_copy(mlp)
         self.copies.append((mlp, copy))
         return copy
 
 
 def _cut(module: Any) -> tuple[Any, float, float, Any]:
     return module, module.input_threshold, module.input_centre, module.cut_forced or module.cut_inference
-
-
-def _coarse(mlp: Any) -> Any:
-    state = mlp.decode_state
-    copy = None if state is None else state.coarse
-    return copy if copy is not None and copy.key == key_of(mlp.gate_proj.weight) else None
 
 
 def _is(module: nn.Module, kind: type) -> bool:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from stocha_hf.decoding import ops
 from stocha_hf.decoding.ffn import gathered
 from stocha_hf.decoding.gate_prediction import CoarseGate, candidates
+from stocha_hf.decoding.thin_gate import ThinGate
 from stocha_hf.measurement.speed import DENSE, READ, in_turn, ratio, read_memory, threshold_for
 from stocha_hf.modeling_stocha import StochaConfig, patch_mlps
 
 BYTES = 2**28  # of weights cycled through
 COPIES = 256  # of the FFN at most
-RECALL = 0.999  # of neurons at the threshold, of the faster prediction by a coarse gate
+RECALL = 0.9  # of neurons at the threshold, of the faster prediction; of all active ones more are found
 ROUNDS = 15
 
 
@@ -55,24 +56,24 @@ def ffn_records(
 
 def _predicted(
     name: str,
-    coarse: list[CoarseGate],
+    copies: Sequence[CoarseGate | ThinGate],
     x: torch.Tensor,
     gates: list[torch.Tensor],
     cuts: list[float],
     seconds: dict[str, list[float]],
 ) -> dict[str, float]:
-    """What the FFN gains by a coarse gate: time, share of gate rows still read, bytes, and active neurons found."""
-    chosen = [candidates(gate, x, cut) for gate, cut in zip(coarse, cuts, strict=True)]
+    """What the FFN gains by copies of gates: time, share of gate rows still read, bytes, and active neurons found."""
+    chosen = [candidates(gate, x, cut) for gate, cut in zip(copies, cuts, strict=True)]
     active = [gate > cut for gate, cut in zip(gates, cuts, strict=True)]
     found = sum((c.any(0) & a).sum().item() for c, a in zip(chosen, active, strict=True))
     exact_rows = statistics.mean(c.any(0).float().mean().item() for c in chosen)
     needed = statistics.mean(a.any(0).float().mean().item() for a in active)
-    element = x.element_size()
+    copied = copies[0].nbytes / (gates[0].shape[1] * x.shape[1] * x.element_size())
     return {
-        f"{name}_ms": 1e3 * statistics.median(seconds[name]) / len(coarse),
+        f"{name}_ms": 1e3 * statistics.median(seconds[name]) / len(copies),
         f"speedup_of_{name}": ratio(seconds, "dense", name),
         f"{name}_gate_rows": exact_rows,
-        f"{name}_bytes_of_dense": (1 / element + exact_rows + 2 * needed) / 3,
+        f"{name}_bytes_of_dense": (copied + exact_rows + 2 * needed) / 3,
         f"{name}_recall": found / max(sum(a.sum().item() for a in active), 1),
     }
 
@@ -96,15 +97,16 @@ def _ffn_record(
 
         return run
 
-    def predicting(coarse: list[CoarseGate]) -> Callable[[], object]:
+    def predicting(copies: Sequence[CoarseGate | ThinGate]) -> Callable[[], object]:
         def run() -> None:
-            for (gate, up, down_t), cut, copy in zip(weights, cuts, coarse, strict=True):
+            for (gate, up, down_t), cut, copy in zip(weights, cuts, copies, strict=True):
                 ops.ffn(x, gate, up, down_t, "fatrelu", cut, copy)
 
         return run
 
     mlps = [_mlp(w[0], w[1], d, cut) for w, d, cut in zip(weights, down, cuts, strict=True)]
-    exact, recalled = ([CoarseGate.of(gate, recall) for gate, _, _ in weights] for recall in (None, RECALL))
+    exact = [CoarseGate.of(gate) for gate, _, _ in weights]
+    recalled = [ThinGate.of(mlp.gate_proj, RECALL) for mlp in mlps]
     seconds = in_turn(
         {
             "read": read,

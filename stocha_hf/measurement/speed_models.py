@@ -171,12 +171,12 @@ def benchmark_random(
     dense, sparse = (random_llama(shape, dtype) for _ in range(2))
     patch(sparse, StochaConfig(activation="relu"))
     force_sparsity(sparse, share, tokens)
-    _use_coarse_gates(sparse, recall)
+    _predict(sparse, recall)
     return replace(compare_decoding(f"random Llama {shape}", dense, sparse, tokens, new), forced_sparsity=share)
 
 
-def _use_coarse_gates(model: Any, recall: float | None) -> None:
-    """Give the model coarse gates of this recall, 1 for exact ones; None for none."""
+def _predict(model: Any, recall: float | None) -> None:
+    """Predict the model's gates with this recall, 1 for exact results; None: not at all."""
     if recall is not None:
         predict_gates(model, None if recall == 1 else recall)
 
@@ -197,7 +197,7 @@ def benchmark(
         dtype: "bfloat16", "float16" or "float32".
         prompt: Tokens before decoding; they are drawn at random.
         new: Tokens to decode.
-        recall: Skip gate rows as well, by a coarse gate of this recall, above 0.5; 1 gives exact results.
+        recall: Skip gate rows as well, predicted with this recall, above 0.5; 1 gives exact results.
         batch: Sequences decoded at once.
 
     Returns:
@@ -216,7 +216,7 @@ def benchmark(
             "converted with --activation relu, fatrelu, relu2, drelu or shifted_relu"
         )
     sparse = load_model(name, dtype=precision).eval()
-    _use_coarse_gates(sparse, recall)
+    _predict(sparse, recall)
     native: Any = next(base for base in type(sparse).__mro__ if f"Stocha{base.__name__}" == type(sparse).__name__)
     dense = native.from_pretrained(name, dtype=precision).eval()
     tokens = torch.randint(sparse.config.vocab_size, (batch, prompt))

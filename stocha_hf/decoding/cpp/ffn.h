@@ -5,17 +5,15 @@
 // on the number of threads: a sum of down's rows has two halves for any number, other sums are never split.
 #pragma once
 
-#include "linear.h"
+#include "prediction.h"
 
 enum Activation { kRelu, kFatRelu, kRelu2, kDRelu, kShiftedRelu, kSilu, kGelu };
 
 struct Ffn {  // as structs.py has it
   Matrix gate, up, down;
-  const int8_t* coarse;        // gate in 8 bits [rows, columns], or null
-  const float* coarse_scales;  // [rows]: gate is about scale * coarse
+  GateCopy copy;  // that says which rows of gate to read
   int64_t activation;
   float threshold;
-  float margin;  // of the coarse gate: standard deviations of the rounding error; 0: its bound, which makes results exact
 
   bool skips() const { return activation < kSilu; }
 };
@@ -65,52 +63,6 @@ inline void activate(float* gates, int64_t count, const Ffn& f, int type) {
   round_row(type, gates, count);
 }
 
-constexpr int kCoarseTokens = 2;  // with more, judging all rows takes longer than it saves below 95% zeros
-
-// Which of this thread's gate rows may be above the threshold for some token, judged by the coarse gate: an entry of it
-// is off by at most half its scale, so a product by at most half the scale times |x|_1; with errors that are
-// independent and uniform, by scale times |x|_2 / sqrt(12) as a standard deviation. Returns the end of the list.
-template <int T>
-int64_t candidates_for(const Ffn& f, const Inputs& x, Part mine, int64_t* active) {
-  constexpr int R = kRows;
-  const int64_t size = f.gate.inputs();
-  float slack[T] = {};
-  for (int64_t t = 0; t < x.tokens; ++t) {
-    float sum_1 = 0, sum_2 = 0;
-    for (int64_t k = 0; k < size; ++k) {
-      const float value = x.values[t * size + k];
-      sum_1 += std::abs(value);
-      sum_2 += value * value;
-    }
-    slack[t] = f.margin > 0 ? f.margin * std::sqrt(sum_2 / 12) : 0.5f * sum_1;
-  }
-  // the exact gate is rounded before it is compared, and sums differ in their last bits
-  const float least = f.threshold - std::abs(f.threshold) / 128;
-  int64_t end = mine.begin;
-  for (int64_t m = mine.begin; m < mine.end; m += R) {
-    const int here = static_cast<int>(std::min<int64_t>(R, mine.end - m));
-    const int8_t *rows[R], *next[R];
-    float values[R][T];
-    for (int r = 0; r < R; ++r) {
-      rows[r] = f.coarse + (m + std::min(r, here - 1)) * size;
-      next[r] = rows[r] + kAhead;
-    }
-    dots<R, T>(rows, next, x.values.data(), size, values);
-    for (int r = 0; r < here; ++r) {
-      bool any = false;
-      for (int64_t t = 0; t < x.tokens; ++t)
-        any |= f.coarse_scales[m + r] * (values[r][t] * (values[r][t] > 0 ? 1.0001f : 0.9999f) + slack[t]) > least;
-      active[end] = m + r;
-      end += any;
-    }
-  }
-  return end;
-}
-
-inline int64_t candidates_of(const Ffn& f, const Inputs& x, Part mine, int64_t* active) {
-  return x.padded == 1 ? candidates_for<1>(f, x, mine, active) : candidates_for<2>(f, x, mine, active);
-}
-
 // A thread's part of a gated FFN of x; ends with the outputs of its columns or rows handed to keep(output, token,
 // value). Returns the number of neurons that were active for some token.
 template <class Keep>
@@ -130,16 +82,16 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   const Part of_down = f.down.rows_are_inputs ? Part() : part_of(f.down, team);
   Fetch down_rows{f.down.row(of_down.begin), f.down.row(of_down.end)};
 
-  // 1. Gate rows, all or those that the coarse gate leaves: `found` are those with an activation that is not zero.
-  const bool coarse = f.coarse && !all && x.tokens <= kCoarseTokens;
-  const int64_t possible = coarse ? candidates_of(f, x, mine, active) : mine.end;
+  // 1. Gate rows, all or those that its copy leaves: `found` are those with an activation that is not zero.
+  const bool predicted = f.copy.codes && !all && x.tokens <= kCoarseTokens;
+  const int64_t possible = predicted ? candidates_of(f.copy, f.threshold, x, mine, active) : mine.end;
   int64_t found = mine.begin;
-  in_turn(gate, x, coarse ? active : nullptr, mine.begin, possible, false, [&](int64_t first, int64_t last, float* gates) {
+  in_turn(gate, x, predicted ? active : nullptr, mine.begin, possible, false, [&](int64_t first, int64_t last, float* gates) {
     round_row(type, gates, (last - first) * T);
     activate(gates, (last - first) * T, f, type);
     for (int64_t i = first; i < last; ++i, gates += T) {
       down_rows.line();
-      const int64_t neuron = coarse ? active[i] : i;
+      const int64_t neuron = predicted ? active[i] : i;
       bool any = all;
       for (int64_t t = 0; t < T; ++t) {
         hidden[found * T + t] = gates[t];

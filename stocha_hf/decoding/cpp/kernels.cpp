@@ -10,7 +10,7 @@
 //   codes.h      codes of 8 and 4 bits; quantized.h  rows of them; planes.h  in two planes; quantized_sums.h  sums of rows
 //   matrix.h     a matrix in any of these formats; sums.h  sums of its rows
 //   linear.h     its products with x, in either layout
-//   ffn.h        a gated FFN
+//   prediction.h which of an FFN's gates may be active; ffn.h  a gated FFN
 //   attention.h  attention to a cache
 //   head.h       logits
 //   step.h       all of a model
