@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--bits", type=int, default=4, choices=[16, 8, 4], help="of floats")
+    parser.add_argument("--bits", type=int, default=4, choices=[16, 8, 4], help="of the weights; 16: --dtype's floats")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--recall", type=float, nargs="+", default=[0.9, 0.99, 0.999])
     parser.add_argument("--windows", type=int, default=4)

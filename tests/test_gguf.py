@@ -177,6 +177,12 @@ def test_a_vocabulary_of_sentencepiece_reads_words_and_begins_with_bos(tmp_path,
     assert (tokens[0], tokens[-2:]) == ("<s>", ["\u2581the", "\u2581and"])
 
 
+def test_a_vocabulary_of_llama_3_begins_with_bos_where_the_file_does_not_say(tmp_path):
+    write_gguf(tmp_path / "m.gguf", small_llama(), more=lambda writer: writer.add_tokenizer_pre("llama-bpe"))
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab")["input_ids"] == [28, 26]
+
+
 def without_merges(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*map(chr, range(97, 123)), "ab", "\u0120the", "\u0120and", "<s>", "<2>", "<3>"])

@@ -298,7 +298,7 @@ def test_predicted_gates_of_quantized_models(slowly: Any) -> None:
     with pytest.raises(StochaError, match=r"recall is None: expected a recall, such as 0\.9"):
         predict_gates(model)
     model.model.layers[0].mlp.gate_proj.input_threshold = 0.1
-    with pytest.raises(StochaError, match="a gate_proj cuts its input"):
+    with pytest.raises(StochaError, match="a gate_proj cuts its inputs"):
         predict_gates(model, 0.9)
 
 

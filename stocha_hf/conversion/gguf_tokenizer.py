@@ -21,6 +21,7 @@ SPECIAL_TOKENS = {  # of a tokenizer, and the metadata of a .gguf file that says
     f"{ours}_token": f"tokenizer.ggml.{theirs}_token_id"
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
 }
+BEGIN_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "midm-2.0", "pixtral", "tekken")  # tokenizer.ggml.pre
 TRIED = 1000  # tokens, spread over the vocabulary, among which words are looked for
 _WORD = re.compile("[\u0120\u2581]([a-z]{3,})")  # after a space, as byte-level BPE and SentencePiece mark it
 
@@ -60,8 +61,11 @@ def _read(path: Path, metadata: Mapping[str, Any], folder: Path) -> Any:
 
 
 def _begins_with_bos(metadata: Mapping[str, Any]) -> bool:
-    """Whether a text begins with BOS. Files that do not say: llama.cpp adds one to SentencePiece's vocabularies."""
-    asked = metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.model") == "llama")
+    """Whether a text begins with BOS. Where a file does not say, llama.cpp adds it for SentencePiece's vocabularies,
+    and for those of Llama 3 and some others.
+    """
+    usual = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in BEGIN_WITH_BOS
+    asked = metadata.get("tokenizer.ggml.add_bos_token", usual)
     return asked is True and SPECIAL_TOKENS["bos_token"] in metadata
 
 

@@ -93,8 +93,8 @@ def _copy_of(module: Any, recall: float | None) -> CoarseGate | PackedGate | Thi
     gate = module.weight
     if is_cut(module) or (is_quantized(module) and module.transposed):
         raise StochaError(
-            "a gate_proj cuts its input, or has a row an input: expected one that does not, since prediction reads "
-            "some outputs' rows of it"
+            "a gate_proj cuts its inputs or is stored by input: expected neither, since with prediction only the rows "
+            "of some of its outputs are read"
         )
     if gate.is_cuda:
         if recall is None or gate.shape[1] % 8:
