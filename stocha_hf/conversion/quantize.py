@@ -81,14 +81,15 @@ class Quantized:
 def layout(bits: float, in_8_bits: Sequence[str] | None, config: dict[str, Any]) -> Quantization:
     """The entry for a converted config.json, with projections that cut their inputs laid out for decode steps."""
     entry, named = config["stocha"], IN_8_BITS if in_8_bits is None else tuple(in_8_bits)
-    cut = (entry.get("inputs") or {}).get("thresholds", {})
+    inputs = entry.get("inputs") or {}
+    cut = inputs.get("thresholds", {})
     outputs = {
         name.split(".")[-2]: shape[0]
         for name, shape in expected_tensors(Sizes.of(config, "the converted folder"))
         if name.split(".")[-2] in cut and len(shape) == 2
     }
     skips = ACTIVATIONS[entry["inference"]].cut is not None
-    return Quantization(8 if bits == 8 else 4, named).laid_out(outputs, skips)
+    return Quantization(8 if bits == 8 else 4, named).laid_out(outputs, inputs.get("share") or 0.0, skips)
 
 
 def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:

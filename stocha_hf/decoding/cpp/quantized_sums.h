@@ -205,8 +205,7 @@ struct PassOf4 {
     });
   }
 
-  // All of it; `whole`: so much may be read.
-  template <bool whole>
+  template <bool whole>  // so much may be read
   void run(const BlockOf4& next, Fetch& fetch, float* acc, int64_t stride) {
     set_all_factors<whole>(next);
     int p = 0;
@@ -216,7 +215,7 @@ struct PassOf4 {
   }
 };
 
-// acc[t * stride : t * stride + 32 * groups] of a block's groups. Meanwhile fetches the next block.
+// acc[t * stride : t * stride + 32 * groups] of a block. Meanwhile fetches the next one.
 inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t groups, float* acc,
                         int64_t stride) {
   const int64_t most = PassOf4::most_groups(tokens);
