@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that a model decodes (default: 64)")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
-    check_gpu(parser)
+    check_gpu(parser, triton=True)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     dtype = getattr(torch, args.dtype)

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in the cache (default: 512)")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
-    check_gpu(parser)
+    check_gpu(parser, triton=True)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     for name in args.random:

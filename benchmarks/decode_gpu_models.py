@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="lines are added to this file")
     args = parser.parse_args()
-    check_gpu(parser)
+    check_gpu(parser, triton=True)
     torch.manual_seed(0)
     tokens, dtype = torch.randint(32000, (1, args.prompt), device="cuda"), getattr(torch, args.dtype)
     makers: dict[str, Callable[[], tuple[Any, Any]]] = {

@@ -15,10 +15,12 @@ from stocha_hf.cli import fail
 from stocha_hf.decoding import triton_ffn
 
 
-def check_gpu(parser: argparse.ArgumentParser, device: str = "cuda") -> None:
-    """End the program with a sentence where `device` is a GPU and there is none, or no Triton."""
-    if device.startswith("cuda") and not (torch.cuda.is_available() and triton_ffn.available()):
-        fail(parser.prog, "there is no GPU with Triton here: expected a machine that has one")
+def check_gpu(parser: argparse.ArgumentParser, device: str = "cuda", triton: bool = False) -> None:
+    """End the program with a sentence where `device` is a GPU and there is none; or no Triton, if that is needed."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        fail(parser.prog, "there is no GPU here: expected a machine that has one")
+    if triton and not triton_ffn.available():
+        fail(parser.prog, "Triton is not installed: expected it beside PyTorch, for the GPU's kernels")
 
 
 def report(record: dict[str, Any], path: Path | None) -> None:

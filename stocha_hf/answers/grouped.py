@@ -1,6 +1,6 @@
 """Attention of decode steps in which query heads that share keys are rows of one product.
 
-In grouped-query attention several query heads read the same keys. Where there is a mask, transformers 5.17 copies the
+In grouped-query attention several query heads read the same keys. Where there is a mask, transformers copies the
 keys for each of them: seven copies of the cache in every step of Qwen2.5-0.5B, which takes longer than all else when
 hundreds of rows are decoded. Here the heads of a group, each with a row's few tokens, stand where a longer text's
 tokens would.

@@ -65,7 +65,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
     config: dict[str, Any] = {
         "architectures": [row.causal_lm],
         "model_type": MODEL_TYPES[arch],
-        # without it, transformers 5.17 takes the tokenizer for one of Mistral's with an old mistake, and says so
+        # without it, transformers takes the tokenizer for one of Mistral's with an old mistake, and says so
         "transformers_version": importlib.metadata.version("transformers"),
         row.act_key: row.act,
         "hidden_size": hidden,

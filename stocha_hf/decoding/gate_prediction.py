@@ -75,7 +75,7 @@ def predict_gates(model: Any, recall: float | None = None) -> int:
 
     Raises:
         StochaError: For a model without patched FFNs, a gate that cuts its input, a recall that is not between 0.5
-            and 1, or none for a quantized gate or on a GPU.
+            and 1, none for a quantized gate or on a GPU, or a quantized gate there.
     """
     mlps = [module for module in model.modules() if "decode_state" in module.__dict__]
     if not mlps:
@@ -90,20 +90,26 @@ def predict_gates(model: Any, recall: float | None = None) -> int:
 
 
 def _copy_of(module: Any, recall: float | None) -> CoarseGate | PackedGate | ThinGate:
-    gate = module.weight
-    if is_cut(module) or (is_quantized(module) and module.transposed):
+    quantized = is_quantized(module)
+    gate = module.codes if quantized else module.weight
+    if is_cut(module) or (quantized and module.transposed):
         raise StochaError(
             "a gate_proj cuts its inputs or is stored by input: expected neither, since with prediction only the rows "
             "of some of its outputs are read"
         )
     if gate.is_cuda:
+        if quantized:
+            raise StochaError(
+                f"the gate is in {module.bits} bits on a GPU: expected a CPU, or weights that are not quantized, as "
+                "a GPU's steps take no others"
+            )
         if recall is None or gate.shape[1] % 8:
             raise StochaError(
                 f"the gate is {list(gate.shape)} on a GPU and the recall is {recall}: expected a recall, such as "
                 "0.999, since 4 bits give no exact bound, and a hidden size that 8 divides"
             )
         return PackedGate.of(gate, recall)
-    if is_quantized(module) and recall is None:
+    if quantized and recall is None:
         raise StochaError(
             f"the gate is in {module.bits} bits and the recall is None: expected a recall, such as 0.9, since the "
             "copy's 2 bits give no exact bound"

@@ -124,7 +124,7 @@ class Plan(Watch):
             around = [None, self._norm(parts["post_attention_layernorm"]), None]
         layer_type = getattr(attention, "layer_type", None)
         window = getattr(self.config if self.family.has_one_window else attention, "sliding_window", None)
-        # of Gemma 2; PyTorch's own attention, which transformers 5.17 takes for it, does not cap
+        # of Gemma 2; PyTorch's own attention, which transformers takes for it, does not cap
         capped = self.config.model_type == "gemma2" and self.config._attn_implementation != "sdpa"
         soft_cap = getattr(attention, "attn_logit_softcapping", None) if capped else None
         return structs.Layer(

@@ -22,7 +22,7 @@ def letters(writer: gguf.GGUFWriter) -> None:
     """32 tokens of byte-level BPE."""
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([chr(97 + i) for i in range(26)] + ["ab", "cd"] + [f"<{i}>" for i in range(4)])
-    writer.add_token_scores([-float(i) for i in range(32)])  # as SentencePiece has; transformers 5.17 asks for them
+    writer.add_token_scores([-float(i) for i in range(32)])  # as SentencePiece has; transformers asks for them
     writer.add_token_types([1] * 28 + [3] * 4)
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(28)
