@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 from pretrain_report import (
+    ANEW,
     LARGER,
     LONG,
     MAIN,
@@ -19,6 +20,7 @@ from pretrain_report import (
     SEEDS,
     Rows,
     by_seed,
+    label_of,
     loss,
     noise_rows,
     percent,
@@ -49,19 +51,23 @@ def losses(all_rows: Rows) -> None:
 
 
 def switch(all_rows: Rows) -> None:
-    """Seed 1: training losses above SiLU's on the same tokens."""
-    figure, axes = plt.subplots(figsize=(7.5, 3.6))
-    base = {step: value for step, value, _ in all_rows["silu-1e-3-s1"]["curve"]}
-    for label, name in {
-        "ReLU": "relu",
-        "StochA+FT, p 0.7, alpha 0.2": "stocha70-20",
-        "Swi+FT, alpha 0.2": "swi-20",
-    }.items():
-        curve = [(step, value - base[step]) for step, value, _ in all_rows[f"{name}-1e-3-s1"]["curve"] if step > 300]
-        axes.plot(*zip(*curve, strict=True), label=label, linewidth=1)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(xlabel="step of 3060", ylabel="training loss above SiLU's, nats", ylim=(-0.08, 0.21))
-    axes.legend(fontsize=8, loc="upper center")
+    """Training losses above SiLU's on the same tokens: the small model, and the larger one on the text made anew."""
+    figure, both = plt.subplots(1, 2, figsize=(10, 3.6))
+    runs = {
+        "34M, seed 1": ("1e-3-s1", 300, {"xlabel": "step of 3060", "ylim": (-0.08, 0.21)}),
+        "136M, seed 3": (ANEW, 500, {"xlabel": "step of 9156", "ylim": (-0.03, 0.08)}),
+    }
+    for axes, (title, (ending, skipped, options)) in zip(both, runs.items(), strict=True):
+        base = {step: value for step, value, _ in all_rows[f"silu-{ending}"]["curve"]}
+        for name, colour in {"relu": "tab:blue", "stocha70-20": "tab:orange", "swi-20": "tab:green"}.items():
+            curve = all_rows.get(f"{name}-{ending}", {}).get("curve", [])
+            points = [(step, value - base[step]) for step, value, _ in curve if step > skipped]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label_of(name), color=colour, linewidth=1)
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set(title=title, ylabel="training loss above SiLU's, nats", **options)
+        axes.legend(fontsize=8, loc="upper center" if title.startswith("34M") else "upper left")
+    figure.tight_layout()
     figure.savefig(IMAGES / "pretraining-switch.png", **OPTIONS)
 
 

@@ -58,10 +58,11 @@ REFERENCE = "SmolLM2-135M-Instruct"
 GROUPS = {"agreement": "agreement", "code": "code, ", "BIG-bench": "bigbench:"}  # and how names of their tasks begin
 HELD_OUT = {"documentation": "docs", "code": "code"}
 PASS = 3441  # steps in which the long runs see the text once
-TRAINED = {  # steps of the long runs, (after, to); what is left of the last ones, a run that was cut off lacks
-    "training text seen for the first time, noise on": (2440, 3440),
-    "training text seen for the third time, ReLU on": (8080, 9080),
-}
+FIRST, THIRD = "training text seen for the first time, noise on", "training text seen for the third time, ReLU on"
+TRAINED = {FIRST: (2440, 3440), THIRD: (8080, 9080)}  # steps of the long runs, (after, to); one was cut off after 9080
+# Seed 3 is on another text, with another tokenizer: its runs are compared with each other alone, so SEEDS lacks it.
+ANEW, ANEW_BASE = f"{LONG}-s3", "stocha70-20"  # ReLU was not run there; 3,431 steps see that text once
+ANEW_TRAINED = {FIRST: (2420, 3420), THIRD: (8140, 9140)}
 Rows = dict[str, dict[str, Any]]
 
 
@@ -158,11 +159,11 @@ def perplexity(found: Iterable[dict[str, Any]], kind: str) -> float:
     return statistics.mean(row[f"{kind}-test"]["perplexity"] for row in found)
 
 
-def long_table(all_rows: Rows) -> str:
+def long_table(all_rows: Rows, ending: str = LONG) -> str:
     """The long runs, each seed's figures side by side."""
     lines = []
     for label, name in LARGER.items():
-        found = scored(by_seed(all_rows, f"{name}-{LONG}"))
+        found = scored(by_seed(all_rows, f"{name}-{ending}"))
         told = [[f"{perplexity([row], kind):.2f}" for row in found.values()] for kind in HELD_OUT.values()]
         told += [[percent(value(row)) for row in found.values()] for value in (zeros, dead)]
         if found:
@@ -171,24 +172,35 @@ def long_table(all_rows: Rows) -> str:
     return table(heads, lines)
 
 
-def texts_table(all_rows: Rows) -> str:
-    """What each schedule gains over ReLU on each text; on training text also what a run gained that was cut off."""
-    kinds = {label: name for label, name in LARGER.items() if name != "relu"}
-    runs = [by_seed(all_rows, f"{name}-{LONG}") for name in kinds.values()]
-    base = by_seed(all_rows, f"relu-{LONG}")
+def texts_table(
+    all_rows: Rows, ending: str = LONG, base: str = "relu", trained: dict[str, tuple[int, int]] = TRAINED
+) -> str:
+    """What each schedule gains over `base` on each text; on training text also what a run gained that was cut off."""
+    found = {label: by_seed(all_rows, f"{name}-{ending}") for label, name in LARGER.items()}
+    bases = found.pop(label_of(base))
+    runs = {label: seeds for label, seeds in found.items() if seeds}
     lines = []
 
-    def add(label: str, value: Callable[[dict[str, Any]], float], columns: list[Rows]) -> None:
-        gains = [[value(row) - value(base[seed]) for seed, row in found.items()] for found in columns]
+    def add(label: str, value: Callable[[dict[str, Any]], float], columns: Iterable[Rows]) -> None:
+        gains = [[value(row) - value(bases[seed]) for seed, row in seeds.items()] for seeds in columns]
         lines.append([label, *(changes(gain) if gain else "" for gain in gains)])
 
     for half in ("test", "tune"):
         for label, kind in HELD_OUT.items():
-            add(f"{label}, {half}", partial(loss_on, text=f"{kind}-{half}"), list(map(scored, runs)))
-        add(f"**both, {half}**", partial(loss, half=half), list(map(scored, runs)))
-    for label, (after, to) in TRAINED.items():
-        add(label, partial(training_loss, after=after, to=to), runs)
-    return table(("perplexity against ReLU's", *kinds), lines)
+            add(f"{label}, {half}", partial(loss_on, text=f"{kind}-{half}"), map(scored, runs.values()))
+        add(f"**both, {half}**", partial(loss, half=half), map(scored, runs.values()))
+    for label, (after, to) in trained.items():
+        add(label, partial(training_loss, after=after, to=to), runs.values())
+    return table((f"perplexity against {short(base)}'s", *runs), lines)
+
+
+def label_of(kind: str) -> str:
+    return next(label for label, name in LARGER.items() if name == kind)
+
+
+def short(kind: str) -> str:
+    """Without p and alpha."""
+    return label_of(kind).partition(",")[0]
 
 
 def sweep_table(all_rows: Rows) -> str:
@@ -384,22 +396,29 @@ def earlier_table(all_rows: Rows) -> str:
     return asked_table(asked(), EARLIER, in_groups=True)
 
 
-def asked_table(models: Asked, ending: str, in_groups: bool) -> str:
+def anew_tasks_table(all_rows: Rows) -> str:
+    """The same of the models of the text made anew: by groups, against StochA+FT."""
+    return asked_table(asked(), ANEW, in_groups=True, base=ANEW_BASE, beside=False)
+
+
+def asked_table(models: Asked, ending: str, in_groups: bool, base: str = "relu", beside: bool = True) -> str:
+    """With `beside` the reference has a column."""
     kinds = {label: name for label, name in LARGER.items() if f"{name}-{ending}" in models}
+    others = [name for name in kinds.values() if name != base]
     tasks: list[tuple[str, list[str]]] = []
     for group, begins in GROUPS.items():
-        members = [task for task in models[f"relu-{ending}"] if task.startswith(begins)]
+        members = [task for task in models[f"{base}-{ending}"] if task.startswith(begins)]
         tasks += [(task, [task]) for task in members if not in_groups]
         tasks.append((f"**{group}, all**", members))
     lines = []
     for title, names in tasks:
-        told = [title, *size_and_chance([models[f"relu-{ending}"][task] for task in names])]
+        told = [title, *size_and_chance([models[f"{base}-{ending}"][task] for task in names])]
         for name in kinds.values():
             told.append(shares(right(models, f"{name}-{ending}{seed}", names) for seed in SEEDS))
-        told += [less(models, name, ending, names) for name in kinds.values() if name != "relu"]
-        lines.append([*told, shares([right(models, REFERENCE, names)])])
-    heads = [f"{label.partition(',')[0]} less ReLU" for label, name in kinds.items() if name != "relu"]
-    return table(["task", "questions", "chance", *kinds, *heads, REFERENCE], lines)
+        told += [less(models, name, ending, names, base) for name in others]
+        lines.append([*told, *([shares([right(models, REFERENCE, names)])] if beside else [])])
+    heads = [f"{short(name)} less {short(base)}" for name in others]
+    return table(["task", "questions", "chance", *kinds, *heads, *([REFERENCE] if beside else [])], lines)
 
 
 def size_and_chance(found: list[dict[str, Any]]) -> list[str]:
@@ -417,9 +436,9 @@ def right(models: Asked, model: str, tasks: list[str]) -> list[int]:
     return [int(digit) for task in tasks for digit in held[task]["right"]] if set(tasks) <= held.keys() else []
 
 
-def less(models: Asked, name: str, ending: str, tasks: list[str]) -> str:
-    """The difference to ReLU in points: mean and standard error of the seeds; of a single seed, over its questions."""
-    sides = [[right(models, f"{one}-{ending}{seed}", tasks) for one in (name, "relu")] for seed in SEEDS]
+def less(models: Asked, name: str, ending: str, tasks: list[str], base: str = "relu") -> str:
+    """The difference to `base` in points: mean and standard error of the seeds; of one seed, over its questions."""
+    sides = [[right(models, f"{one}-{ending}{seed}", tasks) for one in (name, base)] for seed in SEEDS]
     seeds = [[100.0 * (a - b) for a, b in zip(*both, strict=True)] for both in sides if all(both)]
     values = seeds[0] if len(seeds) == 1 else list(map(statistics.mean, seeds))
     if not any(values):
@@ -431,6 +450,9 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "main": main_table,
     "long": long_table,
     "texts": texts_table,
+    "anew": partial(long_table, ending=ANEW),
+    "anew-texts": partial(texts_table, ending=ANEW, base=ANEW_BASE, trained=ANEW_TRAINED),
+    "anew-tasks": anew_tasks_table,
     "sizes": sizes_table,
     "tasks": tasks_table,
     "earlier": earlier_table,
