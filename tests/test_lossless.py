@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import tiny_model, tiny_tokenizer
 from transformers import DynamicCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -155,6 +156,48 @@ def test_padding_and_a_window_that_fills_up(padding: int, window: int, drafts: l
         expected = model.generate(PROMPT, attention_mask=mask, **OPTIONS)
     found = model.generate(PROMPT, attention_mask=mask, custom_generate=lossless, **OPTIONS)
     assert torch.equal(found, expected)
+
+
+def test_answers_to_tasks_are_those_without_cuts_and_what_they_took_is_counted(
+    drafts: list[int], tmp_path: Path
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    from stocha_hf.tasks.harness import HarnessModel
+    from stocha_hf.tasks.kept import Kept
+
+    model, tokenizer = cut_model(limit=0.05), tiny_tokenizer()
+    requests = [Instance("generate_until", {}, (f"w5 w{i}", {"max_gen_toks": 24}), 0, ("t", i, 1)) for i in (7, 8, 9)]
+    with model.cut_inputs("never"):
+        written = HarnessModel(model, tokenizer, Kept(), "uncut").generate_until(requests)
+    word = written[0].split()[9]
+    ended = Instance("generate_until", {}, ("w5 w7", {"max_gen_toks": 24, "until": [word]}), 0, ("t", 0, 1))
+    drafts.clear()
+    lm = HarnessModel(model, tokenizer, Kept(tmp_path / "kept.jsonl"), "drafted", lossless=True)
+    assert lm.generate_until([*requests, ended]) == [*written, written[0][: written[0].index(word)]]
+    found = lm.reading("t")
+    steps, drafted, checks = (getattr(found.drafts, key) for key in ("steps", "drafted", "verifications"))
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").open()]
+    assert steps == found.steps == sum(row["steps"] for row in kept) and 3 * 23 < steps < 4 * 23
+    assert drafted == drafts.count(-1) and checks == sum(size > 0 for size in drafts), "no more, and no fewer"
+    assert 0 < found.drafts.accepted <= drafted and found.drafts.accepted + checks >= steps
+    share = (drafted * found.drafts.cut_share + checks) / steps
+    assert found.bytes_read.share == pytest.approx(share, rel=1e-3) and 0 < found.drafts.cut_share < 1
+    drafts.clear()
+    again = HarnessModel(model, tokenizer, Kept(tmp_path / "kept.jsonl"), "drafted", lossless=True)
+    assert again.generate_until(requests) == written and not drafts, "kept answers are not written again"
+
+
+def test_a_task_that_samples_is_refused_when_lossless() -> None:
+    from lm_eval.api.instance import Instance
+
+    from stocha_hf.tasks.harness import HarnessModel
+    from stocha_hf.tasks.kept import Kept
+
+    lm = HarnessModel(cut_model(), tiny_tokenizer(), Kept(), "drafted", lossless=True)
+    sampled = Instance("generate_until", {}, ("w5 w7", {"do_sample": True, "temperature": 0.8}), 0, ("t", 0, 1))
+    with pytest.raises(StochaError, match=r"temperature 0\.8: expected one whose answers are the most likely"):
+        lm.generate_until([sampled])
 
 
 def test_a_speedup_is_of_texts_with_more_than_a_token() -> None:

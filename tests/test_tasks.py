@@ -194,6 +194,12 @@ def test_the_command_tells_scores_and_differences(checkpoint, task_data: str, tm
     assert len(questions) == 48 and {row["model"] for row in questions} == {str(source), str(other)}
 
 
+def test_drafts_are_refused_of_a_model_without_cuts(checkpoint, task_data: str) -> None:
+    options = ["--task-data", task_data, "--dtype", "float32", "--lossless"]
+    done = call_command("stocha-eval", checkpoint(), "--tasks", "bigbench:toy", *options)
+    assert_refused(done, "cuts no inputs: expected a model that does, to draft with its cuts")
+
+
 def test_questions_that_are_nowhere_are_noticed_before_a_model_is_loaded(checkpoint, task_data, monkeypatch) -> None:
     monkeypatch.setattr("stocha_hf.models.load_model", lambda *args, **options: pytest.fail("a model is loaded"))
     done = call_command("stocha-eval", checkpoint(), "--tasks", "bigbench:absent", "--task-data", task_data)

@@ -50,7 +50,7 @@ from stocha_hf.spec import ACTIVATIONS
 task_name = checked(str.strip, bool, "the name of a task, such as humaneval or bigbench:strategyqa")
 NEEDS = {  # an option that makes sense beside another one only
     "data": ("windows", "cett", "ppl_increase", "plot"),
-    "tasks": ("limit", "batch_size", "run_code", "task_data", "results"),
+    "tasks": ("limit", "batch_size", "run_code", "task_data", "results", "lossless"),
 }
 
 
@@ -90,6 +90,11 @@ def parser() -> Parser:
         "--limit", type=whole_number(1), metavar="N", help="ask N questions of each task, drawn once for all"
     )
     verb.add_argument("--batch-size", type=whole_number(1), metavar="N", help="texts of a task run at once")
+    verb.add_argument(
+        "--lossless",
+        action="store_true",
+        help="write MODEL's answers to tasks as it does without its input cuts, which draft them, one at a time",
+    )
     verb.add_argument(
         "--run-code", action="store_true", help="run the code that MODEL writes, with limits and without network"
     )
@@ -134,6 +139,7 @@ def evaluate(args: argparse.Namespace) -> None:
             evaluation.check_vocabulary(config, windows)
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
+    _check_lossless(models[0], args)
     rows = [origin(name, model) for name, model in zip(names, models, strict=True)]
     figures = rows[0] | {"dtype": args.dtype} | circumstances()
     with models[0].stocha_mode(args.mode) if args.mode else nullcontext():
@@ -169,9 +175,10 @@ def _tasks(
     options = {key: getattr(args, key) for key in ("limit", "batch_size", "run_code")}
     kept = args.results and f"{args.results}/responses.jsonl"
     results = []
-    for model, tokenizer, loaded, row, mode in zip(models, tokenizers, tasks, rows, (args.mode, None), strict=False):
-        name = identity(row["weights"] or row["revision"] or row["model"], model, mode)
-        results.append(evaluate_tasks(model, tokenizer, loaded, kept=kept, name=name, **options))
+    ways = ((args.mode, args.lossless), (None, False))  # the baseline's is its own
+    for model, tokenizer, loaded, row, (mode, lossless) in zip(models, tokenizers, tasks, rows, ways, strict=False):
+        name = identity(row["weights"] or row["revision"] or row["model"], model, mode) + " lossless" * lossless
+        results.append(evaluate_tasks(model, tokenizer, loaded, kept=kept, name=name, lossless=lossless, **options))
         row["tasks"] = results[-1].to_dict()
         if results[-1].readings:
             row["task_bytes"] = [reading.to_dict() for reading in results[-1].readings]
@@ -207,6 +214,16 @@ def _check_mode(model: Any, mode: str | None) -> None:
             StochaConfig(activation=mode, k=stocha_mlps(model)[0].k)
     except ValueError as error:
         raise StochaError(f"--mode {mode} cannot run on this model: {error}") from None
+
+
+def _check_lossless(model: Any, args: argparse.Namespace) -> None:
+    from stocha_hf.cuts_stocha import cut_projections
+
+    if args.lossless and not cut_projections(model):
+        raise StochaError(
+            f"--lossless was given and {args.model} cuts no inputs: expected a model that does, to draft with "
+            "its cuts; convert it with stocha-convert --inputs"
+        )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -265,8 +282,10 @@ def _task_lines(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['model']}: {score['task']}, {score['metric']} {score['score']:.1%}{error} of {score['questions']}"
     for reading in row.get("task_bytes", []):
         share = reading["bytes_read"]["share"]
-        yield f"{row['model']}: {reading['task']}, a decode step reads {share:.1%} of its blocks' bytes"
+        per = "a token takes" if reading.get("drafts") else "a decode step reads"
+        yield f"{row['model']}: {reading['task']}, {per} {share:.1%} of its blocks' bytes"
         yield from _fallback_lines(reading)
+        yield from _draft_lines(reading)
 
 
 def _model_lines(row: dict[str, Any]) -> Iterator[str]:
@@ -297,6 +316,14 @@ def _fallback_lines(row: dict[str, Any]) -> Iterator[str]:
             f"  {found['share']:.1%} of {found['steps']} steps, whose most likely token had a probability below "
             f"{found['below']:g}, were computed again without cuts{earlier}; one with cuts reads "
             f"{found['cut_share']:.1%}"
+        )
+
+
+def _draft_lines(row: dict[str, Any]) -> Iterator[str]:
+    if found := row.get("drafts"):
+        yield (
+            f"  {found['drafted']} tokens were drafted, each at {found['cut_share']:.1%}, and {found['accepted']} of "
+            f"them stood, in {found['verifications']} steps without cuts, for {found['steps']} tokens"
         )
 
 

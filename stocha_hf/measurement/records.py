@@ -84,11 +84,27 @@ class Fallback(Record):
 
 
 @dataclass(frozen=True)
+class Drafts(Record):
+    """What lossless decoding took for `steps` tokens, the first of each text not counted.
+
+    So many were `drafted` and `accepted`, in `verifications` steps without cuts. `cut_share` is how much of the blocks
+    a draft reads; the bytes read beside this record are of a token, drafts and verifications together.
+    """
+
+    steps: int
+    drafted: int
+    accepted: int
+    verifications: int
+    cut_share: float
+
+
+@dataclass(frozen=True)
 class TaskReading(Record):
     """What decode steps read while a model that cuts inputs wrote its answers to a task.
 
     `steps` counts the answers' tokens. `bytes_read` is of a step on average, measured on `texts` of the answers;
-    `fallback` counts the steps that were computed again, None where the model has none.
+    `fallback` counts the steps that were computed again, None where the model has none; `drafts` what lossless
+    decoding took, None where answers were written in another way.
     """
 
     task: str
@@ -96,6 +112,7 @@ class TaskReading(Record):
     texts: int
     bytes_read: BytesRead
     fallback: Fallback | None = None
+    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def evaluate_tasks(
     task_data: str | None = None,
     kept: str | Path | None = None,
     name: str = "",
+    lossless: bool = False,
 ) -> TaskResults:
     """Measure a model's scores in tasks, with lm-evaluation-harness.
 
@@ -66,14 +67,15 @@ def evaluate_tasks(
         run_code: Allow tasks that run the code that the model writes.
         task_data: A folder or file with questions, as stocha_hf.tasks.local_data says.
         kept: A .jsonl file that responses are added to as they come, and taken from if they are in it.
-        name: Whose responses they are, in that file: a hash of the weights, say.
+        name: Whose responses they are, in that file: a hash of the weights, say; other for other ways to write.
+        lossless: Write answers as the model does without its input cuts, which draft them, one at a time.
 
     Returns:
         The scores, in the order of the tasks.
 
     Raises:
-        StochaError: there is no such task, its questions are nowhere, it runs code, lm-eval is missing, or the model's
-            likelihoods are not finite.
+        StochaError: there is no such task, its questions are nowhere, it runs code, lm-eval is missing, the model's
+            likelihoods are not finite, or `lossless` is asked of a model without cuts or a task that samples.
     """
     from stocha_hf.tasks.catalogue import CHATS, check_names, load_tasks
 
@@ -88,7 +90,7 @@ def evaluate_tasks(
     from stocha_hf.tasks.kept import Kept
 
     lm_eval.api.task.tqdm = Progress  # its own bar also shows where nobody looks
-    lm = HarnessModel(model, tokenizer, Kept(None if kept is None else Path(kept)), name, batch_size)
+    lm = HarnessModel(model, tokenizer, Kept(None if kept is None else Path(kept)), name, batch_size, lossless)
     results = TaskResults([])
     for task, parts in loaded.items():
         found = evaluate(

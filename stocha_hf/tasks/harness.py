@@ -11,7 +11,8 @@ they are wanted and nowhere else, half the batch where memory does not suffice, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
 from itertools import chain
 from typing import Any
 
@@ -22,11 +23,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from stocha_hf.answers.batches import STRIDE, continue_prompts
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.cuts_stocha import cut_projections
+from stocha_hf.decoding.rounds import Counts
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.fallback import fallback_of, predictions, read_of_texts, with_repeated
 from stocha_hf.measurement.records import TaskReading
 from stocha_hf.models import cutting_everywhere
 from stocha_hf.progress import Progress
+from stocha_hf.tasks.drafted import draft_answers, with_drafts
 from stocha_hf.tasks.kept import Kept
 
 ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
@@ -38,12 +41,22 @@ TAIL = 24  # last tokens in which a text to stop at is looked for
 
 class HarnessModel(TemplateLM):
     """Args: a CausalLM in eval mode; its tokenizer; where responses are kept, and under which name of the model;
-    rows of a batch, or None for as many as are usual for the device.
+    rows of a batch, or None for as many as are usual for the device; whether answers are written losslessly, one at
+    a time.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, kept: Kept, name: str, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        kept: Kept,
+        name: str,
+        batch_size: int | None = None,
+        lossless: bool = False,
+    ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.kept, self.name, self.batch_size = model, tokenizer, kept, name, batch_size
+        self.lossless = lossless
         self._device = model.device
         self.generated: list[Any] = []  # requests for text since `reading`
         self.max_length = getattr(model.config, "max_position_embeddings", 2048)
@@ -121,22 +134,36 @@ class HarnessModel(TemplateLM):
             tail = self.tokenizer.decode(tokens[-TAIL - STRIDE :])
             return any(text in tail for text in until)
 
-        repeated: dict[int, int] = {}
-        answers = continue_prompts(
-            self.model,
-            prompts,
-            new=new,
-            ends=self.ends,
-            rows=self.batch_size or ROWS[self.device.type],
-            choice=Choice(temperature, float(options.get("top_p", 1.0))),
-            stop=stop if until else None,
-            repeated=repeated,
-        )
-        for i, tokens in Progress(answers, _title(requests), len(requests), unit="answer"):
+        choice = Choice(temperature, float(options.get("top_p", 1.0)))
+        write = self._drafted if self.lossless else self._continued
+        answers = write(prompts, new, choice, stop if until else None)
+        for i, tokens, about in Progress(answers, _title(requests), len(requests), unit="answer"):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             text = text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
-            about = _about(requests[i]) | {"steps": len(tokens), "repeated": repeated[i]}
-            self.kept.add([(self._key(requests[i]), about, text)])
+            self.kept.add([(self._key(requests[i]), _about(requests[i]) | about, text)])
+
+    def _continued(
+        self, prompts: list[list[int]], new: int, choice: Choice, stop: Callable[[list[int]], bool] | None
+    ) -> Iterator[tuple[int, list[int], dict[str, int]]]:
+        """The number of a prompt, its answer's tokens, and its steps: batches of rows."""
+        repeated: dict[int, int] = {}
+        rows = self.batch_size or ROWS[self.device.type]
+        for i, tokens in continue_prompts(
+            self.model, prompts, new=new, ends=self.ends, rows=rows, choice=choice, stop=stop, repeated=repeated
+        ):
+            yield i, tokens, {"steps": len(tokens), "repeated": repeated[i]}
+
+    def _drafted(
+        self, prompts: list[list[int]], new: int, choice: Choice, stop: Callable[[list[int]], bool] | None
+    ) -> Iterator[tuple[int, list[int], dict[str, int]]]:
+        """The same, written losslessly, with what that took."""
+        if choice.temperature:
+            raise StochaError(
+                f"the task samples its answers at the temperature {choice.temperature:g}: expected one whose answers "
+                "are the most likely tokens, as lossless decoding writes no other"
+            )
+        for i, tokens, counts in draft_answers(self.model, prompts, new=new, ends=self.ends, stop=stop):
+            yield i, tokens, {"steps": len(tokens) - 1} | asdict(counts)
 
     def reading(self, task: str) -> TaskReading | None:
         """What steps read that wrote the answers to a task, whose requests are those since this was asked last.
@@ -148,10 +175,15 @@ class HarnessModel(TemplateLM):
         about = [self.kept.about[self._key(request)] for request in requests]
         if not requests or not cut_projections(self.model) or not all("steps" in row for row in about):
             return None
-        steps, repeated = (sum(row[key] for row in about) for key in ("steps", "repeated"))
+        steps = sum(row["steps"] for row in about)
         texts = [self._text(request) for request in requests[:: -(-len(requests) // TEXTS)]]
         read, fallback = read_of_texts(self.model, texts), None
+        if self.lossless:
+            counts = Counts(*(sum(row[key.name] for row in about) for key in fields(Counts)))
+            read, drafts = with_drafts(read, steps, counts)
+            return TaskReading(task, steps, len(texts), read, drafts=drafts)
         if fallback_of(self.model):
+            repeated = sum(row["repeated"] for row in about)
             read, fallback = with_repeated(self.model, read, steps, repeated)
         return TaskReading(task, steps, len(texts), read, fallback)
 

@@ -58,6 +58,7 @@ relu --tasks bigbench:absent --batch-size many -> --batch-size is many
 relu --tasks bigbench:absent --results text.txt -> --results text.txt cannot be written; a folder
 relu --tasks bigbench:absent --windows 2 -> --windows is given without --data
 relu --data text.txt --run-code -> --run-code is given without --tasks
+relu --data text.txt --lossless -> --lossless is given without --tasks
 ./absent --tasks bigbench:absent -> ./absent does not exist
 relu --data text.txt --length 1 -> --length is 1; at least 2
 relu --data text.txt --length -5 -> --length is -5
