@@ -127,6 +127,13 @@ inline Integers products_of_shorts(Integers a, Integers b) {
 #endif
 }
 
+// Sums of two products of bytes side by side, unsigned ones and signed ones, which fit 16 bits.
+#if defined(STOCHA_AVX512)
+inline Shorts products_of_bytes(Unsigned a, Signed b) { return (Shorts)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
+#elif defined(STOCHA_AVX2)
+inline Shorts products_of_bytes(Unsigned a, Signed b) { return (Shorts)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+#endif
+
 // The low bytes a, b of two such integers as bytes a, b, a, b.
 inline Integers bytes_of(Integers pair) {
 #if defined(STOCHA_AVX2)
@@ -139,8 +146,79 @@ inline Integers bytes_of(Integers pair) {
 #endif
 }
 
+// Where ChunkOf4 has a group of a chunk.
+inline int64_t lane_of_4(int64_t group) { return group % kPer * 4 + group / kPer; }
+
 // Of what a loop of products is made: a call in it would keep its sums in memory.
 #define STOCHA_INLINED __attribute__((always_inline))
+
+// A chunk of 4-bit codes, each lane its own group: part j holds elements 4j to 4j + 3 of all groups, in low halves of codes
+// and in high ones. So a lane sums all of a group's products, and no sum has to be spread or put together.
+struct ChunkOf4 {
+  Unsigned low[4], high[4];
+  STOCHA_INLINED explicit ChunkOf4(const Unsigned (&codes)[4]) {  // as they lie: kPer groups a vector
+    const auto both = [](Integers a, Integers b, bool first, bool pairs) STOCHA_INLINED {  // of each 128 bits' lanes
+      Integers order;
+      for (int i = 0; i < kLanes; ++i) {
+        const int lane = i % 4, from = pairs ? lane % 2 + 2 * !first : lane / 2 + 2 * !first;
+        order[i] = i / 4 * 4 + from + ((pairs ? lane / 2 : lane % 2) ? kLanes : 0);
+      }
+      return __builtin_shuffle(a, b, order);
+    };
+    const auto a = (Integers)codes[0], b = (Integers)codes[1], c = (Integers)codes[2], d = (Integers)codes[3];
+    const Integers ab = both(a, b, true, false), cd = both(c, d, true, false);
+    const Integers ab_2 = both(a, b, false, false), cd_2 = both(c, d, false, false);
+    const Integers parts[4] = {both(ab, cd, true, true), both(ab, cd, false, true), both(ab_2, cd_2, true, true),
+                               both(ab_2, cd_2, false, true)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      low[j] = low_halves((Unsigned)parts[j]);
+      high[j] = high_halves((Unsigned)parts[j]);
+    }
+  }
+
+  // Each group's sum of products with x, signed ones from -127 to 127 in the same order: low, high, the next part's.
+  STOCHA_INLINED Integers dot(const int8_t* x) const {
+    const auto x_low = [&](int j) STOCHA_INLINED { return load_codes(x + 2 * j * kBytes); };
+    const auto x_high = [&](int j) STOCHA_INLINED { return load_codes(x + (2 * j + 1) * kBytes); };
+#if defined(__AVX512VNNI__) && defined(STOCHA_AVX512)
+    Integers total = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      total = (Integers)_mm512_dpbusd_epi32((__m512i)total, (__m512i)low[j], (__m512i)x_low(j));
+      total = (Integers)_mm512_dpbusd_epi32((__m512i)total, (__m512i)high[j], (__m512i)x_high(j));
+    }
+    return total;
+#elif defined(__AVXVNNI__) && defined(STOCHA_AVX2)
+    Integers total = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      total = (Integers)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)low[j], (__m256i)x_low(j));
+      total = (Integers)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)high[j], (__m256i)x_high(j));
+    }
+    return total;
+#elif defined(STOCHA_AVX512) || defined(STOCHA_AVX2)
+    Shorts pairs[4];  // 16 products of at most 15 * 127 fit 16 bits
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) pairs[j] = products_of_bytes(low[j], x_low(j)) + products_of_bytes(high[j], x_high(j));
+    const Shorts all = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
+    return products_of_shorts((Integers)all, Integers{} + 0x10001);
+#elif defined(STOCHA_NEON)
+    int32x4_t total = vdupq_n_s32(0);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      total = vdotq_s32(vdotq_s32(total, (int8x16_t)low[j], (int8x16_t)x_low(j)), (int8x16_t)high[j], (int8x16_t)x_high(j));
+    return (Integers)total;
+#else
+    Integers total = {};
+    for (int j = 0; j < 4; ++j) {
+      const Signed a = x_low(j), b = x_high(j);
+      for (int i = 0; i < kBytes; ++i) total[i / 4] += low[j][i] * a[i] + high[j][i] * b[i];
+    }
+    return total;
+#endif
+  }
+};
 
 template <int i, int n, class F>
 STOCHA_INLINED inline void repeated(F f) {  // f with a constant 0 to n - 1
@@ -163,14 +241,14 @@ inline Vector load_part(const fp16* p, int64_t count, bool readable = false) {
   return load(part);
 }
 
-// The same of 4-bit groups' words.
-inline Integers load_words(const uint16_t* p, int64_t count, bool readable = false) {
-  uint16_t part[kLanes] = {};
-  if (count < kLanes && !readable) {
-    std::memcpy(part, p, count * sizeof *p);
-    p = part;
-  }
+inline Integers load_words(const uint16_t* p) {
+#if defined(STOCHA_AVX512)
+  return (Integers)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(STOCHA_AVX2)
+  return (Integers)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   return __builtin_convertvector(*reinterpret_cast<const LooseHalf*>(p), Integers);
+#endif
 }
 
 struct Levels {  // scales, and zeros in eighths

@@ -89,10 +89,18 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   in_turn(gate, x, predicted ? active : nullptr, mine.begin, possible, false, [&](int64_t first, int64_t last, float* gates) {
     round_row(type, gates, (last - first) * T);
     activate(gates, (last - first) * T, f, type);
+    if (all) {  // of all neurons, none of which was left out before
+      std::copy(gates, gates + (last - first) * T, hidden + first * T);
+      for (int64_t i = first; i < last; ++i, ++found) {
+        active[i] = i;
+        down_rows.line();
+      }
+      return;
+    }
     for (int64_t i = first; i < last; ++i, gates += T) {
       down_rows.line();
       const int64_t neuron = predicted ? active[i] : i;
-      bool any = all;
+      bool any = false;
       for (int64_t t = 0; t < T; ++t) {
         hidden[found * T + t] = gates[t];
         any |= gates[t] != 0;
@@ -112,11 +120,18 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
       for (int64_t k = 0; k < count; ++k) values[k] = values[k] <= 0 ? 0 : values[k];
     for (int64_t k = 0; k < count; ++k) values[k] *= hidden[first * T + k];
     round_row(type, values, count);
-    if (cut)
-      for (int64_t k = 0; k < count; ++k) values[k] = kept(f.down, type, values[k]);
+    if (cut) cut_in_place(f.down, type, values, count);
+    if (!skips) {
+      std::copy(values, values + count, hidden + kept_end * T);
+      for (int64_t i = first; i < last; ++i, ++kept_end) {
+        active[kept_end] = active[i];
+        down_rows.line();
+      }
+      return;
+    }
     for (int64_t i = first; i < last; ++i, values += T) {
       down_rows.line();
-      bool any = !skips;
+      bool any = false;
       for (int64_t t = 0; t < T; ++t) {
         hidden[kept_end * T + t] = values[t];
         any |= t < x.tokens && values[t] != 0;
@@ -156,6 +171,7 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   } else {
     factors.resize(x.tokens * width);
     for_active([&](int64_t begin, int64_t end) {
+      if (all && T == 1) return static_cast<void>(std::copy(hidden + begin, hidden + end, factors.begin() + begin));
       for (int64_t i = begin; i < end; ++i)
         for (int64_t t = 0; t < x.tokens; ++t) factors[t * width + active[i]] = hidden[i * T + t];
     });

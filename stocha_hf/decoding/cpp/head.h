@@ -70,13 +70,16 @@ struct Head {
   // Logits by the high plane, or with a margin what they can be at most; and each token's row with the greatest product.
   void about(Inputs& x, Part mine, float margin, int64_t* best) const {
     static thread_local std::vector<float> squares;
-    sum_squares(x.values.data(), x.tokens, x.size, x.quantized(4).chunks, squares);
+    sum_squares(x.values.data(), x.tokens, x.padded, x.size, x.quantized(4).chunks, squares);
     float values[kAtOnce * kTokens], variances[kAtOnce * kTokens], most[kTokens];
     std::fill(most, most + kTokens, -INFINITY);
     for (int64_t t = 0; t < x.tokens; ++t) best[t] = row(mine.begin);
     for (int64_t begin = mine.begin; begin < mine.end; begin += kAtOnce) {
       const int64_t end = std::min(begin + kAtOnce, mine.end);
-      code_products<High>(m, x, {listed, begin, end, mine.end, false}, {values, squares.data(), variances});
+      with_tokens(x.padded, [&](auto T) {
+        const Rows rows{listed, begin, end, mine.end, false};
+        products_about<decltype(T)::value>(m, x.quantized(4), rows, squares.data(), values, variances);
+      });
       for (int64_t i = begin; i < end; ++i)
         for (int64_t t = 0; t < x.tokens; ++t) {
           const float value = values[(i - begin) * x.padded + t];

@@ -18,14 +18,27 @@ inline float kept(const Matrix& m, int type, float value) {
   return std::abs(centred) <= m.threshold ? m.centre : value;
 }
 
-// x as a matrix takes it whose rows are outputs.
+// The same of some, in place.
+inline void cut_in_place(const Matrix& m, int type, float* values, int64_t count) {
+  if (m.centre != 0) {
+    for (int64_t i = 0; i < count; ++i) values[i] = kept(m, type, values[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) values[i] = std::abs(values[i]) <= m.threshold ? 0.0f : values[i];
+  }
+}
+
+// x as a matrix takes it whose rows are outputs. Matrices of one x often cut the same of it: q, k and v do.
 inline Inputs& taken(const Matrix& m, Inputs& x) {
   if (!cuts(m, x)) return x;
   static thread_local Inputs cut;
+  static thread_local int64_t of = 0;  // x, by its number
+  static thread_local float threshold, centre;
+  if (of == x.number && threshold == m.threshold && centre == m.centre) return cut;
   static thread_local std::vector<float> values;
-  values.resize(x.tokens * x.size);
-  for (size_t i = 0; i < values.size(); ++i) values[i] = kept(m, x.type, x.values[i]);
+  values.assign(x.values.begin(), x.values.begin() + x.tokens * x.size);
+  cut_in_place(m, x.type, values.data(), x.tokens * x.size);
   cut.set(values.data(), x.tokens, x.size);
+  of = x.number, threshold = m.threshold, centre = m.centre;
   return cut;
 }
 
@@ -81,6 +94,10 @@ struct Product {
 
   // values [last - first, padded] of outputs, or of those of a list.
   void sums(const int64_t* list, int64_t first, int64_t last, float* values) const {
+    if (padded == 1 && !list) {
+      for (int64_t i = first; i < last; ++i) values[i - first] = halves[i] + halves[stride + i];
+      return;
+    }
     for (int64_t t = 0; t < padded; ++t) {
       const float *a = halves + t * stride, *b = a + padded * stride;
       for (int64_t i = first; i < last; ++i) {

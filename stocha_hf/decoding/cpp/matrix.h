@@ -41,8 +41,11 @@ struct Inputs {
   bool has_4 = false, has_8 = false;
   int type = kFloat;  // of the model
   bool cuts = false;  // whether matrices with a threshold cut it
+  int64_t number = 0;  // one for each x of a thread
 
   void set(const float* x, int64_t count, int64_t width) {
+    static thread_local int64_t numbers = 0;
+    number = ++numbers;
     tokens = count;
     padded = count <= 2 ? count : count <= 4 ? 4 : 8;
     size = width;
@@ -102,67 +105,100 @@ void float_products(const Matrix& m, const Inputs& x, Rows chosen, float* values
   }
 }
 
-struct Found {  // by products of rows of codes
-  float* values;  // [rows, padded tokens]
-  const float* squares;  // of x, where the high plane alone is read; then also
-  float* variances;
-};
+// f(row, i, whole) for each of these rows in 4 bits or planes; see load_chunk for `whole`, a constant. As rows that lie
+// together are read straight on, what is fetched meanwhile lies so many bytes ahead.
+template <class F>
+STOCHA_INLINED inline void for_rows(const Matrix& m, Rows chosen, F f) {
+  const int64_t groups = m.groups(), bytes = groups * 16, ahead = std::max<int64_t>(kAheadListed / bytes, kRows);
+  const auto* codes = static_cast<const uint8_t*>(m.weights);
+  const int64_t last_whole = m.rows - 1 - (kLanes + groups - 1) / groups;
+  for (int64_t i = chosen.begin; i < chosen.end; ++i) {
+    const int64_t row = chosen[i];
+    Row own{codes + row * bytes, codes + row * bytes + kAheadAlone, groups};
+    if (chosen.list) {
+      const int64_t then = chosen[std::min(i + ahead, chosen.limit - 1)];
+      own.later = codes + then * bytes;
+      for (int64_t g = 0; g < groups; g += kLine / 2) prefetch(m.row_words(then) + g);
+    }
+    row <= last_whole ? f(own, row, std::true_type()) : f(own, row, std::false_type());
+  }
+}
 
-// What is found for T tokens from the first one on, of kRows rows from i on, of which there are `here`.
-template <int T, class Code>
-void code_products(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i, int64_t here, int64_t first, Found to,
-                   int64_t stride) {
-  constexpr int R = kRows / T, planes = std::is_same_v<Code, Both> ? 2 : 1;
+// values [rows, T] of the products of these rows with T tokens.
+template <int T>
+void products_4(const Matrix& m, const QuantizedX& of_x, Rows chosen, float* values) {
+  const TokensOfX<T> x(of_x);
+  const auto* words = static_cast<const uint16_t*>(m.scales);
+  for_rows(m, chosen, [&](const Row& own, int64_t row, auto whole) STOCHA_INLINED {
+    dots<T, decltype(whole)::value>(own, words + row * own.groups, x, values);
+    values += T;
+  });
+}
+
+template <int T>
+void products_of_planes(const Matrix& m, const QuantizedX& of_x, Rows chosen, float* values) {
+  const TokensOfX<T> x(of_x);
+  const int64_t plane = m.rows * m.row_bytes();
+  for_rows(m, chosen, [&](const Row& own, int64_t row, auto whole) STOCHA_INLINED {
+    for (int64_t byte = 0; byte < own.groups * 16; byte += kLine) prefetch(own.later + plane + byte);
+    dots<T, decltype(whole)::value>(own, own.codes + plane, m.row_scales(row), x, values);
+    values += T;
+  });
+}
+
+// Of the high plane alone, with variances, given the squares of x.
+template <int T>
+void products_about(const Matrix& m, const QuantizedX& of_x, Rows chosen, const float* squares, float* values,
+                    float* variances) {
+  const TokensOfX<T> x(of_x);
+  const auto* scales = static_cast<const fp16*>(m.scales);
+  for_rows(m, chosen, [&](const Row& own, int64_t row, auto whole) STOCHA_INLINED {
+    dots_about<T, decltype(whole)::value>(own, scales + row * own.groups, x, squares, values, variances);
+    values += T;
+    variances += T;
+  });
+}
+
+// Of 8 bits, kRows rows at a time, for as many tokens as the registers hold: T tokens from the first one on, of kRows rows
+// from i on, of which there are `here`.
+template <int T>
+void products_8(const Matrix& m, const QuantizedX& x, Rows chosen, int64_t i, int64_t here, int64_t first, float* values,
+                int64_t stride) {
+  constexpr int R = kRows / T;
   const int64_t ahead = std::max<int64_t>((chosen.list ? kAheadListed : kAheadAlone) / m.row_bytes(), kRows);
-  const uint8_t* later[planes * R];
+  const uint8_t* later[R];
   for (int64_t from = 0; from < here; from += R) {
-    CodeRows<R, Code> rows;
+    RowsOf8<R> rows;
     rows.groups = m.groups();
     rows.readable = true;
     for (int r = 0; r < R; ++r) {
       const int64_t at = i + std::min(from + r, here - 1), row = chosen[at];
-      rows.codes[r] = reinterpret_cast<std::remove_reference_t<decltype(rows.codes[r])>>(m.row(row));
-      if constexpr (kInPlanes<Code>) rows.low[r] = m.low(row);
+      rows.codes[r] = reinterpret_cast<const int8_t*>(m.row(row));
+      rows.scales[r] = m.row_scales(row);
       const int64_t then = chosen[std::min(at + ahead, chosen.limit - 1)];
       later[r] = m.row(then);
-      if constexpr (planes == 2) later[R + r] = m.low(then);
       if (chosen.list && !first)
         for (int64_t g = 0; g < m.groups(); g += kLine / 2) prefetch(m.row_words(then) + g);
-      if constexpr (std::is_same_v<Code, uint8_t>)
-        rows.scales[r] = m.row_words(row);
-      else
-        rows.scales[r] = m.row_scales(row);
       rows.readable &= (m.rows - 1 - row) * m.groups() >= kLanes;
     }
-    Fetch fetch{nullptr, nullptr, later, first ? 0 : planes * R, m.row_bytes()};
-    if (!chosen.list && !first)
-      fetch = {later[0], later[R - 1] + m.row_bytes(), later + R, (planes - 1) * R, m.row_bytes()};
-    float found[R][T], variances[R][T];
-    if constexpr (kInPlanes<Code>)
-      dots<R, T>(rows, fetch, x, to.squares, first, found, variances);
-    else
-      dots<R, T>(rows, fetch, x, first, found);
+    Fetch fetch{nullptr, nullptr, later, first ? 0 : R, m.row_bytes()};
+    if (!chosen.list && !first) fetch = {later[0], later[R - 1] + m.row_bytes()};
+    float found[R][T];
+    dots<R, T>(rows, fetch, x, first, found);
     for (int64_t r = 0; r < std::min<int64_t>(R, here - from); ++r)
-      for (int t = 0; t < T; ++t) {
-        const int64_t at = (from + r) * stride + first + t;
-        to.values[at] = found[r][t];
-        if constexpr (std::is_same_v<Code, High>) to.variances[at] = variances[r][t];
-      }
+      std::copy(found[r], found[r] + T, values + (from + r) * stride + first);
   }
 }
 
-// The same of all tokens and rows: kRows rows at a time, for as many tokens as the registers hold.
-template <class Code>
-void code_products(const Matrix& m, Inputs& x, Rows chosen, Found to) {
-  const QuantizedX& of_x = x.quantized(std::is_same_v<Code, int8_t> ? 8 : 4);
+inline void products_8(const Matrix& m, Inputs& x, Rows chosen, float* values) {
+  const QuantizedX& of_x = x.quantized(8);
   for (int64_t i = chosen.begin; i < chosen.end; i += kRows) {
     const int64_t here = std::min<int64_t>(kRows, chosen.end - i);
     int64_t t = 0;
-    for (; t + 4 <= x.tokens; t += 4) code_products<4, Code>(m, of_x, chosen, i, here, t, to, x.padded);
-    for (; t + 2 <= x.tokens; t += 2) code_products<2, Code>(m, of_x, chosen, i, here, t, to, x.padded);
-    for (; t < x.tokens; ++t) code_products<1, Code>(m, of_x, chosen, i, here, t, to, x.padded);
-    for (int64_t r = 0; r < here; ++r, to.values += x.padded) std::fill(to.values + x.tokens, to.values + x.padded, 0.0f);
-    if (to.variances) to.variances += here * x.padded;
+    for (; t + 4 <= x.tokens; t += 4) products_8<4>(m, of_x, chosen, i, here, t, values, x.padded);
+    for (; t + 2 <= x.tokens; t += 2) products_8<2>(m, of_x, chosen, i, here, t, values, x.padded);
+    for (; t < x.tokens; ++t) products_8<1>(m, of_x, chosen, i, here, t, values, x.padded);
+    for (int64_t r = 0; r < here; ++r, values += x.padded) std::fill(values + x.tokens, values + x.padded, 0.0f);
   }
 }
 
@@ -187,11 +223,13 @@ void with_tokens(int64_t padded, F f) {
 
 // values [rows, x.padded] of the products of these rows.
 inline void products(const Matrix& m, Inputs& x, Rows chosen, float* values) {
-  const Found to{values, nullptr, nullptr};
-  if (m.format == kFormat4) return code_products<uint8_t>(m, x, chosen, to);
-  if (m.format == kFormat8) return code_products<int8_t>(m, x, chosen, to);
-  if (m.format == kFormatPlanes) return code_products<Both>(m, x, chosen, to);
-  with_tokens(x.padded, [&](auto T) { products<decltype(T)::value>(m, x, chosen, values); });
+  if (m.format == kFormat8) return products_8(m, x, chosen, values);
+  with_tokens(x.padded, [&](auto T) {
+    constexpr int tokens = decltype(T)::value;
+    if (m.format == kFormat4) return products_4<tokens>(m, x.quantized(4), chosen, values);
+    if (m.format == kFormatPlanes) return products_of_planes<tokens>(m, x.quantized(4), chosen, values);
+    products<tokens>(m, x, chosen, values);
+  });
 }
 
 inline void dequantize(const Matrix& m, int64_t row, int64_t size, float* out) {

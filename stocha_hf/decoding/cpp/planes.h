@@ -8,98 +8,70 @@
 
 constexpr float kVarianceOfLow = 255.0f / 12;
 
-struct High {};  // what a product reads
-struct Both {};
-
-template <class Code>
-constexpr bool kInPlanes = std::is_same_v<Code, High> || std::is_same_v<Code, Both>;
-
-template <int R, class Code>
-struct PlaneRows {
-  const uint8_t *codes[R], *low[R];
-  const fp16* scales[R];
-  int64_t groups;
-  bool readable;
-};
-template <int R>
-struct CodeRows<R, High> : PlaneRows<R, High> {};
-template <int R>
-struct CodeRows<R, Both> : PlaneRows<R, Both> {};
-
-// Each group's sum of the squares of x [tokens, size], [tokens, chunks * kLanes]: what an error in its weights counts.
-inline void sum_squares(const float* x, int64_t tokens, int64_t size, int64_t chunks, std::vector<float>& out) {
-  out.assign(tokens * chunks * kLanes, 0.0f);
+// Each group's sum of the squares of x [tokens, size], as x has its scales: what an error in its weights counts.
+inline void sum_squares(const float* x, int64_t tokens, int64_t padded, int64_t size, int64_t chunks,
+                        std::vector<float>& out) {
+  out.assign(padded * chunks * kLanes, 0.0f);
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < size; ++i) out[t * chunks * kLanes + i / kGroupSize] += x[t * size + i] * x[t * size + i];
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t chunk = i / kChunk * padded + t, lane = lane_of_4(i % kChunk / kGroupSize);
+      out[chunk * kLanes + lane] += x[t * size + i] * x[t * size + i];
+    }
 }
 
-// Dot products of R rows with T tokens of x from the first one on; meanwhile fetches others. Of the high plane alone
-// with the variances of what they leave out, given the squares of x.
-template <int R, int T, class Code>
-inline void dots(const PlaneRows<R, Code>& rows, Fetch fetch, const QuantizedX& x, const float* squares, int64_t first,
-                 float (&out)[R][T], float (&variances)[R][T]) {
-  constexpr bool both = std::is_same_v<Code, Both>;
-  Vector total[R][T] = {};
-  for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
-    const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
-    Vector factor[R][T];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vector scale = arranged(load_part(rows.scales[r] + g, here, rows.readable));
-      const Vector offset = scale * (both ? 128.0f * 8 : 120.5f * 8);  // x.totals are of eighths
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        const int64_t lanes = (t * x.chunks + at) * kLanes;
-        factor[r][t] = scale * load(&x.scales[lanes]);
-        total[r][t] += offset * load(&x.totals[lanes]);
-        if constexpr (!both) factor[r][t] *= 16.0f;
-      }
-    }
-    fetch.lines((both ? 2 : 1) * R * kChunk / 2);
-    const auto step = [&](auto i, bool whole) STOCHA_INLINED {
-      const int8_t* part = &x.codes[at * kChunk + i * 2 * kBytes];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const int64_t from = g * 16 + i * kBytes, bytes = (here - i * kPer) * 16;
-        const Unsigned high = load_codes_part(rows.codes[r] + from, bytes, whole);
-        Unsigned low = {};
-        if constexpr (both) low = load_codes_part(rows.low[r] + from, bytes, whole);
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          const Signed a = load_codes(part + t * x.chunks * kChunk), b = load_codes(part + t * x.chunks * kChunk + kBytes);
-          Integers products = dot(low_halves(high), a, high_halves(high), b);
-          if constexpr (both) products = (products << 4) + dot(low_halves(low), a, high_halves(low), b);
-          total[r][t] += __builtin_convertvector(products, Vector) * spread<i>(factor[r][t]);
-        }
-      }
-    };
-    if (here >= kLanes)
-      repeated<0, 4>([&](auto i) STOCHA_INLINED { step(i, true); });
-    else
-      repeated<0, 4>([&](auto i) STOCHA_INLINED {
-        if (i * kPer < here) step(i, rows.readable);
-      });
+// A chunk's scales of a row in planes, in ChunkOf4's order; see load_chunk for `whole`.
+template <bool whole>
+STOCHA_INLINED inline Vector load_scales(const fp16* scales, int64_t chunk, int64_t left) {
+  scales += chunk * kLanes;
+  fp16 part[kLanes] = {};
+  if (!whole && left < kLanes) {
+    std::memcpy(part, scales, left * sizeof *scales);
+    scales = part;
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+  return arranged(load(scales));
+}
+
+// Dot products of a row in planes with T tokens of x.
+template <int T, bool whole>
+STOCHA_INLINED inline void dots(const Row& row, const uint8_t* low, const fp16* scales, const TokensOfX<T>& x, float* out) {
+  Vector total[T] = {};
+  for_chunks(row, [&](int64_t chunk, int64_t left) STOCHA_INLINED {
+    const Vector scale = load_scales<whole>(scales, chunk, left), offset = scale * (128.0f * 8);  // totals: of eighths
+    Integers products[T];
+    const ChunkOf4 high_codes = load_chunk<whole>(row.codes, chunk, left);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) products[t] = high_codes.dot(x.codes(chunk, t)) << 4;
+    const ChunkOf4 low_codes = load_chunk<whole>(low, chunk, left);
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      out[r][t] = sum(total[r][t]);
+      const Vector both = __builtin_convertvector(products[t] + low_codes.dot(x.codes(chunk, t)), Vector);
+      total[t] = fused(both, scale * x.scales(chunk, t), fused(offset, x.totals(chunk, t), total[t]));
     }
-  if constexpr (!both) {  // by itself, for the registers are full
-    Vector variance[R][T] = {};
-    for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Vector scale = load_part(rows.scales[r] + g, rows.groups - g, rows.readable);
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t)
-          variance[r][t] += scale * scale * load(squares + ((first + t) * x.chunks + chunk) * kLanes);
-      }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) variances[r][t] = sum(variance[r][t]) * kVarianceOfLow;
+  });
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) out[t] = sum(total[t]);
+}
+
+// The same about so, of the high plane alone, with the variances of what is left out, given the squares of x.
+template <int T, bool whole>
+STOCHA_INLINED inline void dots_about(const Row& row, const fp16* scales, const TokensOfX<T>& x, const float* squares,
+                                      float* out, float* variances) {
+  Vector total[T] = {}, variance[T] = {};
+  for_chunks(row, [&](int64_t chunk, int64_t left) STOCHA_INLINED {
+    const Vector scale = load_scales<whole>(scales, chunk, left);
+    const Vector offset = scale * (120.5f * 8), factor = scale * 16.0f, square = scale * scale;
+    const ChunkOf4 codes = load_chunk<whole>(row.codes, chunk, left);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const Vector products = __builtin_convertvector(codes.dot(x.codes(chunk, t)), Vector);
+      variance[t] = fused(square, load(squares + (chunk * T + t) * kLanes), variance[t]);
+      total[t] = fused(products, factor * x.scales(chunk, t), fused(offset, x.totals(chunk, t), total[t]));
+    }
+  });
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    out[t] = sum(total[t]);
+    variances[t] = sum(variance[t]) * kVarianceOfLow;
   }
 }
 

@@ -8,15 +8,16 @@
 
 // x [tokens, size] in 8 bits: chunk after chunk, in the order in which codes of `bits` bits are loaded.
 struct QuantizedX {
-  int64_t chunks = 0;
-  std::vector<int8_t> codes;          // [T, chunks, kChunk]
-  std::vector<float> scales, totals;  // [T, chunks, kLanes]; totals are what an eighth of zero adds at scale 1
+  int64_t chunks = 0, padded = 0;
+  std::vector<int8_t> codes;          // [chunks, padded, kChunk]
+  std::vector<float> scales, totals;  // [chunks, padded, kLanes]; totals are what an eighth of zero adds at scale 1
 
   void prepare(const float* x, int64_t tokens, int64_t padded_tokens, int64_t size, int bits) {
     chunks = (size + kChunk - 1) / kChunk;
-    codes.resize(padded_tokens * chunks * kChunk);
-    scales.resize(padded_tokens * chunks * kLanes);
-    totals.resize(padded_tokens * chunks * kLanes);
+    padded = padded_tokens;
+    codes.assign(padded * chunks * kChunk, 0);
+    scales.assign(padded * chunks * kLanes, 0.0f);
+    totals.assign(padded * chunks * kLanes, 0.0f);
     for (int64_t t = 0; t < tokens; ++t) {
       const float* row = x + t * size;
       Vector zeros = {};
@@ -25,18 +26,15 @@ struct QuantizedX {
       float not_finite = sum(zeros);  // NaN where x is not finite: so are all products then
       for (; i < size; ++i) not_finite += row[i] * 0.0f;
       for (int64_t begin = 0; begin < chunks * kChunk; begin += kGroupSize) {
-        float padded[kGroupSize] = {};
+        float filled[kGroupSize] = {};
         const float* group = row + begin;
         if (begin + kGroupSize > size) {
-          if (begin < size) std::copy(group, row + size, padded);
-          group = padded;
+          if (begin < size) std::copy(group, row + size, filled);
+          group = filled;
         }
-        prepare_group(group, not_finite, t * chunks + begin / kChunk, begin % kChunk / kGroupSize, bits);
+        prepare_group(group, not_finite, begin / kChunk * padded + t, begin % kChunk / kGroupSize, bits);
       }
     }
-    std::fill(codes.begin() + tokens * chunks * kChunk, codes.end(), 0);
-    std::fill(scales.begin() + tokens * chunks * kLanes, scales.end(), 0.0f);
-    std::fill(totals.begin() + tokens * chunks * kLanes, totals.end(), 0.0f);
   }
 
  private:
@@ -51,17 +49,16 @@ struct QuantizedX {
       total += near;
       store_bytes(near, rounded + i);
     }
-    const int64_t vector = group / kPer, place = group % kPer;  // 4 bits: low halves of kPer groups, then high ones
+    const int64_t lane = bits == 4 ? lane_of_4(group) : group;
     int8_t* to = codes.data() + chunk * kChunk;
     if (bits == 4) {
-      std::memcpy(to + vector * 2 * kBytes + place * 16, rounded, 16);
-      std::memcpy(to + vector * 2 * kBytes + kBytes + place * 16, rounded + 16, 16);
+      for (int i = 0; i < kGroupSize / 4; ++i)
+        std::memcpy(to + (2 * (i % 4) + i / 4) * kBytes + lane * 4, rounded + 4 * i, 4);
     } else {
       std::memcpy(to + group * kGroupSize, rounded, kGroupSize);
     }
-    const int64_t lane = chunk * kLanes + (bits == 4 ? place * 4 + vector : group);
-    scales[lane] = bound / 127;
-    totals[lane] = bound / -(127 * 8) * sum(__builtin_convertvector(total, Vector));
+    scales[chunk * kLanes + lane] = bound / 127;
+    totals[chunk * kLanes + lane] = bound / -(127 * 8) * sum(__builtin_convertvector(total, Vector));
   }
 };
 
@@ -93,73 +90,105 @@ struct Fetch {
   }
 };
 
-// R rows of codes. `readable`: behind each row are at least kLanes more groups; codes read from there meet zeros of x.
-template <int R, class Code>
-struct CodeRows {
-  const Code* codes[R];
-  const std::conditional_t<std::is_same_v<Code, int8_t>, fp16, uint16_t>* scales[R];  // or words
+// A row of codes, and what is fetched while it is multiplied: one that comes later, of as many bytes.
+struct Row {
+  const uint8_t *codes, *later;
+  int64_t groups;
+};
+
+// f(chunk, groups from this chunk's first on) for a row's chunks; meanwhile fetches the later one.
+template <class F>
+STOCHA_INLINED inline void for_chunks(const Row& row, F f) {
+  const uint8_t* later = row.later;
+  for (int64_t chunk = 0, left = row.groups; left > 0; ++chunk, left -= kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChunk / 2; i += kLine) prefetch(later + i);
+    later += kChunk / 2;
+    f(chunk, left);
+  }
+}
+
+// The chunk of a row's codes. Behind a row that is `whole` are at least kLanes more groups; codes read from there meet
+// zeros of x, as those do that are not read.
+template <bool whole>
+STOCHA_INLINED inline ChunkOf4 load_chunk(const uint8_t* row, int64_t chunk, int64_t left) {
+  const uint8_t* p = row + chunk * (kChunk / 2);
+  uint8_t part[kChunk / 2];
+  if (!whole && left < kLanes) {
+    std::memset(part, 0, sizeof part);
+    std::memcpy(part, p, left * 16);
+    p = part;
+  }
+  Unsigned codes[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) codes[i] = load_codes(p + i * kBytes);
+  return ChunkOf4(codes);
+}
+
+// Its words or scales, in ChunkOf4's order.
+template <bool whole>
+STOCHA_INLINED inline Levels load_levels(const uint16_t* words, int64_t chunk, int64_t left) {
+  words += chunk * kLanes;
+  uint16_t part[kLanes] = {};
+  if (!whole && left < kLanes) {
+    std::memcpy(part, words, left * sizeof *words);
+    words = part;
+  }
+  return Levels(arranged(load_words(words)));
+}
+
+// x of a product, by token and chunk.
+template <int T>
+struct TokensOfX {
+  const int8_t* all_codes;
+  const float *all_scales, *all_totals;
+  explicit TokensOfX(const QuantizedX& x) : all_codes(x.codes.data()), all_scales(x.scales.data()), all_totals(x.totals.data()) {}
+  const int8_t* codes(int64_t chunk, int t) const { return all_codes + (chunk * T + t) * kChunk; }
+  Vector scales(int64_t chunk, int t) const { return load(all_scales + (chunk * T + t) * kLanes); }
+  Vector totals(int64_t chunk, int t) const { return load(all_totals + (chunk * T + t) * kLanes); }
+};
+
+// Dot products of a row of 4 bits with T tokens of x. Sums are independent of T, so that a row gives a token the same
+// number in any company.
+template <int T, bool whole>
+STOCHA_INLINED inline void dots(const Row& row, const uint16_t* words, const TokensOfX<T>& x, float* out) {
+  Vector total[T] = {};
+  for_chunks(row, [&](int64_t chunk, int64_t left) STOCHA_INLINED {
+    const Levels levels = load_levels<whole>(words, chunk, left);
+    const ChunkOf4 codes = load_chunk<whole>(row.codes, chunk, left);
+    const Vector scale = levels.scale, offset = scale * levels.eighths;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const Vector products = __builtin_convertvector(codes.dot(x.codes(chunk, t)), Vector);
+      total[t] = fused(products, scale * x.scales(chunk, t), fused(offset, x.totals(chunk, t), total[t]));
+    }
+  });
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) out[t] = sum(total[t]);
+}
+
+// R rows of 8-bit codes.
+template <int R>
+struct RowsOf8 {
+  const int8_t* codes[R];
+  const fp16* scales[R];
   int64_t groups;
   bool readable;
 };
 
-// Dot products of R rows with T tokens of x from the first one on; meanwhile fetches others. Sums are independent of R
-// and T, so that a row gives a token the same number in any company; R * T of them keep the processor busy.
+// Dot products of R of them with T tokens of x from the first one on; meanwhile fetches others. Sums are independent of R
+// and T; R * T of them keep the processor busy.
 template <int R, int T>
-inline void dots(const CodeRows<R, uint8_t>& rows, Fetch fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
+inline void dots(const RowsOf8<R>& rows, Fetch fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
   Vector total[R][T] = {};
   for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
-    const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
-    Vector factor[R][T];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Levels levels(arranged(load_words(rows.scales[r] + g, here, rows.readable)));
-      const Vector scale = levels.scale, offset = scale * levels.eighths;
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        factor[r][t] = scale * load(&x.scales[(t * x.chunks + at) * kLanes]);
-        total[r][t] += offset * load(&x.totals[(t * x.chunks + at) * kLanes]);
-      }
-    }
-    fetch.lines(R * kChunk / 2);
-    const auto step = [&](auto i, bool whole) STOCHA_INLINED {
-      const int8_t* part = &x.codes[at * kChunk + i * 2 * kBytes];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* p = rows.codes[r] + g * 16 + i * kBytes;
-        const Unsigned codes = load_codes_part(p, (here - i * kPer) * 16, whole);
-        const Unsigned low = low_halves(codes), high = high_halves(codes);
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          const int8_t* of_t = part + t * x.chunks * kChunk;
-          const Integers products = dot(low, load_codes(of_t), high, load_codes(of_t + kBytes));
-          total[r][t] += __builtin_convertvector(products, Vector) * spread<i>(factor[r][t]);
-        }
-      }
-    };
-    if (here >= kLanes)
-      repeated<0, 4>([&](auto i) STOCHA_INLINED { step(i, true); });
-    else
-      repeated<0, 4>([&](auto i) STOCHA_INLINED {
-        if (i * kPer < here) step(i, rows.readable);
-      });
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) out[r][t] = sum(total[r][t]);
-}
-
-template <int R, int T>
-inline void dots(const CodeRows<R, int8_t>& rows, Fetch fetch, const QuantizedX& x, int64_t first, float (&out)[R][T]) {
-  Vector total[R][T] = {};
-  for (int64_t chunk = 0, g = 0; g < rows.groups; ++chunk, g += kLanes) {
-    const int64_t here = rows.groups - g, at = first * x.chunks + chunk;
+    const int64_t here = rows.groups - g, at = chunk * x.padded + first;
     Vector factor[R][T];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vector scale = load_part(rows.scales[r] + g, here, rows.readable);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) factor[r][t] = scale * load(&x.scales[(t * x.chunks + at) * kLanes]);
+      for (int t = 0; t < T; ++t) factor[r][t] = scale * load(&x.scales[(at + t) * kLanes]);
     }
     fetch.lines(R * kChunk);
     const auto step = [&](auto i, bool whole) STOCHA_INLINED {
@@ -170,7 +199,7 @@ inline void dots(const CodeRows<R, int8_t>& rows, Fetch fetch, const QuantizedX&
         const Signed codes = load_codes_part(p, here * kGroupSize - i * kBytes, whole);
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
-          const Integers products = dot(codes, load_codes(part + t * x.chunks * kChunk));
+          const Integers products = dot(codes, load_codes(part + t * kChunk));
           total[r][t] += __builtin_convertvector(products, Vector) * spread_8<i>(factor[r][t]);
         }
       }

@@ -74,36 +74,37 @@ struct FactorsOf4 {  // a block's shares of a chunk's groups for one token, in 2
   float step[kLanes], offset[kLanes];
 };
 
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-
-inline Integers integers_of(Halves words) { return __builtin_convertvector(words, Integers); }
-
 // A chunk's words of a row, of which `here` are the row's.
 template <bool whole>
-inline Halves words_of(const uint16_t* p, int64_t here) {
-  Halves words = {};
-  std::memcpy(&words, p, whole ? sizeof words : here * sizeof *p);
-  return words;
+STOCHA_INLINED inline Integers words_of(const uint16_t* p, int64_t here) {
+  if (whole) return load_words(p);
+  uint16_t part[kLanes] = {};
+  std::memcpy(part, p, here * sizeof *p);
+  return load_words(part);
 }
 
-// Factors of T tokens from the first one on. Meanwhile fetches the next block's words.
+// Factors of T tokens from the first one on. Meanwhile fetches half of the next block, of which add_pairs fetches the other
+// half: memory is to have no pauses.
 template <int T, bool whole>
-inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t group, int64_t here, int first, FactorsOf4* to) {
+inline void set_factors(const BlockOf4& block, Fetch& fetched, int64_t group, int64_t here, int first, FactorsOf4* to) {
   Vector products[T][kBlock], most[T] = {}, inverse[T];
+  Fetch fetch = fetched;  // a copy stays in registers
+#pragma GCC unroll 2
   for (int r = 0; r < 2 * block.pairs; ++r) {
-    const Vector scale = Levels(integers_of(words_of<whole>(block.words[r] + group, here))).scale;
-    prefetch(next.words[r] + group);
+    const Vector scale = Levels(words_of<whole>(block.words[r] + group, here)).scale;
+    if (first == 0) fetch.line();
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       products[t][r] = scale * block.hidden[first + t][r];
       most[t] = maximum(most[t], magnitude(products[t][r]));
     }
   }
+  fetched = fetch;
   for (int t = 0; t < T; ++t) inverse[t] = most[t] > 1e-30f ? 127.0f / most[t] : Vector{};
   Integers total[T] = {}, zeros[T] = {};
   for (int p = 0; p < block.pairs; ++p) {
-    const Integers a = integers_of(words_of<whole>(block.words[2 * p] + group, here));
-    const Integers b = integers_of(words_of<whole>(block.words[2 * p + 1] + group, here));
+    const Integers a = words_of<whole>(block.words[2 * p] + group, here);
+    const Integers b = words_of<whole>(block.words[2 * p + 1] + group, here);
     const Integers eighths = (a | (b << 16)) & 0x7f007f;
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
@@ -124,41 +125,38 @@ inline void set_factors(const BlockOf4& block, const BlockOf4& next, int64_t gro
   }
 }
 
-// A pass of a block: some groups of its rows, so few that their factors and sums stay in the first-level cache.
-constexpr int kChunksOfPass = 160 / kLanes;  // times tokens
+// A pass of a block for T tokens: some groups of its rows, so few that their factors and sums stay in the first-level cache.
+template <int T>
 struct PassOf4 {
+  static constexpr int kChunks = std::max(160 / kLanes / T, 1);
   const BlockOf4& block;
-  int tokens;
-  int64_t group, groups;                 // the first of them, and how many
-  FactorsOf4 factors[kChunksOfPass];     // [chunks, tokens]
-  Words sums[kChunksOfPass * 16];        // [chunks, 4 vectors, tokens, 4], which wrap around on the way to what fits
+  const int64_t group, groups;   // the first of them, and how many
+  FactorsOf4 factors[kChunks][T];
+  Words sums[kChunks][4][T][4];  // which wrap around on the way to what fits
 
-  static int64_t most_groups(int tokens) { return std::max(kChunksOfPass / tokens, 1) * kLanes; }
+  // The arrays are not filled with zeros, which would take as long as a quarter of the sums.
+  PassOf4(const BlockOf4& of, int64_t first, int64_t count) : block(of), group(first), groups(count) {}
 
-  // f(chunk, vector i as a constant, groups from this vector's first on, its sums)
+  // f(chunk, vector i as a constant, groups from this vector's first on)
   template <class F>
   STOCHA_INLINED void for_vectors(F f) {
-    Words* of_vector = sums;
-    for (int64_t g = 0, chunk = 0; g < groups; g += kLanes, ++chunk)
-      repeated<0, 4>([&](auto i) STOCHA_INLINED {
-        if (g + i * kPer < groups) f(chunk, i, groups - g - i * kPer, of_vector);
-        of_vector += 4 * tokens;
-      });
+    int64_t chunk = 0, left = groups;
+    for (; left >= kLanes; left -= kLanes, ++chunk)
+      repeated<0, 4>([&](auto i) STOCHA_INLINED { f(chunk, i, left - i * kPer); });
+    repeated<0, 4>([&](auto i) STOCHA_INLINED {
+      if (i * kPer < left) f(chunk, i, left - i * kPer);
+    });
   }
 
   template <bool whole>
-  void set_all_factors(const BlockOf4& next) {
-    FactorsOf4* to = factors;
-    for (int64_t g = 0; g < groups; g += kLanes, to += tokens) {
-      const int64_t here = std::min<int64_t>(kLanes, groups - g);
-      int t = 0;
-      for (; t + 4 <= tokens; t += 4) set_factors<4, whole>(block, next, group + g, here, t, to + t);
-      for (; t + 2 <= tokens; t += 2) set_factors<2, whole>(block, next, group + g, here, t, to + t);
-      if (t < tokens) set_factors<1, whole>(block, next, group + g, here, t, to + t);
-    }
-    for_vectors([&](int64_t chunk, auto i, int64_t, Words* own) STOCHA_INLINED {
-      for (int t = 0; t < tokens; ++t)
-        for (int k = 0; k < 4; ++k) own[4 * t + k] = (Words)spread<i>(factors[chunk * tokens + t].start);
+  void set_all_factors(Fetch& fetch) {
+    constexpr int kAtOnce = std::min(T, 4);
+    for (int64_t g = 0, chunk = 0; g < groups; g += kLanes, ++chunk)
+      for (int t = 0; t < T; t += kAtOnce)
+        set_factors<kAtOnce, whole>(block, fetch, group + g, std::min<int64_t>(kLanes, groups - g), t, &factors[chunk][t]);
+    for_vectors([&](int64_t chunk, auto i, int64_t) STOCHA_INLINED {
+      for (int t = 0; t < T; ++t)
+        for (int k = 0; k < 4; ++k) sums[chunk][i][t][k] = (Words)spread<i>(factors[chunk][t].start);
     });
   }
 
@@ -168,18 +166,21 @@ struct PassOf4 {
     Fetch fetch = fetched;  // a copy stays in registers
     const uint8_t* rows[2 * P];
     for (int r = 0; r < 2 * P; ++r) rows[r] = block.rows[2 * p + r] + group * 16;
-    for_vectors([&](int64_t chunk, auto i, int64_t left, Words* own) STOCHA_INLINED {
+    for_vectors([&](int64_t chunk, auto i, int64_t left) STOCHA_INLINED {
       const int64_t from = chunk * kLanes * 16 + i * kBytes;
-      const auto load = [&](int r) STOCHA_INLINED { return load_codes_part(rows[r] + from, left * 16, whole); };
-      const PairOf4 a(load(0), load(1)), b(load(2 * P - 2), load(2 * P - 1));
-      fetch.lines(std::max(2 * P * kBytes, kLine));
-      for (int t = 0; t < tokens; ++t) {
-        const Integers* by = factors[chunk * tokens + t].pairs + p;
-        Words total[4];
-        for (int k = 0; k < 4; ++k) total[k] = own[4 * t + k];
-        a.add_to(total, spread<i>(by[0]));
-        if (P == 2) b.add_to(total, spread<i>(by[1]));
-        for (int k = 0; k < 4; ++k) own[4 * t + k] = total[k];
+      const auto pair = [&](int q) STOCHA_INLINED {
+        return PairOf4(load_codes_part(rows[2 * q] + from, left * 16, whole),
+                       load_codes_part(rows[2 * q + 1] + from, left * 16, whole));
+      };
+      fetch.lines(std::max(P * kBytes, kLine));
+      const PairOf4 a = pair(0), b = pair(P - 1);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        Words(&own)[4] = sums[chunk][i][t];
+        Words total[4] = {own[0], own[1], own[2], own[3]};
+        a.add_to(total, spread<i>(factors[chunk][t].pairs[p]));
+        if (P == 2) b.add_to(total, spread<i>(factors[chunk][t].pairs[p + 1]));
+        for (int k = 0; k < 4; ++k) own[k] = total[k];
       }
     });
     fetched = fetch;
@@ -187,9 +188,10 @@ struct PassOf4 {
 
   // Adds the sums to acc[t * stride : t * stride + 32 * groups].
   void add_sums(float* acc, int64_t stride) {
-    for_vectors([&](int64_t chunk, auto i, int64_t left, Words* own) STOCHA_INLINED {
-      for (int t = 0; t < tokens; ++t, own += 4) {
-        const FactorsOf4& of_t = factors[chunk * tokens + t];
+    for_vectors([&](int64_t chunk, auto i, int64_t left) STOCHA_INLINED {
+      for (int t = 0; t < T; ++t) {
+        const FactorsOf4& of_t = factors[chunk][t];
+        const Words* own = sums[chunk][i][t];
         float* to = acc + t * stride + (chunk * kLanes + i * kPer) * kGroupSize;
         for (int q = 0; q < kPer && q < left; ++q) {
           const float step = of_t.step[i * kPer + q], offset = of_t.offset[i * kPer + q];
@@ -206,8 +208,8 @@ struct PassOf4 {
   }
 
   template <bool whole>  // so much may be read
-  void run(const BlockOf4& next, Fetch& fetch, float* acc, int64_t stride) {
-    set_all_factors<whole>(next);
+  void run(Fetch& fetch, float* acc, int64_t stride) {
+    set_all_factors<whole>(fetch);
     int p = 0;
     for (; p + 2 <= block.pairs; p += 2) add_pairs<2, whole>(p, fetch);
     if (p < block.pairs) add_pairs<1, whole>(p, fetch);
@@ -215,16 +217,16 @@ struct PassOf4 {
   }
 };
 
-// acc[t * stride : t * stride + 32 * groups] of a block. Meanwhile fetches the next one.
-inline void add_block_4(const BlockOf4& block, const BlockOf4& next, Fetch& fetch, int tokens, int64_t groups, float* acc,
-                        int64_t stride) {
-  const int64_t most = PassOf4::most_groups(tokens);
+// acc[t * stride : t * stride + 32 * groups] of a block, T tokens. Meanwhile fetches the next one.
+template <int T>
+void add_block_4(const BlockOf4& block, Fetch& fetch, int64_t groups, float* acc, int64_t stride) {
+  constexpr int64_t most = PassOf4<T>::kChunks * kLanes;
   for (int64_t g = 0; g < groups; g += most) {
-    PassOf4 pass{block, tokens, g, std::min(most, groups - g)};
+    PassOf4<T> pass(block, g, std::min(most, groups - g));
     if (block.readable || groups % kLanes == 0)
-      pass.run<true>(next, fetch, acc + g * kGroupSize, stride);
+      pass.template run<true>(fetch, acc + g * kGroupSize, stride);
     else
-      pass.run<false>(next, fetch, acc + g * kGroupSize, stride);
+      pass.template run<false>(fetch, acc + g * kGroupSize, stride);
   }
 }
 

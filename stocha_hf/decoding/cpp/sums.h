@@ -34,9 +34,10 @@ struct RowSum {
       const int64_t at = begin + std::min(r, rows - 1), row = list[at];
       to.rows[r] = m->row(row) + first() * 16;
       to.words[r] = m->row_words(row) + first();
-      for (int t = 0; t < tokens; ++t) to.hidden[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
+      for (int64_t g = 0; g < groups(); g += kLine / 2) prefetch(to.words[r] + g);
+      for (int t = 0; t < padded; ++t) to.hidden[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
     }
-    for (int t = 0; t < tokens; ++t) {
+    for (int t = 0; t < padded; ++t) {
       Vector zeros = {};
       for (int r = 0; r < kBlock; r += kLanes) zeros += load(to.hidden[t] + r) * 0.0f;
       to.not_finite[t] = sum(zeros);
@@ -50,18 +51,18 @@ inline void sum_rows_4(const RowSum& own, const RowSum* after, bool fetched) {
   const int64_t groups = own.groups();
   own.set_block(0, blocks[0]);
   if (!fetched)
-    for (int r = 0; r < 2 * blocks[0].pairs; ++r) {
-      prefetch(blocks[0].words[r]);
+    for (int r = 0; r < 2 * blocks[0].pairs; ++r)
       for (int64_t byte = 0; byte < groups * 16; byte += kLine) prefetch(blocks[0].rows[r] + byte);
-    }
   for (int64_t i = 0; i < own.count; i += kBlock) {
     const BlockOf4& block = blocks[i / kBlock % 2];
     BlockOf4& next = blocks[1 - i / kBlock % 2];
     const RowSum* of_next = i + kBlock < own.count ? &own : after;
     if (of_next) of_next->set_block(of_next == &own ? i + kBlock : 0, next);
     Fetch fetch{nullptr, nullptr, next.rows, of_next ? kBlock : 0, of_next ? of_next->groups() * 16 : 0};
-    add_block_4(block, of_next ? next : block, fetch, static_cast<int>(own.tokens), groups,
-                own.acc + own.first() * kGroupSize, own.stride);
+    float* acc = own.acc + own.first() * kGroupSize;
+    with_tokens(own.padded, [&](auto T) {
+      add_block_4<decltype(T)::value>(block, fetch, groups, acc, own.stride);
+    });
   }
 }
 
