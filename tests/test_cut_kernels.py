@@ -68,6 +68,15 @@ def test_products_in_both_layouts(kind: Any) -> None:
             assert error(found, expected) < weights.tolerance, (inputs, outputs, tokens, threshold, rows_are_inputs)
 
 
+def test_sums_of_rows_longer_than_a_pass_and_of_odd_numbers_of_blocks() -> None:
+    torch.manual_seed(0)
+    for (inputs, outputs), tokens in itertools.product([(101, 700), (33, 5300), (64, 5120)], [1, 2, 4, 8]):
+        weights, x = Weights(inputs, outputs, 4, 1), torch.randn(tokens, inputs)
+        for threshold in (0.0, 0.6):
+            found = ops.run_linear(x, weights.matrix(None, True, threshold))
+            assert error(found, cut(x, threshold).double() @ weights.exact) < weights.tolerance, (inputs, outputs, tokens)
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_the_ffn_cuts_its_input_and_its_hidden_vector(activation: str, kind: Any) -> None:

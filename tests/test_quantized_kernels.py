@@ -56,6 +56,16 @@ def test_products_equal_those_of_the_weights(library: Any, bits: int | str) -> N
         assert error(found, exact) < ROUNDING, (columns, rows, tokens)
 
 
+@pytest.mark.parametrize("bits", [8, 4, "planes"])
+def test_a_token_has_the_same_numbers_in_any_company(library: Any, bits: int | str) -> None:
+    torch.manual_seed(0)
+    for columns, rows in [*SHAPES, (896, 150)]:
+        weights, x = packed(rows, columns, bits), torch.randn(8, columns)
+        alone = torch.cat([ops.run_linear(x[t : t + 1], weights.matrix()) for t in range(8)])
+        for tokens in (2, 3, 5, 8):
+            assert torch.equal(ops.run_linear(x[:tokens], weights.matrix()), alone[:tokens]), (columns, rows, tokens)
+
+
 def hidden_vector(gate: torch.Tensor, up: torch.Tensor, activation: str, threshold: float) -> torch.Tensor:
     if activation in ops.HIDDEN:
         return ops.HIDDEN[activation](gate, up, threshold)

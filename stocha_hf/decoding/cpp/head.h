@@ -70,8 +70,8 @@ struct Head {
   // Logits by the high plane, or with a margin what they can be at most; and each token's row with the greatest product.
   void about(Inputs& x, Part mine, float margin, int64_t* best) const {
     static thread_local std::vector<float> squares;
-    sum_squares(x.values.data(), x.tokens, x.padded, x.size, x.quantized(4).chunks, squares);
-    float values[kAtOnce * kTokens], variances[kAtOnce * kTokens], most[kTokens];
+    sum_squares(x.values.data(), x.tokens, x.size, x.quantized(4).chunks, squares);
+    float values[kAtOnce * kTokens], variances[kAtOnce] = {}, most[kTokens];
     std::fill(most, most + kTokens, -INFINITY);
     for (int64_t t = 0; t < x.tokens; ++t) best[t] = row(mine.begin);
     for (int64_t begin = mine.begin; begin < mine.end; begin += kAtOnce) {
@@ -87,8 +87,9 @@ struct Head {
           most[t] = value;
           best[t] = row(i);
         }
-      for (int64_t k = 0; k < (end - begin) * x.padded; k += kLanes)
-        store(load(values + k) + margin * root(load(variances + k)), values + k);
+      for (int64_t k = 0; k < kAtOnce; k += kLanes) store(margin * root(load(variances + k)), variances + k);
+      for (int64_t i = 0; i < end - begin; ++i)
+        for (int64_t t = 0; t < x.padded; ++t) values[i * x.padded + t] += variances[i];
       to_logits(values, end - begin, x.padded, [&](int64_t i) { return row(begin + i); });
       for (int64_t i = begin; i < end; ++i) put(i, values + (i - begin) * x.padded, x.tokens);
     }

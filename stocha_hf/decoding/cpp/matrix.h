@@ -146,16 +146,15 @@ void products_of_planes(const Matrix& m, const QuantizedX& of_x, Rows chosen, fl
   });
 }
 
-// Of the high plane alone, with variances, given the squares of x.
+// Of the high plane alone, with rows' variances, given the squares of x.
 template <int T>
 void products_about(const Matrix& m, const QuantizedX& of_x, Rows chosen, const float* squares, float* values,
                     float* variances) {
   const TokensOfX<T> x(of_x);
   const auto* scales = static_cast<const fp16*>(m.scales);
   for_rows(m, chosen, [&](const Row& own, int64_t row, auto whole) STOCHA_INLINED {
-    dots_about<T, decltype(whole)::value>(own, scales + row * own.groups, x, squares, values, variances);
+    dots_about<T, decltype(whole)::value>(own, scales + row * own.groups, x, squares, values, variances++);
     values += T;
-    variances += T;
   });
 }
 

@@ -8,15 +8,18 @@
 
 constexpr float kVarianceOfLow = 255.0f / 12;
 
-// Each group's sum of the squares of x [tokens, size], as x has its scales: what an error in its weights counts.
-inline void sum_squares(const float* x, int64_t tokens, int64_t padded, int64_t size, int64_t chunks,
-                        std::vector<float>& out) {
-  out.assign(padded * chunks * kLanes, 0.0f);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t chunk = i / kChunk * padded + t, lane = lane_of_4(i % kChunk / kGroupSize);
-      out[chunk * kLanes + lane] += x[t * size + i] * x[t * size + i];
+// Each group's sum of the squares of x [tokens, size], of the token with most, in ChunkOf4's order: what an error in its
+// weights counts at most.
+inline void sum_squares(const float* x, int64_t tokens, int64_t size, int64_t chunks, std::vector<float>& out) {
+  out.assign(chunks * kLanes, 0.0f);
+  for (int64_t begin = 0; begin < size; begin += kGroupSize) {
+    float& most = out[begin / kChunk * kLanes + lane_of_4(begin % kChunk / kGroupSize)];
+    for (int64_t t = 0; t < tokens; ++t) {
+      float total = 0;
+      for (int64_t i = begin; i < std::min(begin + kGroupSize, size); ++i) total += x[t * size + i] * x[t * size + i];
+      most = std::max(most, total);
     }
+  }
 }
 
 // A chunk's scales of a row in planes, in ChunkOf4's order; see load_chunk for `whole`.
@@ -48,31 +51,28 @@ STOCHA_INLINED inline void dots(const Row& row, const uint8_t* low, const fp16* 
       total[t] = fused(both, scale * x.scales(chunk, t), fused(offset, x.totals(chunk, t), total[t]));
     }
   });
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) out[t] = sum(total[t]);
+  sums(total, out);
 }
 
-// The same about so, of the high plane alone, with the variances of what is left out, given the squares of x.
+// The same about so, of the high plane alone, with the variance of what is left out, given the squares of x: one for all
+// tokens, of which it is the greatest.
 template <int T, bool whole>
 STOCHA_INLINED inline void dots_about(const Row& row, const fp16* scales, const TokensOfX<T>& x, const float* squares,
-                                      float* out, float* variances) {
-  Vector total[T] = {}, variance[T] = {};
+                                      float* out, float* variance) {
+  Vector total[T] = {}, left_out = {};
   for_chunks(row, [&](int64_t chunk, int64_t left) STOCHA_INLINED {
     const Vector scale = load_scales<whole>(scales, chunk, left);
-    const Vector offset = scale * (120.5f * 8), factor = scale * 16.0f, square = scale * scale;
+    const Vector offset = scale * (120.5f * 8), factor = scale * 16.0f;
+    left_out = fused(scale * scale, load(squares + chunk * kLanes), left_out);
     const ChunkOf4 codes = load_chunk<whole>(row.codes, chunk, left);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const Vector products = __builtin_convertvector(codes.dot(x.codes(chunk, t)), Vector);
-      variance[t] = fused(square, load(squares + (chunk * T + t) * kLanes), variance[t]);
       total[t] = fused(products, factor * x.scales(chunk, t), fused(offset, x.totals(chunk, t), total[t]));
     }
   });
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    out[t] = sum(total[t]);
-    variances[t] = sum(variance[t]) * kVarianceOfLow;
-  }
+  sums(total, out);
+  *variance = sum(left_out) * kVarianceOfLow;
 }
 
 // A row as float32, for embeddings and prefill.

@@ -163,8 +163,7 @@ STOCHA_INLINED inline void dots(const Row& row, const uint16_t* words, const Tok
       total[t] = fused(products, scale * x.scales(chunk, t), fused(offset, x.totals(chunk, t), total[t]));
     }
   });
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) out[t] = sum(total[t]);
+  sums(total, out);
 }
 
 // R rows of 8-bit codes.

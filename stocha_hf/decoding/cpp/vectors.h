@@ -117,6 +117,31 @@ inline float sum(const Vector& v) {
   return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
+// The same of T vectors, in the same order: two of them share their shuffles.
+template <int T>
+inline void sums(const Vector (&v)[T], float* out) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  typedef int32_t Order __attribute__((vector_size(16)));
+  const auto quarter = [&](int t) {
+    Quarter quarters[kLanes / 4];
+    std::memcpy(quarters, &v[t], sizeof v[t]);
+    Quarter total = quarters[0];
+    for (int i = 1; i < kLanes / 4; ++i) total += quarters[i];
+    return total;
+  };
+  if constexpr (T == 1) {
+    out[0] = sum(v[0]);
+  } else {
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t += 2) {
+      const Quarter a = quarter(t), b = quarter(t + 1);
+      const Quarter both = __builtin_shuffle(a, b, Order{0, 4, 1, 5}) + __builtin_shuffle(a, b, Order{2, 6, 3, 7});
+      const Quarter total = both + __builtin_shuffle(both, Order{2, 3, 2, 3});
+      std::memcpy(out + t, &total, 2 * sizeof *out);
+    }
+  }
+}
+
 // a * b + c in one rounding where the machine can, wherever this stands: the compiler's own choice may differ.
 inline Vector fused(Vector a, Vector b, Vector c) {
 #if defined(STOCHA_AVX512)
