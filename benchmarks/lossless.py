@@ -197,7 +197,12 @@ def main() -> None:
     parser.add_argument("--prompts-from", type=Path, metavar="FILE.jsonl", help="prompts, under the key `prompt`")
     parser.add_argument("--humaneval", metavar="FOLDER", help="HumanEval's problems as prompts, from a folder with it")
     parser.add_argument("--run-code", action="store_true", help="with --humaneval: run its tests on the texts")
-    parser.add_argument("--drafts", type=int, metavar="N", help="so many a round (default: as many as pay in time)")
+    parser.add_argument(
+        "--drafts",
+        type=int,
+        metavar="N",
+        help="so many a round, at most 15 on a GPU and 7 on a CPU (default: as many as pay in time)",
+    )
     parser.add_argument("--doubt", type=float, default=rounds.DOUBT, help="drafts end below this probability")
     parser.add_argument("--limit", type=int, help="the first so many prompts")
     parser.add_argument("--device", default="cpu")
@@ -211,6 +216,12 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     check_gpu(parser, args.device)
+    if args.run_code and not (args.humaneval and args.ends):
+        parser.error("--run-code needs --humaneval, whose tests it runs, and --ends, for it ends texts at code fences")
+    if args.drafts is not None and args.drafts < 0:
+        parser.error(f"--drafts is {args.drafts}: expected 0 or more")
+    if not 0 <= args.doubt <= 1:
+        parser.error(f"--doubt is {args.doubt:g}: expected a probability, 0 to 1")
 
     args.threads = 1 if args.cpu else args.threads
     now = time.process_time if args.cpu else time.perf_counter
@@ -223,8 +234,9 @@ def main() -> None:
         if some is not None and not args.ends:
             some.generation_config.eos_token_id = None  # all texts are of one length
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    if args.run_code:
-        end_at_fences(model, tokenizer)
+    for some in (model, dense):
+        if some is not None and args.run_code:
+            end_at_fences(some, tokenizer)
     prompts, ways = prompts_of(args, tokenizer), [WITHOUT, LOSSLESS, WITH] + [FOLDER] * (dense is not None)
     order = list(product(range(len(prompts)), ways))
     if args.device != "cpu":

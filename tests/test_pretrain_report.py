@@ -33,3 +33,4 @@ def test_models_are_compared_question_by_question():
     assert pretrain_report.less(models, "swi-20", "x", ["task"]) == "+12.5 +- 12.5", "over two seeds"
     assert pretrain_report.less(models, "relu", "x", ["task"]) == "0.0"
     assert pretrain_report.less(models, "silu", "x", ["task"], base="swi-20") == "+50.0 +- 28.9", "the seed of both"
+    assert pretrain_report.less(models, "relu", "x", ["task"], base="swi-20") == "-12.5 +- 12.5"

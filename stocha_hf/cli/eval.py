@@ -322,8 +322,8 @@ def _fallback_lines(row: dict[str, Any]) -> Iterator[str]:
 def _draft_lines(row: dict[str, Any]) -> Iterator[str]:
     if found := row.get("drafts"):
         yield (
-            f"  {found['drafted']} tokens were drafted, each at {found['cut_share']:.1%}, and {found['accepted']} of "
-            f"them stood, in {found['verifications']} steps without cuts, for {found['steps']} tokens"
+            f"  {found['steps']} tokens: {found['drafted']} were drafted, each for {found['cut_share']:.1%} of the "
+            f"bytes, and {found['accepted']} of them stood; {found['verifications']} steps without cuts checked them"
         )
 
 

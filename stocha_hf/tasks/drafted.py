@@ -9,6 +9,7 @@ What it costs is counted with each answer: the tokens that were drafted, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,16 @@ from stocha_hf.decoding.rounds import PART, Counts, counting
 from stocha_hf.measurement.records import BytesRead, Drafts
 
 UNUSED = 0  # a padding token, which generate() asks for; one text has none
+
+
+@contextmanager
+def _defaults(model: Any) -> Iterator[None]:
+    """Hide the model's own generation config, whose repetition penalty, say, generate() would add to the one given."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 class _Stop(StoppingCriteria):
@@ -63,7 +74,7 @@ def draft_answers(
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt], device=model.device)
         criteria = StoppingCriteriaList([] if stop is None else [_Stop(stop, len(prompt))])
-        with counting() as counts:
+        with _defaults(model), counting() as counts:
             text = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -72,9 +83,7 @@ def draft_answers(
                 stopping_criteria=criteria,
             )
         tokens = text[0, len(prompt) :].tolist()
-        if (
-            not counts.verifications
-        ):  # written without drafts: a step a token, but for the first, which is the prompt's
+        if not counts.verifications:  # no drafts: a step a token after the first, which is the prompt's
             counts = replace(counts, verifications=len(tokens) - 1)
         yield i, tokens, counts
 
