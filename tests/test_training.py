@@ -214,6 +214,33 @@ def test_all_layers_share_one_compiled_graph_an_activation():
 
 
 @pytest.mark.slow
+def test_ddp_does_not_split_the_layer_that_is_compiled(tmp_path, fresh_compiler):
+    def graphs(wrap) -> int:
+        torch._dynamo.reset()
+        model, found = tiny_model(intermediate_size=4096).train(), []  # a layer is larger than DDP's first bucket
+        patch(model, StochaConfig())
+
+        def backend(graph, inputs):
+            found.append(graph)
+            return graph.forward
+
+        undo = compile_layers(model, backend=backend)
+        try:
+            wrap(model)(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        finally:
+            undo()
+        return len(found)
+
+    split = torch._dynamo.config.optimize_ddp
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert graphs(torch.nn.parallel.DistributedDataParallel) == graphs(lambda model: model) > 0
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch._dynamo.config.optimize_ddp == split
+
+
+@pytest.mark.slow
 def test_distillation_from_the_model_itself_costs_nothing_under_its_own_activation(base, text, tmp_path):
     options = {"teacher": base, "distill_weight": 1.0, "max_steps": 2, "save_steps": 2, "logging_steps": 1}
     silu = run(base, text, tmp_path / "silu", schedule="[{activation: silu, until: 1.0}]", **options)

@@ -37,14 +37,19 @@ def compile_layers(model: Any, **options: Any) -> Callable[[], None]:
     layers there are: seconds for 30 layers on a GPU, where the whole model took minutes in every phase. Returns the
     function that undoes it.
     """
-    layers, limit = decoder_layers(model), torch._dynamo.config.recompile_limit
+    layers, dynamo = decoder_layers(model), torch._dynamo.config
+    limit, splits = dynamo.recompile_limit, dynamo.optimize_ddp
     before = [layer.__dict__.get("forward") for layer in layers]
-    torch._dynamo.config.recompile_limit = max(limit, RECOMPILES)
+    dynamo.recompile_limit = max(limit, RECOMPILES)
+    # Inside DDP's forward the compiler would split each layer at the bounds of DDP's buckets, for gradients to be
+    # reduced while others are computed. Between layers they are anyway; and thresholds are constants in a split layer:
+    # every layer would compile by itself, and anew when thresholds move, until the limit leaves all others uncompiled.
+    dynamo.optimize_ddp = False
     for layer in layers:
         layer.forward = torch.compile(layer.forward, **options)  # layer.compile would compile what hooks do as well
 
     def undo() -> None:
-        torch._dynamo.config.recompile_limit = limit
+        dynamo.recompile_limit, dynamo.optimize_ddp = limit, splits
         for layer, forward in zip(layers, before, strict=True):
             set_forward(layer, forward)
 
