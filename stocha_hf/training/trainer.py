@@ -2,9 +2,9 @@
 
 Data, packing, accumulation, DDP, FSDP and checkpoints are trl's and transformers'. What is added here: the schedule
 sets the activation, and the thresholds, before each step; ranks draw different noise; logs show activation, p,
-sparsity and tokens per second; none of it makes a step wait for the GPU; a loss that is not finite stops the run before it is saved;
-a checkpoint that was not written to its end is never resumed from; torch_compile compiles a layer and not the model.
-config.json of every checkpoint says what was trained, under `stocha.history`.
+sparsity and tokens per second; none of it makes a step wait for the GPU; a loss that is not finite stops the run
+before it is saved; a checkpoint that was not written to its end is never resumed from; torch_compile compiles a layer
+and not the model. config.json of every checkpoint says what was trained, under `stocha.history`.
 
 run.py reads a recipe's YAML, whose keys arguments.py adds to trl's.
 """
