@@ -139,7 +139,7 @@ def evaluate(args: argparse.Namespace) -> None:
             evaluation.check_vocabulary(config, windows)
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
-    _check_lossless(models[0], args)
+    _check_lossless(models[0], tasks, args)
     rows = [origin(name, model) for name, model in zip(names, models, strict=True)]
     figures = rows[0] | {"dtype": args.dtype} | circumstances()
     with models[0].stocha_mode(args.mode) if args.mode else nullcontext():
@@ -177,7 +177,7 @@ def _tasks(
     results = []
     ways = ((args.mode, args.lossless), (None, False))  # the baseline's is its own
     for model, tokenizer, loaded, row, (mode, lossless) in zip(models, tokenizers, tasks, rows, ways, strict=False):
-        name = identity(row["weights"] or row["revision"] or row["model"], model, mode) + " lossless" * lossless
+        name = identity(row["weights"] or row["revision"] or row["model"], model, mode)
         results.append(evaluate_tasks(model, tokenizer, loaded, kept=kept, name=name, lossless=lossless, **options))
         row["tasks"] = results[-1].to_dict()
         if results[-1].readings:
@@ -216,10 +216,18 @@ def _check_mode(model: Any, mode: str | None) -> None:
         raise StochaError(f"--mode {mode} cannot run on this model: {error}") from None
 
 
-def _check_lossless(model: Any, args: argparse.Namespace) -> None:
+def _check_lossless(model: Any, tasks: list[dict[str, Any]], args: argparse.Namespace) -> None:
     from stocha_hf.cuts_stocha import cut_projections
 
-    if args.lossless and not cut_projections(model):
+    if not args.lossless:
+        return
+    kinds = {task.OUTPUT_TYPE for parts in tasks[0].values() for task in parts["tasks"].values()}
+    if "generate_until" not in kinds:
+        raise StochaError(
+            f"--lossless was given and {' '.join(args.tasks)} writes no answers: expected a task that does, such as "
+            "humaneval"
+        )
+    if not cut_projections(model):
         raise StochaError(
             f"--lossless was given and {args.model} cuts no inputs: expected a model that does, to draft with "
             "its cuts; convert it with stocha-convert --inputs"

@@ -67,7 +67,7 @@ def evaluate_tasks(
         run_code: Allow tasks that run the code that the model writes.
         task_data: A folder or file with questions, as stocha_hf.tasks.local_data says.
         kept: A .jsonl file that responses are added to as they come, and taken from if they are in it.
-        name: Whose responses they are, in that file: a hash of the weights, say; other for other ways to write.
+        name: Whose responses they are, in that file: a hash of the weights, say.
         lossless: Write answers as the model does without its input cuts, which draft them, one at a time.
 
     Returns:

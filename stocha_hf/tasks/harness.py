@@ -214,7 +214,8 @@ class HarnessModel(TemplateLM):
         return list(missing.values())
 
     def _key(self, request: Any) -> str:
-        return self.kept.key(self.name, request.request_type, request.args)
+        drafted = self.lossless and request.request_type == "generate_until"  # likelihoods are the same either way
+        return self.kept.key(self.name + " lossless" * drafted, request.request_type, request.args)
 
     # Likelihoods
 
