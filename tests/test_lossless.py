@@ -208,6 +208,15 @@ def test_a_speedup_is_of_texts_with_more_than_a_token() -> None:
     assert speedup(before, after) == 3 and speedup(before[:1], after[:1]) is None
 
 
+def test_a_repetition_is_eight_tokens_that_stood_before() -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "lossless.py"
+    repeated = runpy.run_path(str(script))["repeated"]
+    once = list(range(10))
+    assert repeated(once, [20, 21]) == 0 and repeated([], once) == 0
+    assert repeated(once, once) == 3  # the eighth token of the second time and those after it
+    assert repeated([], [5] * 12) == 4 and repeated(once + once, [20]) == 0  # a prompt's own do not count
+
+
 def test_steps_that_must_call_modules_are_without_drafts(drafts: list[int]) -> None:
     model = cut_model()
     with model.cut_inputs("never"):
