@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers import call_command, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.hashing import weights_hash
@@ -112,6 +113,15 @@ def test_text_windows_hold_the_text_in_order(tmp_path) -> None:
     assert text_windows(str(path), tmp_path, 2, most=2).tolist() == [[4, 5], [8, 9]]
     with pytest.raises(StochaError, match="9 tokens: expected at least one window of 10"):
         text_windows(str(path), tmp_path, 10)
+
+
+def test_text_windows_begin_with_the_token_before_a_text(tmp_path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "w4 w5 w6"}\n{"text": "w7 w8 w9"}\n')
+    assert text_windows(str(path), tmp_path, 3).tolist() == [[1, 4, 5], [1, 6, 7], [1, 8, 9]]
 
 
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "loss is nan"), (1e30, "no finite perplexity")])

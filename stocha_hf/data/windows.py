@@ -143,6 +143,9 @@ def _shuffled(data: Any, seed: int) -> Iterator[dict[str, Any]]:
 def text_windows(name: str, tokenizer_folder: str | Path, length: int, most: int | None = None) -> torch.Tensor:
     """Cut a data set's text, in order, into windows of token ids.
 
+    Each window begins with what the tokenizer puts before a text (a BOS token or nothing): Gemma, for one, predicts
+    noise without it.
+
     Args:
         name: As in `load_data`.
         tokenizer_folder: Checkpoint folder with the tokenizer.
@@ -158,8 +161,12 @@ def text_windows(name: str, tokenizer_folder: str | Path, length: int, most: int
     import torch
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    ids = torch.tensor([token for row in load_data(name) for token in tokenizer(plain_text(row))["input_ids"]])
-    windows = ids[: len(ids) // length * length].view(-1, length)
+    start = torch.tensor(tokenizer("")["input_ids"][:1], dtype=torch.int64)
+    texts = (tokenizer(plain_text(row), add_special_tokens=False)["input_ids"] for row in load_data(name))
+    ids = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
+    body = length - len(start)
+    windows = ids[: len(ids) // body * body].view(-1, body)
+    windows = torch.cat([start.expand(len(windows), -1), windows], 1)
     if len(windows) == 0:
         raise StochaError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
     step = max(len(windows) // most, 1) if most else 1
