@@ -8,7 +8,8 @@ those of all drafts and verifications, by the share that a step with cuts reads 
 with lm_head, of which a draft reads a quarter. `--drafts 15` drafts so many whatever they cost in time, to read the
 least; `--run-code` runs HumanEval's tests on the texts, which then end at a code fence, too. Several `--doubt` write a
 line each. Greedy texts of small models repeat themselves, which is easy to draft: `repeated` is the share of
-tokens that end eight which stood in the text before, and `--penalty 1.2` writes texts that repeat less.
+tokens that end eight which stood in the text before, and `--penalty 1.2` writes texts that repeat less. On a CPU what
+repeats is drafted without a step, as `copied` tokens; `--no-copies` leaves all drafts to the cuts.
 
     python benchmarks/lossless.py qwen-cut-4 --new 128 --json lossless.jsonl
     python benchmarks/lossless.py gemma-cut --dtype float32 --prompts-from prose.jsonl --plain --ends --new 96 \\
@@ -58,10 +59,12 @@ WITHOUT, WITH, LOSSLESS, FOLDER = "without cuts", "with cuts", "lossless", "dens
 
 
 class Counted(rounds.Pace):
-    """A Pace that also counts: drafted and accepted tokens of each verification and its seconds, and drafts'."""
+    """A Pace that also counts: drafted and accepted tokens of each verification, its seconds and whether the drafts
+    were copied; and steps and seconds of drafts that were not.
+    """
 
     always: ClassVar[int | None] = None  # drafts of each round, whatever they cost in time
-    counts: ClassVar[list[tuple[int, int, float]]] = []
+    counts: ClassVar[list[tuple[int, int, float, bool]]] = []
     drafts_taken: ClassVar[list[tuple[int, float]]] = []
 
     def drafts(self) -> int:
@@ -73,14 +76,14 @@ class Counted(rounds.Pace):
         super().drafted(steps, doubted, seconds)
 
     def verified(self, count: int, accepted: int, doubted: bool, seconds: float) -> None:
-        Counted.counts.append((count, accepted, seconds))
+        Counted.counts.append((count, accepted, seconds, self.is_free))
         super().verified(count, accepted, doubted, seconds)
 
     @staticmethod
     def steps_ms() -> dict[str, float]:
         """Milliseconds of a draft's step, and of verifications by their number of tokens."""
         found: dict[str, list[float]] = {"draft": [seconds / steps for steps, seconds in Counted.drafts_taken]}
-        for count, _, seconds in Counted.counts:
+        for count, _, seconds, _ in Counted.counts:
             found.setdefault(f"verification of {count + 1}", []).append(seconds)
         return {name: 1e3 * statistics.median(times) for name, times in sorted(found.items()) if times}
 
@@ -165,8 +168,9 @@ def write(
         "seconds": clock.seconds(),
         "text": text[0, len(ids) :].tolist(),
         "verifications": len(counts),
-        "drafted": sum(count for count, *_ in counts),
-        "accepted": sum(accepted for _, accepted, _ in counts),
+        "drafted": sum(count for count, *_, copied in counts if not copied),
+        "copied": sum(count for count, *_, copied in counts if copied),
+        "accepted": sum(accepted for _, accepted, *_ in counts),
         "steps_ms": Counted.steps_ms(),
     }
 
@@ -194,7 +198,7 @@ def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int
         "repeated": again / sum(len(row["text"]) for row in rows[WITHOUT]),
         "share_of_a_draft": read.share,
     }
-    for name in ("verifications", "drafted", "accepted"):
+    for name in ("verifications", "drafted", "copied", "accepted"):
         record[name] = sum(row[name] for row in rows[LOSSLESS])
     if record["verifications"]:
         drafts, verifications = (record[name] / later[LOSSLESS] for name in ("drafted", "verifications"))
@@ -226,6 +230,7 @@ def main() -> None:
         help="so many a round, at most 15 on a GPU and 7 on a CPU (default: as many as pay in time)",
     )
     parser.add_argument("--doubt", type=float, nargs="+", default=[rounds.DOUBT], metavar="P", help="drafts end below")
+    parser.add_argument("--no-copies", action="store_true", help="draft by steps with cuts alone")
     parser.add_argument("--penalty", type=float, metavar="P", help="generate()'s repetition_penalty, in all ways")
     parser.add_argument(
         "--no-cut-texts", action="store_true", help="write none with cuts alone: for bytes they are idle"
@@ -254,6 +259,8 @@ def main() -> None:
     now = time.process_time if args.cpu else time.perf_counter
     torch.set_num_threads(args.threads)
     rounds.Pace, Counted.always = Counted, args.drafts  # type: ignore[misc]
+    if args.no_copies:
+        rounds.Rounds.copies_text = False
     dtype = getattr(torch, args.dtype)
     model = load_model(args.folder, dtype=dtype).eval().to(args.device)
     dense = load_model(args.dense, dtype=dtype).eval().to(args.device) if args.dense else None
@@ -307,6 +314,7 @@ def main() -> None:
         }
         record |= {"template": False} if args.plain else {}
         record |= {} if args.penalty is None else {"repetition_penalty": args.penalty}
+        record |= {"copies": False} if args.no_copies else {}
         if args.drafts is not None:
             record["drafts_at_most"] = args.drafts
         if args.run_code:

@@ -15,8 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from stocha_hf import InputCuts, StochaConfig
 from stocha_hf.decoding import rounds, step
+from stocha_hf.decoding.copies import Copies
 from stocha_hf.decoding.lossless import lossless
-from stocha_hf.decoding.pace import Pace
+from stocha_hf.decoding.pace import PATIENCE, Pace, Times
 from stocha_hf.errors import StochaError
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
@@ -118,7 +119,7 @@ def test_what_raises_leaves_the_cache_as_without_drafts(raising: str, drafts: li
         def end(self) -> None: ...
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if ids.shape[1] == 12:  # the first round's second draft is the first to come here
+        if ids.shape[1] == 13:  # the second round's first draft is the first to come here
             raise RuntimeError("failed")
         return scores
 
@@ -135,7 +136,7 @@ def test_what_raises_leaves_the_cache_as_without_drafts(raising: str, drafts: li
     found = left(custom_generate=lossless)
     assert -1 in drafts
     length = found.get_seq_length()
-    assert length == (14 if raising == "streamer" else PROMPT.shape[1]) <= expected.get_seq_length()
+    assert length == (14 if raising == "streamer" else PROMPT.shape[1] + 2) <= expected.get_seq_length()
     for one, other in zip(found.layers, expected.layers, strict=True):
         assert torch.equal(one.keys, other.keys[:, :, :length])
 
@@ -259,6 +260,59 @@ def test_more_is_drafted_where_more_is_accepted_and_nothing_where_it_costs_more(
     assert settled(3, 1.0, 1.0) == 0
 
 
+def test_what_stood_in_the_text_before_is_drafted() -> None:
+    assert Copies([1, 2, 3, 4, 9, 7, 1, 2, 3, 4]).drafts(3) == [9, 7, 1]
+    assert Copies([1, 2, 3, 4, 9, 1, 2, 3, 4, 8, 1, 2, 3, 4]).drafts(1) == [8], "the last time counts"
+    assert Copies([1, 2, 3, 4, 9, 2, 3, 4]).drafts(3) == [] == Copies([1]).drafts(3) == Copies([5] * 9).drafts(0)
+    assert Copies([6, 5, 5, 5, 5, 5]).drafts(4) == [5] * 4, "a loop goes on"
+    text = Copies([1, 2, 3, 4])
+    text.read([9, 1, 2])
+    text.read([3, 4])
+    assert text.drafts(2) == [9, 1]
+
+
+@pytest.mark.parametrize("kind", [None, "static"])
+@pytest.mark.parametrize("wrong", [0, 17])
+def test_a_text_that_repeats_is_copied_without_steps(
+    kind: Any, wrong: int, drafts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Repeats the last ten tokens, but for one of `wrong`."""
+        length = ids.shape[1]
+        token = length % 64 if wrong and length % wrong == 0 else int(ids[0, -10])
+        return torch.full_like(scores, -1e9).index_fill_(1, torch.tensor([token]), 1.0)
+
+    monkeypatch.setattr(rounds.Pace, "drafts", lambda self: self.most)  # whatever it takes
+    model = cut_model()
+    options = OPTIONS | {"logits_processor": [process], "cache_implementation": kind, "disable_compile": True}
+    with model.cut_inputs("never"):
+        expected = model.generate(PROMPT, **options)
+    drafts.clear()
+    with rounds.counting() as counts:
+        found = model.generate(PROMPT, custom_generate=lossless, **options)
+    assert torch.equal(found, expected)
+    assert counts.drafted == drafts.count(-1) and counts.verifications == sum(size > 0 for size in drafts)
+    assert 59 <= counts.verifications + counts.accepted <= counts.verifications + counts.drafted + counts.copied
+    assert counts.copied > 20 and max(drafts) == 8
+    if not wrong:
+        assert counts.drafted <= 8 and counts.accepted > 45, "once the text repeats itself, each copy is right"
+
+
+def test_copies_that_are_wrong_cease_and_are_tried_again() -> None:
+    times = Times()
+    for tokens in (1, 2, 4, 8):
+        times.add(tokens, float(tokens))
+    pace = Pace(8, times)
+    for _ in range(9):
+        count = pace.drafts()
+        if count:
+            pace.verified(count, 0, False, count + 1)
+    assert pace.drafts() == 0
+    for _ in range(PATIENCE):
+        pace.passed()
+    assert pace.drafts() == 1
+
+
 def test_a_draft_ends_after_a_token_that_it_doubts(drafts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     def sizes(doubt: float) -> set[int]:
         """Of verifications, where drafts doubt what is less probable."""
@@ -268,6 +322,7 @@ def test_a_draft_ends_after_a_token_that_it_doubts(drafts: list[int], monkeypatc
         assert torch.equal(found, expected)
         return {size for size in drafts if size > 0}
 
+    monkeypatch.setattr(rounds.Rounds, "copies_text", False)
     model = cut_model(limit=0.01)
     with model.cut_inputs("never"):
         expected = model.generate(PROMPT, **OPTIONS)

@@ -329,9 +329,11 @@ def _fallback_lines(row: dict[str, Any]) -> Iterator[str]:
 
 def _draft_lines(row: dict[str, Any]) -> Iterator[str]:
     if found := row.get("drafts"):
+        copied = f", {found['copied']} more copied from the text" if found.get("copied") else ""
         yield (
             f"  {found['steps']} tokens: {found['drafted']} were drafted, each for {found['cut_share']:.1%} of the "
-            f"bytes, and {found['accepted']} of them stood; {found['verifications']} steps without cuts checked them"
+            f"bytes{copied}, and {found['accepted']} of them stood; {found['verifications']} steps without cuts "
+            "checked them"
         )
 
 

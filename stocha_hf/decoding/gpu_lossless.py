@@ -36,6 +36,7 @@ class GpuRounds(Rounds, GpuLoop):
     """Rounds whose steps are replays of graphs, which have the plan's steps for themselves until the text ends."""
 
     most = SIZES[-1]
+    copies_text = False  # which was not tried there
 
     def _steps(self) -> list[Any]:
         self.draft = self.plan.draft(first_tokens(self.model))

@@ -3,34 +3,55 @@
 A draft also ends by itself, after a token that it doubts. Of each drafted token, a is the chance to be accepted, g to
 be accepted and not doubted, and s not to be doubted. Then a draft of k tokens at most gives
 1 + a (1 + g + ... + g^(k-1)) tokens on average, for 1 + s + ... + s^(k-1) steps of a draft and a verification of one
-token more, whose time is a straight line through those that were taken.
+token more. Its time is a straight line through those that were taken, over the number of tokens rounded up to a power
+of two, for which kernels are made.
 """
 
 from __future__ import annotations
 
-FIRST = (2, 5)  # tokens that the first rounds draft at most, to see what steps of several tokens take
+FIRST = (1, 3)  # tokens that the first rounds draft at most, to see what steps of several tokens take
 DECAY = 0.95  # of what earlier rounds count, a round
-PATIENCE = 32  # steps after which a draft that did not pay is tried again
+PATIENCE = 32  # rounds after which a draft that did not pay is tried again
+
+
+class Times:
+    """What verifications took so far."""
+
+    def __init__(self) -> None:
+        self.moments = [0.0] * 5  # of verifications: 1, size, size^2, seconds, size * seconds
+
+    def add(self, tokens: int, seconds: float) -> None:
+        size = _size(tokens)
+        new = (1.0, size, size**2, seconds, size * seconds)
+        self.moments = [DECAY * old + value for old, value in zip(self.moments, new, strict=True)]
+
+    def of(self, tokens: int) -> float:
+        """What a verification of so many tokens would take."""
+        total, first, second, seconds, cross = self.moments
+        spread = total * second - first * first
+        slope = max(0.0, (total * cross - first * seconds) / spread) if spread > 1e-9 else 0.0
+        return max((seconds - slope * first) / total, 0.0) + slope * _size(tokens)
 
 
 class Pace:
-    """What rounds took and gave so far. A round verifies `tokens` at most."""
+    """What rounds took and gave so far. A round verifies `tokens` at most.
 
-    def __init__(self, tokens: int) -> None:
+    `times` are those of another Pace's verifications, too, for drafts of another kind: these take no steps.
+    """
+
+    def __init__(self, tokens: int, times: Times | None = None) -> None:
         self.most = tokens - 1
+        self.is_free, self.times = times is not None, times or Times()
         self.accepted, self.safe, self.tried = 1.8, 1.6, 2.0  # to begin with; `safe`: accepted and not doubted
         self.sure, self.all = 1.6, 2.0  # drafted and not doubted; drafted
         self.draft = [0.0, 0.0]  # steps, seconds
-        self.moments = [0.0] * 5  # of verifications: 1, tokens, tokens^2, seconds, tokens * seconds
         self.rounds = self.idle = 0
 
     def drafts(self) -> int:
         """Return how many tokens the next round should draft at most."""
-        if self.rounds < len(FIRST) or not self.draft[0]:
-            return min(FIRST[min(self.rounds, 1)], self.most)
-        step, each = self.draft[1] / self.draft[0], self.sure / self.all
-        steps = [_sum(each, count) for count in range(self.most + 1)]
-        rates = [self._tokens(k) / (taken * step + self._seconds(taken + 1)) for k, taken in enumerate(steps)]
+        if self.rounds < len(FIRST) or not (self.is_free or self.draft[0]):
+            return min(FIRST[min(self.rounds, len(FIRST) - 1)], self.most)
+        rates = [self._tokens(count) / self._seconds(count) for count in range(self.most + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         return best if best or self.idle < PATIENCE else 1
 
@@ -44,22 +65,31 @@ class Pace:
         """Count a verification of so many drafts, of which the first `accepted` were right; the last one doubted."""
         self.rounds += 1
         self.idle = 0 if count else self.idle + 1
-        tokens = count + 1
-        new = (1.0, tokens, tokens**2, seconds, tokens * seconds)
-        self.moments = [DECAY * old + value for old, value in zip(self.moments, new, strict=True)]
+        self.times.add(count + 1, seconds)
         if count:
             self.tried = DECAY * self.tried + min(accepted + 1, count)
             self.accepted = DECAY * self.accepted + accepted
             self.safe = DECAY * self.safe + accepted - (doubted and accepted == count)
 
+    def passed(self) -> None:
+        """Count a round for which there was a draft that would not have paid."""
+        self.idle += 1
+
     def _tokens(self, count: int) -> float:
+        """What a draft of so many at most gives on average."""
         return 1 + self.accepted / self.tried * _sum(self.safe / self.tried, count)
 
-    def _seconds(self, tokens: float) -> float:
-        total, first, second, seconds, cross = self.moments
-        spread = total * second - first * first
-        slope = max(0.0, (total * cross - first * seconds) / spread) if spread > 1e-9 else 0.0
-        return max((seconds - slope * first) / total, 0.0) + slope * tokens
+    def _seconds(self, count: int) -> float:
+        """What it takes with its verification: it may end after each of its tokens."""
+        if not count or self.is_free:
+            return self.times.of(count + 1)
+        step, each = self.draft[1] / self.draft[0], self.sure / self.all
+        ends = [(1 - each) * each ** (i - 1) for i in range(1, count)] + [each ** (count - 1)]
+        return sum(share * (i * step + self.times.of(i + 1)) for i, share in enumerate(ends, 1))
+
+
+def _size(tokens: int) -> int:
+    return 1 << (tokens - 1).bit_length()
 
 
 def _sum(ratio: float, terms: int) -> float:

@@ -1,6 +1,9 @@
 """The rounds of lossless decoding: drafts, their verification, the tokens that stand. What a device does of it is told
 by its subclass: lossless.py for the CPU's kernels, gpu_lossless.py for a GPU's.
 
+Where the text's last tokens stood in it before, what followed them is the draft, and takes no step (copies.py).
+Otherwise a step with cuts drafts each token.
+
 A draft ends after a token that it doubts (compare Draft & Verify, arXiv 2309.08168): most wrong drafts are doubted,
 and what would be drafted behind them is lost. It looks at a part of the vocabulary only, for the head is most of what
 it would read: the first quarter, since tokenizers number their tokens by frequency, and what the text has had (compare
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 
 from stocha_hf.decoding.conditions import FEW
+from stocha_hf.decoding.copies import Copies
 from stocha_hf.decoding.loop import Loop
 from stocha_hf.decoding.pace import Pace
 
@@ -31,11 +35,12 @@ DOUBT = 0.6
 
 @dataclass
 class Counts:
-    """What rounds did: tokens that were drafted, those of them that stood, and steps without cuts."""
+    """What rounds did: tokens drafted by steps with cuts, accepted ones, steps without cuts, copied tokens."""
 
     drafted: int = 0
     accepted: int = 0
     verifications: int = 0
+    copied: int = 0  # drafted by none: they stood in the text before
 
 
 _counts: ContextVar[Counts | None] = ContextVar("counts", default=None)
@@ -52,11 +57,12 @@ def counting() -> Iterator[Counts]:
         _counts.reset(token)
 
 
-def _count(drafted: int, accepted: int) -> None:
+def _count(drafted: int, accepted: int, copied: int = 0) -> None:
     if counts := _counts.get():
         counts.drafted += drafted
         counts.accepted += accepted
         counts.verifications += 1
+        counts.copied += copied
 
 
 def first_tokens(model: Any) -> int:
@@ -68,31 +74,49 @@ class Rounds(Loop):
     """One call of generate(), greedy, for one sequence, in rounds, each of which verifies `most` tokens at most."""
 
     most = FEW
+    copies_text = True  # whether what stood in the text behind its last tokens before is drafted, where they did
 
     def _generate(self, decode: Any, processors: Any, criteria: Any, streamer: Any) -> None:
         self._begin(processors, criteria, streamer)
         self.pace = Pace(self.most)
+        self.pace_of_copies = Pace(self.most, self.pace.times)
+        self.copies = Copies([])
         self._start()
         done = self._take(self.first)
         while not done:
-            most = min(self.pace.drafts(), self._wanted())
+            copied = self._copy() if self.copies_text else []
+            most = len(copied) or min(self.pace.drafts(), self._wanted())
             count = next((count for count in range(most, -1, -1) if self._has_room(count + 1)), None)
             if count is None:
                 done = self._take(decode(self.ids[:, self.length - 1].contiguous()))
                 _count(0, 0)
             else:
-                done = self._round(count)
+                done = self._round(count, copied[:count])
 
-    def _round(self, most: int) -> bool:
-        """Draft so many tokens at most and verify them; return whether the text has ended."""
+    def _copy(self) -> list[int]:
+        """A draft that takes no step, of as many tokens as pay; none where the last tokens are new."""
+        self.copies.read(self.ids[0, len(self.copies.text) : self.length].tolist())
+        count = min(self.pace_of_copies.drafts(), self._wanted())
+        if not count and self.copies.drafts(1):
+            self.pace_of_copies.passed()
+        return self.copies.drafts(count)
+
+    def _round(self, most: int, copied: list[int]) -> bool:
+        """Verify what was copied, or else draft so many tokens at most and verify them; return whether the text has
+        ended.
+        """
         self._make_room(most + 1)
         self._see(self._last())
+        pace = self.pace_of_copies if copied else self.pace
         start = time.perf_counter()
-        drafted, doubted = self._draft(most)
+        drafted, doubted = (copied, False) if copied else self._draft(most)
+        if copied:
+            self.ids[0, self.length : self.length + len(copied)] = self.ids.new_tensor(copied)
         halfway = time.perf_counter()
         take, count = self._verify(drafted), len(drafted)
         seconds = time.perf_counter() - halfway
-        self.pace.drafted(count, doubted, halfway - start)
+        if not copied:
+            pace.drafted(count, doubted, halfway - start)
         accepted = 0
         try:
             done = take(0)
@@ -101,8 +125,8 @@ class Rounds(Loop):
                 done = take(accepted)
         finally:  # so the cache is right if a streamer or a criterion raises
             self._keep(accepted + 1)
-        self.pace.verified(count, accepted, doubted, seconds)
-        _count(count, accepted)
+        pace.verified(count, accepted, doubted, seconds)
+        _count(count - len(copied), accepted, len(copied))
         return done
 
     def _wanted(self) -> int:

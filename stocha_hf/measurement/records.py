@@ -87,8 +87,9 @@ class Fallback(Record):
 class Drafts(Record):
     """What lossless decoding took for `steps` tokens, the first of each text not counted.
 
-    So many were `drafted` and `accepted`, in `verifications` steps without cuts. `cut_share` is how much of the blocks
-    a draft reads; the bytes read beside this record are of a token, drafts and verifications together.
+    So many were `drafted`, and more `copied` from the text before, which takes no step; so many of all these were
+    `accepted`, in `verifications` steps without cuts. `cut_share` is how much of the blocks a draft reads; the bytes
+    read beside this record are of a token, drafts and verifications together.
     """
 
     steps: int
@@ -96,6 +97,7 @@ class Drafts(Record):
     accepted: int
     verifications: int
     cut_share: float
+    copied: int = 0
 
 
 @dataclass(frozen=True)

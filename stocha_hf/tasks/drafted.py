@@ -103,4 +103,4 @@ def with_drafts(read: BytesRead, steps: int, counts: Counts) -> tuple[BytesRead,
     blocks = round(drafts * read.blocks + checks * read.dense_blocks)
     head = round((drafts / PART + checks) * read.lm_head)
     whole = BytesRead(blocks + head, blocks, head, read.dense_blocks, blocks / read.dense_blocks)
-    return whole, Drafts(steps, counts.drafted, counts.accepted, counts.verifications, read.share)
+    return whole, Drafts(steps, counts.drafted, counts.accepted, counts.verifications, read.share, counts.copied)

@@ -179,7 +179,7 @@ class HarnessModel(TemplateLM):
         texts = [self._text(request) for request in requests[:: -(-len(requests) // TEXTS)]]
         read, fallback = read_of_texts(self.model, texts), None
         if self.lossless:
-            counts = Counts(*(sum(row[key.name] for row in about) for key in fields(Counts)))
+            counts = Counts(*(sum(row.get(key.name, 0) for row in about) for key in fields(Counts)))
             read, drafts = with_drafts(read, steps, counts)
             return TaskReading(task, steps, len(texts), read, drafts=drafts)
         if fallback_of(self.model):
