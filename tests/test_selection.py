@@ -18,8 +18,8 @@ from stocha_hf.measurement.selection.attribution import corrected, own_token_gra
 from stocha_hf.measurement.selection.calibration import Calibration
 from stocha_hf.measurement.selection.distributions import Distribution
 from stocha_hf.measurement.selection.methods import GAMMA, LOW_RANK, METHODS
-from stocha_hf.measurement.selection.output_shares import LEVELS, equal_slopes, output_shares
-from stocha_hf.measurement.selection.thresholds import greedy_shares, uniform_shares
+from stocha_hf.measurement.selection.output_shares import LEVELS, equal_slopes, output_curves, output_shares
+from stocha_hf.measurement.selection.thresholds import cutting, greedy_shares, uniform_shares
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWS = torch.randint(3, 64, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -236,6 +236,18 @@ def test_output_shares_save_what_was_asked_for_and_change_predictions_least(cali
         with METHODS[name].select(calibration, 0.5).applied(model):
             errors.append(F.kl_div(logits(model).log_softmax(-1), dense, reduction="sum", log_target=True).item())
     assert errors[1] < errors[0]
+
+
+def test_output_curves_are_those_of_whole_passes_and_leave_the_model_as_it_was(calibration) -> None:
+    model = calibration.model
+    curve = next(c for c in output_curves(model, WINDOWS, calibration.inputs) if c.block and "o_proj" in c.names)
+    block, seen = blocks(model)[curve.block], calibration.inputs[curve.block]["o_proj"]
+    assert all("forward" not in vars(each.module) for each in blocks(model))
+    dense = logits(model).log_softmax(-1)
+    for level, loss in zip(LEVELS, curve.losses[1:], strict=True):
+        with cutting(block, {"o_proj": seen.radius(level)}):
+            found = logits(model).log_softmax(-1)
+        assert loss == pytest.approx(F.kl_div(found, dense, reduction="sum", log_target=True).item(), rel=1e-4)
 
 
 def test_equal_slopes_give_most_to_what_costs_least() -> None:

@@ -7,14 +7,15 @@ Lagrange multiplier that bisection finds. The sum ignores that cuts act together
 what that gives.
 
 Projections that read the same vector (query, key and value; gate and up) are cut together. Costs 24 forward passes a
-block, so a GPU is the place for it.
+block, so a GPU is the place for it. What the blocks before it compute is the same in all of them, and is kept.
 
     shares = output_shares(model, windows, input_distributions(model, windows), 0.4)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from stocha_hf.measurement.blocks import blocks
+from stocha_hf.measurement.blocks import Block, blocks
 from stocha_hf.measurement.selection.distributions import Distribution
 from stocha_hf.measurement.selection.input_scales import SHARED
 from stocha_hf.measurement.selection.thresholds import cutting, spread
@@ -78,15 +79,18 @@ def output_curves(
     """Measure every input's curve, for any number of `allotted` shares; arguments as of `output_shares`."""
     some = spread(windows, MEASURED_TOKENS).to(next(model.parameters()).device)
     groups = [tuple(name for name in shared if name in names) for shared in SHARED]
-    places = [(i, block, group) for i, block in enumerate(blocks(model)) for group in groups if group]
-    expected = [_logits(model, row) for row in some]
+    found = blocks(model)
+    places = [(i, block, group) for i, block in enumerate(found) for group in groups if group]
+    kept = [_recorded(model, found, row) for row in some]
     curves = []
     with Progress(total=len(places) * len(LEVELS), desc="Allotting", unit="cut") as bar:
         for i, block, group in places:
             losses = [0.0]
             for level in LEVELS:
                 with cutting(block, {name: seen[i][name].radius(level) for name in group}):
-                    losses.append(sum(_divergence(model, row, aims) for row, aims in zip(some, expected, strict=True)))
+                    losses.append(
+                        sum(_divergence(model, row, found[:i], *of) for row, of in zip(some, kept, strict=True))
+                    )
                 bar.update()
             size = sum(block.linears[name].weight.numel() for name in group)
             curves.append(OutputCurve(i, group, size, losses))
@@ -131,7 +135,40 @@ def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:
     return model(row[None], use_cache=False).logits[0]
 
 
-def _divergence(model: Any, row: torch.Tensor, expected: torch.Tensor) -> float:
-    """KL from the expected predictions [length, vocabulary] to those of the model as it is, a sum over tokens."""
-    found, aims = (logits.float().log_softmax(-1) for logits in (_logits(model, row), expected))
+def _recorded(model: Any, found: list[Block], row: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
+    """What each block returns for a row, and the predictions."""
+    outputs: list[Any] = []
+    hooks = [block.module.register_forward_hook(lambda *of: outputs.append(of[-1])) for block in found]
+    try:
+        return outputs, _logits(model, row)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _replayed(found: list[Block], outputs: list[Any]) -> Iterator[None]:
+    """Inside, these blocks return the outputs without computing them."""
+    before = [block.module.__dict__.get("forward") for block in found]
+    for block, output in zip(found, outputs, strict=False):
+        block.module.forward = lambda *args, output=output, **kwargs: output
+    try:
+        yield
+    finally:
+        for block, forward in zip(found, before, strict=True):
+            del block.module.forward
+            if forward is not None:
+                block.module.forward = forward
+
+
+def _divergence(
+    model: Any, row: torch.Tensor, before: list[Block], outputs: list[Any], expected: torch.Tensor
+) -> float:
+    """KL from the expected predictions [length, vocabulary] to those of the model as it is, a sum over tokens.
+
+    The blocks `before` are as they were when they gave the first of the `outputs`.
+    """
+    with _replayed(before, outputs):
+        logits = _logits(model, row)
+    found, aims = (each.float().log_softmax(-1) for each in (logits, expected))
     return F.kl_div(found, aims, reduction="sum", log_target=True).item()
