@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from stocha_hf.answers import batches
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.answers.grouped import NAME, attend, grouped_attention
 from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
-from stocha_hf.answers.writing import write_answers
+from stocha_hf.answers.writing import ROWS, rows_at_once, write_answers
 from stocha_hf.data import calibration_windows, load_data
 from stocha_hf.errors import StochaError
 
@@ -27,6 +28,18 @@ GREEDY: dict[str, Any] = {"new": 10, "temperature": 0.0}
 
 def texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("free", "expected"), [(80e9, ROWS["cuda"]), (1e9, 44), (1e6, 1)])
+def test_as_many_answers_are_in_work_as_memory_holds(monkeypatch, free: float, expected: int) -> None:
+    """Qwen2.5-0.5B in bfloat16: 24 layers of two heads of 64, 12 KB a token, and 151,936 words a step."""
+    sizes = {"num_hidden_layers": 24, "num_key_value_heads": 2, "num_attention_heads": 14, "hidden_size": 896}
+    model = SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.bfloat16, config=SimpleNamespace(**sizes, vocab_size=151_936)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(free)))
+    assert rows_at_once(model, 900) == expected
+    assert rows_at_once(tiny_model(), 900) == ROWS["cpu"]
 
 
 def test_answers_are_those_of_the_model_with_template_and_special_tokens(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.progress import Progress
 
-ROWS = {"cuda": 512, "cpu": 8}  # answers in work: a GPU has room, and a CPU's sparse kernels take so many
+ROWS = {"cuda": 2048, "cpu": 8}  # answers in work at most: more keep a GPU busy, a CPU's sparse kernels take so many
+FILLED = 0.6  # of a GPU's free memory, by answers in work
 KINDS = (".jsonl", ".parquet")
 
 
@@ -83,7 +84,7 @@ def write_answers(
         samples: Answers to each prompt; equal ones are written once.
         temperature: That tokens are drawn at; 0 takes the most likely one.
         top_p: Draw from the most likely tokens only, whose probabilities add up to this.
-        batch_size: Answers in work at a time; None takes what suits the device.
+        batch_size: Answers in work at a time; None takes as many as the device's memory holds, at most ROWS.
         seed: Decides what is drawn.
         settings: What else decides the answers, such as the weights' hash; kept beside the file.
 
@@ -105,7 +106,7 @@ def write_answers(
             [fitting[text] for text, _ in missing],
             new=new,
             ends=ends,
-            rows=batch_size or ROWS[model.device.type],
+            rows=batch_size or rows_at_once(model, max(map(len, fitting.values()), default=0) + new),
             choice=Choice(temperature, top_p),
             generator=torch.Generator(model.device).manual_seed(seed + len(file.ids)),
         )
@@ -129,6 +130,17 @@ def write_answers(
         too_long=len(set(texts)) - len(fitting),
         tokens_per_second=tokens / max(seconds, 1e-9),
     )
+
+
+def rows_at_once(model: Any, tokens: int) -> int:
+    """How many texts of so many tokens fit: their keys and values, and a step's logits and probabilities."""
+    if model.device.type != "cuda":
+        return ROWS[model.device.type]
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize
+    free = torch.cuda.mem_get_info(model.device)[0]
+    return min(max(int(FILLED * free / (tokens * cache + 16 * config.vocab_size)), 1), ROWS["cuda"])
 
 
 def check_output(path: str | Path) -> None:
