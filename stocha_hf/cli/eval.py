@@ -11,7 +11,8 @@ MODEL is a Hub id or folder, converted or native. --baseline measures a second m
 
 --data: The text is cut into consecutive windows of --length tokens, each with what the tokenizer puts before a text (a
 BOS token or nothing), and each is read on its own. Inputs that a model cuts in decode steps are cut here at every
-token; where it has a fallback, tokens in doubt are read again without cuts, and counted so. With a baseline: how far MODEL's predictions are from the other's.
+token; where it has a fallback, tokens in doubt are read again without cuts, and counted so. With a baseline: how far
+MODEL's predictions are from the other's.
 --cett C drops the neurons of smallest output in every layer, as many as add up to a share C of the layer's output
 (CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the most zeros, with one C for all layers, that
 raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it takes a dozen passes over the text.
