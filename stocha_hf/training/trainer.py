@@ -33,6 +33,7 @@ from stocha_hf.training.console import Bar, Lines
 from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
 from stocha_hf.training.losses import causal_lm, open_head, token_losses, training_losses
+from stocha_hf.training.padding import SEEN, UnmaskedCollator
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
 from stocha_hf.training.totals import Totals
@@ -100,10 +101,11 @@ class StochaTrainer(CheckpointingTrainer):
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's; where inputs are cut, its batches say at which positions."""
-        collate = self.data_collator
+        """Trainer's, without masks that hide nothing from a token; where inputs are cut, its batches say at which."""
+        collate = inner = self.data_collator
         if trains_with_cuts(self.model):
-            self.data_collator = PromptCollator(collate, self.args.uncut_prompts, self.args.seed, self.args.uncut_rows)
+            inner = PromptCollator(collate, self.args.uncut_prompts, self.args.seed, self.args.uncut_rows)
+        self.data_collator = UnmaskedCollator(inner)
         try:
             return super().get_train_dataloader()
         finally:
@@ -190,8 +192,8 @@ class StochaTrainer(CheckpointingTrainer):
             accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
             self.steering.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
         self._cutting.cut_at = cut_at = inputs.pop(CUT_AT, None)
-        mask = inputs.get("attention_mask")
-        seen = torch.ones_like(inputs["labels"]) if mask is None else mask  # no mask: packed rows
+        seen = inputs.pop(SEEN, inputs.get("attention_mask"))
+        seen = torch.ones_like(inputs["labels"]) if seen is None else seen  # none: packed rows
         recording = self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext()
         with self.accelerator.autocast(), recording:  # accelerate wraps the student in autocast, but not the teacher
             losses = training_losses(model, self.teacher, inputs, **self.loss_options)
