@@ -131,6 +131,7 @@ def test_a_killed_run_goes_on_with_the_same_command_to_the_same_losses(base, tex
     run_training(*parse(argv, None))
     state = json.loads((tmp_path / "killed" / "checkpoint-8" / "trainer_state.json").read_text())
     assert losses(state["log_history"]) == whole
+    assert [row["num_tokens"] for row in state["log_history"] if "loss" in row] == [128 * i for i in range(1, 9)]
 
 
 def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):

@@ -240,8 +240,8 @@ class StochaTrainer(CheckpointingTrainer):
     def _read_totals(self) -> dict[str, float]:
         """What all ranks trained on since the last log: losses a token, tokens so far, tokens per second."""
         found = self._totals.read(self.accelerator)
-        self._total_train_tokens += found["seen"]
-        read = {"num_tokens": self._total_train_tokens, "tokens_per_second": found["tokens_per_second"]}
+        before = next((row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row), 0)
+        read = {"num_tokens": before + found["seen"], "tokens_per_second": found["tokens_per_second"]}
         if self.teacher is not None:
             read |= {"lm_loss": found["lm_loss"], "kl": found["kl"]}
         if self.hidden_error:
