@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,20 @@ def test_only_a_mask_that_hides_ends_of_rows_goes(mask: torch.Tensor | None) -> 
     gone = mask is not None and not torch.equal(mask, RIGHT.flip(1))
     assert found.keys() == (batch.keys() - {"attention_mask"} | {SEEN} if gone else batch.keys())
     assert not gone or found[SEEN] is mask
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attention_mask": torch.ones(6, 6).tril().expand(2, 1, 6, 6)},
+        {"attention_mask": {"full_attention": torch.ones(6, 6).tril().expand(2, 1, 6, 6)}},
+        {"attention_mask": RIGHT, "position_ids": torch.tensor([0, 1, 2, 0, 1, 2]).expand(2, 6)},
+    ],
+)
+def test_a_mask_that_tells_more_than_padding_stays(keys: dict[str, Any]) -> None:
+    """Without a mask, transformers would take such positions for two texts in a row."""
+    batch = {"input_ids": IDS, "labels": IDS} | keys
+    assert UnmaskedCollator(lambda rows: batch)([None]) is batch
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])

@@ -151,6 +151,8 @@ def test_evaluation_while_training_runs_what_the_checkpoint_will_infer_with(tmp_
     )[1]
     run.train()
     assert seen == [("silu", "silu"), ("relu", "relu")]
+    told = [row["eval_num_tokens"] for row in run.state.log_history if "eval_loss" in row]
+    assert told == [row["num_tokens"] for row in run.state.log_history if "loss" in row] == [18, 36]
 
 
 def test_two_meters_of_a_model_count_separately():

@@ -85,7 +85,7 @@ def write_answers(
         temperature: That tokens are drawn at; 0 takes the most likely one.
         top_p: Draw from the most likely tokens only, whose probabilities add up to this.
         batch_size: Answers in work at a time; None takes as many as the device's memory holds, at most ROWS.
-        seed: Decides what is drawn.
+        seed: Decides what is drawn, together with `batch_size`.
         settings: What else decides the answers, such as the weights' hash; kept beside the file.
 
     Returns:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 SEEN = "seen"  # key of a batch: int64 [batch, seq], 0 at padding
 
 
@@ -26,9 +28,13 @@ class UnmaskedCollator:
     collate: Callable[[list[Any]], dict[str, Any]]
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        """Return the batch; one that is padded elsewhere keeps its mask."""
+        """Return the batch. One that is padded elsewhere keeps its mask, as does one whose mask says more than what is
+        padding, and one with positions: transformers takes positions without a mask for those of packed rows.
+        """
         batch = self.collate(rows)
         mask = batch.get("attention_mask")
-        if mask is None or (mask[:, 1:] > mask[:, :-1]).any():
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or "position_ids" in batch:
+            return batch
+        if (mask[:, 1:] > mask[:, :-1]).any():
             return batch
         return {key: value for key, value in batch.items() if key != "attention_mask"} | {SEEN: mask}

@@ -101,7 +101,7 @@ class StochaTrainer(CheckpointingTrainer):
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's, without masks that hide nothing from a token; where inputs are cut, its batches say at which."""
+        """Trainer's, without masks that only hide padding on the right; batches say where inputs are cut, if any."""
         collate = inner = self.data_collator
         if trains_with_cuts(self.model):
             inner = PromptCollator(collate, self.args.uncut_prompts, self.args.seed, self.args.uncut_rows)
@@ -241,7 +241,8 @@ class StochaTrainer(CheckpointingTrainer):
         """What all ranks trained on since the last log: losses a token, tokens so far, tokens per second."""
         found = self._totals.read(self.accelerator)
         before = next((row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row), 0)
-        read = {"num_tokens": before + found["seen"], "tokens_per_second": found["tokens_per_second"]}
+        self._total_train_tokens = before + found["seen"]  # trl's, which its evaluations log
+        read = {"num_tokens": self._total_train_tokens, "tokens_per_second": found["tokens_per_second"]}
         if self.teacher is not None:
             read |= {"lm_loss": found["lm_loss"], "kl": found["kl"]}
         if self.hidden_error:
