@@ -239,7 +239,9 @@ def test_output_shares_save_what_was_asked_for_and_change_predictions_least(cali
 
 
 def test_output_curves_are_those_of_whole_passes_and_leave_the_model_as_it_was(calibration) -> None:
+    """So they are where a hook of another changes what a block returns."""
     model = calibration.model
+    hook = blocks(model)[0].module.register_forward_hook(lambda module, args, output: 1.5 * output)
     curve = next(c for c in output_curves(model, WINDOWS, calibration.inputs) if c.block and "o_proj" in c.names)
     block, seen = blocks(model)[curve.block], calibration.inputs[curve.block]["o_proj"]
     assert all("forward" not in vars(each.module) for each in blocks(model))
@@ -248,6 +250,7 @@ def test_output_curves_are_those_of_whole_passes_and_leave_the_model_as_it_was(c
         with cutting(block, {"o_proj": seen.radius(level)}):
             found = logits(model).log_softmax(-1)
         assert loss == pytest.approx(F.kl_div(found, dense, reduction="sum", log_target=True).item(), rel=1e-4)
+    hook.remove()
 
 
 def test_equal_slopes_give_most_to_what_costs_least() -> None:

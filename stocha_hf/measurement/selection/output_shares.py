@@ -138,7 +138,10 @@ def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:
 def _recorded(model: Any, found: list[Block], row: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
     """What each block returns for a row, and the predictions."""
     outputs: list[Any] = []
-    hooks = [block.module.register_forward_hook(lambda *of: outputs.append(of[-1])) for block in found]
+    hooks = [
+        block.module.register_forward_hook(lambda *of: outputs.append(of[-1]), prepend=True)  # others see it again
+        for block in found
+    ]
     try:
         return outputs, _logits(model, row)
     finally:
