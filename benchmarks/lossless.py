@@ -161,7 +161,7 @@ def write(
     Counted.counts.clear()
     Counted.drafts_taken.clear()
     clock, writer = Clock(now), dense if way == FOLDER else model
-    with model.cut_inputs("never") if way == WITHOUT else nullcontext():
+    with model.cut_inputs("never") if way == WITHOUT and cuts(model) else nullcontext():
         text = writer.generate(given, streamer=clock, **options)
     counts = Counted.counts
     return {
@@ -175,6 +175,10 @@ def write(
     }
 
 
+def cuts(model: Any) -> bool:
+    return bool(model.config.stocha.get("inputs"))
+
+
 def speedup(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float | None:
     """The median over texts with a token after the first, which alone takes no time; None if there are none."""
     pairs = [(a["seconds"], b["seconds"]) for a, b in zip(before, after, strict=True)]
@@ -182,8 +186,10 @@ def speedup(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float 
     return statistics.median(ratios) if ratios else None
 
 
-def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int]], read: BytesRead) -> dict[str, Any]:
-    """Figures over all texts."""
+def summary(
+    found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int]], read: BytesRead | None
+) -> dict[str, Any]:
+    """Figures over all texts; of bytes only with what a draft reads."""
     ways = list(dict.fromkeys(way for _, way in found))
     rows = {way: [found[number, way] for number in range(len(prompts)) if (number, way) in found] for way in ways}
     later = {way: sum(len(row["text"]) - 1 for row in rows[way]) for way in ways}  # the first is the prompt's
@@ -196,11 +202,12 @@ def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int
         "speedup": {way: speedup(rows[way], rows[LOSSLESS]) for way in ways if way != LOSSLESS},
         "same_texts": sum(a["text"] == b["text"] for a, b in zip(rows[WITHOUT], rows[LOSSLESS], strict=True)),
         "repeated": again / sum(len(row["text"]) for row in rows[WITHOUT]),
-        "share_of_a_draft": read.share,
     }
     for name in ("verifications", "drafted", "copied", "accepted"):
         record[name] = sum(row[name] for row in rows[LOSSLESS])
-    if record["verifications"]:
+    if read is not None:
+        record["share_of_a_draft"] = read.share
+    if read is not None and record["verifications"]:
         drafts, verifications = (record[name] / later[LOSSLESS] for name in ("drafted", "verifications"))
         record["bytes_a_token"] = drafts * read.share + verifications
         head = read.lm_head / read.dense_blocks
@@ -215,7 +222,7 @@ def summary(found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a converted folder with input cuts")
+    parser.add_argument("folder", help="a converted folder; one without input cuts drafts by copies alone, on a CPU")
     parser.add_argument("--dense", help="a folder of the same model to compare with")
     parser.add_argument("--new", type=int, default=128, help="tokens to write")
     parser.add_argument("--ends", action="store_true", help="texts may end before")
@@ -273,7 +280,11 @@ def main() -> None:
             end_at_fences(some, tokenizer)
     prompts = prompts_of(args, tokenizer)
     ways: list[tuple[str, float | None]] = [(LOSSLESS, doubt) for doubt in args.doubt]
-    ways = [(WITHOUT, None), *ways] + [(WITH, None)] * (not args.no_cut_texts) + [(FOLDER, None)] * (dense is not None)
+    ways = (
+        [(WITHOUT, None), *ways]
+        + [(WITH, None)] * (cuts(model) and not args.no_cut_texts)
+        + [(FOLDER, None)] * (dense is not None)
+    )
     order = list(product(range(len(prompts)), ways))
     if args.device != "cpu":
         order.sort(key=lambda pair: ways.index(pair[1]))
@@ -295,14 +306,14 @@ def main() -> None:
         print(number, way, doubt or "", f"{1e3 * row['seconds']:.3f} ms, {len(row['text'])} tokens", flush=True)
     chosen = range(0, len(prompts), -(-len(prompts) // COUNTED))
     texts = [(prompts[number] + rows[number, WITHOUT, None]["text"], len(prompts[number])) for number in chosen]
-    read = read_of_texts(model, texts)
+    read = read_of_texts(model, texts) if cuts(model) else None
     processor = platform.processor() or platform.machine()
     device = processor if args.device == "cpu" else torch.cuda.get_device_name()
     for doubt in args.doubt:
         found = {(number, way): row for (number, way, other), row in rows.items() if other in (None, doubt)}
         record = {
             "model": Path(args.folder).name,
-            "share": model.config.stocha["inputs"].get("share"),
+            "share": model.config.stocha["inputs"].get("share") if cuts(model) else None,
             "dtype": args.dtype,
             "device": device,
             "threads": args.threads,

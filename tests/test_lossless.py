@@ -227,11 +227,27 @@ def test_steps_that_must_call_modules_are_without_drafts(drafts: list[int]) -> N
     assert torch.equal(model.generate(PROMPT, custom_generate=lossless, **OPTIONS), expected) and not drafts
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_model_without_cuts_drafts_what_its_text_repeats(bits: int | None, drafts: list[int]) -> None:
+    model = tiny_model(max_position_embeddings=512)
+    patch(model, StochaConfig(activation="relu"))
+    if bits:
+        exchange(model, Quantization(bits=bits), fill=True)
+    options = OPTIONS | {"max_new_tokens": 200, "eos_token_id": None}
+    expected = model.eval().generate(PROMPT, **options)
+    drafts.clear()
+    assert torch.equal(model.generate(PROMPT, custom_generate=lossless, **options), expected)
+    assert max(drafts) > 2 and min(drafts) > 0
+
+
+def test_a_native_model_writes_its_text() -> None:
+    model = tiny_model()
+    expected = model.generate(PROMPT, **OPTIONS)
+    assert torch.equal(model.generate(PROMPT, custom_generate=lossless, **OPTIONS), expected)
+
+
 def test_what_it_cannot_do_is_refused() -> None:
-    model, plain = cut_model(), tiny_model()
-    patch(plain, StochaConfig(activation="relu"))
-    with pytest.raises(StochaError, match="that cuts no inputs: expected one to draft with"):
-        plain.eval().generate(PROMPT, custom_generate=lossless, **OPTIONS)
+    model = cut_model()
     for wrong in ({"do_sample": True}, {"num_beams": 2}):
         with pytest.raises(StochaError, match="expected one sequence, one beam and do_sample=False"):
             model.generate(PROMPT, custom_generate=lossless, **OPTIONS | wrong)

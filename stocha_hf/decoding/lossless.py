@@ -2,7 +2,8 @@
 
 The text is what the model writes without cuts, token by token; the weights are the same, in one copy. A round drafts
 some tokens in steps of one, forgets their keys and values, and computes all of them at once in a step that reads the
-weights once (Leviathan et al., arXiv 2211.17192). rounds.py says the round, pace.py how many tokens it drafts.
+weights once (Leviathan et al., arXiv 2211.17192). rounds.py says the round, pace.py how many tokens it drafts. A model
+without cuts drafts what its text repeats, and on a GPU nothing.
 
 transformers' assisted generation would do the same with a copy of the model as its assistant; its two loops, two
 caches and calls take longer than a small model's draft saves.
@@ -13,6 +14,7 @@ caches and calls take longer than a small model's draft saves.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,14 +38,14 @@ def lossless(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Write what a model with input cuts writes without them, drafting with them: for generate's `custom_generate`.
+    """Write what a model writes without input cuts; they draft, and copies: for generate's `custom_generate`.
 
     Where its steps are not single calls of the kernels or single graphs of a GPU's, as with hooks, it writes the same
     without drafts. A step of several tokens may round otherwise than one of one token: of 16-bit logits that are as
     good as equal, it may choose another.
 
     Args:
-        model: A converted model with input cuts.
+        model: A converted model, with input cuts or without.
         input_ids: int64 [1, length].
         logits_processor: As generate() made it; so are the other arguments.
 
@@ -51,13 +53,8 @@ def lossless(
         What generate() returns.
 
     Raises:
-        StochaError: For a model without cuts, several sequences, sampling or beams.
+        StochaError: For several sequences, sampling or beams.
     """
-    if not any(is_cut(module) for module in model.modules()):
-        raise StochaError(
-            f"the model is a {type(model).__name__} that cuts no inputs: expected one to draft with; convert it with "
-            "stocha-convert --inputs"
-        )
     if generation_config.do_sample or generation_config.num_beams != 1 or len(input_ids) != 1:
         raise StochaError(
             f"lossless decoding was asked of {len(input_ids)} sequences, {generation_config.num_beams} beams and "
@@ -65,7 +62,7 @@ def lossless(
         )
     make = None if synced_gpus else LOOPS.get(input_ids.device.type)
     loop = None if make is None else make(model, input_ids, generation_config, model_kwargs)
-    with model.cut_inputs("never"):
+    with _uncut(model):
         if loop is None:
             return model._sample(
                 input_ids,
@@ -79,10 +76,19 @@ def lossless(
         return loop.run(logits_processor, stopping_criteria, streamer)
 
 
+def _cuts(model: Any) -> bool:
+    return any(is_cut(module) for module in model.modules())
+
+
+def _uncut(model: Any) -> AbstractContextManager[Any]:
+    return model.cut_inputs("never") if _cuts(model) else nullcontext()
+
+
 class CpuRounds(Rounds):
     """Rounds whose steps are calls of the CPU's kernels, which are told for each whether it cuts."""
 
     def _start(self) -> None:
+        self.drafts_by_steps = _cuts(self.model)
         some = torch.arange(first_tokens(self.model))
         self.listed = torch.cat([some, self.ids[0, : self.length], torch.tensor(self._ends()).long()]).unique()
 
@@ -125,12 +131,12 @@ class CpuRounds(Rounds):
 
 
 def _on_cpu(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
-    with model.cut_inputs("never"):
+    with _uncut(model):
         return loop_on_cpu(model, input_ids, config, kwargs, CpuRounds)
 
 
 def _on_gpu(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
-    if not available("cuda") or not is_plain_call(model, input_ids, config, kwargs):
+    if not _cuts(model) or not available("cuda") or not is_plain_call(model, input_ids, config, kwargs):
         return None
     from stocha_hf.decoding import gpu_lossless  # which needs Triton
 

@@ -74,6 +74,7 @@ class Rounds(Loop):
     """One call of generate(), greedy, for one sequence, in rounds, each of which verifies `most` tokens at most."""
 
     most = FEW
+    drafts_by_steps = True  # with the model's cuts
     copies_text = True  # whether what stood in the text behind its last tokens before is drafted, where they did
 
     def _generate(self, decode: Any, processors: Any, criteria: Any, streamer: Any) -> None:
@@ -85,7 +86,7 @@ class Rounds(Loop):
         done = self._take(self.first)
         while not done:
             copied = self._copy() if self.copies_text else []
-            most = len(copied) or min(self.pace.drafts(), self._wanted())
+            most = len(copied) or (min(self.pace.drafts(), self._wanted()) if self.drafts_by_steps else 0)
             count = next((count for count in range(most, -1, -1) if self._has_room(count + 1)), None)
             if count is None:
                 done = self._take(decode(self.ids[:, self.length - 1].contiguous()))
