@@ -19,7 +19,7 @@ from helpers.packing import VARIANTS, Packed, packed
 from stocha_hf.decoding import build, ops
 from stocha_hf.decoding.gate_prediction import candidates
 from stocha_hf.decoding.memory import use_large_pages
-from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn, GateCopy
+from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn, GateCopy, Matrix, pointer
 from stocha_hf.decoding.thin_gate import ThinGate
 
 SHAPES = [(64, 96), (33, 77), (300, 530), (1, 1), (160, 32), (576, 40)]  # columns, rows
@@ -64,6 +64,19 @@ def test_a_token_has_the_same_numbers_in_any_company(library: Any, bits: int | s
         alone = torch.cat([ops.run_linear(x[t : t + 1], weights.matrix()) for t in range(8)])
         for tokens in (2, 3, 5, 8):
             assert torch.equal(ops.run_linear(x[:tokens], weights.matrix()), alone[:tokens]), (columns, rows, tokens)
+
+
+@pytest.mark.parametrize("rows_are_inputs", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_so_it_has_with_plain_weights(library: Any, dtype: torch.dtype, rows_are_inputs: bool) -> None:
+    torch.manual_seed(0)
+    for columns, rows in [*SHAPES, (896, 150)]:
+        weight = torch.randn(rows, columns).to(dtype)
+        x = torch.randn(8, rows if rows_are_inputs else columns).to(dtype)
+        matrix = Matrix(pointer(weight), None, None, rows, columns, DTYPES[dtype], rows_are_inputs)
+        alone = torch.cat([ops.run_linear(x[t : t + 1], matrix) for t in range(8)])
+        for tokens in (2, 3, 5, 8):
+            assert torch.equal(ops.run_linear(x[:tokens], matrix), alone[:tokens]), (columns, rows, tokens)
 
 
 def hidden_vector(gate: torch.Tensor, up: torch.Tensor, activation: str, threshold: float) -> torch.Tensor:

@@ -57,7 +57,7 @@ inline void dots(const E* const* rows, const E* const* next, const X* x, int64_t
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) {
       out[r][t] = sum(total[r][t]);
-      for (int64_t i = k; i < size; ++i) out[r][t] += to_float(rows[r][i]) * to_float(x[t * size + i]);
+      for (int64_t i = k; i < size; ++i) out[r][t] = fused(to_float(rows[r][i]), to_float(x[t * size + i]), out[r][t]);
     }
 }
 
@@ -76,7 +76,7 @@ inline void add_rows(const E* const* rows, const E* const* next, const float* hi
       for (int g = 0; g < G; ++g) {
         const Vector row = load(rows[g] + k);
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) total[t] += hidden[g * T + t] * row;
+        for (int t = 0; t < T; ++t) total[t] = fused(hidden[g * T + t] - Vector{}, row, total[t]);
       }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) store(total[t], acc + t * size + k);
@@ -84,5 +84,5 @@ inline void add_rows(const E* const* rows, const E* const* next, const float* hi
   }
   for (; c < end; ++c)
     for (int t = 0; t < T; ++t)
-      for (int g = 0; g < G; ++g) acc[t * size + c] += hidden[g * T + t] * to_float(rows[g][c]);
+      for (int g = 0; g < G; ++g) acc[t * size + c] = fused(hidden[g * T + t], to_float(rows[g][c]), acc[t * size + c]);
 }

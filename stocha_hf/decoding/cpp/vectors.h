@@ -142,12 +142,25 @@ inline void sums(const Vector (&v)[T], float* out) {
   }
 }
 
-// a * b + c in one rounding where the machine can, wherever this stands: the compiler's own choice may differ.
+// a * b + c in one rounding where the machine can, wherever this stands: the compiler's own choice differs with the
+// number of tokens, and a token's numbers with it.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 inline Vector fused(Vector a, Vector b, Vector c) {
 #if defined(STOCHA_AVX512)
   return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(STOCHA_AVX2) && defined(__FMA__)
   return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA) && !defined(STOCHA_LANES)
+  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < kLanes; ++i) c[i] = fused(a[i], b[i], c[i]);
+  return c;
 #else
   return a * b + c;
 #endif
