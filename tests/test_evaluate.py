@@ -115,13 +115,16 @@ def test_text_windows_hold_the_text_in_order(tmp_path) -> None:
         text_windows(str(path), tmp_path, 10)
 
 
-def test_text_windows_begin_with_the_token_before_a_text(tmp_path) -> None:
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A </s>"])
+def test_text_windows_begin_with_the_token_before_a_text(tmp_path, template: str) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "w4 w5 w6"}\n{"text": "w7 w8 w9"}\n')
-    assert text_windows(str(path), tmp_path, 3).tolist() == [[1, 4, 5], [1, 6, 7], [1, 8, 9]]
+    expected = [[1, 4, 5], [1, 6, 7], [1, 8, 9]] if template.startswith("<s>") else [[4, 5, 6], [7, 8, 9]]
+    assert text_windows(str(path), tmp_path, 3).tolist() == expected
 
 
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "loss is nan"), (1e30, "no finite perplexity")])

@@ -72,7 +72,7 @@ def calibration_windows(name: str, tokenizer_folder: str | Path, tokens: int, le
 
     tokenizer = load_tokenizer(tokenizer_folder)
     data = _varied(name, seed)
-    start = tokenizer("")["input_ids"][:1]
+    start = _start(tokenizer)
     most = max(4 * length, 2 * tokens // len(data))
     ids: list[int] = []
     for row in _shuffled(data, seed):
@@ -110,11 +110,11 @@ def calibration_texts(
     import torch
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    start = tokenizer("")["input_ids"][:1]
+    start = _start(tokenizer)
     found: list[list[int]] = []
     for row in _shuffled(_varied(name, seed), seed):
         ids = tokenizer(plain_text(row)[: 16 * length], add_special_tokens=False)["input_ids"]
-        ids = (ids if ids[:1] == start else start + ids)[:length]
+        ids = (ids if ids[: len(start)] == start else start + ids)[:length]
         if len(ids) >= min(SHORTEST, length):
             found.append(ids)
         if len(found) == rows:
@@ -122,6 +122,12 @@ def calibration_texts(
     padded = [ids + [0] * (length - len(ids)) for ids in found]
     sizes = torch.tensor([len(ids) for ids in found], dtype=torch.int64)
     return torch.tensor(padded, dtype=torch.int64).view(-1, length), sizes
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text, without what it puts behind one."""
+    text, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)]
 
 
 def _varied(name: str, seed: int) -> Any:
@@ -161,7 +167,7 @@ def text_windows(name: str, tokenizer_folder: str | Path, length: int, most: int
     import torch
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    start = torch.tensor(tokenizer("")["input_ids"][:1], dtype=torch.int64)
+    start = torch.tensor(_start(tokenizer), dtype=torch.int64)
     texts = (tokenizer(plain_text(row), add_special_tokens=False)["input_ids"] for row in load_data(name))
     ids = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
     body = length - len(start)
