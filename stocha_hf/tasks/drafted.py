@@ -64,9 +64,6 @@ def draft_answers(
 
     Yields:
         The number of a prompt, its continuation's token ids, and what was drafted and checked for them.
-
-    Raises:
-        StochaError: the model cuts no inputs.
     """
     config = GenerationConfig(
         max_new_tokens=new, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=UNUSED
