@@ -108,6 +108,68 @@ def test_tasks_without_a_baseline_have_no_column_for_it(converted: Path, tmp_pat
     )
 
 
+def test_a_row_has_its_own_speed_and_notes_stand_behind_the_figures(converted: Path, tmp_path: Path) -> None:
+    quantized = {"weights": "4 bits", "perplexity": 18.25}
+    files = {
+        "e": evaluation(converted, inputs_cut="at every token"),
+        "r": evaluation(converted, **quantized),
+        "b": bench(converted, weights="4 bits", sparse_ms=5.0, speedup=2.5, inputs_cut=0.75),
+        "other": bench(converted, weights="others"),
+    }
+    paths = {name: saved(tmp_path / f"{name}.json", content) for name, content in files.items()}
+    notes = tmp_path / "notes.md"
+    notes.write_text("### On an H100\n\nA table.\n")
+    row = ["--row", f"4 bits={paths['r']}"]
+    done = call_command(
+        "stocha-card", converted, paths["e"], *row, "--row-bench", f"4 bits={paths['b']}", "--notes", notes
+    )
+    assert done.returncode == 0, done.stderr
+    card = (converted / "README.md").read_text()
+    assert "| 4 bits | relu | 18.25 | 81.2% |  | 200.0 tokens/s, 2.5x |" in card
+    assert "| **this model** | relu | 17.38 | 81.2% |  |  |" in card
+    assert "Decoding, 4 bits: bfloat16, batch 1, 64 tokens after 64, 75% of the inputs cut, dense" in card
+    assert "Inputs were cut at every token" in card and "### On an H100\n\nA table.\n\n## " in card
+    assert (converted / "measurements/notes.md").read_text() == notes.read_text()
+    assert json.loads((converted / "measurements/row_benches.json").read_text())["4 bits"]["sparse_ms"] == 5.0
+    check_card(converted)
+    for label, bad in (("4 bits", "other"), ("8 bits", "b")):
+        done = call_command("stocha-card", converted, paths["e"], *row, "--row-bench", f"{label}={paths[bad]}")
+        assert_refused(done, f"row '{label}'")
+
+
+def test_the_card_tells_what_answers_read(converted: Path, tmp_path: Path) -> None:
+    read = {"step": 900, "blocks": 450, "lm_head": 450, "dense_blocks": 1125, "share": 0.4}
+    drafts = {"steps": 90, "drafted": 100, "accepted": 80, "verifications": 20, "cut_share": 0.25, "copied": 30}
+    fallback = {"below": 0.9, "steps": 90, "repeated": 9, "share": 0.1, "cut_share": 0.3, "tokens": 1}
+    reading = {"task": "humaneval", "steps": 90, "texts": 60, "bytes_read": read, "fallback": None}
+    path = saved(tmp_path / "e.json", evaluation(converted))
+    told = {}
+    for name, more in {"drafts": {"drafts": drafts}, "fallback": {"fallback": fallback}, "plain": {}}.items():
+        file = saved(tmp_path / "t.json", tasks(converted, task_bytes=[reading | more]))
+        assert call_command("stocha-card", converted, path, "--tasks", file).returncode == 0
+        told[name] = (converted / "README.md").read_text()
+    assert "In humaneval a token took 40% of the bytes" in told["drafts"]
+    assert "Of 130 drafted tokens, 30 of them copied from the text before, it accepted 80." in told["drafts"]
+    assert "a decode step read 40%" in told["fallback"] and "10% of the steps computed again" in told["fallback"]
+    assert "on 60 of the answers." in told["plain"]
+    saved(tmp_path / "t.json", tasks(converted, task_bytes=[{"task": "humaneval"}]))
+    done = call_command("stocha-card", converted, path, "--tasks", tmp_path / "t.json")
+    assert_refused(done, "t.json has no task_bytes.0.steps")
+
+
+def test_the_card_of_a_cut_model_tells_its_limits_and_how_it_drafts(checkpoint: Callable[..., Path]) -> None:
+    convert(checkpoint(), folder := checkpoint().parent / "cut")
+    config = json.loads((folder / "config.json").read_text())
+    plain = card_text(config, {})
+    assert "custom_generate=lossless" not in plain and "Cuts change what" not in plain
+    config["stocha"]["inputs"] = {"thresholds": {"q_proj": [0.1, 0.1]}}
+    cut = card_text(config, {})
+    assert "custom_generate=lossless" in cut and "Cuts change what" in cut and "only swapped" not in cut
+    config["stocha"]["history"] = [{"method": "full", "dataset": "docs", "steps": 60}]
+    trained = card_text(config, {})
+    assert "Cuts change what" in trained and "trained on; on other text" in trained
+
+
 def test_metadata_holds_the_results_and_keeps_the_licence(converted: Path, tmp_path: Path) -> None:
     path = saved(tmp_path / "eval.json", evaluation(converted))
     for _ in range(2):  # a card is also written over a measured one

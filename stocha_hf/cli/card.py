@@ -42,12 +42,26 @@ def parser() -> Parser:
         metavar="LABEL=EVAL",
         help="another evaluation for the same table",
     )
+    verb.add_argument(
+        "--row-bench",
+        type=labelled,
+        action="append",
+        default=[],
+        metavar="LABEL=BENCH",
+        help="what stocha-bench --json printed of a row's folder",
+    )
     verb.add_argument("--bench", type=path_or_id, metavar="BENCH", help="what stocha-bench FOLDER --json printed")
     verb.add_argument(
         "--generation", type=path_or_id, metavar="FILE", help="what stocha-generate FOLDER --json printed"
     )
     verb.add_argument(
         "--tasks", type=path_or_id, metavar="FILE", help="what stocha-eval FOLDER --tasks ... --json printed"
+    )
+    verb.add_argument(
+        "--notes",
+        type=path_or_id,
+        metavar="FILE",
+        help="Markdown to stand behind the figures, for what was not measured so: another machine's, limits, samples",
     )
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     return verb
@@ -63,13 +77,14 @@ def card(args: argparse.Namespace) -> None:
     from stocha_hf.publishing.card import stocha_config, write_card
     from stocha_hf.publishing.measurements import HASH_KEY
 
-    folder, rows = Path(args.folder), dict(args.row)
-    if len(rows) < len(args.row):
-        raise StochaError("--row gives one LABEL twice: expected another label for each row of the table")
+    folder, rows, benches = Path(args.folder), dict(args.row), dict(args.row_bench)
+    for option, given, kept in (("--row", args.row, rows), ("--row-bench", args.row_bench, benches)):
+        if len(kept) < len(given):
+            raise StochaError(f"{option} gives one LABEL twice: expected another label for each row of the table")
     stocha_config(folder)
     check_plot(folder / "zeros.png")
-    options = {key: getattr(args, key) for key in ("evaluation", "bench", "generation", "tasks")}
-    path = write_card(folder, rows=rows, **options)
+    options = {key: getattr(args, key) for key in ("evaluation", "bench", "generation", "tasks", "notes")}
+    path = write_card(folder, rows=rows, row_benches=benches, **options)
     show({"card": str(path), "weights": source_metadata(folder)[HASH_KEY]}, f"wrote {path}", args.json)
 
 

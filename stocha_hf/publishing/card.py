@@ -31,6 +31,8 @@ def write_card(
     bench: str | Path | None = None,
     generation: str | Path | None = None,
     tasks: str | Path | None = None,
+    row_benches: Mapping[str, str | Path] | None = None,
+    notes: str | Path | None = None,
     config: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Path:
@@ -46,6 +48,8 @@ def write_card(
         bench: What `stocha-bench FOLDER --json` printed.
         generation: What `stocha-generate FOLDER --json` printed.
         tasks: What `stocha-eval FOLDER --tasks ... --json` printed.
+        row_benches: What `stocha-bench` printed of rows, by their labels.
+        notes: Markdown to stand behind the figures, for what no command measured on this folder.
         config: The checkpoint's config.json (default: the folder's; an adapter's folder has none).
         metadata: Hub metadata of the source's card (default: of the folder's own card, which has it from the source).
 
@@ -57,9 +61,13 @@ def write_card(
     """
     folder = Path(folder)
     config = stocha_config(folder) if config is None else config
-    if evaluation is None and (rows or bench or generation or tasks):
+    if evaluation is None and (rows or bench or generation or tasks or row_benches or notes):
         raise StochaError("a card was given measurements but no evaluation: expected what stocha-eval --json printed")
-    measured = None if evaluation is None else Measurements.read(folder, evaluation, rows, bench, generation, tasks)
+    measured = (
+        None
+        if evaluation is None
+        else Measurements.read(folder, evaluation, rows, bench, generation, tasks, row_benches, notes)
+    )
     card = card_text(config, source_metadata(folder) if metadata is None else metadata, measured)
     path = folder / CARD
     if measured is None:

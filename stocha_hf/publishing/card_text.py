@@ -65,6 +65,20 @@ llama.cpp, MLX-LM, vLLM and the native class of transformers run this model **wi
 source does.
 
 """
+CUT_LIMITS = (
+    "Cuts change what the model predicts, and a text that it writes with them drifts from what it would write "
+    "without: test the task that you need. Nothing says that a step with cuts is faster: that depends on the machine."
+)
+DRAFTING = """With stocha_hf the cuts can draft, and the model verifies without them. It then writes, in greedy
+decoding, what it writes without cuts:
+
+```python
+from stocha_hf import lossless
+
+model.generate(**inputs, custom_generate=lossless, do_sample=False, max_new_tokens=32)
+```
+
+"""
 LONG = ("held_out_errors",)  # of a stage in the history: config.json holds them
 
 
@@ -132,6 +146,7 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
         "cuts": f"In the custom class, {cuts_sentence(stocha.inputs, not quantization)}.\n\n" if stocha.inputs else "",
         "native": "not possible: the weights are quantized" if quantization else native,
         "native_use": native_use,
+        "drafting": DRAFTING if stocha.inputs else "",
         "tools": "" if quantization else _other_tools(stocha, str(stocha.base)),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
@@ -162,6 +177,8 @@ def _what_was_done(history: list[dict[str, Any]], cuts: InputCuts | None) -> tup
     if began_random(history):
         return FROM_SCRATCH, SCRATCH_LIMITS
     weights, limits = _what_changed(history, cuts)
+    if cuts:
+        limits = CUT_LIMITS if limits == SWAPPED_LIMITS else f"{limits} {CUT_LIMITS}"
     return weights, f"{limits} What limits the source model limits this one too."
 
 

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from stocha_hf.measurement.records import (
     Comparison,
     Evaluation,
     TaskDifference,
+    TaskReading,
     TaskScore,
     check_record,
 )
@@ -62,6 +63,9 @@ class Measurements:
     bench: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
     tasks: dict[str, Any] | None = None
+    row_benches: dict[str, dict[str, Any]] = field(default_factory=dict)  # label of a row: its file of stocha-bench
+
+    notes: str | None = None  # Markdown, of what no file of a verb tells
 
     @classmethod
     def read(
@@ -72,6 +76,8 @@ class Measurements:
         bench: str | Path | None = None,
         generation: str | Path | None = None,
         tasks: str | Path | None = None,
+        row_benches: Mapping[str, str | Path] | None = None,
+        notes: str | Path | None = None,
     ) -> Measurements:
         """Read and check all files. Raises StochaError for malformed ones, of other weights, or not comparable."""
         weights = weights_hash(folder)
@@ -80,12 +86,17 @@ class Measurements:
         for label, row in others.items():
             _check_comparable(label, row, own)
         decoded = None if bench is None else _bench(bench)
+        benches = {label: _bench(path) for label, path in (row_benches or {}).items()}
+        for label, one in benches.items():
+            _check_row_bench(label, one, others)
         generated = None if generation is None else _generation(generation)
         done = None if tasks is None else _tasks(tasks)
         for path, content in ((evaluation, own), (bench, decoded), (generation, generated), (tasks, done)):
             if content is not None:
                 check_weights(str(path), content, weights, folder)
-        return cls(folder, weights, own, others, decoded, generated, done)
+        return cls(
+            folder, weights, own, others, decoded, generated, done, benches, None if notes is None else _notes(notes)
+        )
 
     @property
     def is_drawn(self) -> bool:
@@ -98,13 +109,16 @@ class Measurements:
         from stocha_hf.measurement.figures import plot_evaluation, plot_generation
 
         files: dict[str, Any] = {"evaluation": self.evaluation, "rows": self.rows or None}
-        files |= {"bench": self.bench and [self.bench], "generation": self.generation, "tasks": self.tasks}
+        files |= {"bench": self.bench and [self.bench], "row_benches": self.row_benches or None}
+        files |= {"generation": self.generation, "tasks": self.tasks}
         try:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=f".{FOLDER}-") as name:
                 beside, target = Path(name), self.folder / FOLDER
                 for stem, content in files.items():
                     if content is not None:
                         (beside / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                if self.notes is not None:
+                    (beside / "notes.md").write_text(self.notes, encoding="utf-8")
                 plot_evaluation(self.evaluation, beside / "zeros.png")
                 if self.generation is not None and self.is_drawn:
                     plot_generation(self.generation, beside / "diversity.png")
@@ -170,9 +184,23 @@ def _check_aggregated(content: dict[str, Any], where: str) -> None:
 def _bench(path: str | Path) -> dict[str, Any]:
     content = _read(path, "stocha-bench FOLDER", "dense_ms")
     check_record(content, BENCH, str(path))
+    if content.get("inputs_cut") is not None:
+        check_record(content, {"inputs_cut": float}, str(path))
     if min(content["dense_ms"], content["sparse_ms"]) <= 0:
         raise StochaError(f"{path} has a step of no time: expected milliseconds above 0")
     return content
+
+
+def _check_row_bench(label: str, bench: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    if label not in rows:
+        raise StochaError(
+            f"a file of stocha-bench was given for the row {label!r}: expected the label of a row of the table"
+        )
+    if bench.get("weights") != rows[label].get("weights"):
+        raise StochaError(
+            f"the row {label!r} has weights {str(rows[label].get('weights'))[:12]} and its file of stocha-bench "
+            f"{str(bench.get('weights'))[:12]}: expected both measured on one folder"
+        )
 
 
 def _generation(path: str | Path) -> dict[str, Any]:
@@ -191,9 +219,19 @@ def _generation(path: str | Path) -> dict[str, Any]:
 def _tasks(path: str | Path) -> dict[str, Any]:
     content = _read(path, "stocha-eval FOLDER --tasks", "tasks")
     check_record(content, TASKS, str(path))
+    if content.get("task_bytes") is not None:
+        check_record(content, {"task_bytes": list[TaskReading]}, str(path))
     if content.get("baseline") is not None:
         check_record(content["baseline"], {"model": str, "tasks": list[TaskScore]}, f"the baseline in {path}")
     return content
+
+
+def _notes(path: str | Path) -> str:
+    try:
+        return local_path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StochaError(f"{path} cannot be read ({reason}): expected a text in Markdown") from None
 
 
 def _read(path: str | Path, kind: str, key: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ measured_metadata(measured)  # for ModelCardData: model-index and the weights' h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,24 @@ COMPARED = (
     "Against the model before: KL divergence {kl:.3f} nats a token, the same most likely token at "
     "{top1_agreement:.0%} of the tokens."
 )
+CUT = "Inputs were cut {inputs_cut}, also where a window of text is read."
 DECODED = (
-    "Decoding: {dtype}, batch {batch}, {new_tokens} tokens after {prompt}, dense and sparse in turn in one run, on "
-    "{hardware}, whose memory read {read_gbps:.0f} GB/s meanwhile ({command})."
+    "Decoding{of}: {dtype}, batch {batch}, {new_tokens} tokens after {prompt}{cut}, dense and sparse in turn in one "
+    "run, on {hardware}, whose memory read {read_gbps:.0f} GB/s meanwhile ({command})."
 )
+SHARE_CUT = ", {:.0%} of the inputs cut"
 TASKS = (
     "Tasks: {dtype}, on {hardware} ({command}). `humaneval` and `bigbench:` as stocha_hf defines them, other tasks as "
     "lm-evaluation-harness does. ± is one standard error; a difference is taken question by question, with its 95% "
     "interval."
 )
+READ = "In {task} {what} {share:.0%} of the bytes of the decoder blocks, on {texts:,} of the answers{how}."
+DRAFTED = (
+    ": the cuts drafted and the model verified without them, so the answers are those of the model without cuts, up "
+    "to rounding. Of {offered:,} drafted tokens, {copied:,} of them copied from the text before, it accepted "
+    "{accepted:,}"
+)
+REPEATED = ", {:.0%} of the steps computed again without cuts"
 DIVERSITY = (
     "{samples} samples of each of {count} prompts, {new} tokens at most, {dtype} ({command}). Log-likelihood: of "
     "the samples' tokens under this model without noise. `stocha`: the most likely token at every step, with the "
@@ -72,18 +82,18 @@ def measured_section(measured: Measurements) -> str:
         parts += [_diversity(measured.generation)]
         if measured.is_drawn:
             parts.append(f"![Diversity against likelihood]({FOLDER}/diversity.png)")
+    if measured.notes is not None:
+        parts.append(measured.notes.strip())
     return "\n\n".join(parts)
 
 
 def _table(measured: Measurements) -> str:
     before, bench = measured.evaluation.get("baseline"), measured.bench
-    speeds = {} if bench is None else {"dense": bench["dense_ms"], "sparse": bench["sparse_ms"]}
     lines = ["| | activation | perplexity | zeros in the FFN | bytes read | decoding |", f"|{' --- |' * 6}"]
     if before is not None:
-        lines.append(_row(text(f"before: {before['model']}"), before, _speed(bench, speeds.get("dense"))))
-    lines += [_row(text(label), row, "") for label, row in measured.rows.items()]
-    faster = f", {bench['speedup']:.1f}x" if bench else ""
-    lines.append(_row("**this model**", measured.evaluation, _speed(bench, speeds.get("sparse")) + faster))
+        lines.append(_row(text(f"before: {before['model']}"), before, _speed(bench, "dense_ms")))
+    lines += [_row(text(label), row, _faster(measured.row_benches.get(label))) for label, row in measured.rows.items()]
+    lines.append(_row("**this model**", measured.evaluation, _faster(bench)))
     return "\n".join(lines)
 
 
@@ -93,8 +103,12 @@ def _row(label: str, row: dict[str, Any], speed: str) -> str:
     return f"| {label} | {text(row['activation'])} | {row['perplexity']:.2f} | {zeros} | {read} | {speed} |"
 
 
-def _speed(bench: dict[str, Any] | None, milliseconds: float | None) -> str:
-    return f"{bench['batch'] * 1e3 / milliseconds:.1f} tokens/s" if bench and milliseconds else ""
+def _speed(bench: dict[str, Any] | None, key: str) -> str:
+    return f"{bench['batch'] * 1e3 / bench[key]:.1f} tokens/s" if bench else ""
+
+
+def _faster(bench: dict[str, Any] | None) -> str:
+    return f"{_speed(bench, 'sparse_ms')}, {bench['speedup']:.1f}x" if bench else ""
 
 
 def _how(measured: Measurements) -> list[str]:
@@ -102,10 +116,15 @@ def _how(measured: Measurements) -> list[str]:
     shares = {"least": min(zeros), "most": max(zeros)}
     shares |= {"never": own["never_active"]["mean"], "again": own["reuse"]["mean"]}
     parts = [EVALUATED.format(**_escaped(own) | shares | {"data": text(Path(own["data"]).name)})]
+    if own.get("inputs_cut"):
+        parts[0] += " " + CUT.format(inputs_cut=text(own["inputs_cut"]))
     if "kl" in own:
         parts.append(COMPARED.format(**own))
-    if measured.bench is not None:
-        parts.append(DECODED.format(**_escaped(measured.bench)))
+    benches = {} if measured.bench is None else {"": measured.bench}
+    for label, bench in (benches | measured.row_benches).items():
+        share = bench.get("inputs_cut")  # not in older files
+        added = {"of": f", {text(label)}" if label else "", "cut": SHARE_CUT.format(share) if share else ""}
+        parts.append(DECODED.format(**_escaped(bench) | added))
     return parts
 
 
@@ -132,7 +151,25 @@ def _tasks(measured: dict[str, Any]) -> list[str]:
             cells += [_score(before[key]) if key in before else "", told]
         rows.append(cells)
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return ["### Tasks", "\n".join(lines), TASKS.format(**_escaped(measured))]
+    return ["### Tasks", "\n".join(lines), TASKS.format(**_escaped(measured)), *_readings(measured)]
+
+
+def _readings(measured: dict[str, Any]) -> Iterator[str]:
+    """What was read while answers were written, a sentence a task."""
+    for reading in measured.get("task_bytes") or []:
+        drafts, fallback, how = reading.get("drafts"), reading.get("fallback"), ""
+        if drafts:
+            copied = drafts.get("copied", 0)  # not in older files
+            how = DRAFTED.format(offered=drafts["drafted"] + copied, copied=copied, accepted=drafts["accepted"])
+        elif fallback:
+            how = REPEATED.format(fallback["share"])
+        yield READ.format(
+            task=text(reading["task"]),
+            what="a token took" if drafts else "a decode step read",
+            share=reading["bytes_read"]["share"],
+            texts=reading["texts"],
+            how=how,
+        )
 
 
 def _score(row: dict[str, Any]) -> str:
