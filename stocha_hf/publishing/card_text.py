@@ -61,8 +61,8 @@ QUANTIZED_USE = (
 )
 DENSE_ELSEWHERE = """## Other tools
 
-llama.cpp, MLX-LM, vLLM and the native class of transformers run this model **without the cuts**: dense, and as its
-source does.
+llama.cpp, MLX-LM, vLLM and the native class of transformers run this model **without the cuts**: dense, with these
+weights and the source's activation.
 
 """
 CUT_LIMITS = (
