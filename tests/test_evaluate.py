@@ -14,7 +14,8 @@ from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.data import text_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.evaluation import compare, evaluate
-from stocha_hf.measurement.records import Comparison, Evaluation, check_record
+from stocha_hf.measurement.records import Comparison, Evaluation
+from stocha_hf.publishing.measured_files import check_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))

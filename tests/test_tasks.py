@@ -12,10 +12,10 @@ from helpers import assert_refused, call_command, first_is_fast, tiny_model, tin
 from stocha_hf import StochaConfig, patch
 from stocha_hf.answers.batches import continue_prompts
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.records import TaskScore
 from stocha_hf.tasks import code_runs, local_data
 from stocha_hf.tasks.catalogue import load_tasks
 from stocha_hf.tasks.evaluate import TaskResults, choose, compare_tasks, evaluate_tasks
+from stocha_hf.tasks.records import TaskScore
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra tasks is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")

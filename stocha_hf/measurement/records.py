@@ -3,23 +3,15 @@
     evaluation.evaluate -> Evaluation        cett.at_cett -> Truncation         sampling.sample -> Samples
     evaluation.compare  -> Comparison        speed_models.benchmark -> Benchmark
     affinity.affinity   -> Affinity          predictivity.predictivity -> Predictivity
-    tasks.evaluate_tasks -> TaskScore, TaskReading    tasks.compare_tasks -> TaskDifference
 
-They are kept apart from what computes them, because publishing/ reads their files again and needs no torch:
-`check_record(content, Evaluation, "eval.json")` refuses a file that does not hold one.
+They are kept apart from what computes them, because publishing/ checks that files hold one, and needs no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from stocha_hf.errors import StochaError
 
 
 class Record:
@@ -98,23 +90,6 @@ class Drafts(Record):
     verifications: int
     cut_share: float
     copied: int = 0
-
-
-@dataclass(frozen=True)
-class TaskReading(Record):
-    """What decode steps read while a model that cuts inputs wrote its answers to a task.
-
-    `steps` counts the answers' tokens. `bytes_read` is of a step on average, measured on `texts` of the answers;
-    `fallback` counts the steps that were computed again, None where the model has none; `drafts` what lossless
-    decoding took, None where answers were written in another way.
-    """
-
-    task: str
-    steps: int
-    texts: int
-    bytes_read: BytesRead
-    fallback: Fallback | None = None
-    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True)
@@ -220,39 +195,6 @@ class Samples(Record):
 
 
 @dataclass(frozen=True)
-class TaskScore(Record):
-    """A figure of a task: `score`, for accuracies from 0 to 1, and its standard error over `questions`.
-
-    `stderr` is None where the harness tells none. `metric` is the harness's name, with its filter where it has one.
-    """
-
-    task: str
-    metric: str
-    score: float
-    stderr: float | None
-    questions: int
-
-
-@dataclass(frozen=True)
-class TaskDifference(Record):
-    """How much better a model does a task than a baseline, question by question.
-
-    `difference` is the mean over the `questions` that both were asked; `stderr` its standard error, and `low` and
-    `high` the ends of its 95% interval. `won` counts questions at which the model does better, `lost` worse.
-    """
-
-    task: str
-    metric: str
-    difference: float
-    stderr: float
-    low: float
-    high: float
-    questions: int
-    won: int
-    lost: int
-
-
-@dataclass(frozen=True)
 class Benchmark(Record):
     """Dense against sparse decode of one model.
 
@@ -286,55 +228,3 @@ class Benchmark(Record):
         absent = ["forced_sparsity"] if self.forced_sparsity is None else ["weights", "revision"]
         absent += ["inputs_cut"] if self.inputs_cut is None else []
         return {key: value for key, value in super().to_dict().items() if key not in absent}
-
-
-def check_record(content: object, kind: Any, where: str) -> None:
-    """Check that `content`, read from JSON, has all that `kind` has. Other keys may be there too.
-
-    `kind` is a type, a dataclass, or a mapping of names to kinds.
-
-    Raises:
-        StochaError: something is missing, of another type, NaN or infinite. `where` names the file.
-    """
-    _check(content, kind, where, "")
-
-
-def _check(content: object, kind: Any, where: str, path: str) -> None:
-    if dataclasses.is_dataclass(kind):
-        kind = typing.get_type_hints(kind)
-    if isinstance(kind, Mapping):
-        if not isinstance(content, dict):
-            raise _refused(where, path, content, "an object")
-        for key, inner in kind.items():
-            if key not in content and not _may_be_none(inner):
-                raise StochaError(f"{where} has no {path}{key}: expected what the command printed with --json")
-            _check(content.get(key), inner, where, f"{path}{key}.")
-    elif kind is object:
-        return
-    elif _may_be_none(kind):
-        if content is not None:
-            _check(content, next(part for part in typing.get_args(kind) if part is not type(None)), where, path)
-    elif typing.get_origin(kind) is list:
-        if not isinstance(content, list):
-            raise _refused(where, path, content, "a list")
-        for i, item in enumerate(content):
-            _check(item, typing.get_args(kind)[0], where, f"{path}{i}.")
-    elif not _is_a(content, kind):
-        raise _refused(where, path, content, {str: "a text", int: "a whole number", float: "a finite number"}[kind])
-
-
-def _may_be_none(kind: Any) -> bool:
-    return typing.get_origin(kind) is types.UnionType and type(None) in typing.get_args(kind)
-
-
-def _is_a(content: object, kind: type) -> bool:
-    if isinstance(content, bool):
-        return False
-    if kind is float:
-        return isinstance(content, int | float) and math.isfinite(content)
-    return isinstance(content, kind)
-
-
-def _refused(where: str, path: str, content: object, expected: str) -> StochaError:
-    given = repr(content) if len(repr(content)) < 60 else type(content).__name__
-    return StochaError(f"{where} has {path.rstrip('.') or 'at its top'} {given}: expected {expected}")

@@ -1,6 +1,7 @@
 """What a model can do: tasks of lm-evaluation-harness, and this package's own, with its own batching and limits.
 
 evaluate.py     public: a model's scores, and how they differ from another model's
+records.py      what these return
 catalogue.py    what a task's name means
 local_data.py   the questions, from files that are here
 harness.py      a model as the harness asks one

@@ -19,8 +19,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.records import TaskDifference, TaskReading, TaskScore
 from stocha_hf.progress import Progress
+from stocha_hf.tasks.records import TaskDifference, TaskReading, TaskScore
 
 CONFIDENCE = 1.96  # standard errors to each side of a 95% interval
 CHOSEN = "shuffled"  # how `limit` chooses questions; figures say it, as others were asked before 0.2

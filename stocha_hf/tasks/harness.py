@@ -26,11 +26,11 @@ from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.decoding.rounds import Counts
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.fallback import fallback_of, predictions, read_of_texts, with_repeated
-from stocha_hf.measurement.records import TaskReading
 from stocha_hf.models import cutting_everywhere
 from stocha_hf.progress import Progress
 from stocha_hf.tasks.drafted import draft_answers, with_drafts
 from stocha_hf.tasks.kept import Kept
+from stocha_hf.tasks.records import TaskReading
 
 ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
 BATCH_TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
