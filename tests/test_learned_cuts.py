@@ -18,10 +18,10 @@ from stocha_hf.data import calibration_texts
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.evaluation import compare, evaluate
-from stocha_hf.measurement.selection import learned as learning
 from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
 from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, scale_inputs
-from stocha_hf.measurement.selection.learned import answers, learn_input_cuts
+from stocha_hf.measurement.selection.learned import FIRST, answers, learn_input_cuts
+from stocha_hf.measurement.selection.threshold_gradients import WIDTH, _Cut
 from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch
@@ -109,7 +109,7 @@ def test_rows_are_whole_texts_that_are_cut_behind_a_random_beginning(checkpoint:
     lengths = torch.tensor([16, 40, 64] * 100)
     cut = answers(lengths, 64)
     begins, ends = cut.int().argmax(1), cut.sum(1) + cut.int().argmax(1)
-    assert torch.equal(ends, lengths) and int(begins.min()) == learning.FIRST
+    assert torch.equal(ends, lengths) and int(begins.min()) == FIRST
     assert len(begins.unique()) > 20 and (begins <= 0.75 * lengths).all()
 
 
@@ -119,10 +119,13 @@ def test_autograd_of_the_cut_is_that_of_its_sigmoid() -> None:
     x[0, 3, 1] = 0
     x.requires_grad_()
     at, weights = torch.rand(2, 5) > 0.3, torch.randn(2, 5, 3)
-    soft = torch.sigmoid((x.abs().clamp(min=1e-12).log() - limits) / learning.WIDTH)
+    soft = torch.sigmoid((x.abs().clamp(min=1e-12).log() - limits) / WIDTH)
     keep = torch.where(at[..., None], (soft > 0.5).float() + soft - soft.detach(), 1.0)
     found = []
-    for cut, kept in (learning._Cut.apply(x, limits, at), (x * keep, (keep * at[..., None]).sum() / (3 * at.sum()))):
+    for cut, kept in (
+        _Cut.apply(x, limits, at),
+        (x * keep, (keep * at[..., None]).sum() / (3 * at.sum())),
+    ):
         found.append((cut, kept, *torch.autograd.grad((cut * weights).sum() + 5 * kept, (x, limits))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
