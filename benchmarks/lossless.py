@@ -7,9 +7,9 @@ cuts, whose matrices may lie in another order, as a fourth way. Bytes are of the
 those of all drafts and verifications, by the share that a step with cuts reads on these texts, over the tokens; and
 with lm_head, of which a draft reads a quarter. `--drafts 15` drafts so many whatever they cost in time, to read the
 least; `--run-code` runs HumanEval's tests on the texts, which then end at a code fence, too. Several `--doubt` write a
-line each. Greedy texts of small models repeat themselves, which is easy to draft: `repeated` is the share of
-tokens that end eight which stood in the text before, and `--penalty 1.2` writes texts that repeat less. On a CPU what
-repeats is drafted without a step, as `copied` tokens; `--no-copies` leaves all drafts to the cuts.
+line each. Greedy texts of small models repeat themselves, which is easy to draft: `repeated` is the share of tokens
+that end eight which stood in the text before, and `--penalty 1.2` writes texts that repeat less. What repeats is
+drafted without a step, as `copied` tokens; `--no-copies` leaves all drafts to the cuts.
 
     python benchmarks/lossless.py qwen-cut-4 --new 128 --json lossless.jsonl
     python benchmarks/lossless.py gemma-cut --dtype float32 --prompts-from prose.jsonl --plain --ends --new 96 \\
@@ -222,7 +222,7 @@ def summary(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a converted folder; one without input cuts drafts by copies alone, on a CPU")
+    parser.add_argument("folder", help="a converted folder; one without input cuts drafts by copies alone")
     parser.add_argument("--dense", help="a folder of the same model to compare with")
     parser.add_argument("--new", type=int, default=128, help="tokens to write")
     parser.add_argument("--ends", action="store_true", help="texts may end before")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import DynamicCache, StaticCache
 
 from stocha_hf.cuts_stocha import cut_inputs
 from stocha_hf.decoding import calls, generation, lossless, rounds, triton_ffn
+from stocha_hf.decoding.copies import Copies
 from stocha_hf.decoding.gate_prediction import predict_gates
 from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.errors import StochaError
@@ -279,6 +281,29 @@ def test_lossless_text_is_that_without_cuts(
     assert plan.drafting is not None, "a prompt of 8 tokens, and a cache without room, leave the plan and its graphs"
     with plan.in_use, cut_inputs(model, "never"):
         assert gpu_plan.of(model) is None and model.gpu_plan is plan, "as does a call while a loop has the plan"
+
+
+@needs_triton
+@pytest.mark.parametrize("cuts", [True, False])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
+def test_what_stood_in_the_text_before_is_verified_without_drafts(
+    options: dict[str, Any], cuts: bool, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, new = model_of("qwen2", "silu", cuts_of(PROJECTIONS) if cuts else None), 6 if INTERPRETED else 60
+    options = greedy(new) | options
+    with cut_inputs(model, "never") if cuts else nullcontext():
+        expected = slowly(monkeypatch, model.generate, PROMPT, **options)
+    told = expected[0].tolist()
+    wrong = PROMPT.shape[1] + 3
+    told[wrong] = (told[wrong] + 1) % model.config.vocab_size
+    monkeypatch.setattr(Copies, "drafts", lambda self, most: told[len(self.text) : len(self.text) + most])
+    monkeypatch.setattr(rounds.Pace, "drafts", lambda self: self.most)  # whatever it takes
+    with rounds.counting() as counts:
+        found = model.generate(PROMPT, custom_generate=lossless.lossless, **options)
+    assert torch.equal(found, expected)
+    assert steps[:2] == [PROMPT.shape[1], wrong], "what follows a wrong token is written again"
+    assert counts.copied > counts.accepted == new - 1 - len(steps) and counts.drafted == 0
+    assert counts.verifications == len(steps) == (2 if INTERPRETED else 5)
 
 
 @needs_triton

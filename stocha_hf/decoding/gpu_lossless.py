@@ -1,5 +1,7 @@
 """Rounds of lossless decoding on a GPU: a graph with cuts for each drafted token, one without for the verification.
 
+Copies are drafted as on a CPU, and by a model without cuts they alone.
+
 The host waits for each drafted token, for it decides with its probability whether to go on: that takes less than a
 step that nobody needs. Steps of several tokens write over what drafts wrote, and so over what was not accepted.
 """
@@ -27,20 +29,29 @@ def rounds(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, A
     plan = gpu_plan.of(model) if input_ids.device == model.device else None
     if plan is None or not takes(kwargs[CACHE]):
         return None
-    if plan.draft(first_tokens(model)) is None or any(plan.step(size, cuts=False) is None for size in SIZES):
+    if any(plan.step(size, cuts=False) is None for size in SIZES):
+        return None
+    if _cuts(plan) and plan.draft(first_tokens(model)) is None:
         return None
     return GpuRounds(model, plan, input_ids, config, kwargs) if plan.in_use.acquire(blocking=False) else None
+
+
+def _cuts(plan: gpu_plan.GpuPlan) -> bool:
+    return any(layer.cuts for layer in plan.weights.layers)
 
 
 class GpuRounds(Rounds, GpuLoop):
     """Rounds whose steps are replays of graphs, which have the plan's steps for themselves until the text ends."""
 
     most = SIZES[-1]
-    copies_text = False  # which was not tried there
 
     def _steps(self) -> list[Any]:
-        self.draft = self.plan.draft(first_tokens(self.model))
-        return [self.draft, *(self.plan.step(size, cuts=False) for size in SIZES)]
+        steps = [self.plan.step(size, cuts=False) for size in SIZES]
+        self.drafts_by_steps = _cuts(self.plan)
+        if self.drafts_by_steps:
+            self.draft = self.plan.draft(first_tokens(self.model))
+            steps.insert(0, self.draft)  # the one that `_told` reads
+        return steps
 
     def _decoder(self, cache: Any, at: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         super()._decoder(cache, at)
@@ -60,10 +71,12 @@ class GpuRounds(Rounds, GpuLoop):
         super()._generate(decode, processors, criteria, streamer)
 
     def _start(self) -> None:
-        self.draft.restart([*self.ids[0, : self.length].tolist(), *self._ends()])
+        if self.drafts_by_steps:
+            self.draft.restart([*self.ids[0, : self.length].tolist(), *self._ends()])
 
     def _see(self, token: int) -> None:
-        self.draft.see(token)
+        if self.drafts_by_steps:
+            self.draft.see(token)
 
     def _reserve(self, steps: int) -> bool:
         """With room for what a last verification may write beyond the text, if there is."""
@@ -98,6 +111,8 @@ class GpuRounds(Rounds, GpuLoop):
             likeliest = logits.argmax(-1).cpu()
             return lambda i: self._settle(likeliest[i : i + 1])
         kept = logits.clone()
+        if kept.is_cuda:  # the caller takes the time
+            torch.cuda.current_stream(self.device).synchronize()
         return lambda i: self._take(kept[i : i + 1])
 
     def _keep(self, tokens: int) -> None:

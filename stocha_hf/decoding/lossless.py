@@ -3,7 +3,7 @@
 The text is what the model writes without cuts, token by token; the weights are the same, in one copy. A round drafts
 some tokens in steps of one, forgets their keys and values, and computes all of them at once in a step that reads the
 weights once (Leviathan et al., arXiv 2211.17192). rounds.py says the round, pace.py how many tokens it drafts. A model
-without cuts drafts what its text repeats, and on a GPU nothing.
+without cuts drafts what its text repeats.
 
 transformers' assisted generation would do the same with a copy of the model as its assistant; its two loops, two
 caches and calls take longer than a small model's draft saves.
@@ -136,11 +136,12 @@ def _on_cpu(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, 
 
 
 def _on_gpu(model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Loop | None:
-    if not _cuts(model) or not available("cuda") or not is_plain_call(model, input_ids, config, kwargs):
+    if not available("cuda") or not is_plain_call(model, input_ids, config, kwargs):
         return None
     from stocha_hf.decoding import gpu_lossless  # which needs Triton
 
-    with model.cut_inputs("decode", fallback=0):  # so its steps of one token draft, and those of several verify
+    # with cuts, steps of one token draft, and those of several verify
+    with model.cut_inputs("decode", fallback=0) if _cuts(model) else nullcontext():
         return gpu_lossless.rounds(model, input_ids, config, kwargs)
 
 
