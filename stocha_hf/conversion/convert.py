@@ -20,22 +20,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
 from stocha_hf.checkpoints.entry import began_random, checked_entry, read_entry, with_entry
-from stocha_hf.checkpoints.inspection import CONFIG, is_weight
-from stocha_hf.checkpoints.modeling_file import code_files
+from stocha_hf.checkpoints.inspection import is_weight
 from stocha_hf.checkpoints.names import check_hub_id
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
-from stocha_hf.checkpoints.staging import check_apart, check_place, copy_file, staged_folder
+from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.input_cuts import Calibration, FallbackOptions, check_uncut, with_cuts
+from stocha_hf.conversion.options import calibration_options, check_bits, check_fields, refit_activation, refit_options
+from stocha_hf.conversion.output import check_output, write_checkpoint
 from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
-from stocha_hf.publishing import card
-from stocha_hf.quantization import BITS, MATRICES, is_bits
-from stocha_hf.spec import LEARNED, StochaConfig, __version__
+from stocha_hf.quantization import BITS, is_bits
+from stocha_hf.spec import LEARNED, __version__
 
+Changed = tuple[dict[str, Any], Callable[[Path], None] | None]  # config.json, and what overwrites copied tensors
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -145,31 +145,14 @@ def convert(
     in_4 = is_bits(bits) and bits != 8
     if inputs is not None or not in_4:
         of_cuts |= {"data": calibrate and str(calibrate), "tokens": calibrate_tokens}
-    cuts = _calibration(inputs, refit, of_cuts)
-    options = None
-    if refit is not None:
-        options, changes = Refit(refit, refit_tokens, target_sparsity, refit_on_disk), _refit_activation(changes)
-    elif target_sparsity is not None or refit_tokens is not None or refit_on_disk:
-        raise StochaError(
-            "target_sparsity, refit_tokens or refit_on_disk was given without refit: expected the data to refit on"
-        )
-    _check_fields(changes)
+    cuts = calibration_options(inputs, refit, of_cuts)
+    options = refit_options(refit, refit_tokens, target_sparsity, refit_on_disk)
+    if options is not None:
+        changes = refit_activation(changes)
+    check_fields(changes)
     fallback = FallbackOptions(inputs_fallback, inputs_fallback_tokens)
     fallback.check(inputs)
-    if bits is not None and not is_bits(bits):
-        raise StochaError(f"bits is {bits!r}: expected 4 or 8, or a mean of bits between them")
-    if bits is not None and options is not None:
-        raise StochaError("bits was given with refit: expected one of them; refit first, then quantize the result")
-    if bits is not None and inputs_allotment == LEARNED:
-        raise StochaError(
-            f"bits {bits} was given with inputs_allotment {LEARNED}: expected one of them; cut first, then quantize "
-            "the result"
-        )
-    if in_8_bits is not None and (not in_4 or not set(in_8_bits) <= set(MATRICES)):
-        raise StochaError(
-            f"in_8_bits {' '.join(in_8_bits)} was given with bits {bits}: expected bits below 8, and names among "
-            f"{', '.join(MATRICES)}"
-        )
+    check_bits(bits, in_8_bits, options, inputs_allotment)
     if calibrate_tokens is not None and calibrate is None:
         raise StochaError(f"calibrate_tokens {calibrate_tokens} was given without calibrate: expected text")
     if base_model is not None:
@@ -187,68 +170,17 @@ def convert(
         check_apart(output, (found.folder / name for name in found.files))
         if cuts is not None and cuts.share and "stocha" not in found.config:  # the FFN stays as it is
             changes = {"activation": found.architecture.act} | changes
-        config, change = _converted_config(found, base_model, changes), None
-        if cuts is not None and cuts.allotment == LEARNED:
-            from stocha_hf.conversion.learned_cuts import learned_cuts  # needs torch, as a refit does
-
-            learned = learned_cuts(found, config, cuts)
-            config, change = learned.config, learned.apply_to
-        elif cuts is not None:
-            config = with_cuts(found, config, cuts)
+        config, change = _cut(found, _converted_config(found, base_model, changes), cuts)
         config = fallback.applied(config, found.id)
         if options is not None and work is not None:
-            from stocha_hf.conversion.refit import refit_checkpoint  # needs torch, which copying does not
-
-            check_uncut(read_entry(config, found.id), found.id)
-            fitted = refit_checkpoint(found, config, options, work)
-            config, change = fitted.config, fitted.apply_to
+            config, change = _refitted(found, config, options, work)
         elif bits is not None and work is not None:
-            from stocha_hf.conversion.quantize import Quantize, layout, quantize_checkpoint
-
-            refuse_quantized(found.config, found.id, "quantizing")
             text = str(calibrate) if calibrate is not None and in_4 else None
-            mean = bits if bits not in BITS else None
-            quantized = quantize_checkpoint(
-                found, config, Quantize(layout(bits, in_8_bits, config), mean, text, calibrate_tokens), work
-            )
-            config, change = quantized.config, quantized.write_to
+            config, change = _quantized(found, config, bits, in_8_bits, text, calibrate_tokens, work)
             found = replace(found, files=[name for name in found.files if not is_weight(name)])
         files = write_checkpoint(found, config, output, overwrite, change)
     stocha = config["stocha"]
     return Converted(config["num_hidden_layers"], str(output), stocha.get("source"), stocha, files, bits)
-
-
-def _calibration(inputs: float | None, refit: str | None, given: dict[str, Any]) -> Calibration | None:
-    """The options of input cuts, or None where none are asked for."""
-    if inputs is None:
-        if used := [key for key, value in given.items() if value]:
-            name = {"data": "calibrate", "tokens": "calibrate_tokens"}.get(used[0], f"inputs_{used[0]}")
-            raise StochaError(f"{name} was given without inputs: expected the share of inputs to cut, such as 0.4")
-        return None
-    if refit is not None:
-        raise StochaError(
-            f"inputs {inputs:g} was given with refit: expected one of them; convert the refitted folder again for the "
-            "other"
-        )
-    return Calibration(inputs, **given)
-
-
-def _check_fields(changes: dict[str, Any]) -> None:
-    try:
-        StochaConfig.from_dict(changes)
-    except ValueError as error:
-        raise StochaError(str(error)) from error
-
-
-def _refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
-    changes = {"activation": "relu"} | changes
-    if changes.keys() - {"activation"} or changes["activation"] != "relu":
-        given = ", ".join(f"{key} {value}" for key, value in changes.items())
-        raise StochaError(
-            f"refit was given with {given}: expected activation relu and no other field, since the refit chooses the "
-            "thresholds; convert the result again for another training activation"
-        )
-    return changes
 
 
 def check_data(*names: str | Path | None) -> None:
@@ -258,17 +190,6 @@ def check_data(*names: str | Path | None) -> None:
             from stocha_hf.data import check_text  # which copying does not need
 
             check_text(name)
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise StochaError where `output` cannot be written, or exists and is not to be replaced."""
-    if not output.exists() and not output.is_symlink():
-        check_place(output)
-        return
-    if not overwrite:
-        raise StochaError(f"{output} exists: expected a new folder; choose another one or pass --overwrite")
-    if not output.is_dir() or output.is_symlink() or (any(output.iterdir()) and not (output / CONFIG).is_file()):
-        raise StochaError(f"{output} is not a checkpoint folder: expected one to overwrite; choose another output")
 
 
 def _converted_config(source: Source, base_model: str | None, changes: dict[str, Any]) -> dict[str, Any]:
@@ -285,31 +206,38 @@ def _converted_config(source: Source, base_model: str | None, changes: dict[str,
     return with_entry(source.config, checked_entry(entry, source.config, source.id))
 
 
-def write_checkpoint(
-    source: Source, config: dict[str, Any], output: Path, overwrite: bool, change: Callable[[Path], None] | None = None
-) -> list[str]:
-    """Write the source's files with this config to `output`, whole or not at all; returns the names of its files.
+def _cut(source: Source, config: dict[str, Any], cuts: Calibration | None) -> Changed:
+    if cuts is None:
+        return config, None
+    if cuts.allotment != LEARNED:
+        return with_cuts(source, config, cuts), None
+    from stocha_hf.conversion.learned_cuts import learned_cuts  # needs torch, which copying does not
 
-    `change` may overwrite the copied tensors in the folder that it is given.
-    """
-    with staged_folder(output, replace=overwrite) as folder:
-        copy_files(source, folder)
-        if change is not None:
-            change(folder)
-        for file in code_files(config):
-            copy_file(file, folder / file.name)
-        (folder / CONFIG).write_text(dump(config), encoding="utf-8")
-        card.write_card(folder, config=config, metadata=source.metadata)
-        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    learned = learned_cuts(source, config, cuts)
+    return learned.config, learned.apply_to
 
 
-def copy_files(source: Source, folder: Path) -> None:
-    """Copy weights and companions, and the tokenizer's settings without code."""
-    from stocha_hf.progress import Progress
+def _refitted(source: Source, config: dict[str, Any], options: Refit, work: Path) -> Changed:
+    from stocha_hf.conversion.refit import refit_checkpoint
 
-    sizes = {name: (source.folder / name).stat().st_size for name in source.files}
-    with Progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying") as bar:
-        for name in source.files:
-            copy_file(source.folder / name, folder / name, bar.update)
-    if source.tokenizer is not None:
-        (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")
+    check_uncut(read_entry(config, source.id), source.id)
+    fitted = refit_checkpoint(source, config, options, work)
+    return fitted.config, fitted.apply_to
+
+
+def _quantized(
+    source: Source,
+    config: dict[str, Any],
+    bits: float,
+    in_8_bits: Sequence[str] | None,
+    data: str | None,
+    tokens: int | None,
+    work: Path,
+) -> Changed:
+    from stocha_hf.conversion.quantize import Quantize, layout, quantize_checkpoint
+
+    refuse_quantized(source.config, source.id, "quantizing")
+    mean = bits if bits not in BITS else None
+    options = Quantize(layout(bits, in_8_bits, config), mean, data, tokens)
+    quantized = quantize_checkpoint(source, config, options, work)
+    return quantized.config, quantized.write_to

@@ -20,10 +20,11 @@ from stocha_hf.checkpoints.entry import read_entry
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart
-from stocha_hf.conversion.convert import check_data, check_output
+from stocha_hf.conversion.convert import check_data
 from stocha_hf.conversion.export_gguf import check_gguf_output, write_gguf
 from stocha_hf.conversion.export_powerinfer import PRECISION, write_powerinfer
 from stocha_hf.conversion.export_vllm import write_vllm
+from stocha_hf.conversion.output import check_output
 from stocha_hf.conversion.source import Source, open_source
 from stocha_hf.errors import StochaError
 

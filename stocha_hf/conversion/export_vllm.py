@@ -17,7 +17,7 @@ from stocha_hf.checkpoints.companions import dump
 from stocha_hf.checkpoints.entry import ACT_KEYS, checked_entry, with_entry, with_keys
 from stocha_hf.checkpoints.inspection import CARD, CONFIG
 from stocha_hf.checkpoints.staging import staged_folder
-from stocha_hf.conversion.convert import copy_files, write_checkpoint
+from stocha_hf.conversion.output import copy_files, write_checkpoint
 from stocha_hf.conversion.source import Source
 from stocha_hf.spec import ACTIVATIONS, class_names
 
