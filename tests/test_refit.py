@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.inspection import read_config
 from stocha_hf.checkpoints.tensors import Tensors
-from stocha_hf.conversion import refit, refit_streams
+from stocha_hf.conversion import refit, refit_store, refit_streams
 from stocha_hf.conversion.convert import convert
 from stocha_hf.conversion.layerwise import Layers, autocast
 from stocha_hf.conversion.refit_ffn import FFN, RIDGES, Fitted, Rows, balance, refit_ffn, solve_down, threshold_for
@@ -257,14 +257,14 @@ def test_streams_on_disk_give_the_same_weights(checkpoint, text, tmp_path) -> No
 def test_a_full_disk_is_told_in_one_sentence_and_keeps_finished_layers(
     checkpoint, text, tmp_path, monkeypatch
 ) -> None:
-    source, store = checkpoint(), refit.save_file
+    source, store = checkpoint(), refit_store.save_file
 
     def full_at_the_second(tensors: Any, path: Path, metadata: Any) -> None:
         if "001" in path.name:
             raise OSError(28, "No space left on device")
         store(tensors, path, metadata)
 
-    monkeypatch.setattr(refit, "save_file", full_at_the_second)
+    monkeypatch.setattr(refit_store, "save_file", full_at_the_second)
     with pytest.raises(StochaError, match=r"No space left on device.*continues from the finished layers"):
         convert(source, tmp_path / "out", refit=str(text), refit_tokens=512)
     assert [path.name for path in (tmp_path / ".out.refit").glob("*/layer*")] == ["layer-000.safetensors"]
@@ -289,14 +289,14 @@ def test_kept_streams_that_are_of_no_use_are_removed(checkpoint, tmp_path, damag
 
 
 def test_kept_streams_make_room_for_a_finished_layer(tmp_path, monkeypatch) -> None:
-    store, kept, save = refit.LayerFiles(tmp_path), tmp_path / refit_streams.KEPT, refit.save_file
+    store, kept, save = refit_store.LayerFiles(tmp_path), tmp_path / refit_streams.KEPT, refit_store.save_file
 
     def full(*args: Any) -> None:
         if kept.exists():
             raise OSError(28, "No space left on device")
         save(*args)
 
-    monkeypatch.setattr(refit, "save_file", full)
+    monkeypatch.setattr(refit_store, "save_file", full)
     kept.write_bytes(b"streams")
     store[0] = Fitted(silu_ffn()[0], 0.25, 0.8)
     assert 0 in store and (store[0].error, store[0].zeros) == (0.25, 0.8) and not kept.exists()
@@ -304,7 +304,7 @@ def test_kept_streams_make_room_for_a_finished_layer(tmp_path, monkeypatch) -> N
 
 @pytest.mark.parametrize("damage", ["truncated", "without figures"])
 def test_a_damaged_layer_is_named_and_not_called_a_full_disk(tmp_path, damage: str) -> None:
-    store, (ffn, _) = refit.LayerFiles(tmp_path), silu_ffn()
+    store, (ffn, _) = refit_store.LayerFiles(tmp_path), silu_ffn()
     store[0] = Fitted(ffn, 0.25, 0.8)
     path = store.path(0)
     if damage == "truncated":

@@ -6,9 +6,9 @@ refitted (refit_ffn.py) so that the stream after it returns to h0: target = FFN_
 streams after attention. MIX = 1 would undo all drift at once, 0 ignores it. A token's error counts relative to the
 mean square of its stream, which the next norm divides by. Nothing is backpropagated through the model.
 
-From folder to folder, a finished layer is written to a work folder beside the output (refit_work.py), and every minute
-the streams are, so that a killed run goes on there and ends with the same weights. refit_model.py refits a model in
-memory.
+From folder to folder, a finished layer is written (refit_store.py) to a work folder beside the output (refit_work.py),
+and every minute the streams are, so that a killed run goes on there and ends with the same weights. refit_model.py
+refits a model in memory.
 
     stocha-convert SOURCE OUTPUT --activation relu --refit DATA [--target-sparsity 0.8]
 """
@@ -21,11 +21,10 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import weights_hash
@@ -33,10 +32,11 @@ from stocha_hf.checkpoints.names import public_name
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion.layerwise import Layers
-from stocha_hf.conversion.refit_ffn import BATCH, FFN, Fitted, refit_ffn
+from stocha_hf.conversion.refit_ffn import BATCH, FFN, PARTS, Fitted, refit_ffn
 from stocha_hf.conversion.refit_shares import allocate
+from stocha_hf.conversion.refit_store import LayerFiles, Store
 from stocha_hf.conversion.refit_streams import KEPT, WINDOWS, Streams
-from stocha_hf.conversion.refit_work import Refit, layers_folder, reading_layer
+from stocha_hf.conversion.refit_work import Refit, layers_folder
 from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
@@ -49,17 +49,6 @@ LEAST_PER_NEURON = 4  # with fewer, the normal equations fit noise
 WINDOW = 1024  # tokens
 KEEP_EVERY = 60  # seconds
 PASSES = 2  # over the tokens, for the local fit
-PARTS = ("gate_proj", "up_proj", "down_proj")
-
-
-class Store(Protocol):
-    """Where finished layers are kept."""
-
-    def __contains__(self, index: int) -> bool: ...
-
-    def __setitem__(self, index: int, fitted: Fitted) -> None: ...
-
-    def __getitem__(self, index: int) -> Fitted: ...
 
 
 class Figures(NamedTuple):
@@ -75,42 +64,6 @@ class Figures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LayerFiles:
-    """A Store of one file a layer; its FFNs are read to `device`."""
-
-    folder: Path
-    device: str = "cpu"
-
-    def path(self, index: int) -> Path:
-        return self.folder / f"layer-{index:03d}.safetensors"
-
-    def __contains__(self, index: int) -> bool:
-        return self.path(index).exists()
-
-    def __setitem__(self, index: int, fitted: Fitted) -> None:
-        ffn = fitted.ffn
-        partial = self.path(index).with_suffix(".partial")
-        matrices = {part: matrix.cpu() for part, matrix in zip(PARTS, (ffn.gate, ffn.up, ffn.down), strict=True)}
-        told = {"threshold": repr(ffn.threshold), "error": repr(fitted.error), "zeros": repr(fitted.zeros)}
-        try:
-            save_file(matrices, partial, told)
-        except (OSError, SafetensorError):
-            if not (streams := [*self.folder.glob(f"{Path(KEPT).stem}.*")]):
-                raise
-            for path in streams:  # they take the most room, and only save time
-                path.unlink()
-            save_file(matrices, partial, told)
-        partial.rename(self.path(index))
-
-    def __getitem__(self, index: int) -> Fitted:
-        path = self.path(index)
-        with reading_layer(path), safe_open(path, framework="pt", device=self.device) as stored:
-            told = {name: float(figure) for name, figure in (stored.metadata() or {}).items()}
-            gate, up, down = (stored.get_tensor(part) for part in PARTS)
-            return Fitted(FFN(gate, up, down, told["threshold"]), told["error"], told["zeros"])
-
-
-@dataclass(frozen=True)
 class Refitted:
     """The result: the converted model's config.json, and the new FFN weights by layer."""
 
@@ -122,7 +75,7 @@ class Refitted:
         tensors = Tensors(checkpoint)
         for index in range(self.config["num_hidden_layers"]):
             names, ffn = tensors.layer(index), self.layers[index].ffn
-            for part, matrix in zip(PARTS, (ffn.gate, ffn.up, ffn.down), strict=True):
+            for part, matrix in ffn.parts.items():
                 tensors.overwrite(names[f"mlp.{part}.weight"], matrix)
 
 

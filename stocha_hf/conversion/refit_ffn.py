@@ -33,6 +33,7 @@ BATCH = 2048  # rows of a step, and of a block of the normal equations
 RATE = 0.03  # Adam's learning rate, relative to a matrix's root mean square
 THRESHOLD_ROWS = 512  # rows that the threshold is chosen on while fitting
 EVERY = 10  # steps from one choice of the threshold to the next
+PARTS = ("gate_proj", "up_proj", "down_proj")  # of an FFN, in its order
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class FFN:
     up: torch.Tensor
     down: torch.Tensor
     threshold: float = 0.0
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The matrices by the names of their projections."""
+        return dict(zip(PARTS, (self.gate, self.up, self.down), strict=True))
 
     def hidden(self, inputs: torch.Tensor) -> torch.Tensor:
         """act(W_gate n) * (W_up n), [..., M]."""

@@ -22,7 +22,6 @@ from stocha_hf.checkpoints.tensors import ModelTensors
 from stocha_hf.conversion.input_cuts import check_uncut
 from stocha_hf.conversion.layerwise import Layers
 from stocha_hf.conversion.refit import (
-    PARTS,
     WINDOW,
     check_original,
     refit_layers,
@@ -89,8 +88,7 @@ def refit(
     patch(model, stocha)  # type: ignore[arg-type] # inside the package there is one StochaConfig
     with torch.no_grad():
         for index, mlp in enumerate(stocha_mlps(model)):
-            ffn = store[index].ffn
-            for part, matrix in zip(PARTS, (ffn.gate, ffn.up, ffn.down), strict=True):
+            for part, matrix in store[index].ffn.parts.items():
                 getattr(mlp, part).weight.copy_(matrix)
     return model
 
