@@ -13,13 +13,16 @@ from helpers import assert_refused, call_command, tiny_model, tiny_tokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stocha_hf.answers import batches
+from stocha_hf.answers import aligned, batches
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.answers.grouped import NAME, attend, grouped_attention
 from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
 from stocha_hf.answers.writing import ROWS, rows_at_once, write_answers
 from stocha_hf.data import calibration_windows, load_data
+from stocha_hf.decoding import step
 from stocha_hf.errors import StochaError
+from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, StochaMLP
+from stocha_hf.patching import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [f"w{4 + i} w9 w{10 + 2 * i}" for i in range(9)]
@@ -168,6 +171,25 @@ def test_a_model_uses_it_in_steps_alone(kind: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, lambda *args, **more: steps.append(1) or attend(*args, **more))
     assert dict(batches.continue_prompts(model, prompts, new=6, ends=(), rows=3)) == expected
     assert len(steps) == 2 * batches.STRIDE and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_few_answers_at_a_time_are_whole_steps_of_the_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(kind, **({} if kind == "llama" else {"sliding_window": 6}))
+    patch(model, StochaConfig(activation=ARCHITECTURES[kind].act))
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, 64, (size,), generator=draw).tolist() for size in (3, 2, 7, 5, 30, 4)]
+    given: dict[str, Any] = {"new": 20, "ends": ()}
+    with monkeypatch.context() as without:
+        without.setattr(StochaMLP, "runtime", None)
+        without.setattr(batches, "has_whole_steps", lambda model: False)
+        expected = dict(batches.continue_prompts(model, prompts, rows=2, **given))
+    monkeypatch.setattr(aligned, "PLACES", 4)  # what no text needs is dropped soon
+    calls, run = [], step.run
+    monkeypatch.setattr(step, "run", lambda *args, **more: calls.append(1) or run(*args, **more))
+    for rows in (1, 2, 6):
+        assert dict(batches.continue_prompts(model, prompts, rows=rows, **given)) == expected
+    assert len(calls) == (6 + 3 + 1) * 3 * batches.STRIDE  # each of 24 steps for 20 tokens
 
 
 def test_the_command_writes_answers_and_tells_how_many(checkpoint, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 A decode step of a small model on a GPU takes as long for one row as for hundreds, so it must not run half empty. All
 but a prompt's last token are read in a forward without logits, together with other new prompts', padded on the right;
 its last token is its first decode step's. The tokens of STRIDE steps are looked at together, so that the device does
-not wait for Python after each of them; a row that ends in between has computed a few tokens for nothing.
+not wait for Python after each of them; a row that ends in between has computed a few tokens for nothing. On a CPU a
+few rows are continued by whole steps of the kernels, where the model has them (aligned.py).
 
     for i, tokens in continue_prompts(model, prompts, new=256, ends={2}, rows=64):
         print(tokenizer.decode(prompts[i] + tokens))
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from stocha_hf.answers.aligned import AlignedCache
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.answers.grouped import grouped_attention
 from stocha_hf.answers.slots import SlotCache
-from stocha_hf.decoding.step import tokens_of
+from stocha_hf.decoding.conditions import FEW
+from stocha_hf.decoding.step import has_whole_steps, tokens_of
 from stocha_hf.errors import StochaError
 
 STRIDE = 8
@@ -93,9 +96,10 @@ class _Batch:
         self.model, self.prompts, self.choice, self.generator = model, prompts, choice, generator
         self.waiting = deque(order)
         self.rows: list[_Row | None] = [None] * rows
-        self.cache = SlotCache(rows, model.device)
         self.cutting = getattr(model, "cutting", None)
         known = 1 if self.cutting is None else tokens_of(self.cutting)
+        whole = rows <= FEW and known == 1 and has_whole_steps(model)
+        self.cache: Any = AlignedCache(rows) if whole else SlotCache(rows, model.device)
         self.ids = torch.zeros(rows, known, dtype=torch.int64, device=model.device)  # the last ones of each row
 
     def run(self, new: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None) -> Iterator[_Row]:
@@ -142,7 +146,7 @@ class _Batch:
                 ids[: row.position] = torch.tensor(self.prompts[row.prompt][:-1], dtype=torch.int64)
             prefilled = DynamicCache()
             self.model.base_model(padded.to(self.model.device), past_key_values=prefilled, use_cache=True)
-            self.cache.put(at, prefilled)
+            self.cache.put(at, prefilled, [row.position for row in rows])
         known = self.ids.shape[1]
         last = [[0] * known + list(self.prompts[row.prompt][-known:]) for row in rows]
         self.ids[at] = torch.tensor([ids[-known:] for ids in last], device=self.model.device)
@@ -161,13 +165,7 @@ class _Batch:
             if self.cutting is not None and known > 1:
                 self.cutting.tell(step, self.ids, self.cache.masks(self.model.config, self.model.dtype, known))
             with grouped_attention(self.model.config, self.model.device):
-                logits = self.model(
-                    step,
-                    attention_mask=self.cache.masks(self.model.config, self.model.dtype),
-                    position_ids=self.cache.positions[:, None],
-                    past_key_values=self.cache,
-                    use_cache=True,
-                ).logits[:, -1]
+                logits = self.model(step, **self.cache.arguments(self.model.config, self.model.dtype)).logits[:, -1]
             largest.append(logits.amax(-1))
             doubted.append(self._doubted())
             found.append(self.choice(logits, self.generator))

@@ -7,14 +7,14 @@ A step of several tokens a row writes the last at `positions[row]` and the other
 computes them again (cuts_stocha.py).
 
     cache = SlotCache(rows=64, device=model.device)
-    cache.put(slots, prefilled)       # of a DynamicCache
-    cache.aim(positions)              # where the next step writes
-    model(ids[:, None], attention_mask=cache.masks(model.config, model.dtype), past_key_values=cache, ...)
+    cache.put(slots, prefilled, lengths)  # of a DynamicCache
+    cache.aim(positions, ahead=8)         # where the next steps write
+    model(ids[:, None], **cache.arguments(model.config, model.dtype))
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,8 +80,11 @@ class SlotCache(Cache):
                     grown[:, :, : part.shape[2]] = part
                     layer[i] = grown
 
-    def put(self, slots: torch.Tensor, prefilled: DynamicCache) -> None:
-        """Put prompts' keys and values, of any cache with whole layers, into these slots from place 0 on."""
+    def put(self, slots: torch.Tensor, prefilled: DynamicCache, lengths: Sequence[int]) -> None:
+        """Put prompts' keys and values, of any cache with whole layers, into these slots from place 0 on.
+
+        What lies behind a prompt's length is padding, which the text's next tokens replace before they see it.
+        """
         layers: list[Any] = prefilled.layers  # some kinds of layers hold no keys, but whole ones do
         length = layers[0].keys.shape[2]
         self._grow(length)
@@ -93,6 +96,15 @@ class SlotCache(Cache):
         """Forget all slots but these."""
         self.held = [[part[slots] for part in layer] for layer in self.held]
         self.rows = torch.arange(len(slots), device=self.rows.device)
+
+    def arguments(self, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """Return what a model's step of one token a row takes beside the tokens."""
+        return {
+            "attention_mask": self.masks(config, dtype),
+            "position_ids": self.positions[:, None],
+            "past_key_values": self,
+            "use_cache": True,
+        }
 
     def masks(self, config: Any, dtype: torch.dtype, tokens: int = 1) -> Any:
         """What so many tokens of each row see, [rows, 1, tokens, reach], added to attention's scores.

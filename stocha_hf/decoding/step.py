@@ -56,6 +56,11 @@ def call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMO
     return CausalLMOutputWithPast(logits=logits.to(plan.dtype), **{CACHE: cache})
 
 
+def has_whole_steps(model: Any) -> bool:
+    """Return whether the CPU's kernels compute a step of this model in one call."""
+    return model.device.type == "cpu" and available() and plans.of(model) is not None
+
+
 def with_fallback(
     model: Any,
     rows: CacheRows,
