@@ -331,7 +331,7 @@ def main() -> None:
         if args.run_code:
             solved = passed(found, tokenizer, human_eval(args.humaneval))
             record["texts_end"] = "at a code fence too"
-            record["passed"] = {way: sum(key[1] == way for key in solved) for way in ways}
+            record["passed"] = {way: sum(key[1] == way for key in solved) for way, _ in ways}
             before, after = ({number for number, other in solved if other == way} for way in (WITHOUT, LOSSLESS))
             record |= {"lost": len(before - after), "won": len(after - before)}
         with args.json.open("a") as file:
