@@ -5,11 +5,11 @@ without cuts, with them, and losslessly. On a CPU the ways take turns, and a rat
 GPU one follows the other, for a model's graphs are of one of them. `--dense` names a folder of the same model without
 cuts, whose matrices may lie in another order, as a fourth way. Bytes are of the decoder blocks' weights, a token:
 those of all drafts and verifications, by the share that a step with cuts reads on these texts, over the tokens; and
-with lm_head, of which a draft reads a quarter. `--drafts 15` drafts so many whatever they cost in time, to read the
-least; `--run-code` runs HumanEval's tests on the texts, which then end at a code fence, too. Several `--doubt` write a
-line each. Greedy texts of small models repeat themselves, which is easy to draft: `repeated` is the share of tokens
-that end eight which stood in the text before, and `--penalty 1.2` writes texts that repeat less. What repeats is
-drafted without a step, as `copied` tokens; `--no-copies` leaves all drafts to the cuts.
+with lm_head, of which a draft reads a part. `--drafts 15` drafts so many whatever they cost in time, to read the
+least; `--run-code` runs HumanEval's tests on the texts, which then end at a code fence, too. Several `--doubt` and
+`--part` write a line each. Greedy texts of small models repeat themselves, which is easy to draft: `repeated` is the
+share of tokens that end eight which stood in the text before, and `--penalty 1.2` writes texts that repeat less. What
+repeats is drafted without a step, as `copied` tokens; `--no-copies` leaves all drafts to the cuts.
 
     python benchmarks/lossless.py qwen-cut-4 --new 128 --json lossless.jsonl
     python benchmarks/lossless.py gemma-cut --dtype float32 --prompts-from prose.jsonl --plain --ends --new 96 \\
@@ -187,9 +187,9 @@ def speedup(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float 
 
 
 def summary(
-    found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int]], read: BytesRead | None
+    found: dict[tuple[int, str], dict[str, Any]], prompts: list[list[int]], read: BytesRead | None, part: int
 ) -> dict[str, Any]:
-    """Figures over all texts; of bytes only with what a draft reads."""
+    """Figures over all texts; of bytes only with what a draft reads, the first of so many parts of lm_head."""
     ways = list(dict.fromkeys(way for _, way in found))
     rows = {way: [found[number, way] for number in range(len(prompts)) if (number, way) in found] for way in ways}
     later = {way: sum(len(row["text"]) - 1 for row in rows[way]) for way in ways}  # the first is the prompt's
@@ -211,7 +211,7 @@ def summary(
         drafts, verifications = (record[name] / later[LOSSLESS] for name in ("drafted", "verifications"))
         record["bytes_a_token"] = drafts * read.share + verifications
         head = read.lm_head / read.dense_blocks
-        whole = drafts * (read.share + head / rounds.PART) + verifications * (1 + head)
+        whole = drafts * (read.share + head / part) + verifications * (1 + head)
         record["bytes_a_token_with_lm_head"] = whole / (1 + head)
     steps: dict[str, list[float]] = {}
     for row in rows[LOSSLESS]:
@@ -237,6 +237,9 @@ def main() -> None:
         help="so many a round, at most 15 on a GPU and 7 on a CPU (default: as many as pay in time)",
     )
     parser.add_argument("--doubt", type=float, nargs="+", default=[rounds.DOUBT], metavar="P", help="drafts end below")
+    parser.add_argument(
+        "--part", type=int, nargs="+", default=[rounds.PART], metavar="N", help="drafts look at 1/N of the vocabulary"
+    )
     parser.add_argument("--no-copies", action="store_true", help="draft by steps with cuts alone")
     parser.add_argument("--penalty", type=float, metavar="P", help="generate()'s repetition_penalty, in all ways")
     parser.add_argument(
@@ -262,6 +265,8 @@ def main() -> None:
         if not 0 <= doubt <= 1:
             parser.error(f"--doubt is {doubt:g}: expected a probability, 0 to 1")
 
+    if min(args.part) < 1:
+        parser.error(f"--part is {min(args.part)}: expected 1 or more")
     args.threads = 1 if args.cpu else args.threads
     now = time.process_time if args.cpu else time.perf_counter
     torch.set_num_threads(args.threads)
@@ -279,7 +284,8 @@ def main() -> None:
         if some is not None and args.run_code:
             end_at_fences(some, tokenizer)
     prompts = prompts_of(args, tokenizer)
-    ways: list[tuple[str, float | None]] = [(LOSSLESS, doubt) for doubt in args.doubt]
+    given = list(product(args.doubt, args.part))
+    ways: list[tuple[str, tuple[float, int] | None]] = [(LOSSLESS, some) for some in given]
     ways = (
         [(WITHOUT, None), *ways]
         + [(WITH, None)] * (cuts(model) and not args.no_cut_texts)
@@ -289,28 +295,29 @@ def main() -> None:
     if args.device != "cpu":
         order.sort(key=lambda pair: ways.index(pair[1]))
     options = {} if args.penalty is None else {"repetition_penalty": args.penalty}
-    rows: dict[tuple[int, str, float | None], dict[str, Any]] = {}
+    rows: dict[tuple[int, str, tuple[float, int] | None], dict[str, Any]] = {}
     begun: set[str] = set()
-    for number, (way, doubt) in order:
-        rounds.DOUBT = rounds.DOUBT if doubt is None else doubt
+    for number, (way, some) in order:
+        rounds.DOUBT, rounds.PART = some or (rounds.DOUBT, rounds.PART)
         if way not in begun and (args.device != "cpu" or number == 0):
             # lays out weights, builds kernels
             write(model, dense, way, prompts[number], now, max_new_tokens=16, **options)
             begun.add(way)
         row = write(model, dense, way, prompts[number], now, max_new_tokens=args.new, **options)
-        rows[number, way, doubt] = row
+        rows[number, way, some] = row
         if args.answers:
             with args.answers.open("a") as file:
                 answer = tokenizer.decode(row["text"], skip_special_tokens=True)
-                file.write(json.dumps({"number": number, "way": way, "doubt": doubt, "answer": answer, **row}) + "\n")
-        print(number, way, doubt or "", f"{1e3 * row['seconds']:.3f} ms, {len(row['text'])} tokens", flush=True)
+                told = {"number": number, "way": way, "doubt": some and some[0], "part": some and some[1]}
+                file.write(json.dumps(told | {"answer": answer, **row}) + "\n")
+        print(number, way, some or "", f"{1e3 * row['seconds']:.3f} ms, {len(row['text'])} tokens", flush=True)
     chosen = range(0, len(prompts), -(-len(prompts) // COUNTED))
     texts = [(prompts[number] + rows[number, WITHOUT, None]["text"], len(prompts[number])) for number in chosen]
     read = read_of_texts(model, texts) if cuts(model) else None
     processor = platform.processor() or platform.machine()
     device = processor if args.device == "cpu" else torch.cuda.get_device_name()
-    for doubt in args.doubt:
-        found = {(number, way): row for (number, way, other), row in rows.items() if other in (None, doubt)}
+    for doubt, part in given:
+        found = {(number, way): row for (number, way, other), row in rows.items() if other in (None, (doubt, part))}
         record = {
             "model": Path(args.folder).name,
             "share": model.config.stocha["inputs"].get("share") if cuts(model) else None,
@@ -321,7 +328,8 @@ def main() -> None:
             "prompts": "HumanEval" if args.humaneval else args.prompts_from.name if args.prompts_from else "four",
             "new_tokens": args.new,
             "doubt": doubt,
-            **summary(found, prompts, read),
+            "part": part,
+            **summary(found, prompts, read, part),
         }
         record |= {"template": False} if args.plain else {}
         record |= {} if args.penalty is None else {"repetition_penalty": args.penalty}
