@@ -155,6 +155,20 @@ def test_evaluation_while_training_runs_what_the_checkpoint_will_infer_with(tmp_
     assert told == [row["num_tokens"] for row in run.state.log_history if "loss" in row] == [18, 36]
 
 
+def test_a_resumed_run_counts_the_tokens_between_the_last_log_and_the_checkpoint(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    logs = {}
+    for name in ("whole", "resumed"):
+        out = tmp_path / name
+        if name == "resumed":
+            shutil.copytree(tmp_path / "whole" / "checkpoint-2", out / "checkpoint-2")
+        run = trainer(patched(), arguments(tmp_path, output_dir=str(out), **options))
+        run.train(resume_from_checkpoint=str(out / "checkpoint-2") if name == "resumed" else None)
+        logs[name] = [(row["step"], row["num_tokens"], row["loss"]) for row in run.state.log_history if "loss" in row]
+    assert logs["resumed"] == logs["whole"]
+    assert [row[:2] for row in logs["whole"]] == [(2, 36), (3, 54), (4, 72)], "each checkpoint ends a row"
+
+
 def test_two_meters_of_a_model_count_separately():
     model = patched()
     first, second = SparsityMeter(model), SparsityMeter(model)

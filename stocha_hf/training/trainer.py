@@ -213,6 +213,8 @@ class StochaTrainer(CheckpointingTrainer):
         return loss
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_save and self.args.logging_strategy != "no":
+            self.control.should_log = True  # what is counted up to here, a resumed run knows from the log alone
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
             self.check_finite()
         super()._maybe_log_save_evaluate(*args, **kwargs)
