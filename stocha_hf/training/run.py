@@ -14,15 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stocha_hf.checkpoints.entry import RANDOM_START, with_stage
-from stocha_hf.checkpoints.metadata import public_name
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_place
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import StochaConfig
-
-LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -119,20 +114,14 @@ def parse(
 
 def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     """Train and leave a checkpoint in args.output_dir; with LoRA the adapter, and the merged model in merged/."""
-    from trl import get_peft_config
-
     from stocha_hf.data import load_tokenizer
     from stocha_hf.data.files import local_files
-    from stocha_hf.models import load_config, load_model, tokenizer_folder
+    from stocha_hf.models import load_config, tokenizer_folder
+    from stocha_hf.training.adapters import LORA_MODULES, check_adapter, merge_adapter
     from stocha_hf.training.checkpointing import last_checkpoint
-    from stocha_hf.training.fresh import fresh_model
-    from stocha_hf.training.held_inputs import trains_with_cuts
-    from stocha_hf.training.hidden_error import check_same_shape
-    from stocha_hf.training.losses import check_teacher
-    from stocha_hf.training.trainer import StochaTrainer
+    from stocha_hf.training.history import record_run
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     _check_output(args.output_dir, name, args.teacher)
     for text in filter(None, (data.dataset, *(data.datasets or ()), data.eval_dataset)):
         local_files(text)  # what is missing here is told before the Hub is asked
@@ -141,48 +130,22 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     teacher_config = load_config(args.teacher) if args.teacher else None
     train_data, eval_data = _load_both(data, args.seed)
     tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_name_or_path or name, revision))
-    try:
-        if args.model_config is not None:
-            model = fresh_model(args.model_config, tokenizer, seed=args.seed, **options)
-        else:
-            model = load_model(name, revision=revision, **options)
-            refuse_quantized(model.config.to_dict(), name, "training")
-    except (ValueError, ImportError) as error:
-        if model_args.attn_implementation is None or isinstance(error, StochaError):
-            raise
-        raise StochaError(str(error).partition("\n")[0]) from error  # it is not known, or not installed
-    uncut = next((key for key in ("uncut_prompts", "uncut_rows") if getattr(args, key)), None)
-    if uncut and not trains_with_cuts(model):
-        raise StochaError(
-            f"{uncut} is {getattr(args, uncut)} and {name} computes all inputs in full in training: expected a "
-            "model that cuts them there; convert it with --inputs SHARE --inputs-train"
-        )
-    teacher = None
-    if teacher_config is not None:
-        check_teacher(model.config, teacher_config)
-        if args.distill_hidden:
-            check_same_shape(model.config, teacher_config)
-        taught_in = {"dtype": args.loads_teacher_in} if args.loads_teacher_in else {}
-        teacher = load_model(args.teacher, **options | taught_in)
-        _use_base(teacher)
+    model = _student(args, model_args, tokenizer)
+    teacher = None if teacher_config is None else _teacher(args, model_args, model.config, teacher_config)
     if model_args.use_peft:
-        _check_thresholds_stay(args, schedule)
-        _check_adapter_base(model.config.stocha, schedule, name)
+        check_adapter(args, schedule, model.config.stocha, name)
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_MODULES
-    _record_history(model, data, args, model_args, schedule)
-    try:
-        trainer = StochaTrainer(
-            model=model,
-            args=args,
-            schedule=schedule,
-            teacher=teacher,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-        )
-    except (ValueError, ImportError, RuntimeError) as error:  # keys that trl, transformers or peft refuse together
-        raise StochaError(str(error).partition("\n")[0]) from error
+    record_run(model, data, args, model_args, schedule)
+    trainer = _trainer(
+        model_args,
+        model=model,
+        args=args,
+        schedule=schedule,
+        teacher=teacher,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+    )
     checkpoint = last_checkpoint(args.output_dir)
     trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if args.threshold_shift:
@@ -195,6 +158,64 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # without it gloo's threads may outlive Python, and abort a run that is done
     return _result(Path(args.output_dir), trainer.state, trained.metrics["train_runtime"])
+
+
+def _student(args: Any, model_args: Any, tokenizer: Any) -> Any:
+    """The model to train, patched."""
+    from stocha_hf.models import load_model
+    from stocha_hf.training.fresh import fresh_model
+    from stocha_hf.training.held_inputs import trains_with_cuts
+
+    name = model_args.model_name_or_path
+    try:
+        if args.model_config is not None:
+            model = fresh_model(args.model_config, tokenizer, seed=args.seed, **_options(model_args))
+        else:
+            model = load_model(name, revision=model_args.model_revision, **_options(model_args))
+            refuse_quantized(model.config.to_dict(), name, "training")
+    except (ValueError, ImportError) as error:
+        if model_args.attn_implementation is None or isinstance(error, StochaError):
+            raise
+        raise StochaError(str(error).partition("\n")[0]) from error  # it is not known, or not installed
+    uncut = next((key for key in ("uncut_prompts", "uncut_rows") if getattr(args, key)), None)
+    if uncut and not trains_with_cuts(model):
+        raise StochaError(
+            f"{uncut} is {getattr(args, uncut)} and {name} computes all inputs in full in training: expected a "
+            "model that cuts them there; convert it with --inputs SHARE --inputs-train"
+        )
+    return model
+
+
+def _teacher(args: Any, model_args: Any, student_config: Any, config: Any) -> Any:
+    """The teacher, with its own activation whatever its checkpoint infers with: it stands for the source model."""
+    from stocha_hf.modeling_stocha import stocha_mlps
+    from stocha_hf.models import load_model
+    from stocha_hf.training.hidden_error import check_same_shape
+    from stocha_hf.training.losses import check_teacher
+
+    check_teacher(student_config, config)
+    if args.distill_hidden:
+        check_same_shape(student_config, config)
+    taught_in = {"dtype": args.loads_teacher_in} if args.loads_teacher_in else {}
+    teacher = load_model(args.teacher, **_options(model_args) | taught_in)
+    for mlp in stocha_mlps(teacher):
+        mlp.forced = teacher.config.stocha["base"]
+    return teacher
+
+
+def _options(model_args: Any) -> dict[str, Any]:
+    return {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+
+
+def _trainer(model_args: Any, **kwargs: Any) -> Any:
+    from trl import get_peft_config
+
+    from stocha_hf.training.trainer import StochaTrainer
+
+    try:
+        return StochaTrainer(**kwargs, peft_config=get_peft_config(model_args))
+    except (ValueError, ImportError, RuntimeError) as error:  # keys that trl, transformers or peft refuse together
+        raise StochaError(str(error).partition("\n")[0]) from error
 
 
 def _result(folder: Path, state: Any, seconds: float) -> TrainingResult:
@@ -225,75 +246,3 @@ def _load_both(data: DataArguments, seed: int) -> tuple[Any, Any]:
     if data.eval_dataset is None:
         return train_data, None
     return train_data, load_data(data.eval_dataset, split=data.eval_split, **shared)  # type: ignore[arg-type]
-
-
-def _use_base(teacher: Any) -> None:
-    """Let the teacher run its own activation, whatever its checkpoint infers with: it stands for the source model."""
-    from stocha_hf.modeling_stocha import stocha_mlps
-
-    for mlp in stocha_mlps(teacher):
-        mlp.forced = teacher.config.stocha["base"]
-
-
-def _check_adapter_base(stocha: dict[str, Any], schedule: Any, name: str) -> None:
-    """Refuse a base that infers with another activation than the adapter ends with: users load it as it is."""
-    last = schedule.phases[-1].activation
-    if stocha["inference"] != last:
-        raise StochaError(
-            f"{name} infers with {stocha['inference']} but its adapter would be trained for {last}: expected a base "
-            f"that infers with {last}; run stocha-convert {name} NEW_BASE --activation {last} and train on NEW_BASE"
-        )
-
-
-def _check_thresholds_stay(args: Any, schedule: Any) -> None:
-    """Refuse thresholds that move: an adapter's folder has no place for them."""
-    if args.threshold_shift or any(phase.sparsity is not None for phase in schedule.phases):
-        raise StochaError(
-            "use_peft is true with thresholds that training moves, which an adapter cannot hold: expected a schedule "
-            "without sparsity and no threshold_shift, or use_peft: false"
-        )
-
-
-def _record_history(model: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
-    """Add this run to the history in the model's config."""
-    from stocha_hf.training.entry import change_entry
-    from stocha_hf.training.held_inputs import trains_with_cuts
-
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    stage = {
-        "start": None if args.model_config is None else RANDOM_START,
-        "dataset": data.dataset and public_name(data.dataset),
-        "datasets": data.datasets and {public_name(name): share for name, share in data.datasets.items()},
-        "steps": args.max_steps if args.max_steps > 0 else None,
-        "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
-        "tokens_per_step": rows * args.max_length if args.max_length else None,
-        "seed": args.seed,
-        "schedule": schedule.to_list(),
-        "learning_rate": args.learning_rate,
-        "method": "lora" if model_args.use_peft else "full",
-        "teacher": args.teacher and public_name(args.teacher),
-        "distill_weight": args.distill_weight if args.teacher else None,
-        "distill_hidden": args.distill_hidden or None,
-        "target_sparsity": args.target_sparsity,
-        "uncut_prompts": args.uncut_prompts or None,
-        "uncut_rows": args.uncut_rows or None,
-        "input_thresholds": "held to their shares" if trains_with_cuts(model) and not model_args.use_peft else None,
-    }
-    change_entry(model, history=with_stage(StochaConfig.from_dict(model.config.stocha), stage).history)
-
-
-def merge_adapter(adapter: str, base: str, revision: str | None, tokenizer: Any, stocha: dict[str, Any]) -> None:
-    """Write the full model of an adapter and its base to adapter/merged: an ordinary checkpoint with that entry."""
-    from peft import PeftModel
-
-    from stocha_hf.checkpoints.metadata import source_metadata
-    from stocha_hf.models import load_model
-    from stocha_hf.publishing import card
-    from stocha_hf.training.entry import change_entry
-
-    folder = Path(adapter) / "merged"
-    merged = PeftModel.from_pretrained(load_model(base, revision=revision, dtype="auto"), adapter).merge_and_unload()
-    change_entry(merged, **stocha)
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    card.write_card(folder, metadata=source_metadata(Path(base)))
