@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stocha_hf.answers import aligned, batches
-from stocha_hf.answers.choosing import Choice
+from stocha_hf.answers.choosing import BLOCK, Choice, numbers
 from stocha_hf.answers.grouped import NAME, attend, grouped_attention
 from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
 from stocha_hf.answers.writing import ROWS, rows_at_once, write_answers
@@ -95,6 +95,31 @@ def test_samples_differ_by_seed_and_equal_ones_are_written_once(tmp_path: Path) 
     assert (greedy.answers, greedy.new) == (2, 6)
 
 
+def test_what_is_drawn_is_the_same_in_any_batch_and_after_a_kill(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    options: dict[str, Any] = {"new": 12, "temperature": 1.0, "top_p": 0.9, "samples": 2}
+    for rows in (1, 3, 18):
+        write_answers(model, tokenizer, PROMPTS, tmp_path / f"{rows}.jsonl", batch_size=rows, **options)
+    expected = sorted(texts(tmp_path / "1.jsonl"))
+    assert sorted(texts(tmp_path / "3.jsonl")) == sorted(texts(tmp_path / "18.jsonl")) == expected
+    assert len(set(expected)) == 18, "samples of a prompt differ"
+    write_answers(model, tokenizer, PROMPTS[4:], tmp_path / "killed.jsonl", **options)
+    write_answers(model, tokenizer, PROMPTS, tmp_path / "killed.jsonl", **options)
+    assert sorted(texts(tmp_path / "killed.jsonl")) == expected
+
+
+def test_numbers_follow_from_key_and_place_alone() -> None:
+    found = numbers([5, 2**64 - 1], [3, 0], 4)
+    assert found.dtype == torch.float64 and torch.equal(found[0, 1:], numbers([5], [4], 3)[0])
+    assert torch.equal(found[1], numbers([2**64 - 1], [0], 4)[0])
+    many = numbers(range(1000), [0] * 1000, 1000)
+    assert 0 <= many.min() < 1e-5 and 1 - 1e-5 < many.max() < 1
+    # five standard errors of a share of 1,000,000 draws are at most 0.0025; of 1,000, 0.016
+    assert torch.allclose(many.flatten().histc(10, 0, 1) / 1e6, torch.full((10,), 0.1).double(), atol=0.0025)
+    for line in (many[:, 0], many[0]):
+        assert torch.allclose(line.histc(4, 0, 1) / 1e3, torch.full((4,), 0.25).double(), atol=0.07)
+
+
 def test_prompts_without_room_for_an_answer_are_left_out(tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()  # 64 positions
     long = " ".join(["w7"] * 60)
@@ -136,16 +161,31 @@ def test_prompts_come_from_files_of_any_kind(tmp_path: Path) -> None:
 
 
 def test_top_p_draws_from_the_nucleus_by_its_chances() -> None:
+    some = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     chances = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     logits = chances.log().repeat(20_000, 1)
     for top_p, kept in ((1.0, 5), (0.75, 3), (0.7, 2), (0.2, 1)):
-        drawn = Choice(1.0, top_p)(logits, torch.Generator().manual_seed(0)).bincount(minlength=5) / 20_000
+        drawn = Choice(1.0, top_p)(logits, some).bincount(minlength=5) / 20_000
         expected = chances * (torch.arange(5) < kept)
         # five standard errors of a share of 20,000 draws are at most 0.018
         assert torch.allclose(drawn, expected / expected.sum(), atol=0.018)
         assert drawn[kept:].sum() == 0
-    cold = Choice(0.1)(logits, torch.Generator().manual_seed(0)).bincount(minlength=5) / 20_000
+    cold = Choice(0.1)(logits, some).bincount(minlength=5) / 20_000
     assert cold[0] == pytest.approx((chances**10 / (chances**10).sum())[0].item(), abs=0.018)
+
+
+@pytest.mark.parametrize("size", [5, BLOCK, 3 * BLOCK, 3 * BLOCK + 7])
+def test_a_number_draws_the_token_that_it_falls_on(size: int) -> None:
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(50, size).masked_fill(torch.rand(50, size) < 0.5, -torch.inf)
+    ends = logits.double().softmax(-1).cumsum(-1)
+    some = torch.rand(50, dtype=torch.float64)
+    some[:2] = torch.tensor([0.0, 1 - 2**-53])
+    drawn = Choice(1.0)(logits, some)
+    assert logits.gather(1, drawn[:, None]).isfinite().all(), "of no chance is none"
+    exact = torch.searchsorted(ends, some[:, None], right=True)[:, 0]
+    assert (drawn == exact)[2:].all() and drawn[0] == exact[0], "float32 rounds a boundary by 1e-7"
+    assert drawn.dtype == torch.int64 and ((Choice(1.0)(logits) >= 0) & (Choice(1.0)(logits) < size)).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

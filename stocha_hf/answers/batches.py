@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from stocha_hf.answers.aligned import AlignedCache
-from stocha_hf.answers.choosing import Choice
+from stocha_hf.answers.choosing import Choice, numbers
 from stocha_hf.answers.grouped import grouped_attention
 from stocha_hf.answers.slots import SlotCache
 from stocha_hf.decoding.conditions import FEW
@@ -39,7 +39,7 @@ def continue_prompts(
     ends: Collection[int],
     rows: int,
     choice: Choice | None = None,
-    generator: torch.Generator | None = None,
+    keys: Sequence[int] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
     repeated: dict[int, int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
@@ -52,7 +52,8 @@ def continue_prompts(
         ends: Token ids that end one; it keeps them.
         rows: Prompts in work at a time; half as many where memory does not suffice.
         choice: How a token is chosen; None is greedy.
-        generator: Of the model's device, decides what is drawn; None takes the device's own.
+        keys: A number of 64 bits for each prompt: what is drawn for it follows from that, also in another batch, up to
+            rounding. None draws anything.
         stop: Called now and then with a row's new tokens so far; true ends the row, maybe some tokens late.
         repeated: Gets, by a prompt's number, how many of its continuation's steps, one a token, were computed again by
             a model with a fallback. What a row computes beyond its end is not counted.
@@ -65,7 +66,7 @@ def continue_prompts(
     """
     left = set(range(len(prompts)))
     while left:
-        batch = _Batch(model, prompts, sorted(left), min(rows, len(left)), choice or Choice(), generator)
+        batch = _Batch(model, prompts, sorted(left), min(rows, len(left)), choice or Choice(), keys)
         try:
             for row in batch.run(new, frozenset(ends), stop):
                 if repeated is not None:
@@ -91,9 +92,9 @@ class _Row:
 
 class _Batch:
     def __init__(
-        self, model: Any, prompts: Any, order: list[int], rows: int, choice: Choice, generator: torch.Generator | None
+        self, model: Any, prompts: Any, order: list[int], rows: int, choice: Choice, keys: Sequence[int] | None
     ) -> None:
-        self.model, self.prompts, self.choice, self.generator = model, prompts, choice, generator
+        self.model, self.prompts, self.choice, self.keys = model, prompts, choice, keys
         self.waiting = deque(order)
         self.rows: list[_Row | None] = [None] * rows
         self.cutting = getattr(model, "cutting", None)
@@ -160,7 +161,8 @@ class _Batch:
         self.cache.aim(positions, STRIDE)
         found, largest, doubted, known = [], [], [], self.ids.shape[1]
         self._doubted()  # what was before
-        for _ in range(STRIDE):
+        drawing = self._numbers()
+        for i in range(STRIDE):
             step = self.ids[:, -1:]
             if self.cutting is not None and known > 1:
                 self.cutting.tell(step, self.ids, self.cache.masks(self.model.config, self.model.dtype, known))
@@ -168,7 +170,7 @@ class _Batch:
                 logits = self.model(step, **self.cache.arguments(self.model.config, self.model.dtype)).logits[:, -1]
             largest.append(logits.amax(-1))
             doubted.append(self._doubted())
-            found.append(self.choice(logits, self.generator))
+            found.append(self.choice(logits, None if drawing is None else drawing[:, i]))
             self.ids = torch.cat([self.ids[:, 1:], found[-1][:, None]], 1)
             self.cache.advance()
         if not torch.stack(largest).isfinite().all():
@@ -177,6 +179,14 @@ class _Batch:
                 "try --dtype float32, or convert or train it again"
             )
         return torch.stack(found, 1).tolist(), torch.stack(doubted, 1).tolist()
+
+    def _numbers(self) -> torch.Tensor | None:
+        """Those that draw the next tokens, [rows, STRIDE]."""
+        if self.keys is None or not self.choice.temperature:
+            return None
+        keys = [0 if row is None else self.keys[row.prompt] for row in self.rows]
+        places = [0 if row is None else len(row.tokens) for row in self.rows]
+        return numbers(keys, places, STRIDE).to(self.model.device)
 
     def _doubted(self) -> torch.Tensor:
         """Which rows' last step was computed again since this was asked last, bool [rows]."""

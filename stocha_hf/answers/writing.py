@@ -85,7 +85,8 @@ def write_answers(
         temperature: That tokens are drawn at; 0 takes the most likely one.
         top_p: Draw from the most likely tokens only, whose probabilities add up to this.
         batch_size: Answers in work at a time; None takes as many as the device's memory holds, at most ROWS.
-        seed: Decides what is drawn, together with `batch_size`.
+        seed: Decides what is drawn, together with the prompt and the number of its sample. `batch_size` changes no
+            more of it than how the model's numbers are rounded.
         settings: What else decides the answers, such as the weights' hash; kept beside the file.
 
     Returns:
@@ -108,7 +109,7 @@ def write_answers(
             ends=ends,
             rows=batch_size or rows_at_once(model, max(map(len, fitting.values()), default=0) + new),
             choice=Choice(temperature, top_p),
-            generator=torch.Generator(model.device).manual_seed(seed + len(file.ids)),
+            keys=[int(_id(text, f"{seed} {sample}")[:16], 16) for text, sample in missing],
         )
         begun, tokens, answered = time.monotonic(), 0, 0
         with Progress(total=len(missing), desc="Answering", unit="answer") as bar:
@@ -263,5 +264,5 @@ def _without_bos(tokenizer: Any, text: str) -> str:
     return text.removeprefix(bos) if puts_bos else text
 
 
-def _id(text: str, sample: int) -> str:
+def _id(text: str, sample: int | str) -> str:
     return hashlib.sha1(f"{sample} {text}".encode()).hexdigest()

@@ -52,7 +52,12 @@ def parser() -> Parser:
         default=1.0,
         help="draw from the most likely tokens that add up to this probability (default: 1)",
     )
-    verb.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="decides what is drawn (default: 0)")
+    verb.add_argument(
+        "--seed",
+        type=whole_number(0, 2**63 - 1),
+        default=0,
+        help="decides what is drawn for a prompt, up to rounding in any batch (default: 0)",
+    )
     verb.add_argument(
         "--batch-size", type=whole_number(1), metavar="N", help="answers generated at once (default: by device)"
     )
