@@ -190,6 +190,28 @@ def test_answers_to_tasks_are_those_without_cuts_and_what_they_took_is_counted(
     assert again.generate_until(requests) == written and not drafts, "kept answers are not written again"
 
 
+def test_answers_of_a_model_without_cuts_come_from_copies() -> None:
+    from lm_eval.api.instance import Instance
+
+    from stocha_hf.cli.eval import _draft_lines
+    from stocha_hf.publishing.tables import _readings
+    from stocha_hf.tasks.harness import HarnessModel
+    from stocha_hf.tasks.kept import Kept
+
+    model = tiny_model(max_position_embeddings=512).eval()
+    patch(model, StochaConfig(activation="silu"))
+    request = Instance("generate_until", {}, ("w40 w50 w60", {"max_gen_toks": 100}), 0, ("t", 0, 1))
+    expected = HarnessModel(model, tiny_tokenizer(), Kept(), "plain").generate_until([request])
+    lm = HarnessModel(model, tiny_tokenizer(), Kept(), "drafted", lossless=True)
+    assert lm.generate_until([request]) == expected
+    found = lm.reading("t")
+    assert found.drafts.drafted == 0 < found.drafts.accepted <= found.drafts.copied
+    assert found.bytes_read.share == pytest.approx(found.drafts.verifications / found.steps) and found.steps == 99
+    told = found.to_dict()
+    assert f"99 tokens: {found.drafts.copied} copied from the text, and" in next(_draft_lines(told))
+    assert "what stood in the text before was drafted" in next(_readings({"task_bytes": [told]}))
+
+
 def test_a_task_that_samples_is_refused_when_lossless() -> None:
     from lm_eval.api.instance import Instance
 

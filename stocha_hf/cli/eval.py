@@ -94,7 +94,7 @@ def parser() -> Parser:
     verb.add_argument(
         "--lossless",
         action="store_true",
-        help="write MODEL's answers to tasks as it does without its input cuts, which draft them, one at a time",
+        help="write MODEL's answers to tasks as it does without input cuts, one at a time, from drafts",
     )
     verb.add_argument(
         "--run-code", action="store_true", help="run the code that MODEL writes, with limits and without network"
@@ -140,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> None:
             evaluation.check_vocabulary(config, windows)
     models = [load_model(name, dtype=getattr(torch, args.dtype)).eval().to(device) for name in names]
     _check_mode(models[0], args.mode)
-    _check_lossless(models[0], tasks, args)
+    _check_lossless(tasks, args)
     rows = [origin(name, model) for name, model in zip(names, models, strict=True)]
     figures = rows[0] | {"dtype": args.dtype} | circumstances()
     with models[0].stocha_mode(args.mode) if args.mode else nullcontext():
@@ -217,9 +217,7 @@ def _check_mode(model: Any, mode: str | None) -> None:
         raise StochaError(f"--mode {mode} cannot run on this model: {error}") from None
 
 
-def _check_lossless(model: Any, tasks: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    from stocha_hf.cuts_stocha import cut_projections
-
+def _check_lossless(tasks: list[dict[str, Any]], args: argparse.Namespace) -> None:
     if not args.lossless:
         return
     kinds = {task.OUTPUT_TYPE for parts in tasks[0].values() for task in parts["tasks"].values()}
@@ -227,11 +225,6 @@ def _check_lossless(model: Any, tasks: list[dict[str, Any]], args: argparse.Name
         raise StochaError(
             f"--lossless was given and {' '.join(args.tasks)} writes no answers: expected a task that does, such as "
             "humaneval"
-        )
-    if not cut_projections(model):
-        raise StochaError(
-            f"--lossless was given and {args.model} cuts no inputs: expected a model that does, to draft with "
-            "its cuts; convert it with stocha-convert --inputs"
         )
 
 
@@ -330,11 +323,14 @@ def _fallback_lines(row: dict[str, Any]) -> Iterator[str]:
 
 def _draft_lines(row: dict[str, Any]) -> Iterator[str]:
     if found := row.get("drafts"):
-        copied = f", {found['copied']} more copied from the text" if found.get("copied") else ""
+        offered = [
+            f"{found['drafted']} were drafted, each for {found['cut_share']:.1%} of the bytes",
+            f"{found.get('copied', 0)} copied from the text",
+        ]
+        some = [text for text in offered if not text.startswith("0 ")] or ["none were drafted"]
         yield (
-            f"  {found['steps']} tokens: {found['drafted']} were drafted, each for {found['cut_share']:.1%} of the "
-            f"bytes{copied}, and {found['accepted']} of them stood; {found['verifications']} steps without cuts "
-            "checked them"
+            f"  {found['steps']} tokens: {', '.join(some)}, and {found['accepted']} of them stood; "
+            f"{found['verifications']} steps without cuts checked them"
         )
 
 

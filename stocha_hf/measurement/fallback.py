@@ -84,20 +84,20 @@ def with_repeated(model: Any, read: BytesRead, steps: int, repeated: int) -> tup
 
 @torch.no_grad()
 def read_of_texts(model: Any, texts: list[tuple[list[int], int]]) -> BytesRead:
-    """Count what a step with cuts reads where texts are written.
+    """Count what a step reads where texts are written, with the cuts if there are any.
 
     Args:
-        model: A model that cuts inputs, in eval mode.
+        model: A model in eval mode.
         texts: Token ids of each, and how many of them are its prompt's, whose last token is the first step's.
     """
-    first = 0
+    first, cuts = 0, bool(cut_projections(model))
     meter = ReadMeter(model, start=lambda length: first)
     try:
-        with cut_inputs(model, "always"):
+        with cut_inputs(model, "always") if cuts else nullcontext():
             for ids, prompt in texts:
                 first = prompt - 1
                 prompts = torch.arange(len(ids), device=model.device)[None] < first
-                with uncut(model, prompts):
+                with uncut(model, prompts if cuts else None):
                     model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
     finally:
         meter.close()

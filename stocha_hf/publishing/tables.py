@@ -41,6 +41,10 @@ DRAFTED = (
     "to rounding. Of {offered:,} drafted tokens, {copied:,} of them copied from the text before, it accepted "
     "{accepted:,}"
 )
+COPIED = (
+    ": what stood in the text before was drafted, and the model verified it, so the answers are its own, up to "
+    "rounding. Of {copied:,} drafted tokens it accepted {accepted:,}"
+)
 REPEATED = ", {:.0%} of the steps computed again without cuts"
 DIVERSITY = (
     "{samples} samples of each of {count} prompts, {new} tokens at most, {dtype} ({command}). Log-likelihood: of "
@@ -160,7 +164,8 @@ def _readings(measured: dict[str, Any]) -> Iterator[str]:
         drafts, fallback, how = reading.get("drafts"), reading.get("fallback"), ""
         if drafts:
             copied = drafts.get("copied", 0)  # not in older files
-            how = DRAFTED.format(offered=drafts["drafted"] + copied, copied=copied, accepted=drafts["accepted"])
+            how = DRAFTED if drafts["drafted"] else COPIED
+            how = how.format(offered=drafts["drafted"] + copied, copied=copied, accepted=drafts["accepted"])
         elif fallback:
             how = REPEATED.format(fallback["share"])
         yield READ.format(

@@ -1,6 +1,7 @@
-"""Continue prompts losslessly, one at a time: a model with input cuts drafts, and checks its drafts without the cuts.
+"""Continue prompts losslessly, one at a time: a model's input cuts draft, and what the text repeats; it checks its
+drafts without the cuts.
 
-What it costs is counted with each answer: the tokens that were drafted, and the steps without cuts.
+What it costs is counted with each answer: the tokens that were drafted and copied, and the steps without cuts.
 
     for i, tokens, counts in draft_answers(model, prompts, new=256, ends={2}, stop=None):
         print(tokenizer.decode(tokens), counts.drafted, counts.verifications)
@@ -56,7 +57,7 @@ def draft_answers(
     """Continue each prompt greedily until it ends, as the model does without cuts.
 
     Args:
-        model: A CausalLM that cuts inputs, in eval mode.
+        model: A CausalLM in eval mode.
         prompts: Token ids of each, at least one.
         new: Tokens of a continuation at most.
         ends: Token ids that end one; it keeps them.
@@ -86,13 +87,13 @@ def draft_answers(
 
 
 def with_drafts(read: BytesRead, steps: int, counts: Counts) -> tuple[BytesRead, Drafts]:
-    """Return what a token took on average where a step with cuts reads `read`, and how many drafts it took.
+    """Return what a token took on average where a step reads `read`, with cuts if there are any, and its drafts.
 
     A draft looks at a part of the vocabulary, so it reads that part of lm_head. A step without cuts reads all: an
     upper bound where the FFN is sparse by its gate.
 
     Args:
-        read: Bytes of a step with cuts.
+        read: Bytes of a step.
         steps: Tokens of all texts after the first of each, which is its prompt's.
         counts: Over all texts.
     """

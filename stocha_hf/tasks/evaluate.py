@@ -68,14 +68,15 @@ def evaluate_tasks(
         task_data: A folder or file with questions, as stocha_hf.tasks.local_data says.
         kept: A .jsonl file that responses are added to as they come, and taken from if they are in it.
         name: Whose responses they are, in that file: a hash of the weights, say.
-        lossless: Write answers as the model does without its input cuts, which draft them, one at a time.
+        lossless: Write answers as the model does without its input cuts, one at a time, from drafts: of the cuts, if
+            there are any, and of what the text repeats.
 
     Returns:
         The scores, in the order of the tasks.
 
     Raises:
         StochaError: there is no such task, its questions are nowhere, it runs code, lm-eval is missing, the model's
-            likelihoods are not finite, or `lossless` is asked of a model without cuts or a task that samples.
+            likelihoods are not finite, or `lossless` is asked of a task that samples.
     """
     from stocha_hf.tasks.catalogue import CHATS, check_names, load_tasks
 

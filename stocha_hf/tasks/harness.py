@@ -168,12 +168,14 @@ class HarnessModel(TemplateLM):
     def reading(self, task: str) -> TaskReading | None:
         """What steps read that wrote the answers to a task, whose requests are those since this was asked last.
 
-        None for a model that cuts no inputs, a task without such answers, and answers whose steps nobody counted.
-        Steps are counted up to each answer's end; bytes on TEXTS of the answers, with their prompts and read at once.
+        None for a model that neither cuts inputs nor writes from drafts, a task without such answers, and answers
+        whose steps nobody counted. Steps are counted up to each answer's end; bytes on TEXTS of the answers, with
+        their prompts and read at once.
         """
         requests, self.generated = self.generated, []
         about = [self.kept.about[self._key(request)] for request in requests]
-        if not requests or not cut_projections(self.model) or not all("steps" in row for row in about):
+        counted = self.lossless or cut_projections(self.model)
+        if not requests or not counted or not all("steps" in row for row in about):
             return None
         steps = sum(row["steps"] for row in about)
         texts = [self._text(request) for request in requests[:: -(-len(requests) // TEXTS)]]

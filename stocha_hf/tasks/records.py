@@ -45,7 +45,7 @@ class TaskDifference(Record):
 
 @dataclass(frozen=True)
 class TaskReading(Record):
-    """What decode steps read while a model that cuts inputs wrote its answers to a task.
+    """What decode steps read while a model that cuts inputs, or writes from drafts, wrote its answers to a task.
 
     `steps` counts the answers' tokens. `bytes_read` is of a step on average, measured on `texts` of the answers;
     `fallback` counts the steps that were computed again, None where the model has none; `drafts` what lossless
