@@ -2,7 +2,7 @@
 
 The harness has a class of its own for models of transformers (HFLM). This one is for models that are loaded already,
 and it has what a long evaluation needs beside: rows without padding when generating, likelihoods that are read where
-they are wanted and nowhere else, half the batch where memory does not suffice, responses kept as they come.
+they are wanted and nowhere else (likelihoods.py), responses kept as they come.
 
     lm = HarnessModel(model, tokenizer, Kept(Path("results.jsonl")), "smollm2-sparse")
     lm_eval.evaluator.evaluate(lm, ...)
@@ -16,7 +16,6 @@ from dataclasses import asdict, fields
 from itertools import chain
 from typing import Any
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -25,15 +24,14 @@ from stocha_hf.answers.choosing import Choice
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.decoding.rounds import Counts
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.fallback import fallback_of, predictions, read_of_texts, with_repeated
-from stocha_hf.models import cutting_everywhere
+from stocha_hf.measurement.fallback import fallback_of, read_of_texts, with_repeated
 from stocha_hf.progress import Progress
 from stocha_hf.tasks.drafted import draft_answers, with_drafts
 from stocha_hf.tasks.kept import Kept
+from stocha_hf.tasks.likelihoods import Likelihood, Pair, likelihoods
 from stocha_hf.tasks.records import TaskReading
 
 ROWS = {"cuda": 256, "cpu": 8}  # texts that are generated at a time; on a CPU as many as the sparse kernels take
-BATCH_TOKENS = {"cuda": 32_768, "cpu": 2_048}  # that are read at a time for their likelihoods
 NEW = 256  # tokens of an answer at most where a task does not say
 TEXTS = 32  # answers to count bytes on, evenly spaced
 TAIL = 24  # last tokens in which a text to stop at is looked for
@@ -95,7 +93,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         missing = self._missing(requests)
         with Progress(total=len(missing), desc=_title(missing), unit="choice") as bar:
-            for batch in self._read(self._encoded(missing)):
+            for batch in self._likelihoods(self._encoded(missing)):
                 self.kept.add((self._key(missing[i]), _about(missing[i]), response) for i, response in batch)
                 bar.update(len(batch))
         return [tuple(self.kept.found[self._key(request)]) for request in requests]
@@ -109,7 +107,7 @@ class HarnessModel(TemplateLM):
                 pieces.append(window)
                 owners.append(request)
         sums: dict[str, float] = defaultdict(float)
-        for i, (likelihood, _) in chain.from_iterable(self._read(pieces)):
+        for i, (likelihood, _) in chain.from_iterable(self._likelihoods(pieces)):
             sums[self._key(owners[i])] += likelihood
         self.kept.add((self._key(request), _about(request), sums[self._key(request)]) for request in missing)
         return [self.kept.found[self._key(request)] for request in requests]
@@ -195,7 +193,7 @@ class HarnessModel(TemplateLM):
         answer = self.tok_encode(self.kept.found[self._key(request)], add_special_tokens=False)
         return [*prompt, *answer][: self.max_length], len(prompt)
 
-    def _encoded(self, requests: list[Any]) -> list[tuple[list[int], list[int]]]:
+    def _encoded(self, requests: list[Any]) -> list[Pair]:
         """Context and continuation of each, as the harness divides their tokens."""
         found = []
         for context, continuation in (request.args for request in requests):
@@ -205,9 +203,12 @@ class HarnessModel(TemplateLM):
                 found.append(([self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)))
         return found
 
+    def _likelihoods(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Likelihood]]]:
+        return likelihoods(self.model, pairs, longest=self.max_length, rows=self.batch_size)
+
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         """The harness's own way in, for those who call it: [((context, continuation), ids, ids)]."""
-        found = dict(chain.from_iterable(self._read([(context, after) for _, context, after in requests])))
+        found = dict(chain.from_iterable(self._likelihoods([(context, after) for _, context, after in requests])))
         return [found[i] for i in range(len(requests))]
 
     def _missing(self, requests: list[Any]) -> list[Any]:
@@ -218,61 +219,6 @@ class HarnessModel(TemplateLM):
     def _key(self, request: Any) -> str:
         drafted = self.lossless and request.request_type == "generate_until"  # likelihoods are the same either way
         return self.kept.key(self.name + " lossless" * drafted, request.request_type, request.args)
-
-    # Likelihoods
-
-    @torch.no_grad()
-    def _read(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[tuple[int, tuple[float, bool]]]]:
-        """The log-likelihood of each continuation, and whether it is what the model would say, a batch at a time.
-
-        Rows are padded on the right, which changes nothing in a causal model. Continuations of one token after the
-        same context, such as Yes and No, share a row.
-        """
-        rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, (context, after) in enumerate(pairs):
-            rows[tuple([*context, *after][-self.max_length - 1 : -1])].append(i)
-        queue = sorted(rows.items(), key=lambda row: len(row[0]), reverse=True)
-        size = None
-        while queue:
-            longest = len(queue[0][0])
-            size = size or self.batch_size or max(BATCH_TOKENS[self.device.type] // longest, 1)
-            batch = queue[:size]
-            try:
-                found = self._forward(batch, pairs)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                size = len(batch) // 2
-                torch.cuda.empty_cache()
-                continue
-            queue, size = queue[len(batch) :], None
-            yield found
-
-    def _forward(self, batch: Any, pairs: Any) -> list[tuple[int, tuple[float, bool]]]:
-        longest = len(batch[0][0])
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        for row, (tokens, _) in zip(ids, batch, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        wanted = [
-            (at, len(row), i, pairs[i][1][-len(row) :]) for at, (row, owners) in enumerate(batch) for i in owners
-        ]
-        first = min(length - len(after) for _, length, _, after in wanted)  # of the places whose prediction is wanted
-        real = torch.arange(longest) < torch.tensor([[len(tokens)] for tokens, _ in batch])
-        with cutting_everywhere(self.model):
-            logits = predictions(self.model, ids.to(self.device), longest - first, real.to(self.device))
-        found = []
-        for at, length, _, tokens in wanted:
-            after = torch.tensor(tokens, device=self.device)
-            logs = logits[at, length - len(after) - first : length - first].float().log_softmax(-1)
-            said = logs.gather(1, after[:, None]).sum()
-            found.append(torch.stack([said, (logs.argmax(-1) == after).all().float()]))
-        answers = [(likelihood, bool(greedy)) for likelihood, greedy in torch.stack(found).tolist()]
-        if not all(abs(likelihood) < float("inf") for likelihood, _ in answers):
-            raise StochaError(
-                "a likelihood is NaN or infinite: expected whole weights, in a dtype that their numbers fit; try "
-                "--dtype float32, or convert or train the model again"
-            )
-        return [(i, answer) for (_, _, i, _), answer in zip(wanted, answers, strict=True)]
 
 
 def _about(request: Any) -> dict[str, Any]:
