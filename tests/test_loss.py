@@ -10,14 +10,8 @@ import torch.nn.functional as F
 from helpers import CONFIGS, first_is_fast, run_warm, tiny_model
 
 from stocha_hf.errors import StochaError
-from stocha_hf.training.losses import (
-    check_teacher,
-    chunked_losses,
-    final_hidden_states,
-    open_head,
-    token_losses,
-    training_losses,
-)
+from stocha_hf.training.heads import final_hidden_states, open_head
+from stocha_hf.training.losses import check_teacher, chunked_losses, token_losses, training_losses
 
 WIDTH, VOCAB = 16, 50
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,7 +21,7 @@ from stocha_hf.errors import StochaError
 from stocha_hf.publishing import card
 from stocha_hf.training.callback import ScheduleCallback
 from stocha_hf.training.entry import change_entry
-from stocha_hf.training.losses import causal_lm
+from stocha_hf.training.heads import causal_lm
 
 SPARSITY_STATE = "sparsity_state.json"  # in each checkpoint
 

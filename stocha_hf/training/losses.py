@@ -6,10 +6,9 @@ and each chunk's gradient is taken at once, in the forward pass. So nothing is c
 is needed again in backward, where wrappers may have taken its weights away. The price: the weight of the KL must be
 known in the forward pass. Nothing waits for a GPU: shapes do not depend on which positions have a loss.
 
-The loss runs inside the student's own forward, around one call of its lm_head, so autocast, DDP, FSDP and peft
-treat it as they treat the head they know:
+The loss runs inside the student's own forward, around one call of its lm_head (heads.py):
 
-    open_head(model)  # before wrapping: model(**inputs, in_place_of_head=function) works from here on
+    open_head(model)  # before wrapping
     open_head(teacher)
     losses = training_losses(model, teacher, inputs, kl_weight=0.5)
     (losses.loss / losses.tokens).backward()
@@ -20,17 +19,16 @@ The objective with a teacher is that of Hinton et al., arXiv 1503.02531, with it
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 
 from stocha_hf.errors import StochaError
 from stocha_hf.training.compiled_layers import set_forward
+from stocha_hf.training.heads import call_open, causal_lm, final_hidden_states
 
 IGNORED = -100  # the label of a position without a loss
 LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
@@ -85,56 +83,8 @@ def training_losses(
         losses.append(chunked_losses(hidden, head, *taught, kl_weight=kl_weight, **options))
         return losses[0].loss
 
-    passed = _call_open(model, inputs, loss)
+    passed = call_open(model, inputs, loss)
     return losses[0]._replace(loss=_with_value(passed, losses[0].loss))
-
-
-def final_hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """What the lm_head would see, [batch, seq, hidden], after the final norm; the head itself does not run.
-
-    The model, or the one inside the wrapper, went through open_head.
-    """
-    return _call_open(model, inputs, lambda hidden, head: hidden)
-
-
-def open_head(model: nn.Module) -> Callable[[], None]:
-    """Let `model(**inputs, in_place_of_head=f)` return f(final hidden states, lm_head module) instead of logits.
-
-    Without the keyword the forward is the old one. Call it before accelerate, DDP or FSDP wrap the model (peft may
-    have wrapped it already), so that their autocast and hooks surround f as well. Returns the function that undoes it.
-    """
-    inner = causal_lm(model)
-    before, forward = inner.__dict__.get("forward"), inner.forward
-
-    @functools.wraps(type(inner).forward)  # generate() and Trainer read the signature
-    def opened(self: Any, *args: Any, in_place_of_head: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        if in_place_of_head is None:
-            return forward(*args, **kwargs)
-        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
-        return in_place_of_head(hidden, self.get_output_embeddings())
-
-    inner.forward = types.MethodType(opened, inner)
-    inner.head_is_open = True
-
-    def close() -> None:
-        set_forward(inner, before)
-        del inner.head_is_open
-
-    return close
-
-
-def _call_open(model: nn.Module, inputs: Mapping[str, Any], function: Callable[..., Any]) -> Any:
-    if not getattr(causal_lm(model), "head_is_open", False):
-        raise StochaError(f"the {type(model).__name__} runs its own lm_head: call open_head on it before wrapping it")
-    return model(**{key: value for key, value in inputs.items() if key != "labels"}, in_place_of_head=function)
-
-
-def causal_lm(model: nn.Module) -> Any:
-    """The transformers model with a head, inside whatever wraps it."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
-            return module
-    raise StochaError(f"the model is a {type(model).__name__} without an lm_head: expected a causal language model")
 
 
 def token_losses(

@@ -30,9 +30,10 @@ from stocha_hf.training.callback import ScheduleCallback
 from stocha_hf.training.checkpointing import CheckpointingTrainer, last_checkpoint
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream, set_forward
 from stocha_hf.training.console import Bar, Lines
+from stocha_hf.training.heads import causal_lm, open_head
 from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
-from stocha_hf.training.losses import causal_lm, open_head, token_losses, training_losses
+from stocha_hf.training.losses import token_losses, training_losses
 from stocha_hf.training.padding import SEEN, UnmaskedCollator
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
