@@ -49,13 +49,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
     for key in own:
         if key.startswith(("attention.", "rope.")) and key not in UNDERSTOOD:
             raise StochaError(f"{where} has {arch}.{key}, which {MODEL_TYPES[arch]} cannot express: {INSTEAD}")
-    counts: dict[str, Any] = {key: own.get(key) for key in COUNTS} | {"the rows of token_embd.weight": rows}
-    counts["attention.head_count_kv"] = own.get("attention.head_count_kv", counts["attention.head_count"])
-    counts["attention.key_length"] = own.get("attention.key_length", _quotient(own))
-    for key, value in counts.items():
-        if type(value) is not int or value < 1:
-            raise StochaError(f"{where} has {value!r} for {key}: expected a whole number of at least 1")
-    hidden, width, layers, context, heads, kv_heads, head_dim, vocabulary = counts.values()
+    hidden, width, layers, context, heads, kv_heads, head_dim, vocabulary = _counts(own, rows, where)
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, head_dim) != head_dim:
             raise StochaError(f"{where} has {arch}.{key} {own[key]} and heads of {head_dim}: {INSTEAD}")
@@ -94,6 +88,17 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
     return config | (_gemma(arch, own, config, where) if arch in LARGEST else {})
+
+
+def _counts(own: Mapping[str, Any], rows: int | None, where: str) -> list[int]:
+    """The values of COUNTS, and the rows of the embedding."""
+    counts: dict[str, Any] = {key: own.get(key) for key in COUNTS} | {"the rows of token_embd.weight": rows}
+    counts["attention.head_count_kv"] = own.get("attention.head_count_kv", counts["attention.head_count"])
+    counts["attention.key_length"] = own.get("attention.key_length", _quotient(own))
+    for key, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise StochaError(f"{where} has {value!r} for {key}: expected a whole number of at least 1")
+    return [*counts.values()]
 
 
 def _gemma(arch: str, own: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -87,23 +87,11 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
 
     Raises StochaError for a config that is not a stocha checkpoint's.
     """
-    from huggingface_hub import ModelCardData
-
     row = ARCHITECTURES.get(str(config.get("model_type")))
     if row is None:
         raise StochaError(f"the config has model_type {config.get('model_type')!r}: expected a stocha checkpoint's")
     stocha = read_entry(config, "the config")
-    source = stocha.source or {}
-    source_id, revision = str(source.get("id") or ""), source.get("revision")
-    on_hub = "/" in source_id
     kept = {key: value for key in INHERITED if (value := _plain(inherited.get(key)))}
-    metadata = ModelCardData(
-        base_model=source_id if on_hub else None,
-        library_name="transformers",
-        tags=["stocha", "activation-sparsity", config["model_type"]],
-        **{"pipeline_tag": "text-generation", **kept},
-        **(measured_metadata(measured) if measured else {}),
-    )
     p = f" (p = {stocha.p}, positive side: {stocha.positive})" if stocha.activation in ("stocha", "mean") else ""
     native = stocha.native_act
     same = "nothing is cut" if stocha.inputs else "the same numbers"
@@ -115,32 +103,13 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
     if quantization := read_quantization(config, "the config"):
         rounded = ROUNDED_AFTER if before else ROUNDED
         weights, native_use = rounded.format(weights=weights, bits=_bits(quantization, history)), QUANTIZED_USE
-    linked = f"[{source_id}](https://huggingface.co/{source_id})" if on_hub else code(source_id) or "an unnamed model"
-    commit = f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file"
-    only_cut = stocha.inputs and stocha.activation == stocha.inference == stocha.base
-    changed = f"{'input of projections, not the ' if only_cut else ''}activation of the feed-forward layers"
-    licence = text(kept.get("license_name") or kept.get("license") or "not stated")
-    version = text(stocha.stocha_version)
-    made = {
-        "title": f"Stochastic-activation checkpoint of {linked}",
-        "made": f"Made from {linked} ({commit}) with stocha_hf {version}.",
-        "changes": f"What changes is the {changed} of {row.causal_lm}:",
-        "license": f"Licence of the source: {licence}",
-    }
-    if began_random(history):
-        made = {
-            "title": f"{row.causal_lm} trained from scratch with stochastic activations or ReLU",
-            "made": f"Trained from random weights with stocha_hf {version}.",
-            "changes": "The activation of its feed-forward layers:",
-            "license": f"Licence: {licence}",
-        }
     values = {
         "weights": weights,
         "measured": measured_section(measured) + "\n\n" if measured else "",
         "recipe": _recipe(history),
         "limits": limits,
-        "metadata": metadata.to_yaml(),
-        **made,
+        "metadata": _metadata(config["model_type"], _source_id(stocha), kept, measured),
+        **_origin(stocha, row.causal_lm, text(kept.get("license_name") or kept.get("license") or "not stated")),
         "activation": stocha.activation + p,
         "inference": stocha.inference,
         "cuts": f"In the custom class, {cuts_sentence(stocha.inputs, not quantization)}.\n\n" if stocha.inputs else "",
@@ -150,6 +119,47 @@ def card_text(config: dict[str, Any], inherited: dict[str, Any], measured: Measu
         "tools": "" if quantization else _other_tools(stocha, str(stocha.base)),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+
+
+def _metadata(model_type: str, source: str, kept: dict[str, Any], measured: Measurements | None) -> str:
+    """The card's front matter, as YAML."""
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        base_model=source if "/" in source else None,
+        library_name="transformers",
+        tags=["stocha", "activation-sparsity", model_type],
+        **{"pipeline_tag": "text-generation", **kept},
+        **(measured_metadata(measured) if measured else {}),
+    ).to_yaml()
+
+
+def _origin(stocha: StochaConfig, architecture: str, licence: str) -> dict[str, str]:
+    """What a card says of where the checkpoint comes from."""
+    version = text(stocha.stocha_version)
+    if began_random(stocha.history or []):
+        return {
+            "title": f"{architecture} trained from scratch with stochastic activations or ReLU",
+            "made": f"Trained from random weights with stocha_hf {version}.",
+            "changes": "The activation of its feed-forward layers:",
+            "license": f"Licence: {licence}",
+        }
+    source, revision = _source_id(stocha), (stocha.source or {}).get("revision")
+    linked = f"[{source}](https://huggingface.co/{source})" if "/" in source else code(source) or "an unnamed model"
+    commit = f"revision {code(revision)}" if revision else "revision unknown: it was a local folder or file"
+    only_cut = stocha.inputs and stocha.activation == stocha.inference == stocha.base
+    changed = f"{'input of projections, not the ' if only_cut else ''}activation of the feed-forward layers"
+    return {
+        "title": f"Stochastic-activation checkpoint of {linked}",
+        "made": f"Made from {linked} ({commit}) with stocha_hf {version}.",
+        "changes": f"What changes is the {changed} of {architecture}:",
+        "license": f"Licence of the source: {licence}",
+    }
+
+
+def _source_id(stocha: StochaConfig) -> str:
+    """The Hub id, or the name, of the source; empty where it is not known."""
+    return str((stocha.source or {}).get("id") or "")
 
 
 def _plain(value: Any) -> Any:

@@ -97,6 +97,10 @@ class StochaArguments(SFTConfig):
         self.logging_nan_inf_filter = False  # it waits for the GPU twice a step; check_finite stops the run
         accelerator: Any = self.accelerator_config
         accelerator.non_blocking = self.dataloader_pin_memory  # else a batch's copy waits for the step before
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        """Raise StochaError for a key that a run does not take, or not beside another one."""
         if self.resume_from_checkpoint is not None:
             raise StochaError(
                 f"resume_from_checkpoint is {self.resume_from_checkpoint}: expected no such key, since a run goes on "
