@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.inspection import CARD
-from stocha_hf.checkpoints.names import check_label, public_name
+from stocha_hf.checkpoints.names import check_label
 
-__all__ = ["INHERITED", "plain_metadata", "public_name", "source_metadata"]
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # what a new card repeats
 LONGEST = 2**16  # bytes of a card in which its metadata must end; parsing takes a second for as many
 DEEPEST = 20  # brackets within brackets
