@@ -27,7 +27,6 @@ it was killed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -45,7 +44,8 @@ from stocha_hf.cli import (
     whole_number,
 )
 from stocha_hf.errors import StochaError
-from stocha_hf.measurement.figures import evaluated, plot_evaluation
+from stocha_hf.measurement.evaluation_text import evaluation_text
+from stocha_hf.measurement.figures import plot_evaluation
 from stocha_hf.spec import ACTIVATIONS
 
 task_name = checked(str.strip, bool, "the name of a task, such as humaneval or bigbench:strategyqa")
@@ -126,14 +126,17 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from stocha_hf.data import load_tokenizer, text_windows
     from stocha_hf.measurement import evaluation
+    from stocha_hf.measurement.cett import truncations
     from stocha_hf.measurement.provenance import circumstances, origin
     from stocha_hf.models import load_config, load_model, tokenizer_folder
+    from stocha_hf.tasks.catalogue import load_tasks
+    from stocha_hf.tasks.kept import write_figures
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name for name in (args.model, args.baseline) if name]
     configs = [load_config(name) for name in names]  # refuse a broken model before a long text is read
     tokenizers = [load_tokenizer(tokenizer_folder(name)) for name in names] if args.tasks else []
-    tasks = [_loaded(args, tokenizer) for tokenizer in tokenizers]
+    tasks = [load_tasks(args.tasks, bool(tokenizer.chat_template), args.task_data) for tokenizer in tokenizers]
     windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows) if args.data else None
     if windows is not None:
         for config in configs:
@@ -147,23 +150,18 @@ def evaluate(args: argparse.Namespace) -> None:
         if windows is not None:
             figures |= {"data": args.data, "length": args.length}
             for row, model in zip((figures, *rows[1:]), models, strict=True):
-                row |= _evaluated(model, windows, args)
+                row |= evaluation.evaluate(model, windows).to_dict()
+                row |= truncations(model, windows, row["perplexity"], args.cett or [], args.ppl_increase)
             if args.baseline:
                 figures |= evaluation.compare(models[0], models[1], windows).to_dict()
         if args.tasks:
             figures |= _tasks(models, tokenizers, tasks, rows, args)
     figures |= {"baseline": rows[1]} if args.baseline else {}
-    _keep(figures, args.results)
-    show(figures, _as_text(figures), args.json)
+    if args.results:
+        write_figures(args.results, figures)
+    show(figures, evaluation_text(figures), args.json)
     if args.plot:
         plot_evaluation(figures, args.plot)
-
-
-def _loaded(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
-    """The tasks as this tokenizer's model is asked them."""
-    from stocha_hf.tasks.catalogue import load_tasks
-
-    return load_tasks(args.tasks, bool(tokenizer.chat_template), args.task_data)
 
 
 def _tasks(
@@ -189,21 +187,6 @@ def _tasks(
     figures |= {"chosen": CHOSEN} if args.limit else {}
     if args.baseline:
         figures["task_differences"] = [found.to_dict() for found in compare_tasks(*results)]
-    return figures
-
-
-def _evaluated(model: Any, windows: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from stocha_hf.measurement.cett import CettCurve, at_cett, ppl_sparsity
-    from stocha_hf.measurement.evaluation import evaluate
-
-    figures = evaluate(model, windows).to_dict()
-    if args.cett or args.ppl_increase is not None:
-        curve = CettCurve(model, windows)
-        if args.cett:
-            figures["cett"] = [at_cett(model, windows, curve, cett).to_dict() for cett in args.cett]
-        if args.ppl_increase is not None:
-            found = ppl_sparsity(model, windows, curve, figures["perplexity"], args.ppl_increase)
-            figures["ppl_sparsity"] = {"percent": args.ppl_increase} | found.to_dict()
     return figures
 
 
@@ -253,89 +236,6 @@ def _check(args: argparse.Namespace) -> None:
         from stocha_hf.tasks.kept import check_folder
 
         check_folder(args.results)
-
-
-def _keep(figures: dict[str, Any], folder: str | None) -> None:
-    if folder:
-        from stocha_hf.tasks.kept import write_figures
-
-        write_figures(folder, figures)
-
-
-def _as_text(figures: dict[str, Any]) -> str:
-    lines = [line for row in evaluated(figures) for line in _model_lines(row)]
-    lines += [line for row in evaluated(figures) for line in _task_lines(row)]
-    for row in figures.get("task_differences", []):
-        lines.append(
-            f"{row['task']}, {row['metric']}: {row['difference']:+.1%} from the second to the first (95%: "
-            f"{row['low']:+.1%} to {row['high']:+.1%}); better at {row['won']}, worse at {row['lost']} of "
-            f"{row['questions']}"
-        )
-    if "kl" in figures:
-        lines.append(
-            f"from the second to the first: KL {figures['kl']:.4f}, same top token {figures['top1_agreement']:.1%}"
-        )
-    return "\n".join(lines)
-
-
-def _task_lines(row: dict[str, Any]) -> Iterator[str]:
-    for score in row.get("tasks", []):
-        error = "" if score["stderr"] is None else f" +- {score['stderr']:.1%}"
-        yield f"{row['model']}: {score['task']}, {score['metric']} {score['score']:.1%}{error} of {score['questions']}"
-    for reading in row.get("task_bytes", []):
-        share = reading["bytes_read"]["share"]
-        per = "a token takes" if reading.get("drafts") else "a decode step reads"
-        yield f"{row['model']}: {reading['task']}, {per} {share:.1%} of its blocks' bytes"
-        yield from _fallback_lines(reading)
-        yield from _draft_lines(reading)
-
-
-def _model_lines(row: dict[str, Any]) -> Iterator[str]:
-    if "perplexity" not in row:
-        return
-    zeros, unused = row["sparsity"]["per_layer"], row["aggregated_sparsity"]
-    yield (
-        f"{row['model']} ({row['activation']}): perplexity {row['perplexity']:.3f} on {row['tokens']} tokens; "
-        f"zeros {row['sparsity']['mean']:.1%}, by layer {min(zeros):.1%} to {max(zeros):.1%}; never active "
-        f"{row['never_active']['mean']:.2%}; active at the token before as well {row['reuse']['mean']:.1%}; "
-        f"active at none of {unused['tokens'][-1]} tokens {unused['mean'][-1]:.1%}"
-    )
-    if bytes_read := row.get("bytes_read"):
-        yield f"  a decode step reads {bytes_read['share']:.1%} of its blocks' bytes"
-        if cut := row.get("inputs_cut"):
-            yield f"  projections' inputs are cut {cut}"
-        yield from _fallback_lines(row)
-    for point in row.get("cett", []):
-        yield f"  truncated at CETT {point['cett']:g}: {_point_text(point)}"
-    if point := row.get("ppl_sparsity"):
-        yield f"  PPL-{point['percent']:g}%: {_point_text(point)}, at CETT {point['cett']:.3f}"
-
-
-def _fallback_lines(row: dict[str, Any]) -> Iterator[str]:
-    if found := row.get("fallback"):
-        earlier = f", with the tokens before it, {found['tokens']} in all" if found["tokens"] > 1 else ""
-        yield (
-            f"  {found['share']:.1%} of {found['steps']} steps, whose most likely token had a probability below "
-            f"{found['below']:g}, were computed again without cuts{earlier}; one with cuts reads "
-            f"{found['cut_share']:.1%}"
-        )
-
-
-def _draft_lines(row: dict[str, Any]) -> Iterator[str]:
-    if found := row.get("drafts"):
-        offered = [
-            f"{found['drafted']} were drafted, each for {found['cut_share']:.1%} of the bytes",
-            f"{found.get('copied', 0)} copied from the text",
-        ]
-        some = [text for text in offered if not text.startswith("0 ")] or ["none were drafted"]
-        yield (
-            f"  {found['steps']} tokens: {', '.join(some)}, and {found['accepted']} of them stood; "
-            f"{found['verifications']} steps without cuts checked them"
-        )
-
-
-def _point_text(point: dict[str, Any]) -> str:
-    return f"zeros {point['sparsity']['mean']:.1%}, perplexity {point['perplexity']:.3f}"
 
 
 if __name__ == "__main__":

@@ -171,3 +171,22 @@ def ppl_sparsity(model: Any, windows: torch.Tensor, curve: CettCurve, dense: flo
         else:
             high = middle
     return best or at_cett(model, windows, curve, 0.0)
+
+
+def truncations(
+    model: Any, windows: torch.Tensor, dense: float, cetts: Sequence[float], percent: float | None
+) -> dict[str, Any]:
+    """Return what stocha-eval tells of a truncated model: `cett`, a list, and `ppl_sparsity`, each if it is asked for.
+
+    `dense` is as in `ppl_sparsity`.
+    """
+    if not cetts and percent is None:
+        return {}
+    figures: dict[str, Any] = {}
+    curve = CettCurve(model, windows)
+    if cetts:
+        figures["cett"] = [at_cett(model, windows, curve, cett).to_dict() for cett in cetts]
+    if percent is not None:
+        found = ppl_sparsity(model, windows, curve, dense, percent)
+        figures["ppl_sparsity"] = {"percent": percent} | found.to_dict()
+    return figures
