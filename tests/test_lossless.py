@@ -193,7 +193,7 @@ def test_answers_to_tasks_are_those_without_cuts_and_what_they_took_is_counted(
 def test_answers_of_a_model_without_cuts_come_from_copies() -> None:
     from lm_eval.api.instance import Instance
 
-    from stocha_hf.cli.eval import _draft_lines
+    from stocha_hf.measurement.evaluation_text import _draft_lines
     from stocha_hf.publishing.tables import _readings
     from stocha_hf.tasks.harness import HarnessModel
     from stocha_hf.tasks.kept import Kept
