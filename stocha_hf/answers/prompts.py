@@ -1,4 +1,4 @@
-"""Prompts: from files and data sets, put into the chat template, and as token ids.
+"""Prompts: from files and data sets, put into the chat template, and as token ids; and what ends an answer.
 
 read_prompts("prompts.txt")                  # one prompt per line
 read_prompts("HuggingFaceH4/ultrachat_200k", split="train_sft")      # the column `prompt`, or `messages`
@@ -107,3 +107,10 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         has_bos = bool(bos) and text.startswith(bos)
         found.append(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
     return found
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer: those of the model's generation config, and the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}

@@ -28,7 +28,7 @@ import torch
 
 from stocha_hf.answers.batches import continue_prompts
 from stocha_hf.answers.choosing import Choice
-from stocha_hf.answers.prompts import token_ids
+from stocha_hf.answers.prompts import end_tokens, token_ids
 from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.errors import StochaError
 from stocha_hf.progress import Progress
@@ -98,7 +98,7 @@ def write_answers(
     """
     path = local_path(path)
     made = {"new": new, "samples": samples, "temperature": temperature, "top_p": top_p} | dict(settings or {})
-    fitting, ends = _fitting(model, tokenizer, texts, new), _ends(model, tokenizer)
+    fitting, ends = _fitting(model, tokenizer, texts, new), end_tokens(model, tokenizer)
     with _AnswerFile(path, made) as file:
         wanted = [(text, sample) for text in fitting for sample in range(samples)]
         missing = [(text, sample) for text, sample in wanted if _id(text, sample) not in file.ids]
@@ -249,12 +249,6 @@ def _fitting(model: Any, tokenizer: Any, texts: Sequence[str], new: int) -> dict
             f"at most {most:g} together, which the model has positions for; give a smaller --new"
         )
     return fitting
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
 def _without_bos(tokenizer: Any, text: str) -> str:

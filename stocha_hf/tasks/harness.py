@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from stocha_hf.answers.batches import STRIDE, continue_prompts
 from stocha_hf.answers.choosing import Choice
+from stocha_hf.answers.prompts import end_tokens
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.decoding.rounds import Counts
 from stocha_hf.errors import StochaError
@@ -58,9 +59,7 @@ class HarnessModel(TemplateLM):
         self._device = model.device
         self.generated: list[Any] = []  # requests for text since `reading`
         self.max_length = getattr(model.config, "max_position_embeddings", 2048)
-        ends = model.generation_config.eos_token_id
-        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        self.ends = {*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+        self.ends = end_tokens(model, tokenizer)
 
     @property
     def eot_token_id(self) -> int:
