@@ -70,6 +70,23 @@ def test_the_text_is_that_without_cuts(model_type: str, overrides: Any, bits: An
     assert len(set(found[0].tolist())) > 5, "a text that only repeats would prove little"
 
 
+def test_the_text_is_the_same_where_drafts_look_at_few_tokens(
+    drafts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = cut_model(bits=4, limit=0.01)
+    monkeypatch.setattr(rounds, "PART", model.config.vocab_size)  # at the first one, and what the text has had
+    monkeypatch.setattr(rounds.Rounds, "copies_text", False)
+    monkeypatch.setattr(rounds.Pace, "drafts", lambda self: 3)
+    with model.cut_inputs("never"):
+        expected = model.generate(PROMPT, **OPTIONS)
+    text = expected[0].tolist()
+    assert any(token not in (0, *text[:i]) for i, token in enumerate(text) if i >= PROMPT.shape[1])
+    drafts.clear()
+    with rounds.counting() as counts:
+        assert torch.equal(model.generate(PROMPT, custom_generate=lossless, **OPTIONS), expected)
+    assert 0 < counts.accepted < counts.drafted
+
+
 @pytest.mark.parametrize("limit", [0.01, 1e9])  # drafts that are nearly all right, and that are nearly all wrong
 @pytest.mark.parametrize("kind", [None, "static"])
 def test_what_generate_promises_holds(kind: Any, limit: float) -> None:

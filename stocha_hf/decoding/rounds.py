@@ -5,8 +5,8 @@ Where the text's last tokens stood in it before, what followed them is the draft
 Otherwise a step with cuts drafts each token.
 
 A draft ends after a token that it doubts (compare Draft & Verify, arXiv 2309.08168): most wrong drafts are doubted,
-and what would be drafted behind them is lost. It looks at a part of the vocabulary only, for the head is most of what
-it would read: the first quarter, since tokenizers number their tokens by frequency, and what the text has had (compare
+and what would be drafted behind them is lost. It looks at a part of the vocabulary only, for the head is much of what
+it would read: the first eighth, since tokenizers number their tokens by frequency, and what the text has had (compare
 FR-Spec, arXiv 2502.14856).
 """
 
@@ -27,7 +27,10 @@ from stocha_hf.decoding.copies import Copies
 from stocha_hf.decoding.loop import Loop
 from stocha_hf.decoding.pace import Pace
 
-PART = 4  # a draft looks at the first of so many parts of the vocabulary
+# A draft looks at the first of so many parts of the vocabulary. Of what Qwen2.5-Coder-0.5B writes, Python code and
+# chats, 0.3% and 3.3% of tokens are neither there nor in the text before; of 16,384 by their counts in 7M tokens of
+# code 0% and 2.9%.
+PART = 8
 # A drafted token with a lower probability is the draft's last. With 0.6 to 0.7, Qwen2.5-Coder-0.5B with learned cuts
 # to 0.30 and 0.40 of its bytes would read the least a token, over 20,463 tokens of its own greedy answers.
 DOUBT = 0.6

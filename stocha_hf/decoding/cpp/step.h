@@ -184,15 +184,16 @@ struct Pass {  // a thread's part of a step
     const Attention rule{head_size, layer.attention_scale, layer.soft_cap};
     const Part mine(count * model.heads, 1, team);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const int64_t token = i / model.heads, sequence = token / call.tokens;
-      const int64_t key_head = i % model.heads / (model.heads / model.key_heads);
+      // by heads first: so a thread reads the keys and values of a part of the heads only
+      const int64_t token = i % count, head = i / count, sequence = token / call.tokens;
+      const int64_t key_head = head / (model.heads / model.key_heads), at = (token * model.heads + head) * head_size;
       const int64_t last = layer.length + token % call.tokens + 1;
       const int64_t seen = std::max(call.starts[sequence], layer.window ? last - layer.window : 0);
       const int64_t first = std::min(seen, last - 1);  // padding sees itself, not nothing: no number is NaN
-      float* query = &shared.q[i * head_size];
+      float* query = &shared.q[at];
       place(query, token, layer.q_norm);
       attend<E>(rule, query, layer.keys.head<E>(sequence, key_head), layer.values.head<E>(sequence, key_head), first,
-                last, &shared.attended[i * head_size]);
+                last, &shared.attended[at]);
     }
   }
 
