@@ -16,7 +16,7 @@ from stocha_hf.spec import LEARNED, StochaConfig
 
 
 def calibration_options(inputs: float | None, refit: str | None, given: dict[str, Any]) -> Calibration | None:
-    """The options of input cuts, or None where none are asked for."""
+    """Return the options of input cuts, or None where none are asked for."""
     if inputs is None:
         if used := [key for key, value in given.items() if value]:
             name = {"data": "calibrate", "tokens": "calibrate_tokens"}.get(used[0], f"inputs_{used[0]}")
@@ -31,7 +31,7 @@ def calibration_options(inputs: float | None, refit: str | None, given: dict[str
 
 
 def refit_options(data: str | None, tokens: int | None, target_sparsity: float | None, on_disk: bool) -> Refit | None:
-    """The options of a refit, or None where none is asked for."""
+    """Return the options of a refit, or None where none is asked for."""
     if data is not None:
         return Refit(data, tokens, target_sparsity, on_disk)
     if target_sparsity is not None or tokens is not None or on_disk:
@@ -42,7 +42,7 @@ def refit_options(data: str | None, tokens: int | None, target_sparsity: float |
 
 
 def refit_activation(changes: dict[str, Any]) -> dict[str, Any]:
-    """The changes of the entry where a refit is asked for."""
+    """Return the changes of the entry where a refit is asked for."""
     changes = {"activation": "relu"} | changes
     if changes.keys() - {"activation"} or changes["activation"] != "relu":
         given = ", ".join(f"{key} {value}" for key, value in changes.items())

@@ -37,6 +37,7 @@ GENERATION = {"samples": int, "new": int, "dtype": str, "prompts": list[str], "r
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """Read what stocha-eval --data printed. Raises StochaError, as all functions here."""
     content = _read(path, "stocha-eval", "perplexity")
     for part in (content, content.get("baseline")):
         if part is not None:
@@ -60,6 +61,7 @@ def _check_aggregated(content: dict[str, Any], where: str) -> None:
 
 
 def read_bench(path: str | Path) -> dict[str, Any]:
+    """Read what stocha-bench printed of one model."""
     content = _read(path, "stocha-bench FOLDER", "dense_ms")
     check_record(content, BENCH, str(path))
     if content.get("inputs_cut") is not None:
@@ -70,6 +72,7 @@ def read_bench(path: str | Path) -> dict[str, Any]:
 
 
 def read_generation(path: str | Path) -> dict[str, Any]:
+    """Read what stocha-generate printed."""
     content = _read(path, "stocha-generate FOLDER", "runs")
     check_record(content, GENERATION, str(path))
     for i, run in enumerate(content["runs"]):
@@ -83,6 +86,7 @@ def read_generation(path: str | Path) -> dict[str, Any]:
 
 
 def read_tasks(path: str | Path) -> dict[str, Any]:
+    """Read what stocha-eval --tasks printed."""
     content = _read(path, "stocha-eval FOLDER --tasks", "tasks")
     check_record(content, TASKS, str(path))
     if content.get("task_bytes") is not None:
@@ -93,6 +97,7 @@ def read_tasks(path: str | Path) -> dict[str, Any]:
 
 
 def read_notes(path: str | Path) -> str:
+    """Read a text in Markdown."""
     try:
         return local_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

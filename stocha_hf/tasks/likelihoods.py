@@ -29,7 +29,7 @@ Likelihood = tuple[float, bool]  # the logarithm, and whether the model would sa
 def likelihoods(
     model: Any, pairs: Sequence[Pair], *, longest: int, rows: int | None
 ) -> Iterator[list[tuple[int, Likelihood]]]:
-    """The number of each pair and its continuation's likelihood, a batch at a time, longest rows first.
+    """Yield the number of each pair and its continuation's likelihood, a batch at a time, longest rows first.
 
     Args:
         model: A CausalLM in eval mode.

@@ -43,7 +43,7 @@ class Group:
 
 
 def groups_of(model: Any, passes: list[tuple[torch.Tensor, torch.Tensor]], share: float) -> list[Group]:
-    """Every group, at the threshold that cuts the share of its inputs on these windows."""
+    """Return every group, at the threshold that cuts the share of its inputs on these windows."""
     found, now = blocks(model), passes[0][1]
     total = sum(linear.weight.numel() for block in found for linear in block.linears.values())
     places = [(block, names, Distribution()) for block in found for names in SHARED]
