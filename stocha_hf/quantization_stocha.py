@@ -39,7 +39,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 MATRICES = (*PROJECTIONS, "embed_tokens", "lm_head")
 IN_PLANES = ("embed_tokens", "lm_head")  # of format 2: in 8 bits, as two planes of 4
 LONG_ROW = 2048  # bytes from which on memory gives rows here and there, of which 40% are left out, faster than all
-MOST = 0.6  # a share of rows left out from which on it does so with short ones
+MOST, LARGE = 0.6, 2**20  # a share of rows left out, and bytes of a matrix, from which on it does so with short ones
 IN_8_BITS = ("v_proj", "embed_tokens", "lm_head")  # v_proj is small where heads share it, and loses most by 4 bits
 
 
@@ -102,20 +102,21 @@ class Quantization:
         """Return whether a matrix's rows are inputs."""
         return _is_named(name, self.transposed)
 
-    def laid_out(self, outputs: dict[str, int], share: float, skips: bool) -> Quantization:
+    def laid_out(self, sizes: dict[str, tuple[int, int]], share: float, skips: bool) -> Quantization:
         """Return the entry with the layout in which projections that cut their inputs are read fastest.
 
-        A kept input's row is read alone where rows are long or few. Elsewhere a row is an output and all are read,
-        with zeros for what is cut; so it is with down_proj, unless the activation skips neurons.
+        A kept input's row is read alone where rows are long, or few of many. Elsewhere a row is an output and all are
+        read, with zeros for what is cut; so it is with down_proj, unless the activation skips neurons.
 
         Args:
-            outputs: Of the projections that cut their inputs, by name: how many there are.
+            sizes: Outputs and inputs of the projections that cut their inputs, by name.
             share: Of the inputs that are cut.
             skips: Whether the activation skips neurons.
         """
-        least = LONG_ROW if share < MOST else 0
-        long = {name for name, count in outputs.items() if count * self.bits_of(name) // 8 >= least}
-        kept = {name for name in self.transposed if skips or name != "down_proj" or name not in outputs}
+        rows = {name: outputs * self.bits_of(name) // 8 for name, (outputs, _) in sizes.items()}
+        short = {name for name, row in rows.items() if share >= MOST and row * sizes[name][1] >= LARGE}
+        long = {name for name, row in rows.items() if row >= LONG_ROW} | short
+        kept = {name for name in self.transposed if skips or name != "down_proj" or name not in sizes}
         return replace(self, transposed=tuple(sorted(kept | long)))
 
     def is_in_planes(self, name: str) -> bool:
@@ -480,7 +481,8 @@ class StochaQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
-            cut = {name.rpartition(".")[2]: m.out_features for name, m in model.named_modules() if is_cut(m)}
+            modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if is_cut(module)]
+            cut = {name: (module.out_features, module.in_features) for name, module in modules}
             told = getattr(model.config, "stocha", None) or {}
             share, runs = (told.get("inputs") or {}).get("share") or 0.0, told.get("inference")
             skips = runs is None or ACTIVATIONS[runs].cut is not None

@@ -245,11 +245,11 @@ def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path
 
 
 def test_layout_of_projections_that_cut_their_inputs() -> None:
-    cut = {"q_proj": 896, "v_proj": 2048, "up_proj": 4864, "down_proj": 896}
+    cut = {"q_proj": (896, 896), "v_proj": (2048, 2048), "up_proj": (4864, 896), "down_proj": (896, 4864)}
     assert Quantization().laid_out({}, 0.0, skips=False).transposed == ("down_proj",)
     assert Quantization().laid_out(cut, 0.4, skips=False).transposed == ("up_proj", "v_proj")  # v_proj has 8 bits
     assert Quantization().laid_out(cut, 0.4, skips=True).transposed == ("down_proj", "up_proj", "v_proj")
-    assert Quantization().laid_out(cut, 0.6, skips=False).transposed == ("down_proj", "q_proj", "up_proj", "v_proj")
+    assert Quantization().laid_out(cut, 0.6, skips=False).transposed == ("down_proj", "up_proj", "v_proj")
 
 
 @pytest.mark.parametrize("long_row", [16, 2048])

@@ -83,13 +83,13 @@ def layout(bits: float, in_8_bits: Sequence[str] | None, config: dict[str, Any])
     entry, named = config["stocha"], IN_8_BITS if in_8_bits is None else tuple(in_8_bits)
     inputs = entry.get("inputs") or {}
     cut = inputs.get("thresholds", {})
-    outputs = {
-        name.split(".")[-2]: shape[0]
+    sizes = {
+        name.split(".")[-2]: (shape[0], shape[1])
         for name, shape in expected_tensors(Sizes.of(config, "the converted folder"))
         if name.split(".")[-2] in cut and len(shape) == 2
     }
     skips = ACTIVATIONS[entry["inference"]].cut is not None
-    return Quantization(8 if bits == 8 else 4, named).laid_out(outputs, inputs.get("share") or 0.0, skips)
+    return Quantization(8 if bits == 8 else 4, named).laid_out(sizes, inputs.get("share") or 0.0, skips)
 
 
 def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantize, work: Path) -> Quantized:
