@@ -432,12 +432,12 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there(
 ) -> None:
     from helpers.triton import compiling
 
-    from stocha_hf.decoding import gpu_cuts, gpu_step
+    from stocha_hf.decoding import gpu_cuts, gpu_products, gpu_step
     from stocha_hf.decoding.gpu_tiles import LARGE
 
-    for has in ("_can_start_early", "_has_dp4a"):
-        monkeypatch.setattr(gpu_step, has, lambda like: True)
-    compiled = compiling([gpu_step, gpu_cuts], monkeypatch)
+    monkeypatch.setattr(gpu_step, "_can_start_early", lambda like: True)
+    monkeypatch.setattr(gpu_products, "_has_dp4a", lambda like: True)
+    compiled = compiling([gpu_step, gpu_products, gpu_cuts], monkeypatch)
     weights = weights_of_no_content(dtype, kind == "predicted", kind in ("sparse", "predicted"), "cut" in kind)
     tiles = {name: LARGE[name] for name in LARGE if "cut" in name} if "listed" in kind else {}
     gpu_step.GpuStep(weights, tokens, tiles).launch()

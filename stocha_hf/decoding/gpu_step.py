@@ -4,7 +4,8 @@
     ends    embedding and angles | ... | norm, lm_head | of one token: the most likely next, with which it goes on
 
 The step reads weights where the model has them, and keys and values at addresses that stand in a table on the GPU: so
-one graph serves any cache. A kernel starts while the one before it ends (triton_products.py).
+one graph serves any cache. A kernel starts while the one before it ends (triton_products.py). gpu_products.py launches
+the products, gpu_cuts.py those that cut their inputs.
 
     step = GpuStep(weights)                  # gpu_plan.py takes them from a model
     step.use(keys, values)                   # of each layer, [key heads, room, head_dim]
@@ -22,14 +23,12 @@ import torch
 import triton
 
 from stocha_hf.decoding.gpu_cuts import CutProducts
+from stocha_hf.decoding.gpu_products import WholeProducts, either
 from stocha_hf.decoding.gpu_tiles import tiles_for
 from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
-from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.decoding.triton_attention import attention_kernel
 from stocha_hf.decoding.triton_ends import embed_kernel, head_kernel, next_kernel
-from stocha_hf.decoding.triton_prediction import list_kernel, listed_kernel
-from stocha_hf.decoding.triton_products import down_kernel, hidden_kernel, linear_kernel
-from stocha_hf.decoding.triton_several import several_head_kernel, several_hidden_kernel
+from stocha_hf.decoding.triton_several import several_head_kernel
 
 LEAST = 16  # rows or columns of a tile that tensor cores take
 SLOTS = 64  # of maxima, which the head's programs share
@@ -53,17 +52,16 @@ class GpuStep:
         cuts: bool = True,
     ) -> None:
         self.weights, self.count = weights, tokens
-        self.by_tensor_cores = tokens > 2  # for 2 tokens multiply-adds are faster
         self.graph: torch.cuda.CUDAGraph | None = None
         self.early = early and _can_start_early(weights.embedding)
         self.options: dict[str, Any] = {"launch_pdl": True} if self.early else {}
         self.vocabulary, self.size = weights.head.shape
         self.tiles = tiles_for(tokens, self.size) | (tiles or {})
-        self.width, self.half = len(weights.layers[0].gate), weights.head_dim // 2
+        self.half = weights.head_dim // 2
         self.columns = max(LEAST, triton.next_power_of_2(self.half))
         self.group = triton.next_power_of_2(tokens * weights.heads // weights.key_heads)
         self._allocate(weights.embedding.new_empty)
-        self._allocate_parts(weights.embedding.new_empty)
+        self.whole = WholeProducts(weights, tokens, self.tiles, self.early, self.options)
         cuts = cuts and tokens == 1 and any(layer.cuts for layer in weights.layers)
         self.cut = CutProducts(weights, self.tiles, self.early, self.options) if cuts else None
 
@@ -73,7 +71,8 @@ class GpuStep:
         rows = (weights.heads + 2 * weights.key_heads) * weights.head_dim
         self.x, self.middle = new(count, self.size), new(count, self.size)
         self.qkv, self.attended = new(count, rows), new(count, weights.heads * weights.head_dim)
-        self.hidden, self.angles = new(count, self.width), new(count, 2, self.half)
+        self.hidden, self.angles = new(count, len(weights.layers[0].gate)), new(count, 2, self.half)
+        self.counts = new(len(weights.layers), 4, dtype=torch.int32).zero_()  # of neurons that may be active
         self.state = new(3 + count, dtype=torch.int64).zero_()
         self.tokens = self.state[3:]
         self.table = new(len(weights.layers), 4, dtype=torch.int64).zero_()
@@ -81,18 +80,7 @@ class GpuStep:
         self.listed_tokens: torch.Tensor | None = None  # a draft's (gpu_draft.py)
         self.best = new(SLOTS, dtype=torch.int64).fill_(-(2**63))
         self.chosen = torch.zeros(RING, dtype=torch.int64, pin_memory=self.x.is_cuda)
-
-    def _allocate_parts(self, new: Callable[..., torch.Tensor]) -> None:
-        """What splits of attention and of the down product leave for the last of them, counters of both, and lists."""
-        down, weights = self.tiles["down"], self.weights
-        self.blocks = triton.cdiv(self.size, down["BLOCK"])
-        self.splits = triton.next_power_of_2(max(1, min(down["PROGRAMS"] // self.blocks, self.width // down["TILE"])))
-        self.share = triton.cdiv(self.width, self.splits)
-        self.listed = new(self.splits * self.blocks, triton.next_power_of_2(self.share), dtype=torch.int32)
-        self.parts = new(self.splits, self.count, self.size, dtype=torch.float32)
-        self.arrived = new(max(self.blocks, weights.key_heads), dtype=torch.int32).zero_()
-        self.candidates = new(self.width, dtype=torch.int32)
-        self.counts = new(len(weights.layers), 4, dtype=torch.int32).zero_()
+        self.arrived = new(weights.key_heads, dtype=torch.int32).zero_()  # splits of attention, and what they leave:
         each = weights.key_heads * self.tiles["attention"]["SPLITS"] * self.group
         self.maxima, self.sums = new(each, dtype=torch.float32), new(each, dtype=torch.float32)
         self.values = new(each, 2 * self.columns, dtype=torch.float32)
@@ -149,42 +137,24 @@ class GpuStep:
             self._next()
 
     def _head(self) -> None:
-        weights, tile = self.weights, self._tile("head", self.size)
+        weights, tile = self.weights, self.whole.tile("head", self.size)
         rows, has_bias = self.logits.shape[1], weights.head_bias is not None
         grid = (triton.cdiv(rows, tile["ROWS"]),)
-        given = (self.x, weights.norm, weights.eps, weights.head, _or(weights.head_bias, weights.norm), self.logits)
+        given = (self.x, weights.norm, weights.eps, weights.head, either(weights.head_bias, weights.norm), self.logits)
         sizes = (rows, self.size, self.count, has_bias)
-        if self.by_tensor_cores:
+        if self.whole.by_tensor_cores:
             several_head_kernel[grid](*given, *sizes, self.early, **tile)
         else:
-            listed = _or(self.listed_tokens, self.state)
+            listed = either(self.listed_tokens, self.state)
             is_listed = self.listed_tokens is not None
             head_kernel[grid](*given, self.best, listed, *sizes, SLOTS, is_listed, self.early, **tile)
 
     def _next(self) -> None:
         next_kernel[(1,)](self.best, self.state, self.chosen, SLOTS, RING, self.early, num_warps=1, **self.options)
 
-    def _tile(self, name: str, size: int, divides: int = 0) -> dict[str, Any]:
-        """How a product is tiled, for rows of this size, of which there are so many, or any number."""
-        tile = self.tiles[name]
-        rows = tile.get("ROWS", 1)
-        while divides % rows:
-            rows //= 2
-        columns = {key: min(tile[key], triton.next_power_of_2(size)) for key in ("BLOCK", "UP") if key in tile}
-        return tile | ({"ROWS": rows} if "ROWS" in tile else {}) | columns | self.options
-
     def _qkv(self, layer: LayerWeights) -> None:
-        q, k, v = layer.qkv
-        if self.cut is not None and "q_proj" in layer.cuts:
-            self.cut.qkv(layer, self.x, self.qkv)
-            return
-        tile = self._tile("qkv", self.size, divides=self.weights.head_dim)
-        biases = layer.qkv_bias or layer.qkv
-        linear_kernel[(triton.cdiv(self.qkv.shape[1], tile["ROWS"]),)](
-            self.x, layer.input_norm, self.weights.eps, q, k, v, *biases, self.x, self.qkv, len(q), len(k),
-            self.qkv.shape[1], self.size, self.count, 3, True, layer.qkv_bias is not None, False, self.by_tensor_cores,
-            self.early, **tile,
-        )  # fmt: skip
+        by = self.cut if self.cut is not None and "q_proj" in layer.cuts else self.whole
+        by.qkv(layer, self.x, self.qkv)
 
     def _attention(self, layer: LayerWeights, table: torch.Tensor) -> None:
         weights, tile = self.weights, self.tiles["attention"]
@@ -197,86 +167,26 @@ class GpuStep:
         )  # fmt: skip
 
     def _o(self, layer: LayerWeights) -> None:
-        if self.cut is not None and "o_proj" in layer.cuts:
-            self.cut.o(layer, self.attended, self.x, self.middle)
-        else:
-            self._add(layer.o, layer.o_bias, self.attended, self.x, self.middle, "o")
-
-    def _add(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, residual: torch.Tensor,
-        out: torch.Tensor, name: str,
-    ) -> None:  # fmt: skip
-        """out = residual + W x + bias."""
-        rows, size = weight.shape
-        tile = self._tile(name, size)
-        linear_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-            x, x, 0.0, weight, weight, weight, *[_or(bias, weight)] * 3, residual, out, 0, 0, rows, size,
-            self.count, 1, False, bias is not None, True, self.by_tensor_cores, self.early, **tile,
-        )  # fmt: skip
+        by = self.cut if self.cut is not None and "o_proj" in layer.cuts else self.whole
+        by.o(layer, self.attended, self.x, self.middle)
 
     def _ffn(self, layer: LayerWeights, count: torch.Tensor) -> None:
         if self.cut is not None and "gate_proj" in layer.cuts:
             self.cut.hidden(layer, self.middle, self.hidden)
         elif layer.coarse is None or self.count > 1:  # several tokens would list most neurons
-            self._hidden(layer)
+            self.whole.hidden(layer, self.middle, self.hidden)
         else:
-            self._list(layer, layer.coarse, count)
-            self._listed(layer, count)
+            self.whole.predicted(layer, layer.coarse, count, self.middle, self.hidden)
         down = None if self.cut is None else layer.cuts.get("down_proj")
         if layer.down_t is not None:
-            self._down(layer, 0.0 if down is None else down.threshold)
+            threshold = 0.0 if down is None else down.threshold
+            self.whole.sparse_down(layer.down_t, threshold, self.hidden, self.middle, self.x)
         elif self.cut is not None and down is not None:
             self.cut.down(layer, self.hidden, self.middle, self.x)
         else:
-            self._add(layer.down, None, self.hidden, self.middle, self.x, "dense down")
-
-    def _list(self, layer: LayerWeights, coarse: PackedGate, count: torch.Tensor) -> None:
-        """List the neurons that may be active, by the gate's 4-bit copy."""
-        width, size = layer.gate.shape
-        tile = self.tiles["list"]
-        list_kernel[(triton.cdiv(width, tile["TOTAL"]),)](
-            self.middle, layer.ffn_norm, self.weights.eps, coarse.codes, coarse.steps, coarse.slack, self.hidden,
-            self.candidates, count, layer.cut, width, size, self.early, _has_dp4a(self.x),
-            BLOCK=triton.next_power_of_2(size // 8), **tile, **self.options,
-        )  # fmt: skip
-
-    def _listed(self, layer: LayerWeights, count: torch.Tensor) -> None:
-        width, size = layer.gate.shape
-        tile = self._tile("listed", size)
-        listed_kernel[(min(tile.pop("PROGRAMS"), width),)](
-            self.middle, layer.ffn_norm, self.weights.eps, layer.gate, layer.up, self.hidden, self.candidates, count,
-            layer.cut, layer.activation, size, self.early, **tile,
-        )  # fmt: skip
-
-    def _hidden(self, layer: LayerWeights) -> None:
-        width, size = layer.gate.shape
-        is_sparse = layer.down_t is not None
-        tile = self._tile("hidden" if is_sparse else "dense", size)
-        kernel = several_hidden_kernel if self.by_tensor_cores else hidden_kernel
-        kernel[(triton.cdiv(width, tile["ROWS"]),)](
-            self.middle, layer.ffn_norm, self.weights.eps, layer.gate, layer.up, self.hidden, layer.cut, width,
-            layer.activation, is_sparse, size, self.count, self.early, **tile,
-        )  # fmt: skip
-
-    def _down(self, layer: LayerWeights, cut: float) -> None:
-        tile = {name: value for name, value in self.tiles["down"].items() if name != "PROGRAMS"}
-        down_kernel[(self.blocks, self.splits)](
-            self.hidden, layer.down_t, self.middle, self.listed, self.parts, self.arrived, self.x, cut,
-            self.width, self.share, self.size, self.count, self.splits, triton.next_power_of_2(self.share),
-            self.early, **tile, **self.options,
-        )  # fmt: skip
-
-
-def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A kernel's pointer that it does not read where there is no tensor."""
-    return other if tensor is None else tensor
+            self.whole.down(layer, self.hidden, self.middle, self.x)
 
 
 def _can_start_early(like: torch.Tensor) -> bool:
     """Whether a kernel's programs can start while the kernel before it ends: from Hopper on."""
     return like.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(like.device)[0] >= 9
-
-
-def _has_dp4a(like: torch.Tensor) -> bool:
-    """Whether the GPU multiplies four bytes by four in one instruction: each of Nvidia's that Triton compiles for."""
-    return like.is_cuda and torch.version.cuda is not None
