@@ -10,8 +10,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "stocha_hf"
 PARTS = (
+    ("rules.py", "modeling_stocha.py"),
     ("spec.py", "modeling_stocha.py"),
-    ("spec.py", "cuts_stocha.py"),
+    ("cuts.py", "cuts_stocha.py"),
     ("quantization.py", "quantization_stocha.py"),
 )
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gpu_records import check_gpu, report
 
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.decoding.gpu_weights import CutWeights, LayerWeights, Weights
 from stocha_hf.measurement.speed_models import SHAPES, VOCABULARIES, random_llama
-from stocha_hf.spec import PROJECTIONS
 
 if TYPE_CHECKING:
     from stocha_hf.decoding.gpu_step import GpuStep

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stocha_hf.conversion.convert import convert
     from stocha_hf.conversion.export import export
     from stocha_hf.conversion.refit_model import refit
+    from stocha_hf.cuts import InputCuts
     from stocha_hf.cuts_stocha import cut_inputs
     from stocha_hf.decoding.lossless import lossless
     from stocha_hf.errors import StochaError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from stocha_hf.publishing.card import write_card
     from stocha_hf.publishing.upload import publish
     from stocha_hf.quantization_stocha import StochaQuantConfig
-    from stocha_hf.spec import InputCuts, __version__
+    from stocha_hf.spec import __version__
     from stocha_hf.tasks.evaluate import compare_tasks, evaluate_tasks
     from stocha_hf.training.arguments import StochaArguments
     from stocha_hf.training.run import train
@@ -57,7 +58,7 @@ _HOMES = {
     "unpatch": "patching",
     "write_answers": "answers.writing",
     "write_card": "publishing.card",
-    "InputCuts": "spec",
+    "InputCuts": "cuts",
     "Schedule": "training.schedule",
     "StochaArguments": "training.arguments",
     "StochaConfig": "spec",

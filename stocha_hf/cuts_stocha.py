@@ -43,7 +43,7 @@ from .modeling_stocha import (
     require_all,
 )
 
-# --- stocha_hf/spec.py, from here ---
+# --- stocha_hf/cuts.py, from here ---
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
@@ -137,7 +137,7 @@ def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023
 # --- to here ---
 
 if __name__ == "stocha_hf.cuts_stocha":  # inside the package there is one InputCuts
-    InputCuts = importlib.import_module("stocha_hf.spec").InputCuts  # type: ignore[misc]
+    InputCuts = importlib.import_module("stocha_hf.cuts").InputCuts  # type: ignore[misc]
 
 CUTS = ("never", "decode", "always")  # where a projection cuts its input; "decode": one new token a sequence
 

@@ -1,10 +1,9 @@
 """What a stocha checkpoint may say: activations, architectures and StochaConfig, without importing torch.
 
 Converting copies files and needs no tensor, while importing torch costs seconds and hundreds of megabytes. So whatever
-can be known of an activation without computing it stands here. The files that ship with checkpoints have to work
-alone. modeling_stocha.py, which every published repo carries, holds a copy of the first marked part; cuts_stocha.py,
-which ships with checkpoints that cut inputs, of the second. `make style` renews the copies, and a test compares them.
-Inside the package both files take the classes from here, so there is one StochaConfig.
+can be known of an activation without computing it stands here. modeling_stocha.py ships with every checkpoint and has
+to work alone, so it holds a copy of what is between the two marked lines. `make style` renews it, and a test compares
+them. Inside the package that file takes the classes from here, so there is one StochaConfig.
 
     from stocha_hf.spec import ACTIVATIONS, ARCHITECTURES, StochaConfig
 """
@@ -12,22 +11,20 @@ Inside the package both files take the classes from here, so there is one Stocha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stocha_hf.cuts import InputCuts
+from stocha_hf.rules import Rules, are_numbers, check_keys, is_number, require, require_all
+
 MODELING_FILE, CUTS_FILE, MLX_FILE = (
     Path(__file__).with_name(f"{name}_stocha.py") for name in ("modeling", "cuts", "mlx")
 )
-ALLOTMENTS = ("uniform", "greedy", "output")  # of the share of inputs to cut to projections
-LEARNED = "learned"  # a threshold for each input instead, which takes scaled weights
-LEARNED_INPUTS = "learned_inputs"  # the method of the stage in a history that scaled them, and trained none
 
 # --- copied into modeling_stocha.py from here ---
 
 __version__ = "0.2.0"
-Rules = Iterator[tuple[str, bool, str]]  # a key, whether its value is right, and what was expected
 
 
 @dataclass(frozen=True)
@@ -208,38 +205,9 @@ def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in pairs if value is not None}
 
 
-def check_keys(cls: Any, where: str, entry: Any) -> None:
-    """Raise ValueError where an entry as JSON holds it is not a mapping, or has a key that is not a field."""
-    require(isinstance(entry, dict), where, entry, "a mapping")
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(str(key) for key in entry if key not in known)
-    require(not unknown, where, unknown, f"no other keys than {', '.join(sorted(known))}")
-
-
-def is_number(value: object) -> bool:
-    """Return whether a value is an ordinary number that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
-
-
-def are_numbers(values: object, least: float) -> bool:
-    """Whether this is a list of one or more numbers, each `least` or more."""
-    return isinstance(values, list) and bool(values) and all(is_number(x) and x >= least for x in values)
-
-
 def _is_text(value: object) -> bool:
     pairs = value.items() if isinstance(value, dict) else [(None, None)]
     return all(isinstance(key, str) and isinstance(text, str | None) for key, text in pairs)
-
-
-def require(ok: bool, key: str, given: object, expected: str) -> None:
-    """Raise ValueError in one sentence unless ok."""
-    if not ok:
-        raise ValueError(f"{key} is {repr(given)[:200]}: expected {expected}")
-
-
-def require_all(entry: Any, prefix: str, rules: Rules) -> None:
-    for key, fits, expected in rules:  # one by one: a rule may rely on those before it
-        require(fits, prefix + key, getattr(entry, key), expected)
 
 
 # --- to here ---
@@ -248,97 +216,3 @@ def require_all(entry: Any, prefix: str, rules: Rules) -> None:
 def input_cuts(entry: Any) -> InputCuts:
     """Return the cuts of a `stocha` entry's `inputs`, for StochaConfig.from_dict."""
     return InputCuts.from_dict(entry)
-
-
-# --- copied into cuts_stocha.py from here ---
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
-FALLBACK = "a probability from 0 to below 1"
-FALLBACK_TOKENS = "a whole number from 1 to 8"  # as many as the kernels take in one step
-
-
-@dataclass(frozen=True)
-class InputCuts:
-    """The `inputs` of a `stocha` entry: which entries of projections' inputs are cut, so that decoding can skip them.
-
-    A projection W computes W where(|x - c| > t, x, c), with a threshold t and a centre c of its own: c = 0 is TEAL
-    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174).
-
-    Args:
-        thresholds: One per layer, 0 or more, for each projection that cuts, a name in PROJECTIONS.
-        centres: One per layer, for those of these projections whose centre is not 0.
-        share: The share of entries that the thresholds were made to cut.
-        prefill: Whether eval() mode cuts at every token; if not, where each sequence has one new token.
-        train: Whether train() mode cuts, at every token.
-        calibration: The text that the thresholds were measured on.
-        fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
-        fallback_tokens: How many tokens such a step then computes, 1 to 8: its own and those before it, whose keys and
-            values earlier steps wrote with cuts; None: its own.
-
-    Raises:
-        ValueError: For any other value; the message names the key, what was given and what was expected.
-    """
-
-    thresholds: dict[str, list[float]]
-    centres: dict[str, list[float]] | None = None
-    share: float | None = None
-    prefill: bool = False
-    train: bool = False
-    calibration: dict[str, Any] | None = None
-    fallback: float | None = None
-    fallback_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        require_all(self, "inputs.", self._rules())
-
-    def _rules(self) -> Rules:
-        lists = f"a list of numbers for one or more of {', '.join(PROJECTIONS)}"
-        yield "thresholds", _are_lists(self.thresholds, PROJECTIONS, least=0), lists
-        centred = self.centres is None or _are_lists(self.centres, self.thresholds)
-        yield "centres", centred, "a list of numbers for projections that have thresholds"
-        yield "share", self.share is None or (is_number(self.share) and 0 < self.share < 1), "a share between 0 and 1"
-        yield "prefill", isinstance(self.prefill, bool), "true or false"
-        yield "train", isinstance(self.train, bool), "true or false"
-        yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
-        yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
-        count = self.fallback_tokens
-        yield "fallback_tokens", count is None or is_fallback_tokens(count), FALLBACK_TOKENS
-        yield "fallback_tokens", count is None or bool(self.fallback), "none where there is no fallback"
-
-    def check(self, layers: int) -> None:
-        """Raise ValueError where this cannot be of a model with so many layers."""
-        for key, lists in (("thresholds", self.thresholds), ("centres", self.centres or {})):
-            for name, values in lists.items():
-                require(len(values) == layers, f"inputs.{key}.{name}", values, f"{layers} numbers: one per layer")
-
-    def of(self, layer: int, projection: str) -> tuple[float, float]:
-        """Return the threshold and the centre of a projection that cuts."""
-        centres = (self.centres or {}).get(projection)
-        return self.thresholds[projection][layer], centres[layer] if centres else 0.0
-
-    @classmethod
-    def from_dict(cls, entry: Any) -> InputCuts:
-        """Return the cuts of an entry as JSON holds it. Raises ValueError for whatever is not one."""
-        check_keys(cls, "inputs", entry)
-        require("thresholds" in entry, "inputs.thresholds", None, "thresholds: run stocha-convert --inputs")
-        return cls(**entry)
-
-
-def is_fallback(value: object) -> bool:
-    """Return whether a value can be the `fallback` of input cuts."""
-    return is_number(value) and 0 <= value < 1  # type: ignore[operator]
-
-
-def is_fallback_tokens(value: object) -> bool:
-    """Return whether a value can be the `fallback_tokens` of input cuts."""
-    return type(value) is int and 1 <= value <= 8
-
-
-def _are_lists(value: object, names: Collection[str], least: float = -(2.0**1023)) -> bool:
-    """Whether this maps one or more of these names to lists of numbers, each `least` or more."""
-    known = isinstance(value, dict) and bool(value) and all(name in names for name in value)
-    return known and all(are_numbers(row, least) for row in value.values())  # type: ignore[attr-defined]
-
-
-# --- to here ---

@@ -12,12 +12,12 @@ from helpers import first_is_fast, tiny_model
 from helpers.packing import packed
 
 from stocha_hf import InputCuts, StochaConfig
+from stocha_hf.cuts import ATTENTION, PROJECTIONS
 from stocha_hf.decoding import ops, step
 from stocha_hf.decoding.structs import KERNEL_ACTIVATIONS, Ffn, GateCopy, matrix
 from stocha_hf.modeling_stocha import StochaMLP
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
-from stocha_hf.spec import ATTENTION, PROJECTIONS
 
 SHAPES = [(64, 96), (77, 33), (300, 530), (1, 1), (160, 32)]  # inputs, outputs
 THRESHOLDS = (0.0, 0.6, 1e9)  # that cut none, some and all

@@ -16,11 +16,12 @@ from transformers import DynamicCache
 import stocha_hf
 from stocha_hf import modeling_stocha
 from stocha_hf.answers.batches import continue_prompts
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.modeling_stocha import InputCuts, StochaConfig, StochaMLP
 from stocha_hf.patching import patch, unpatch
-from stocha_hf.spec import ARCHITECTURES, PROJECTIONS
+from stocha_hf.spec import ARCHITECTURES
 
 PROMPTS = torch.tensor([[0, 0, 5, 9, 13, 21], [7, 8, 5, 9, 13, 21], [0, 9, 33, 40, 2, 1]])
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])

@@ -17,6 +17,7 @@ import torch
 from helpers import tiny_model
 from transformers import DynamicCache, StaticCache
 
+from stocha_hf.cuts import PROJECTIONS, InputCuts
 from stocha_hf.cuts_stocha import cut_inputs
 from stocha_hf.decoding import calls, generation, lossless, rounds, triton_ffn
 from stocha_hf.decoding.copies import Copies
@@ -25,7 +26,6 @@ from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig, StochaMLP, stocha_mlps
 from stocha_hf.patching import patch
-from stocha_hf.spec import PROJECTIONS, InputCuts
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

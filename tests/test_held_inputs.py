@@ -13,12 +13,12 @@ from helpers import tiny_model, tiny_tokenizer
 from helpers.training import SILU, losses, run
 from torch._dynamo.utils import counters
 
+from stocha_hf.cuts import InputCuts
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch
-from stocha_hf.spec import InputCuts
 from stocha_hf.training.compiled_layers import compile_layers
 from stocha_hf.training.entry import change_entry
 from stocha_hf.training.held_inputs import HeldInputs

@@ -31,6 +31,8 @@ ORDER = [  # from the commands down; units that stand beside each other do not u
     {"modeling_stocha", "mlx_stocha", "sparse"},  # sparse: what published files of 0.1 look for
     {"decoding"},
     {"spec", "quantization", "progress"},
+    {"cuts"},
+    {"rules"},
     {"errors"},
 ]
 FLOOR = {unit: floor for floor, units in enumerate(ORDER) for unit in units}

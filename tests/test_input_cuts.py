@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import stocha_hf
+from stocha_hf.cuts import ATTENTION, PROJECTIONS, InputCuts
 from stocha_hf.cuts_stocha import CutInput, cut_inputs, cut_projections, projections
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
@@ -23,7 +24,7 @@ from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch, unpatch
 from stocha_hf.publishing.upload import _additions, _publishable
-from stocha_hf.spec import ARCHITECTURES, ATTENTION, CUTS_FILE, MODELING_FILE, PROJECTIONS, InputCuts
+from stocha_hf.spec import ARCHITECTURES, CUTS_FILE, MODELING_FILE
 
 TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60]])
 OTHER = torch.randint(3, 64, (1, 8), generator=torch.Generator().manual_seed(2))  # cuts change what follows it

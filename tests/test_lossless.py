@@ -14,6 +14,7 @@ from transformers import DynamicCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from stocha_hf import InputCuts, StochaConfig
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.decoding import rounds, step
 from stocha_hf.decoding.copies import Copies
 from stocha_hf.decoding.lossless import lossless
@@ -21,7 +22,7 @@ from stocha_hf.decoding.pace import PATIENCE, Pace, Times
 from stocha_hf.errors import StochaError
 from stocha_hf.patching import patch
 from stocha_hf.quantization_stocha import Quantization, exchange
-from stocha_hf.spec import ARCHITECTURES, PROJECTIONS
+from stocha_hf.spec import ARCHITECTURES
 
 PROMPT = torch.tensor([[5, 9, 13, 21, 34, 8, 55, 40, 11, 7]])
 OPTIONS: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False}

@@ -1,4 +1,4 @@
-"""spec.py and its copy in modeling_stocha.py: the same text, one class in the package, equal values across copies."""
+"""spec.py and the others that have a copy in files that ship: the same text, one class, equal values across copies."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from stocha_hf import cuts_stocha, modeling_stocha, quantization_stocha, spec
 ROOT = Path(__file__).parent.parent
 
 
-def test_modeling_stocha_holds_a_current_copy_of_spec() -> None:
+def test_shipped_files_hold_current_copies() -> None:
     done = subprocess.run([sys.executable, ROOT / ".ci/copy_spec.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["spec.py", "cuts_stocha.py"])
+@pytest.mark.parametrize("name", ["spec.py", "cuts.py", "cuts_stocha.py"])
 def test_a_lost_marker_fails_the_check(name: str, tmp_path: Path) -> None:
     for part in (".ci", "stocha_hf"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=lambda folder, names: [n for n in names if "." not in n])
     file = tmp_path / "stocha_hf" / name
-    file.write_text(re.sub("(cuts_stocha.py|spec.py,) from here", "no marker", file.read_text()))
+    file.write_text(re.sub("(cuts_stocha.py|modeling_stocha.py|cuts.py,) from here", "no marker", file.read_text()))
     check = [sys.executable, tmp_path / ".ci/copy_spec.py", "--check"]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -12,11 +12,11 @@ from helpers import tiny_model, tiny_tokenizer
 from helpers.training import SILU, run
 from torch._dynamo.utils import counters
 
+from stocha_hf.cuts import PROJECTIONS, InputCuts
 from stocha_hf.cuts_stocha import cut_projections, projections
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.patching import patch
-from stocha_hf.spec import PROJECTIONS, InputCuts
 from stocha_hf.training.compiled_layers import compile_layers
 from stocha_hf.training.uncut_prompts import CUT_AT, FIRST, PromptCollator, prompts_uncut
 

@@ -15,9 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from stocha_hf.checkpoints.names import check_label, check_origin
+from stocha_hf.cuts import InputCuts
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import QUANTIZATION_FILE
-from stocha_hf.spec import ARCHITECTURES, MLX_FILE, InputCuts, StochaConfig, class_names
+from stocha_hf.spec import ARCHITECTURES, MLX_FILE, StochaConfig, class_names
 
 SIZES = ("num_hidden_layers", "intermediate_size")
 MOST_LAYERS = 10_000

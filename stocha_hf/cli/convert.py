@@ -34,9 +34,10 @@ from stocha_hf.cli import (
     show,
     whole_number,
 )
+from stocha_hf.cuts import ALLOTMENTS, LEARNED, PROJECTIONS
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES, is_bits
-from stocha_hf.spec import ACTIVATIONS, ALLOTMENTS, LEARNED, POSITIVE_SIDES, PROJECTIONS, StochaConfig
+from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
 REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")

@@ -27,8 +27,9 @@ from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.output import check_output, write_checkpoint
 from stocha_hf.conversion.source import Source, local_source, open_source
+from stocha_hf.cuts import LEARNED_INPUTS
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import LEARNED_INPUTS, is_number
+from stocha_hf.rules import is_number
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ from stocha_hf.conversion.options import calibration_options, check_bits, check_
 from stocha_hf.conversion.output import check_output, write_checkpoint
 from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
+from stocha_hf.cuts import LEARNED
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import BITS, is_bits
-from stocha_hf.spec import LEARNED, __version__
+from stocha_hf.spec import __version__
 
 Changed = tuple[dict[str, Any], Callable[[Path], None] | None]  # config.json, and what overwrites copied tensors
 DTYPES = ("bfloat16", "float16", "float32")

@@ -16,20 +16,19 @@ from typing import Any
 from stocha_hf.checkpoints.entry import read_entry, with_entry
 from stocha_hf.checkpoints.names import public_name
 from stocha_hf.conversion.source import Source
-from stocha_hf.errors import StochaError
-from stocha_hf.spec import (
-    ACTIVATIONS,
+from stocha_hf.cuts import (
     ALLOTMENTS,
     ATTENTION,
     FALLBACK,
     FALLBACK_TOKENS,
     LEARNED,
     PROJECTIONS,
-    StochaConfig,
     is_fallback,
     is_fallback_tokens,
-    is_number,
 )
+from stocha_hf.errors import StochaError
+from stocha_hf.rules import is_number
+from stocha_hf.spec import ACTIVATIONS, StochaConfig
 
 DEFAULT_TOKENS = 16_384  # tens of millions of entries for each threshold
 WINDOW = 1024  # tokens

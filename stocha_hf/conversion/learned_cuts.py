@@ -23,11 +23,11 @@ from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.tensors import Tensors
 from stocha_hf.conversion.input_cuts import Calibration, is_sparse, uncut_model
 from stocha_hf.conversion.source import Source
+from stocha_hf.cuts import LEARNED, LEARNED_INPUTS
 from stocha_hf.data import calibration_texts
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.learned import BATCH, answers, learn_input_cuts
-from stocha_hf.spec import LEARNED, LEARNED_INPUTS
 
 DEFAULT_TOKENS = 2**21  # padding included: about what all steps take
 WINDOW = 512  # tokens

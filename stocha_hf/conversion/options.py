@@ -10,9 +10,10 @@ from typing import Any
 
 from stocha_hf.conversion.input_cuts import Calibration
 from stocha_hf.conversion.refit_work import Refit
+from stocha_hf.cuts import LEARNED
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization import MATRICES, is_bits
-from stocha_hf.spec import LEARNED, StochaConfig
+from stocha_hf.spec import StochaConfig
 
 
 def calibration_options(inputs: float | None, refit: str | None, given: dict[str, Any]) -> Calibration | None:

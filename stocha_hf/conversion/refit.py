@@ -38,10 +38,11 @@ from stocha_hf.conversion.refit_store import LayerFiles, Store
 from stocha_hf.conversion.refit_streams import KEPT, WINDOWS, Streams
 from stocha_hf.conversion.refit_work import Refit, layers_folder
 from stocha_hf.conversion.source import Source
+from stocha_hf.cuts import LEARNED_INPUTS
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.progress import Progress
-from stocha_hf.spec import LEARNED_INPUTS, StochaConfig
+from stocha_hf.spec import StochaConfig
 
 DEFAULT_TOKENS = 98_304  # or TOKENS_PER_NEURON x the FFN's width if that is more
 TOKENS_PER_NEURON = 8

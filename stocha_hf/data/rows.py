@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from stocha_hf.data.files import explain, first_line, local_files
 from stocha_hf.data.row_text import plain_text, text_of
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import is_number
+from stocha_hf.rules import is_number
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import triton
 
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.decoding.gpu_tiles import tiles_for
 from stocha_hf.decoding.gpu_weights import LayerWeights, Weights
 from stocha_hf.decoding.triton_inputs import cut_hidden_kernel, cut_linear_kernel, whole_kernel
-from stocha_hf.spec import PROJECTIONS
 
 PARTS = {"qkv": PROJECTIONS[:3], "o": PROJECTIONS[3:4], "hidden": PROJECTIONS[4:6], "down": PROJECTIONS[6:]}
 WARP_LOAD = 512  # bytes that a warp reads of a row at a time

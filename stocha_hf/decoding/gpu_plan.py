@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import nn
 
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.decoding import triton_ffn
 from stocha_hf.decoding.families import FAMILIES
 from stocha_hf.decoding.gpu_cuts import listed
@@ -24,7 +25,7 @@ from stocha_hf.decoding.packed_gate import PackedGate
 from stocha_hf.decoding.plan import CHANGING_ROTARY
 from stocha_hf.decoding.structs import is_cut
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
-from stocha_hf.spec import ACTIVATIONS, PROJECTIONS
+from stocha_hf.spec import ACTIVATIONS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Step = TypeVar("Step", bound=GpuStep)

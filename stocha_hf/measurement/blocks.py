@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stocha_hf.cuts import ATTENTION, PROJECTIONS
 from stocha_hf.errors import StochaError
-from stocha_hf.spec import ATTENTION, PROJECTIONS
 
 FFN = tuple(name for name in PROJECTIONS if name not in ATTENTION)
 

@@ -16,12 +16,13 @@ from typing import Any
 from stocha_hf.checkpoints.entry import began_random, cuts_sentence, read_entry
 from stocha_hf.checkpoints.metadata import INHERITED
 from stocha_hf.checkpoints.quantized import read_quantization
+from stocha_hf.cuts import LEARNED, LEARNED_INPUTS, InputCuts
 from stocha_hf.errors import StochaError
 from stocha_hf.publishing.markdown import code, fence, text
 from stocha_hf.publishing.measurements import Measurements
 from stocha_hf.publishing.tables import measured_metadata, measured_section
 from stocha_hf.quantization import BITS, Quantization, is_bits
-from stocha_hf.spec import ARCHITECTURES, LEARNED, LEARNED_INPUTS, InputCuts, StochaConfig
+from stocha_hf.spec import ARCHITECTURES, StochaConfig
 
 TEMPLATE, TOOLS = (Path(__file__).with_name(name) for name in ("model_card.md", "other_tools.md"))
 COPIED = "Converting leaves every weight, its name and its shape as they are."

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.metadata import source_metadata
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.errors import StochaError
 from stocha_hf.models import load_model
 from stocha_hf.publishing import card
-from stocha_hf.spec import PROJECTIONS
 from stocha_hf.training.entry import change_entry
 
 LORA_MODULES = [*PROJECTIONS]  # where a recipe names none

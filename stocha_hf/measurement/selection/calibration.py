@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.measurement.blocks import Block, blocks, weight_of
 from stocha_hf.measurement.cett import CettCurve
 from stocha_hf.measurement.selection.cuts import InputCut
 from stocha_hf.measurement.selection.distributions import Distribution, input_distributions, observe
 from stocha_hf.measurement.selection.output_shares import OutputCurve, output_curves
-from stocha_hf.spec import PROJECTIONS
 
 
 class Calibration:

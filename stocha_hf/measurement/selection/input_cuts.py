@@ -1,4 +1,4 @@
-"""TEAL's thresholds as a model's config holds them, so that its class cuts by itself: see InputCuts in spec.py.
+"""TEAL's thresholds as a model's config holds them, so that its class cuts by itself: see InputCuts in cuts.py.
 
 cuts = calibrate_inputs(model, windows, 0.4)
 patch(model, StochaConfig(activation="silu", inputs=cuts))
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from stocha_hf.cuts import ALLOTMENTS, PROJECTIONS, InputCuts
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.evaluation import check_vocabulary
 from stocha_hf.measurement.selection.distributions import EDGES, Distribution, input_distributions
 from stocha_hf.measurement.selection.output_shares import output_shares
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
-from stocha_hf.spec import ALLOTMENTS, PROJECTIONS, InputCuts
 
 
 def calibrate_inputs(

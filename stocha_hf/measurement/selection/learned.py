@@ -23,13 +23,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stocha_hf.cuts import InputCuts
 from stocha_hf.cuts_stocha import cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.evaluation import check_vocabulary
 from stocha_hf.measurement.selection.threshold_gradients import Group, cutting, fold, groups_of, meet
 from stocha_hf.progress import Progress
-from stocha_hf.spec import InputCuts, is_number
+from stocha_hf.rules import is_number
 
 STEPS, BATCH, RATE = 140, 32, 0.02  # of Adam on the logarithms of thresholds
 UNCUT = 8  # where nothing says what is cut: a window's first part, of so many, is not

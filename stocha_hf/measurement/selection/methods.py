@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.selection.applied import Selection
 from stocha_hf.measurement.selection.attribution import Attribution, Score, corrected, gradient_output, snip
@@ -33,7 +34,6 @@ from stocha_hf.measurement.selection.cuts import (
 )
 from stocha_hf.measurement.selection.output_shares import allotted
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
-from stocha_hf.spec import PROJECTIONS
 
 NORMED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # whose inputs come from a norm
 LOW_RANK = 0.1  # of the bytes that R-Sparse reads, spent on the low-rank part

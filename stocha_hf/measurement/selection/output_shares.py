@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from stocha_hf.cuts import PROJECTIONS
 from stocha_hf.measurement.blocks import Block, blocks
 from stocha_hf.measurement.selection.distributions import Distribution
 from stocha_hf.measurement.selection.input_scales import SHARED
 from stocha_hf.measurement.selection.thresholds import cutting, spread
 from stocha_hf.progress import Progress
-from stocha_hf.spec import PROJECTIONS
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
 STEP = 0.01  # of a share, to which it is interpolated
