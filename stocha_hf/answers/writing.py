@@ -7,8 +7,7 @@ reads from it what the model read and wrote:
     {"text": "<|im_start|>user\\n...<|im_end|>\\n", "tokens": 131, "finished": true, "id": "5f0c..."}
 
 `tokens` counts the answer's. `finished` is false where it was cut at `new`. Rows are added as they are done. `id` is
-of the prompt, so that a run that was killed goes on with those that are missing. How answers were made lies beside
-them in OUT.settings: another model or temperature cannot go on with them.
+of the prompt, so that a run that was killed goes on with those that are missing (answer_file.py).
 
     write_answers(model, tokenizer, texts, "answers.jsonl", new=512, temperature=0.8)
 """
@@ -16,16 +15,15 @@ them in OUT.settings: another model or temperature cannot go on with them.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from stocha_hf.answers.answer_file import AnswerFile
 from stocha_hf.answers.batches import continue_prompts
 from stocha_hf.answers.choosing import Choice
 from stocha_hf.answers.prompts import end_tokens, token_ids
@@ -35,7 +33,6 @@ from stocha_hf.progress import Progress
 
 ROWS = {"cuda": 2048, "cpu": 8}  # answers in work at most: more keep a GPU busy, a CPU's sparse kernels take so many
 FILLED = 0.6  # of a GPU's free memory, by answers in work
-KINDS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def write_answers(
     path = local_path(path)
     made = {"new": new, "samples": samples, "temperature": temperature, "top_p": top_p} | dict(settings or {})
     fitting, ends = _fitting(model, tokenizer, texts, new), end_tokens(model, tokenizer)
-    with _AnswerFile(path, made) as file:
+    with AnswerFile(path, made) as file:
         wanted = [(text, sample) for text in fitting for sample in range(samples)]
         missing = [(text, sample) for text, sample in wanted if _id(text, sample) not in file.ids]
         found = continue_prompts(
@@ -142,100 +139,6 @@ def rows_at_once(model: Any, tokens: int) -> int:
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize
     free = torch.cuda.mem_get_info(model.device)[0]
     return min(max(int(FILLED * free / (tokens * cache + 16 * config.vocab_size)), 1), ROWS["cuda"])
-
-
-def check_output(path: str | Path) -> None:
-    """Raise StochaError for a file that answers cannot be written to: of another kind, or in no folder."""
-    path = local_path(path)
-    if path.suffix not in KINDS:
-        raise StochaError(
-            f"the output {path} is not a {' or '.join(KINDS)} file: expected a name such as answers{KINDS[0]}"
-        )
-    if not path.parent.is_dir():
-        raise StochaError(f"the folder {path.parent} does not exist: expected one for {path.name}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise StochaError(f"{path} cannot be written: expected a file, in a folder that you may write to")
-
-
-class _AnswerFile:
-    """Answers on disk. A parquet file is made of a .jsonl beside it when all are there."""
-
-    def __init__(self, path: Path, made: dict[str, Any]) -> None:
-        check_output(path)
-        self.path, self.lines = path, path if path.suffix == ".jsonl" else path.with_name(path.name + ".part.jsonl")
-        self.ids: set[str] = set()
-        self.texts: set[bytes] = set()
-        self.finished: list[bool] = []
-        _check_settings(path.with_name(path.name + ".settings"), made, exists=path.exists() or self.lines.exists())
-        for row in self._rows():
-            self._note(row)
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        if self.path != self.lines and self.path.exists():
-            import pyarrow.parquet
-
-            yield from pyarrow.parquet.read_table(self.path).to_pylist()
-        if self.lines.exists():
-            content = self.lines.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):  # the last line of a run that was killed
-                os.truncate(self.lines, whole)
-            yield from map(json.loads, content[:whole].splitlines())
-
-    def _note(self, row: dict[str, Any]) -> bool:
-        """Whether the row's text is new."""
-        self.ids.add(row["id"])
-        digest = hashlib.sha1(row["text"].encode()).digest()
-        if digest in self.texts:
-            return False
-        self.texts.add(digest)
-        self.finished.append(row["finished"])
-        return True
-
-    def __enter__(self) -> _AnswerFile:
-        self.file: IO[str] = self.lines.open("a", encoding="utf-8")
-        return self
-
-    def add(self, row: dict[str, Any]) -> None:
-        if self._note(row):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        self.file.close()
-        if kind is None and self.path != self.lines:
-            self._to_parquet()
-
-    def _to_parquet(self) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        rows = list(self._rows())
-        beside = self.path.with_name(self.path.name + ".part")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
-        os.replace(beside, self.path)
-        self.lines.unlink()
-
-
-def _check_settings(path: Path, made: dict[str, Any], exists: bool) -> None:
-    """Keep how answers are made, or refuse to go on with answers that were made otherwise."""
-    made = json.loads(json.dumps(made))
-    try:
-        before = json.loads(path.read_text()) if exists else None
-    except (OSError, ValueError):
-        raise StochaError(
-            f"{path.name.removesuffix('.settings')} is there without a readable {path.name}: expected answers of this "
-            "command; name another output"
-        ) from None
-    if before is None:
-        path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        return
-    for key in made.keys() | before.keys():
-        if made.get(key) != before.get(key):
-            raise StochaError(
-                f"{path.name.removesuffix('.settings')} holds answers with {key} {before.get(key)!r}, and {key} is "
-                f"{made.get(key)!r} now: expected the same, or another output"
-            )
 
 
 def _fitting(model: Any, tokenizer: Any, texts: Sequence[str], new: int) -> dict[str, list[int]]:

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def answers(args: argparse.Namespace) -> None:
-    from stocha_hf.answers.writing import check_output
+    from stocha_hf.answers.answer_file import check_output
 
     check_output(args.output)
     import torch
