@@ -39,6 +39,14 @@ struct Call {
   int64_t wanted;                           // of logits; see Wanted
 };
 
+// Seconds that the first thread spent in each part of all steps so far, where STOCHA_CLOCKS is defined: for benchmarks.
+enum Phase { kRest, kProjections, kAttention, kOutput, kFfn, kLogits, kPhases };
+#if defined(STOCHA_CLOCKS)
+#include <chrono>
+extern "C" __attribute__((visibility("default"))) double stocha_clocks[kPhases];
+double stocha_clocks[kPhases];
+#endif
+
 struct Shared {  // what threads tell each other
   Scratch scratch;
   std::vector<float> q, k, v, attended, projected, least;
@@ -70,7 +78,19 @@ struct Pass {  // a thread's part of a step
     return [out, width](int64_t row, int64_t token, float value) { out[token * width + row] = value; };
   }
 
+  // Says that a part ends here.
+  void end([[maybe_unused]] Phase phase) const {
+#if defined(STOCHA_CLOCKS)
+    static double last = 0;
+    if (team.thread != 0) return;
+    const double now = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    if (phase != kPhases) stocha_clocks[phase] += now - last;
+    last = now;
+#endif
+  }
+
   void run() {
+    end(kPhases);
     inputs.type = type;
     inputs.cuts = call.cuts != 0;
     stream.resize(count * size);
@@ -79,6 +99,7 @@ struct Pass {  // a thread's part of a step
     const float* frequencies = nullptr;
     for (int64_t l = 0; l < model.count; ++l) {
       const Layer& layer = model.layers[l];
+      end(kRest);
       if (layer.frequencies != frequencies) set_angles(layer);
       frequencies = layer.frequencies;
       attention(layer);
@@ -86,9 +107,12 @@ struct Pass {  // a thread's part of a step
       norm_stream(layer.ffn_input_norm);
       ffn(layer.ffn, inputs, shared.scratch, team, keep_in(shared.projected.data(), size));
       team.wait();
+      end(kFfn);
       add(layer.ffn_norm);
     }
+    end(kRest);
     logits();
+    end(kLogits);
   }
 
   void embed(int64_t id, float* row) const {
@@ -149,6 +173,7 @@ struct Pass {  // a thread's part of a step
     finish(k, inputs, team, keep_in(shared.k.data(), layer.k.outputs()));
     finish(v, inputs, team, keep_in(shared.v.data(), layer.v.outputs()));
     team.wait();
+    end(kProjections);
     with_type(type, [&](auto* element) {
       using E = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
       remember<E>(layer);
@@ -156,9 +181,11 @@ struct Pass {  // a thread's part of a step
       attend_all<E>(layer);
     });
     team.wait();
+    end(kAttention);
     inputs.set(shared.attended.data(), count, model.heads * head_size);
     multiply(layer.o, shared.projected.data());
     team.wait();
+    end(kOutput);
   }
 
   void place(float* head, int64_t token, const void* weight) const {
