@@ -9,6 +9,8 @@ of two, for which kernels are made.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 FIRST = (1, 3)  # tokens that the first rounds draft at most, to see what steps of several tokens take
 DECAY = 0.95  # of what earlier rounds count, a round
 PATIENCE = 32  # rounds after which a draft that did not pay is tried again
@@ -25,12 +27,12 @@ class Times:
         new = (1.0, size, size**2, seconds, size * seconds)
         self.moments = [DECAY * old + value for old, value in zip(self.moments, new, strict=True)]
 
-    def of(self, tokens: int) -> float:
-        """What a verification of so many tokens would take."""
+    def line(self) -> tuple[float, float]:
+        """What a verification takes in any case, and for each token of its size."""
         total, first, second, seconds, cross = self.moments
         spread = total * second - first * first
         slope = max(0.0, (total * cross - first * seconds) / spread) if spread > 1e-9 else 0.0
-        return max((seconds - slope * first) / total, 0.0) + slope * _size(tokens)
+        return max((seconds - slope * first) / total, 0.0), slope
 
 
 class Pace:
@@ -51,7 +53,7 @@ class Pace:
         """Return how many tokens the next round should draft at most."""
         if self.rounds < len(FIRST) or not (self.is_free or self.draft[0]):
             return min(FIRST[min(self.rounds, len(FIRST) - 1)], self.most)
-        rates = [self._tokens(count) / self._seconds(count) for count in range(self.most + 1)]
+        rates = list(self._rates())
         best = max(range(len(rates)), key=rates.__getitem__)
         return best if best or self.idle < PATIENCE else 1
 
@@ -75,22 +77,20 @@ class Pace:
         """Count a round for which there was a draft that would not have paid."""
         self.idle += 1
 
-    def _tokens(self, count: int) -> float:
-        """What a draft of so many at most gives on average."""
-        return 1 + self.accepted / self.tried * _sum(self.safe / self.tried, count)
-
-    def _seconds(self, count: int) -> float:
-        """What it takes with its verification: it may end after each of its tokens."""
-        if not count or self.is_free:
-            return self.times.of(count + 1)
-        step, each = self.draft[1] / self.draft[0], self.sure / self.all
-        ends = [(1 - each) * each ** (i - 1) for i in range(1, count)] + [each ** (count - 1)]
-        return sum(share * (i * step + self.times.of(i + 1)) for i, share in enumerate(ends, 1))
+    def _rates(self) -> Iterator[float]:
+        """The tokens a second of drafts of 0, 1, 2, ... tokens at most: a round waits for this, so in one pass."""
+        base, slope = self.times.line()
+        first, ratio = self.accepted / self.tried, self.safe / self.tried
+        step, each = (0.0, 1.0) if self.is_free else (self.draft[1] / self.draft[0], self.sure / self.all)
+        tokens, ended, reached = 1.0, 0.0, 1.0  # seconds of drafts that ended before, and the chance that one did not
+        yield 1 / (base + slope)
+        for count in range(1, self.most + 1):
+            tokens += first * ratio ** (count - 1)
+            seconds = count * step + base + slope * _size(count + 1)
+            yield tokens / (ended + reached * seconds)
+            ended += (1 - each) * reached * seconds
+            reached *= each
 
 
 def _size(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length()
-
-
-def _sum(ratio: float, terms: int) -> float:
-    return sum(ratio**i for i in range(terms))

@@ -100,8 +100,10 @@ class Rounds(Loop):
     def _copy(self) -> list[int]:
         """A draft that takes no step, of as many tokens as pay; none where the last tokens are new."""
         self.copies.read(self.ids[0, len(self.copies.text) : self.length].tolist())
+        if not self.copies.drafts(1):
+            return []
         count = min(self.pace_of_copies.drafts(), self._wanted())
-        if not count and self.copies.drafts(1):
+        if not count:
             self.pace_of_copies.passed()
         return self.copies.drafts(count)
 
