@@ -21,7 +21,7 @@ def test_shipped_files_hold_current_copies() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["spec.py", "cuts.py", "cuts_stocha.py"])
+@pytest.mark.parametrize("name", ["spec.py", "cuts.py", "rules.py", "cuts_stocha.py"])
 def test_a_lost_marker_fails_the_check(name: str, tmp_path: Path) -> None:
     for part in (".ci", "stocha_hf"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=lambda folder, names: [n for n in names if "." not in n])

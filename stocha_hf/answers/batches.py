@@ -142,7 +142,7 @@ class _Batch:
     def _prefill(self, slots: list[int], rows: list[_Row]) -> None:
         at, longest = torch.tensor(slots, device=self.model.device), rows[0].position
         if longest > 0:
-            padded = torch.zeros(len(rows), longest, dtype=torch.int64)
+            padded = torch.zeros(len(rows), max(longest, 2), dtype=torch.int64)  # of one it would be a decode step
             for row, ids in zip(rows, padded, strict=True):
                 ids[: row.position] = torch.tensor(self.prompts[row.prompt][:-1], dtype=torch.int64)
             prefilled = DynamicCache()

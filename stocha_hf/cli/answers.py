@@ -56,7 +56,7 @@ def parser() -> Parser:
         "--seed",
         type=whole_number(0, 2**63 - 1),
         default=0,
-        help="decides what is drawn for a prompt, up to rounding in any batch (default: 0)",
+        help="decides what is drawn for a prompt, the same in any batch, up to rounding (default: 0)",
     )
     verb.add_argument(
         "--batch-size", type=whole_number(1), metavar="N", help="answers generated at once (default: by device)"

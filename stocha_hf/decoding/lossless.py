@@ -42,7 +42,7 @@ def lossless(
 
     Where its steps are not single calls of the kernels or single graphs of a GPU's, as with hooks, it writes the same
     without drafts. A step of several tokens may round otherwise than one of one token: of 16-bit logits that are as
-    good as equal, it may choose another.
+    good as equal, it may choose another. A text that repeats little takes longer than by plain steps.
 
     Args:
         model: A converted model, with input cuts or without.

@@ -77,11 +77,9 @@ def _draft_lines(row: dict[str, Any]) -> Iterator[str]:
             f"{found['drafted']} were drafted, each for {found['cut_share']:.1%} of the bytes",
             f"{found.get('copied', 0)} copied from the text",
         ]
-        some = [text for text in offered if not text.startswith("0 ")] or ["none were drafted"]
-        yield (
-            f"  {found['steps']} tokens: {', '.join(some)}, and {found['accepted']} of them stood; "
-            f"{found['verifications']} steps without cuts checked them"
-        )
+        some = [text for text in offered if not text.startswith("0 ")]
+        told = f"{', '.join(some)}, and {found['accepted']} of them stood" if some else "none were drafted"
+        yield f"  {found['steps']} tokens: {told}; {found['verifications']} steps without cuts checked them"
 
 
 def _point_text(point: dict[str, Any]) -> str:

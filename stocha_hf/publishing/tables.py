@@ -42,8 +42,8 @@ DRAFTED = (
     "{accepted:,}"
 )
 COPIED = (
-    ": what stood in the text before was drafted, and the model verified it, so the answers are its own, up to "
-    "rounding. Of {copied:,} drafted tokens it accepted {accepted:,}"
+    ": what stood in the text before was drafted, and the model verified it without cuts, so the answers are those of "
+    "the model without cuts, up to rounding. Of {copied:,} drafted tokens it accepted {accepted:,}"
 )
 REPEATED = ", {:.0%} of the steps computed again without cuts"
 DIVERSITY = (

@@ -134,7 +134,7 @@ def run(data: Any, args: Any, model_args: Any, schedule: Any) -> TrainingResult:
     teacher = None if teacher_config is None else _teacher(args, model_args, model.config, teacher_config)
     if model_args.use_peft:
         check_adapter(args, schedule, model.config.stocha, name)
-        model_args.lora_target_modules = model_args.lora_target_modules or LORA_MODULES
+        model_args.lora_target_modules = model_args.lora_target_modules or [*LORA_MODULES]
     record_run(model, data, args, model_args, schedule)
     trainer = _trainer(
         model_args,
