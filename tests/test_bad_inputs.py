@@ -252,6 +252,8 @@ MODELS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "gpt2": config(model_type="gpt2"),
     "typeless": config(model_type=None),
     "numbertype": config(model_type=5),
+    "namelessclass": config(architectures=[None]),
+    "noclasses": config(architectures=True),
     "quantized": config(quantization_config={"quant_method": "gptq"}),
     "awq": config(base="native", quantization_config={"quant_method": "awq"}),
     "bitsandbytes": config(base="native", quantization_config={"quant_method": "bitsandbytes"}),

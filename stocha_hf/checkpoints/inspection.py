@@ -71,6 +71,9 @@ def check_config(config: dict[str, Any], where: str) -> Architecture:
     if row is None:
         known = ", ".join(ARCHITECTURES)
         raise StochaError(f"{where} has model_type {model_type!r}: expected a dense gated model of type {known}")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StochaError(f"{where} has architectures {names!r}: expected a list of class names")
     quantization = read_quantization(config, where)
     if "stocha" in config or quantization is not None:
         read_entry(config, where)

@@ -348,6 +348,8 @@ badconfig out -> config.json cannot be read
 nestedconfig out -> config.json cannot be read
 gpt2 out -> model_type 'gpt2'
 numbertype out -> model_type 5
+namelessclass out -> architectures [None]
+noclasses out -> architectures True
 quantized out -> quantized (gptq)
 missing out -> q_proj.weight; missing
 extra out -> [4, 4]
