@@ -6,6 +6,7 @@ They stand in a recipe's YAML, or on its command line as --KEY VALUE, together w
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ LEAST = {  # of trl's and transformers' keys, which take any number and fail lat
     "logging_steps": 0,
     "max_grad_norm": 0,
     "seed": 0,
+    "input_threshold_rate": 0,
 }
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -71,6 +73,16 @@ class StochaArguments(SFTConfig):
     uncut_rows: float = field(
         default=0.0,
         metadata={"help": "With inputs cut in training: share of all rows, that is not cut at all and has a loss."},
+    )
+    input_thresholds: str = field(
+        default="held",
+        metadata={
+            "help": "With inputs cut in training: `held` to the share that each projection cut at first, or `learned` "
+            "with the weights, one for each input, at as many bytes read."
+        },
+    )
+    input_threshold_rate: float = field(
+        default=0.01, metadata={"help": "Adam's highest rate on the logarithms of learned input thresholds."}
     )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}
@@ -127,8 +139,20 @@ class StochaArguments(SFTConfig):
                 f"threshold_shift is true and target_sparsity {self.target_sparsity}: expected the share of zeros to "
                 "meet, below 1"
             )
+        if self.input_thresholds not in ("held", "learned"):
+            raise StochaError(f"input_thresholds is {self.input_thresholds!r}: expected 'held' or 'learned'")
+        if self.input_thresholds == "learned" and self._shards():
+            raise StochaError(
+                "input_thresholds is learned with FSDP or DeepSpeed, which shard the weights that thresholds are "
+                "folded into: expected one process or DDP, or input_thresholds: held"
+            )
         if self.fp16 and self.target_sparsity is not None:
             raise StochaError("fp16 scales gradients, which target_sparsity does not see: expected bf16 or float32")
+
+    def _shards(self) -> bool:
+        """Whether a launcher or a key asks for FSDP or DeepSpeed."""
+        launched = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+        return launched or bool(self.fsdp or self.deepspeed)
 
     def _check_numbers(self) -> None:
         for key, least in LEAST.items():

@@ -21,6 +21,7 @@ from stocha_hf.modeling_stocha import ACTIVATIONS
 from stocha_hf.patching import set_activation
 from stocha_hf.training.entry import change_entry, stocha_model
 from stocha_hf.training.held_inputs import HeldInputs
+from stocha_hf.training.learned_inputs import LearnedInputs
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.sparsity_target import SparsityTarget
 from stocha_hf.training.thresholds import apply_thresholds, moved_thresholds
@@ -29,6 +30,7 @@ UPDATES = 50  # of the thresholds in a run
 STEERINGS = 200  # of the sparsity target's controller in a run, which may have the last fifth of it alone
 UPDATE_ROWS = 8  # of training data, on which thresholds are moved
 HOLDS = 20  # of input thresholds in a run: inputs drift slowly
+TINY = 1e-30  # in the place of a learning rate of 0
 
 
 class ScheduleCallback(TrainerCallback):
@@ -41,6 +43,7 @@ class ScheduleCallback(TrainerCallback):
         batches: gives the first n rows of the training data as batches of the model's inputs.
         target: the share of zeros to steer to by L1, or None.
         held: the input thresholds to hold to their shares, or None.
+        learned: the input thresholds to learn, or None.
     """
 
     def __init__(
@@ -52,11 +55,12 @@ class ScheduleCallback(TrainerCallback):
         batches: Callable[[int], Sequence[dict[str, torch.Tensor]]],
         target: float | None = None,
         held: HeldInputs | None = None,
+        learned: LearnedInputs | None = None,
     ) -> None:
         self.schedule, self.accelerator, self.batches = schedule, accelerator, batches
         self.meter = SparsityMeter(model)
         self.target = None if target is None else SparsityTarget(model, target)
-        self.held = held
+        self.held, self.learned = held, learned
         self.phase = -1
         self._recording = ExitStack()
         self._measured: defaultdict[str, list[float]] = defaultdict(list)  # since the last log
@@ -85,6 +89,10 @@ class ScheduleCallback(TrainerCallback):
             every.append(max(state.max_steps // STEERINGS, 1))
         if any((state.global_step + 1) % steps == 0 for steps in every):
             self._recording.enter_context(self.meter.record())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self.learned is not None:
+            self.learned.step(optimizer.param_groups[0]["lr"] / max(args.learning_rate, TINY))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.meter.recording:
@@ -130,7 +138,7 @@ class ScheduleCallback(TrainerCallback):
         """What was measured since the last call, averaged: for a log."""
         read = {key: mean(values) for key, values in self._measured.items()}
         self._measured.clear()
-        return read
+        return read if self.learned is None else read | self.learned.read()
 
     def close(self) -> None:
         """Take everything off the model; a second call does nothing."""
@@ -138,3 +146,5 @@ class ScheduleCallback(TrainerCallback):
         self.meter.close()
         if self.target is not None:
             self.target.close()
+        if self.learned is not None:
+            self.learned.close()

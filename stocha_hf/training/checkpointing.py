@@ -1,8 +1,9 @@
 """Checkpoints of a run: what they hold beside weights and trl's state, and which of them is the last whole one.
 
 A checkpoint's sparsity_state.json has the model's `stocha` entry, for which an adapter's folder has no other place,
-the sparsity target's controller, and the shares that input thresholds are held to. CheckpointingTrainer writes it,
-and restores it when a run resumes or ends with its best checkpoint.
+the sparsity target's controller, and the shares that input thresholds are held to. Where these are learned,
+learned_inputs.pt has what that needs, and the checkpoint's weights are folded (learned_inputs.py).
+CheckpointingTrainer writes both, and restores them when a run resumes or ends with its best checkpoint.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from trl import SFTTrainer
 
@@ -24,6 +27,7 @@ from stocha_hf.training.entry import change_entry
 from stocha_hf.training.heads import causal_lm
 
 SPARSITY_STATE = "sparsity_state.json"  # in each checkpoint
+LEARNED_INPUTS = "learned_inputs.pt"
 
 
 def sparsity_state(model: Any, steering: ScheduleCallback) -> dict[str, Any]:
@@ -47,6 +51,8 @@ def restore(model: Any, steering: ScheduleCallback, state: dict[str, Any]) -> No
         steering.target.load_state_dict(state["target"])
     if steering.held is not None:
         steering.held.shares = state["input_shares"]
+    if steering.learned is not None:
+        steering.learned.load_state_dict(state.get("learned_inputs"))
 
 
 def read_sparsity_state(checkpoint: str) -> dict[str, Any]:
@@ -85,11 +91,15 @@ class CheckpointingTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that could not be written to its end is removed: the one before it stays the last."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        learned = self.steering.learned
         try:
-            if self.accelerator.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / SPARSITY_STATE).write_text(json.dumps(sparsity_state(self.model, self.steering)))
-            super()._save_checkpoint(model, trial)
+            with learned.folded() if learned is not None else nullcontext():
+                if self.accelerator.is_main_process:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / SPARSITY_STATE).write_text(json.dumps(sparsity_state(self.model, self.steering)))
+                    if learned is not None:
+                        torch.save(learned.state_dict(), folder / LEARNED_INPUTS)
+                super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "write" not in str(error):
                 raise
@@ -108,6 +118,8 @@ class CheckpointingTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = read_sparsity_state(resume_from_checkpoint)
+        if (learned := Path(resume_from_checkpoint) / LEARNED_INPUTS).exists():
+            state["learned_inputs"] = torch.load(learned, map_location="cpu")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore(self.model, self.steering, state)
 

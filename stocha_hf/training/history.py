@@ -14,6 +14,8 @@ from stocha_hf.spec import StochaConfig
 from stocha_hf.training.entry import change_entry
 from stocha_hf.training.held_inputs import trains_with_cuts
 
+THRESHOLDS = {"held": "held to their shares", "learned": "learned with the weights"}
+
 
 def record_run(model: Any, data: Any, args: Any, model_args: Any, schedule: Any) -> None:
     """Add this run to the history in the model's config."""
@@ -35,6 +37,8 @@ def record_run(model: Any, data: Any, args: Any, model_args: Any, schedule: Any)
         "target_sparsity": args.target_sparsity,
         "uncut_prompts": args.uncut_prompts or None,
         "uncut_rows": args.uncut_rows or None,
-        "input_thresholds": "held to their shares" if trains_with_cuts(model) and not model_args.use_peft else None,
+        "input_thresholds": THRESHOLDS[args.input_thresholds]
+        if trains_with_cuts(model) and not model_args.use_peft
+        else None,
     }
     change_entry(model, history=with_stage(StochaConfig.from_dict(model.config.stocha), stage).history)

@@ -33,6 +33,7 @@ from stocha_hf.training.console import Bar, Lines
 from stocha_hf.training.heads import causal_lm, open_head
 from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
+from stocha_hf.training.learned_inputs import LearnedInputs, check_learned
 from stocha_hf.training.losses import token_losses, training_losses
 from stocha_hf.training.padding import SEEN, UnmaskedCollator
 from stocha_hf.training.schedule import Schedule
@@ -67,6 +68,8 @@ class StochaTrainer(CheckpointingTrainer):
 
     def __init__(self, model: Any, args: StochaArguments, *, schedule: Schedule, teacher: Any = None, **kwargs: Any):
         args, use_cache = copy.deepcopy(args), model.config.use_cache
+        if args.input_thresholds == "learned":
+            check_learned(model, args, adapter=model is not causal_lm(model) or kwargs.get("peft_config") is not None)
         self.compiled = args.torch_compile
         self.compile_options: dict[str, Any] = {
             "backend": args.torch_compile_backend,
@@ -158,13 +161,15 @@ class StochaTrainer(CheckpointingTrainer):
     @contextlib.contextmanager
     def _steered(self) -> Iterator[None]:
         """The schedule's callback, before all others: they see the activation that the step runs."""
+        learns = self.args.input_thresholds == "learned"
         self.steering = ScheduleCallback(
             self.model,
             self.schedule,
             accelerator=self.accelerator,
             batches=self.first_batches,
             target=self.args.target_sparsity,
-            held=HeldInputs() if self.holds_inputs else None,
+            held=HeldInputs() if self.holds_inputs and not learns else None,
+            learned=LearnedInputs(self.model, self.args.input_threshold_rate, self.accelerator) if learns else None,
         )
         self.callback_handler.callbacks.insert(0, self.steering)
         try:
@@ -193,6 +198,8 @@ class StochaTrainer(CheckpointingTrainer):
             accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
             self.steering.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
         self._cutting.cut_at = cut_at = inputs.pop(CUT_AT, None)
+        if self.steering.learned is not None:
+            self.steering.learned.count(cut_at)
         seen = inputs.pop(SEEN, inputs.get("attention_mask"))
         seen = torch.ones_like(inputs["labels"]) if seen is None else seen  # none: packed rows
         recording = self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext()

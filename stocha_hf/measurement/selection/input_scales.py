@@ -43,10 +43,10 @@ def scale_inputs(block: Block, names: tuple[str, ...], factors: torch.Tensor) ->
 
 
 def spread_over_heads(block: Block, values: torch.Tensor) -> torch.Tensor:
-    """Return values of key heads' channels for the channels of all query heads, which o_proj reads."""
-    size = block.module.self_attn.head_dim  # type: ignore[union-attr]
-    groups = block.linears["o_proj"].in_features // len(values)
-    return values.view(-1, 1, size).expand(-1, groups, size).flatten()  # type: ignore[arg-type]
+    """Return values [..., key heads' channels] for the channels of all query heads, which o_proj reads."""
+    size: Any = block.module.self_attn.head_dim  # type: ignore[union-attr]
+    groups = block.linears["o_proj"].in_features // values.shape[-1]
+    return values.unflatten(-1, (-1, 1, size)).repeat_interleave(groups, -2).flatten(-3)
 
 
 def inputs_of(block: Block, names: tuple[str, ...]) -> int:

@@ -2,7 +2,7 @@
 
 The forward pass cuts hard. In the backward pass the step at a threshold t is a sigmoid of (log|x| - log t) / WIDTH, so
 t feels the entries near it. Thresholds are kept as logarithms, one for each input; `fold` leaves one threshold
-a group, and moves the differences into the weights.
+a group, and moves the differences into the weights. Training cuts by SeenCut (training/learned_inputs.py).
 
     groups = groups_of(model, [(rows, at)], 0.5)    # at the thresholds that cut half of these inputs
     with cutting(groups, at):
@@ -79,12 +79,49 @@ class _Cut(torch.autograd.Function):
     def backward(ctx: Any, *of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, limits, at = ctx.saved_tensors
         of_cut, of_kept = of[0].float(), of[1] / (at.sum() * x.shape[-1])
-        value = x.float()
-        above = value.abs().log() - limits
-        soft = torch.sigmoid(above / WIDTH)
-        pull = (of_cut * value + of_kept) * soft * (1 - soft) / WIDTH * at[..., None]
-        of_x = torch.where((above > 0) | ~at[..., None], of_cut, 0) + pull / value.masked_fill(value == 0, math.inf)
-        return of_x.to(x.dtype), -pull.sum((0, 1)), None
+        above, slope = _near(x, limits, at)
+        pull = (of_cut * x + of_kept) * slope
+        return _of_input(x, of_cut, pull, above, at), -pull.sum((0, 1)), None
+
+
+class SeenCut(torch.autograd.Function):
+    """Inputs x above their limit, as _Cut leaves them, for a loss that does not know what reading costs.
+
+    What would read more or less comes out as the gradient of `seen` [2, inputs], whose values are not used: by how
+    much all entries together would be more for a logarithm that is smaller, and how many there are. So passes add up,
+    one that is computed again for its backward is counted once, and the price is set when all have been.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, limits: torch.Tensor, seen: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, limits, at)
+        return torch.where((x.float().abs().log() > limits) | ~at[..., None], x, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        x, limits, at = ctx.saved_tensors
+        of_cut = of[0].float()
+        above, slope = _near(x, limits, at)
+        pull = of_cut * x * slope
+        kept = (above & at[..., None]).float()
+        seen = torch.stack([slope.sum((0, 1)), kept.sum((0, 1))])
+        return _of_input(x, of_cut, pull, above, at), -pull.sum((0, 1)), seen, None
+
+
+def _near(x: torch.Tensor, limits: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which entries are above their limits, and the slope of the sigmoid there at the tokens that are cut."""
+    above = x.float().abs().log() - limits
+    soft = torch.sigmoid(above / WIDTH)
+    return above > 0, soft * (1 - soft) / WIDTH * at[..., None]
+
+
+def _of_input(
+    x: torch.Tensor, of_cut: torch.Tensor, pull: torch.Tensor, above: torch.Tensor, at: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the inputs themselves, which a pull on their logarithms moves too."""
+    value = x.float()
+    of_x = torch.where(above | ~at[..., None], of_cut, 0) + pull / value.masked_fill(value == 0, math.inf)
+    return of_x.to(x.dtype)
 
 
 @contextmanager

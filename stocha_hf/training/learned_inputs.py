@@ -1,0 +1,230 @@
+"""Thresholds of inputs that are learned together with the weights, one for each input of each projection.
+
+Held thresholds follow what training does to the inputs (held_inputs.py); learned ones take part. They go where the
+loss falls at a given number of weights read: that of the first step, which the folder's own thresholds read.
+
+- A threshold's gradient is that of threshold_gradients.py, of the loss, at the tokens that are cut.
+- Reading has a price, which rises while more is read than at the beginning. A pass finds the loss's gradient and that
+  of the weights read, each by itself; a step puts them together. So the price needs no place in a compiled layer, lies
+  on no weight (weights that shrank their inputs would be paid for what a scale undoes), and is the same for all passes
+  and ranks of a step. Nothing waits for the GPU.
+- Thresholds follow Adam, with a rate of their own that rises and falls as the weights' does.
+- A folder has one threshold a projection. What differs between inputs becomes scales, which move into the weights
+  around (input_scales.py). A checkpoint is such a folder: weights are folded before it is written and unfolded after
+  it, in the run that goes on as in one that resumes, which is why both have the same bits.
+
+    learned = LearnedInputs(model, 0.01, accelerator)
+    learned.count(cut_at)                       # with each pass
+    learned.step(1.0)                           # with each step of the weights' optimizer
+    with learned.folded():
+        model.save_pretrained(folder)
+    learned.close()                             # the model is folded, and an ordinary one
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from stocha_hf.cuts import PROJECTIONS
+from stocha_hf.cuts_stocha import cut_class, is_cut
+from stocha_hf.errors import StochaError
+from stocha_hf.measurement.blocks import blocks
+from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, spread_over_heads
+from stocha_hf.measurement.selection.learned import STIFF
+from stocha_hf.measurement.selection.threshold_gradients import Group, SeenCut, fold
+from stocha_hf.modeling_stocha import become
+from stocha_hf.training.entry import change_entry, stocha_model
+from stocha_hf.training.heads import causal_lm
+from stocha_hf.training.held_inputs import trains_with_cuts
+
+SMALLEST = 1e-6  # a threshold of none: it has a logarithm, and no input near it to move it
+CutLinear: Any = cut_class(nn.Linear)
+
+
+def check_learned(model: Any, args: Any, adapter: bool) -> None:
+    """Raise StochaError where thresholds cannot be learned with a model's weights."""
+    given = "input_thresholds is learned and "
+    if not trains_with_cuts(model):
+        raise StochaError(
+            f"{given}the model computes all inputs in full in training: expected one that cuts them there; convert it "
+            "with --inputs SHARE --inputs-train"
+        )
+    if adapter:
+        raise StochaError(f"{given}use_peft true: an adapter has no place for thresholds; expected use_peft: false")
+    if args.fp16:
+        raise StochaError(f"{given}fp16 true, which scales gradients: expected bf16 or float32")
+    if any(stocha_model(model).config.stocha["inputs"].get("centres") or ()):
+        raise StochaError(f"{given}the model's cuts have centres: expected thresholds alone")
+    kinds = {linear.weight.dtype for block in blocks(model) for linear in block.linears.values()}
+    if kinds != {torch.float32}:
+        raise StochaError(
+            f"{given}the weights are {', '.join(sorted(map(str, kinds)))}: expected dtype: float32, since scales move "
+            "into them at each checkpoint; bf16: true computes in bfloat16 all the same"
+        )
+
+
+class LearnedCut(CutLinear):
+    """A projection that cuts at limits with a gradient, for the time of a run.
+
+    limits: logarithms of thresholds, float32 [inputs].
+    seen: zeros [2, inputs], of whose gradient threshold_gradients.SeenCut tells.
+    """
+
+    limits: torch.Tensor
+    seen: torch.Tensor
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        at = self.cutting.cut_at
+        at = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if at is None else at
+        return SeenCut.apply(x, self.limits, self.seen, at)
+
+
+class LearnedInputs:
+    """Learns the thresholds of a patched model that trains with cuts, whose projections are LearnedCut until `close`.
+
+    Args:
+        model: the model, on its device, for which check_learned found nothing.
+        rate: Adam's, on the logarithms of thresholds, where the weights' rate is at its highest.
+        accelerator: accelerate's, which averages what ranks found.
+    """
+
+    def __init__(self, model: Any, rate: float, accelerator: Any) -> None:
+        self.model, self.rate, self.accelerator = model, rate, accelerator
+        self.blocks = blocks(causal_lm(model))
+        first = self.blocks[0].linears
+        self.names = [name for name in PROJECTIONS if is_cut(first[name])]
+        self.widths = [first[name].in_features for name in self.names]
+        self.sizes = [inputs_of(self.blocks[0], names) for names in SHARED]
+        device, layers = first["o_proj"].weight.device, len(self.blocks)
+        self.logs = torch.zeros(layers, sum(self.sizes), device=device, requires_grad=True)  # of factors on thresholds
+        self.limits = torch.zeros(layers, sum(self.widths), device=device)
+        self.found = torch.zeros(layers, 3 * sum(self.widths), device=device)  # since the last step, by projection
+        self.tokens = torch.zeros(1, device=device)  # cut since the last step
+        outputs = [first[name].out_features for name in self.names]
+        sizes = torch.tensor(outputs).repeat_interleave(torch.tensor(self.widths))
+        self.parts = (sizes / (layers * sizes.sum())).to(device)  # of all weights, those that an input reads
+        self.price = self.target = torch.zeros((), device=device)  # of all weights; the share of them to read
+        self._cut, self._steps = torch.zeros((), device=device), 0  # since the last log
+        self._install()
+        self.load_state_dict(None)
+
+    def _install(self) -> None:
+        for layer, block in enumerate(self.blocks):
+            rows = self.limits[layer].split(self.widths), self._by_projection(self.found[layer])
+            for name, limits, found in zip(self.names, *rows, strict=True):
+                limits, seen = limits.detach().requires_grad_(), torch.zeros_like(found[1:], requires_grad=True)
+                limits.grad, seen.grad = found[0], found[1:]  # backward adds to these in place
+                block.linears[name].__dict__.update(limits=limits, seen=seen)
+                become(block.linears[name], LearnedCut)
+
+    def _by_projection(self, found: torch.Tensor) -> list[torch.Tensor]:
+        """[..., 3, inputs] for each: the gradients of its limits, and of what was seen."""
+        return [part.unflatten(-1, (3, -1)) for part in found.split([3 * width for width in self.widths], -1)]
+
+    def count(self, cut_at: torch.Tensor | None) -> None:
+        """Say which tokens of the pass that comes are cut, bool [batch, length]."""
+        if cut_at is not None:
+            self.tokens += cut_at.sum()
+
+    def step(self, factor: float) -> None:
+        """Move thresholds by what the passes since the last step found, at this share of the highest rate."""
+        everything = self.accelerator.reduce(torch.cat([self.found.flatten(), self.tokens]), reduction="mean")
+        tokens, found = everything[-1], self._by_projection(everything[:-1].view_as(self.found))
+        of_loss, slopes, kept = torch.cat(found, -1).unbind(-2)
+        share = self.parts / tokens.clamp(min=1)  # of the reading of all tokens, that an input of one of them is
+        read = torch.where(tokens > 0, (kept * share).sum(), self.target)
+        self.target = torch.where(self.target.isnan(), read, self.target)
+        over = (read - self.target).nan_to_num()
+        cost = (self.price + STIFF * over).clamp(min=0)
+        self.price = (self.price + over).clamp(min=0)
+        (self.logs.grad,) = torch.autograd.grad(self._spread(), self.logs, of_loss - cost * share * slopes)
+        self.adam.param_groups[0]["lr"] = self.rate * factor
+        self.adam.step()
+        self._renew()
+        self._cut, self._steps = self._cut + 1 - read, self._steps + 1
+
+    def _spread(self) -> torch.Tensor:
+        """The logarithms of factors for the inputs of all projections that cut: some of these read one input."""
+        rows: dict[str, torch.Tensor] = {}
+        for names, logs in zip(SHARED, self.logs.split(self.sizes, -1), strict=True):
+            rows |= dict.fromkeys(names, spread_over_heads(self.blocks[0], logs) if names == ("o_proj",) else logs)
+        return torch.cat([rows[name] for name in self.names], -1)
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """Give the projections the limits of now, and forget what passes found."""
+        self.limits.copy_(self.begin + self._spread())
+        self.found.zero_()
+        self.tokens.zero_()
+
+    def read(self) -> dict[str, float]:
+        """The share of the weights that was not read since the last call, and the price now: for a log."""
+        if not self._steps:
+            return {}
+        found = {"inputs_cut": self._cut.item() / self._steps, "input_price": self.price.item()}
+        self._cut, self._steps = torch.zeros_like(self._cut), 0
+        return found
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside, the model's weights and entry are its folder's, with one threshold a projection."""
+        self._fold()
+        try:
+            yield
+        finally:
+            fold(self._groups(-1.0))
+
+    def _fold(self) -> None:
+        factors = fold(self._groups(1.0))
+        found = {n: [t * factor for t, factor in zip(row, factors[n], strict=True)] for n, row in self.begun.items()}
+        change_entry(self.model, inputs=stocha_model(self.model).config.stocha["inputs"] | {"thresholds": found})
+
+    def _groups(self, sign: float) -> list[Group]:
+        rows = (sign * self.logs.detach()).split(self.sizes, -1)
+        return [
+            Group(block, names, nn.Parameter(row[layer]), 0.0)
+            for layer, block in enumerate(self.blocks)
+            for names, row in zip(SHARED, rows, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the folded weights, for torch.save."""
+        adam = self.adam.state_dict()
+        return {"logs": self.logs.detach(), "adam": adam, "price": self.price, "target": self.target} | {
+            "begun": self.begun
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a state, with weights as its checkpoint has them; None: from the model's own thresholds."""
+        none = torch.zeros((), device=self.logs.device)
+        self.begun: dict[str, list[float]] = stocha_model(self.model).config.stocha["inputs"]["thresholds"]
+        self.adam = torch.optim.Adam([self.logs], lr=self.rate, betas=(0.9, 0.95))
+        self.price, self.target = none + 1, none + math.nan
+        with torch.no_grad():
+            self.logs.zero_()
+            if state is not None:
+                self.logs.copy_(state["logs"])
+        if state is not None:
+            self.begun = state["begun"]
+            self.adam.load_state_dict(state["adam"])
+            self.price, self.target = none + state["price"], none + state["target"]
+            fold(self._groups(-1.0))
+        begun = torch.tensor([self.begun[name] for name in self.names]).T.clamp(min=SMALLEST).log()
+        self.begin = begun.repeat_interleave(torch.tensor(self.widths), -1).to(self.logs.device)
+        self._renew()
+
+    def close(self) -> None:
+        """Fold what was learned, and take everything off the model; a second call does nothing."""
+        if isinstance(self.blocks[0].linears[self.names[0]], LearnedCut):
+            self._fold()
+        for block in self.blocks:
+            for name in self.names:
+                become(block.linears[name], CutLinear)
+                for key in ("limits", "seen"):
+                    block.linears[name].__dict__.pop(key, None)
