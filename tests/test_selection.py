@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from helpers import first_is_fast, tiny_model
 
 from stocha_hf import StochaConfig, patch
+from stocha_hf.cuts import PROJECTIONS
+from stocha_hf.cuts_stocha import cut_inputs
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.bytes_read import ReadMeter
 from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.measurement.selection.attribution import corrected, own_token_gradients
 from stocha_hf.measurement.selection.calibration import Calibration
-from stocha_hf.measurement.selection.distributions import Distribution
+from stocha_hf.measurement.selection.distributions import Distribution, input_distributions
+from stocha_hf.measurement.selection.learned import UNCUT, learn_groups, learn_input_cuts
 from stocha_hf.measurement.selection.methods import GAMMA, LOW_RANK, METHODS
 from stocha_hf.measurement.selection.output_shares import LEVELS, equal_slopes, output_curves, output_shares
 from stocha_hf.measurement.selection.thresholds import cutting, greedy_shares, uniform_shares
@@ -239,18 +242,49 @@ def test_output_shares_save_what_was_asked_for_and_change_predictions_least(cali
 
 
 def test_output_curves_are_those_of_whole_passes_and_leave_the_model_as_it_was(calibration) -> None:
-    """So they are where a hook of another changes what a block returns."""
-    model = calibration.model
+    """So they are where a hook of another changes what a block returns; a window's first eighth is not cut."""
+    model, uncut = calibration.model, WINDOWS.shape[1] // UNCUT
     hook = blocks(model)[0].module.register_forward_hook(lambda module, args, output: 1.5 * output)
     curve = next(c for c in output_curves(model, WINDOWS, calibration.inputs) if c.block and "o_proj" in c.names)
     block, seen = blocks(model)[curve.block], calibration.inputs[curve.block]["o_proj"]
     assert all("forward" not in vars(each.module) for each in blocks(model))
     dense = logits(model).log_softmax(-1)
     for level, loss in zip(LEVELS, curve.losses[1:], strict=True):
-        with cutting(block, {"o_proj": seen.radius(level)}):
+        with cutting(block, {"o_proj": seen.radius(level)}, uncut):
             found = logits(model).log_softmax(-1)
+        assert torch.equal(found[:, :uncut], dense[:, :uncut])
         assert loss == pytest.approx(F.kl_div(found, dense, reduction="sum", log_target=True).item(), rel=1e-4)
     hook.remove()
+
+
+def test_output_curves_are_measured_in_float32_and_leave_bfloat16_weights_as_they_were() -> None:
+    """In bfloat16 a small cut's divergence is lost in what rounding alone does."""
+    model = native().bfloat16().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = input_distributions(model, WINDOWS)
+    found = output_curves(model, WINDOWS, seen)
+    assert all(value.dtype == torch.bfloat16 for value in model.state_dict().values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected = output_curves(model.float(), WINDOWS, seen)
+    assert [curve.losses for curve in found] == [curve.losses for curve in expected]
+
+
+def test_learned_thresholds_touch_no_weight_and_cut_as_folded_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learn_groups, "__kwdefaults__", learn_groups.__kwdefaults__ | {"steps": 20})
+    model, folded = native().eval(), native().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    selection = METHODS["learned"].select(Calibration(model, WINDOWS), 0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    row = selection.inputs[1]
+    assert list(row) == list(PROJECTIONS) and row["q_proj"] is row["v_proj"]
+    assert len(row["down_proj"].threshold.unique()) > 90 and row["down_proj"].extra_bytes(32, 4) == 0
+    patch(folded, StochaConfig(activation="silu", inputs=learn_input_cuts(folded, WINDOWS, 0.5, steps=20)))
+    with selection.applied(model) as meter:
+        found = logits(model)
+    with cut_inputs(folded, "always"):
+        torch.testing.assert_close(logits(folded), found, rtol=1e-3, atol=1e-3)
+        assert evaluate(folded, WINDOWS).bytes_read.share == pytest.approx(meter.read().share, abs=2e-3)
 
 
 def test_equal_slopes_give_most_to_what_costs_least() -> None:

@@ -9,6 +9,8 @@ wrappers. What is measured at a projection's input or at an activation's output 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,3 +54,16 @@ def _block(module: nn.Module) -> Block:
 def weight_of(linear: Any) -> torch.Tensor:
     """A projection's weight [outputs, inputs], in numbers also where it is quantized."""
     return linear.dequantized() if hasattr(linear, "dequantized") else linear.weight.detach()
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's weights are float32; what was not written to is as it was afterwards."""
+    kinds = [parameter.dtype for parameter in module.parameters()]
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, kind in zip(module.parameters(), kinds, strict=True):
+            parameter.data = parameter.data.to(kind)

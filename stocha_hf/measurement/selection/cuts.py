@@ -31,6 +31,7 @@ class InputCut:
         signed: Leave out the inputs up to the threshold instead, negative ones first (ReLU after a norm).
         constant: A vector [out] that is added to the output (SPON), or None.
         factors: (A [rank, in], B [out, rank]), for B A (x - what is kept of it) to be added (R-Sparse), or None.
+        folded: The differences between the inputs' thresholds are the weights' (input_scales.py), so none is read.
     """
 
     threshold: float | torch.Tensor
@@ -38,6 +39,7 @@ class InputCut:
     signed: bool = False
     constant: torch.Tensor | None = None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    folded: bool = False
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         """Which entries of x [..., in] stay: bool, of its shape."""
@@ -63,7 +65,8 @@ class InputCut:
         """Bytes read at every step beside the columns; `size` is that of a weight, `out` counts the outputs."""
         tensors = [self.constant, *(self.factors or ())]
         numbers = sum(tensor.numel() for tensor in tensors if tensor is not None) + (out if self.centre else 0)
-        numbers += self.threshold.numel() if isinstance(self.threshold, torch.Tensor) else 0
+        if isinstance(self.threshold, torch.Tensor) and not self.folded:
+            numbers += self.threshold.numel()
         return numbers * size
 
 

@@ -12,6 +12,7 @@ become scales that input_scales.py moves into the weights around it: the model c
 
     cuts = learn_input_cuts(model, windows, 0.5)     # scales the model's weights
     patch(model, StochaConfig(activation="silu", inputs=cuts))
+    groups = learn_groups(model, windows, 0.5)       # the thresholds alone: the model stays as it is
 """
 
 from __future__ import annotations
@@ -88,6 +89,20 @@ def learn_input_cuts(
         StochaError: the model cuts already or is quantized, the share is not between 0 and 1, windows, cut_at or batch
             are not as above, a token id is beyond the vocabulary, or what the model computes is not finite.
     """
+    groups = learn_groups(model, windows, share, cut_at=cut_at, steps=steps, batch=batch)
+    return InputCuts(fold(groups), share=share, **fields)
+
+
+def learn_groups(
+    model: Any,
+    windows: torch.Tensor,
+    share: float,
+    *,
+    cut_at: torch.Tensor | None = None,
+    steps: int = STEPS,
+    batch: int = BATCH,
+) -> list[Group]:
+    """Learn a threshold for each input and change no weight; arguments and errors as of `learn_input_cuts`."""
     _check(model, share, batch)
     _check_windows(model, windows)
     if cut_at is None:
@@ -120,7 +135,7 @@ def learn_input_cuts(
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return InputCuts(fold(groups), share=share, **fields)
+    return groups
 
 
 def _check(model: Any, share: float, batch: int) -> None:
@@ -182,8 +197,8 @@ def _learn(
     loss = torch.zeros((), device=rows.device)
     for a, b in zip(hidden.split(COMPARED_TOKENS), aims.split(COMPARED_TOKENS), strict=True):
         with torch.no_grad():
-            expected = _predictions(model, b)
-        chunk = F.kl_div(_predictions(model, a), expected, reduction="sum", log_target=True)
+            expected = predictions(model, b)
+        chunk = F.kl_div(predictions(model, a), expected, reduction="sum", log_target=True)
         chunk.backward()
         loss += chunk.detach()
     if not loss.isfinite():
@@ -194,7 +209,7 @@ def _learn(
     return over * part
 
 
-def _predictions(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+def predictions(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logarithms of probabilities, float32 [tokens, vocabulary], of the last hidden states [tokens, hidden size]."""
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)

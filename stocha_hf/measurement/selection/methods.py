@@ -32,6 +32,8 @@ from stocha_hf.measurement.selection.cuts import (
     ReusedNeurons,
     TopNeurons,
 )
+from stocha_hf.measurement.selection.input_scales import SHARED
+from stocha_hf.measurement.selection.learned import learn_groups
 from stocha_hf.measurement.selection.output_shares import allotted
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares
 
@@ -80,6 +82,18 @@ def _teal_greedy(calibration: Calibration, share: float) -> Selection:
 def _teal_output(calibration: Calibration, share: float) -> Selection:
     shares = allotted(calibration.output_curves, share) if share else uniform_shares(calibration.model, share)
     return _by_thresholds(calibration, shares)
+
+
+def _learned(calibration: Calibration, share: float) -> Selection:
+    """Thresholds as they would be folded; the weights stay, so that the next method finds the model as it was."""
+    if not share:
+        return _teal(calibration, share)
+    cuts: list[dict[str, InputCut]] = [{} for _ in calibration.blocks]
+    groups = learn_groups(calibration.model, calibration.windows, share)
+    for index, group in enumerate(groups):
+        cut = InputCut(group.limits().detach().exp(), folded=True)
+        cuts[index // len(SHARED)] |= dict.fromkeys(group.names, cut)
+    return Selection(cuts)
 
 
 def _by_thresholds(calibration: Calibration, shares: list[dict[str, float]]) -> Selection:
@@ -196,6 +210,7 @@ def _counts(calibration: Calibration, share: float) -> list[int]:
 
 
 COLUMNS = "of all seven projections, the columns of the inputs that stay"
+FOLDED = "thresholds are in the weights"
 BY_GATE = "attention and the gate whole, up's rows and down's columns of the neurons that stay"
 BY_HIDDEN = "attention, gate and up whole, down's columns of the neurons that stay"
 BEFOREHAND = "attention whole, the rows and columns of the neurons that stay in gate, up and down"
@@ -204,6 +219,7 @@ METHODS = {
     "teal": Method(_teal, "TEAL, arXiv 2408.14690", COLUMNS),
     "teal_greedy": Method(_teal_greedy, "TEAL's allocation within blocks, arXiv 2408.14690", COLUMNS),
     "teal_output": Method(_teal_output, "TEAL with shares allotted over all layers, by the predictions", COLUMNS),
+    "learned": Method(_learned, "TEAL with a threshold for each input, learned by gradient", f"{COLUMNS}; {FOLDED}"),
     "scap": Method(partial(_scap, centre="mode"), "SCAP, arXiv 2412.07174", f"{COLUMNS}, and a constant for each"),
     "scap_median": Method(
         partial(_scap, centre="median"), "SCAP, arXiv 2412.07174", f"{COLUMNS}, and a constant for each"

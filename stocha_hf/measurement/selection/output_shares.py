@@ -6,7 +6,7 @@ every input of every block. Their sum, at a given total of bytes, is least where
 Lagrange multiplier that bisection finds. The sum ignores that cuts act together; docs/experiments/selection.md tells
 what that gives.
 
-Projections that read the same vector (query, key and value; gate and up) are cut together. Costs 24 forward passes a
+Projections that read the same vector (query, key and value; gate and up) are cut together. Costs 28 forward passes a
 block, so a GPU is the place for it. What the blocks before it compute is the same in all of them, and is kept.
 
     shares = output_shares(model, windows, input_distributions(model, windows), 0.4)
@@ -15,24 +15,28 @@ block, so a GPU is the place for it. What the blocks before it compute is the sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from stocha_hf.cuts import PROJECTIONS
-from stocha_hf.measurement.blocks import Block, blocks
+from stocha_hf.measurement.blocks import Block, blocks, in_float32
 from stocha_hf.measurement.selection.distributions import Distribution
 from stocha_hf.measurement.selection.input_scales import SHARED
+from stocha_hf.measurement.selection.learned import COMPARED_TOKENS, UNCUT, predictions
 from stocha_hf.measurement.selection.thresholds import cutting, spread
 from stocha_hf.progress import Progress
 
-LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
+LEVELS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
 STEP = 0.01  # of a share, to which it is interpolated
+LEAST = 1e-12  # loss, and share, of which there is a logarithm
 MEASURED_TOKENS = 8192  # of text that the curves are measured on, at most
+PASS = 8192  # tokens in a pass
 
 
 def output_shares(
@@ -76,20 +80,29 @@ class OutputCurve:
 def output_curves(
     model: Any, windows: torch.Tensor, seen: list[dict[str, Distribution]], names: Sequence[str] = PROJECTIONS
 ) -> list[OutputCurve]:
-    """Measure every input's curve, for any number of `allotted` shares; arguments as of `output_shares`."""
+    """Measure every input's curve, for any number of `allotted` shares; arguments as of `output_shares`.
+
+    The model is float32 meanwhile, if its projections are in full precision: in bfloat16, rounding alone changes the
+    predictions more than a small cut of one input does. As in decoding, a window's first part is not cut.
+    """
     some = spread(windows, MEASURED_TOKENS).to(next(model.parameters()).device)
+    uncut = some.shape[1] // UNCUT
     groups = [tuple(name for name in shared if name in names) for shared in SHARED]
     found = blocks(model)
     places = [(i, block, group) for i, block in enumerate(found) for group in groups if group]
-    kept = [_recorded(model, found, row) for row in some]
+    passes = some.split(max(PASS // some.shape[1], 1))
     curves = []
-    with Progress(total=len(places) * len(LEVELS), desc="Allotting", unit="cut") as bar:
+    with _precise(model, found), Progress(total=len(places) * len(LEVELS), desc="Allotting", unit="cut") as bar:
+        kept = [_recorded(model, found, rows) for rows in passes]
         for i, block, group in places:
             losses = [0.0]
             for level in LEVELS:
-                with cutting(block, {name: seen[i][name].radius(level) for name in group}):
+                with cutting(block, {name: seen[i][name].radius(level) for name in group}, uncut):
                     losses.append(
-                        sum(_divergence(model, row, found[:i], *of) for row, of in zip(some, kept, strict=True))
+                        sum(
+                            _divergence(model, rows, found[:i], *of, uncut)
+                            for rows, of in zip(passes, kept, strict=True)
+                        )
                     )
                 bar.update()
             size = sum(block.linears[name].weight.numel() for name in group)
@@ -109,12 +122,12 @@ def allotted(curves: Sequence[OutputCurve], share: float) -> list[dict[str, floa
 def equal_slopes(curves: list[list[float]], sizes: Sequence[int], share: float) -> list[float]:
     """Return the share of each curve that saves `share` of all `sizes` with the least sum of losses.
 
-    `curves` are losses at 0 and at LEVELS. Between these the square root is interpolated, since a divergence grows
-    like the square of the error. What two neighbouring multipliers give is mixed to save just so much.
+    `curves` are losses at 0 and at LEVELS. Between these the logarithm is interpolated over the share's, so that a
+    curve is a power of the share, as it is near 0: what a straight line between levels would draw has its edges there,
+    and shares would gather at them. What two neighbouring multipliers give is mixed to save just so much.
     """
     grid = np.arange(0, LEVELS[-1] + STEP / 2, STEP)
-    rising = [np.maximum.accumulate(np.maximum(curve, 0.0)) for curve in curves]
-    losses = np.stack([np.interp(grid, (0.0, *LEVELS), np.sqrt(curve)) ** 2 for curve in rising])
+    losses = np.stack([_powers(grid, np.maximum.accumulate(curve[1:])) for curve in curves])
     weights = np.asarray(sizes) / sum(sizes)
 
     def at(multiplier: float) -> np.ndarray:
@@ -131,19 +144,32 @@ def equal_slopes(curves: list[list[float]], sizes: Sequence[int], share: float) 
     return [float(value) for value in less + min(max(part, 0.0), 1.0) * (more - less)]
 
 
-def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:
-    return model(row[None], use_cache=False).logits[0]
+def _powers(grid: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """A curve on the grid from its losses at LEVELS; below the first level its power goes on."""
+    x, y = np.log(LEVELS), np.log(np.maximum(losses, LEAST))
+    first = max((y[1] - y[0]) / (x[1] - x[0]), 1.0)
+    at = np.log(np.maximum(grid, LEAST))
+    below = y[0] + first * (at - x[0])
+    return np.where(grid > 0, np.exp(np.where(at < x[0], below, np.interp(at, x, y))), 0.0)
 
 
-def _recorded(model: Any, found: list[Block], row: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
-    """What each block returns for a row, and the predictions."""
+@contextmanager
+def _precise(model: Any, found: list[Block]) -> Iterator[None]:
+    """Inside, the model is float32, unless its projections are quantized."""
+    plain = all(type(linear) is nn.Linear for block in found for linear in block.linears.values())
+    with in_float32(model) if plain else nullcontext():
+        yield
+
+
+def _recorded(model: Any, found: list[Block], rows: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
+    """What each block returns for some rows, and the last hidden states."""
     outputs: list[Any] = []
     hooks = [
         block.module.register_forward_hook(lambda *of: outputs.append(of[-1]), prepend=True)  # others see it again
         for block in found
     ]
     try:
-        return outputs, _logits(model, row)
+        return outputs, model.base_model(rows, use_cache=False).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
@@ -165,13 +191,16 @@ def _replayed(found: list[Block], outputs: list[Any]) -> Iterator[None]:
 
 
 def _divergence(
-    model: Any, row: torch.Tensor, before: list[Block], outputs: list[Any], expected: torch.Tensor
+    model: Any, rows: torch.Tensor, before: list[Block], outputs: list[Any], expected: torch.Tensor, uncut: int
 ) -> float:
-    """KL from the expected predictions [length, vocabulary] to those of the model as it is, a sum over tokens.
+    """KL from the predictions of the expected last hidden states to those of the model as it is, a sum over tokens.
 
-    The blocks `before` are as they were when they gave the first of the `outputs`.
+    The blocks `before` are as they were when they gave the first of the `outputs`; the first tokens do not count.
     """
     with _replayed(before, outputs):
-        logits = _logits(model, row)
-    found, aims = (each.float().log_softmax(-1) for each in (logits, expected))
-    return F.kl_div(found, aims, reduction="sum", log_target=True).item()
+        found = model.base_model(rows, use_cache=False).last_hidden_state
+    total = torch.zeros((), device=rows.device)
+    parts = (each[:, uncut:].flatten(0, 1).split(COMPARED_TOKENS) for each in (found, expected))
+    for one, other in zip(*parts, strict=True):
+        total += F.kl_div(predictions(model, one), predictions(model, other), reduction="sum", log_target=True)
+    return total.item()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stocha_hf.measurement.blocks import Block, blocks
+from stocha_hf.measurement.blocks import Block, blocks, in_float32
 from stocha_hf.measurement.selection.distributions import Distribution, watching
 from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, scale_inputs, spread_over_heads
 
@@ -176,22 +176,10 @@ def fold(groups: list[Group]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for first in range(0, len(groups), len(SHARED)):
         of_block = groups[first : first + len(SHARED)]
-        with _in_float32(of_block[0].block.module):
+        with in_float32(of_block[0].block.module):
             for group in of_block:
                 common = group.logs.mean()
                 scale_inputs(group.block, group.names, (group.logs - common).exp())
                 for name in group.names:
                     found.setdefault(name, []).append(common.exp().item())
     return found
-
-
-@contextmanager
-def _in_float32(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights are float32, so that one that is scaled twice is rounded once."""
-    kinds = [parameter.dtype for parameter in module.parameters()]
-    module.float()
-    try:
-        yield
-    finally:
-        for parameter, kind in zip(module.parameters(), kinds, strict=True):
-            parameter.data = parameter.data.to(kind)

@@ -90,11 +90,16 @@ def spread(windows: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 @contextmanager
-def cutting(block: Block, limits: dict[str, float]) -> Iterator[None]:
-    """Leave out the inputs of these projections that are at most so large, by `limits` as they are at each call."""
+def cutting(block: Block, limits: dict[str, float], uncut: int = 0) -> Iterator[None]:
+    """Leave out the inputs of these projections that are at most so large, by `limits` as they are at each call.
+
+    The first tokens, `uncut` of them, keep all.
+    """
 
     def cut(args: tuple[torch.Tensor, ...], name: str) -> tuple[torch.Tensor, ...]:
-        return args[0].masked_fill(args[0].abs() <= limits[name], 0), *args[1:]
+        small = args[0].abs() <= limits[name]
+        small[:, :uncut] = False
+        return args[0].masked_fill(small, 0), *args[1:]
 
     hooks = [
         block.linears[name].register_forward_pre_hook(lambda module, args, name=name: cut(args, name))
