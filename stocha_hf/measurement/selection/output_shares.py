@@ -6,7 +6,7 @@ every input of every block. Their sum, at a given total of bytes, is least where
 Lagrange multiplier that bisection finds. The sum ignores that cuts act together; docs/experiments/selection.md tells
 what that gives.
 
-Projections that read the same vector (query, key and value; gate and up) are cut together. Costs 28 forward passes a
+Projections that read the same vector (query, key and value; gate and up) are cut together. Costs 24 forward passes a
 block, so a GPU is the place for it. What the blocks before it compute is the same in all of them, and is kept.
 
     shares = output_shares(model, windows, input_distributions(model, windows), 0.4)
@@ -32,9 +32,8 @@ from stocha_hf.measurement.selection.learned import COMPARED_TOKENS, UNCUT, pred
 from stocha_hf.measurement.selection.thresholds import cutting, spread
 from stocha_hf.progress import Progress
 
-LEVELS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
+LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # shares at which a curve is measured
 STEP = 0.01  # of a share, to which it is interpolated
-LEAST = 1e-12  # loss, and share, of which there is a logarithm
 MEASURED_TOKENS = 8192  # of text that the curves are measured on, at most
 PASS = 8192  # tokens in a pass
 
@@ -122,12 +121,12 @@ def allotted(curves: Sequence[OutputCurve], share: float) -> list[dict[str, floa
 def equal_slopes(curves: list[list[float]], sizes: Sequence[int], share: float) -> list[float]:
     """Return the share of each curve that saves `share` of all `sizes` with the least sum of losses.
 
-    `curves` are losses at 0 and at LEVELS. Between these the logarithm is interpolated over the share's, so that a
-    curve is a power of the share, as it is near 0: what a straight line between levels would draw has its edges there,
-    and shares would gather at them. What two neighbouring multipliers give is mixed to save just so much.
+    `curves` are losses at 0 and at LEVELS. Between these the square root is interpolated, since a divergence grows
+    like the square of the error. What two neighbouring multipliers give is mixed to save just so much.
     """
     grid = np.arange(0, LEVELS[-1] + STEP / 2, STEP)
-    losses = np.stack([_powers(grid, np.maximum.accumulate(curve[1:])) for curve in curves])
+    rising = [np.maximum.accumulate(np.maximum(curve, 0.0)) for curve in curves]
+    losses = np.stack([np.interp(grid, (0.0, *LEVELS), np.sqrt(curve)) ** 2 for curve in rising])
     weights = np.asarray(sizes) / sum(sizes)
 
     def at(multiplier: float) -> np.ndarray:
@@ -142,15 +141,6 @@ def equal_slopes(curves: list[list[float]], sizes: Sequence[int], share: float) 
     less, more = at(low), at(high)
     part = (share - less @ weights) / max((more - less) @ weights, 1e-12)
     return [float(value) for value in less + min(max(part, 0.0), 1.0) * (more - less)]
-
-
-def _powers(grid: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """A curve on the grid from its losses at LEVELS; below the first level its power goes on."""
-    x, y = np.log(LEVELS), np.log(np.maximum(losses, LEAST))
-    first = max((y[1] - y[0]) / (x[1] - x[0]), 1.0)
-    at = np.log(np.maximum(grid, LEAST))
-    below = y[0] + first * (at - x[0])
-    return np.where(grid > 0, np.exp(np.where(at < x[0], below, np.interp(at, x, y))), 0.0)
 
 
 @contextmanager
