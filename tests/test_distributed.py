@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import BIN
-from helpers.training import RELU, TOKENS, arguments, losses, run
+from helpers.training import RELU, SILU, TOKENS, arguments, losses, run
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -77,3 +77,19 @@ def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["StochaLlamaForCausalLM"] and config["hidden_act"] == "relu"
     assert sorted(path.name for path in out.glob("*.py")) == ["mlx_stocha.py", "modeling_stocha.py"]
+
+
+def test_ranks_learn_the_thresholds_of_one_process(checkpoint, text, tmp_path):
+    cut = tmp_path / "cut"
+    convert(checkpoint(), cut, activation="silu", inputs=0.4, calibrate=text, inputs_train=True)
+    shared = {"schedule": SILU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
+    shared |= {"input_thresholds": "learned", "input_threshold_rate": 0.1}
+    alone = losses(run(cut, text, tmp_path / "alone", per_device_train_batch_size=4, **shared))
+    both = arguments(cut, text, tmp_path / "both", per_device_train_batch_size=2, **shared)
+    ((first, second),) = launch("ddp", tmp_path / "notes", both)
+    assert first["losses"] == pytest.approx(alone, rel=1e-4)
+    assert first["weights"] == second["weights"]
+    states = [torch.load(tmp_path / name / "checkpoint-3" / "learned_inputs.pt") for name in ("alone", "both")]
+    assert states[0]["logs"].abs().max() > 0.1
+    torch.testing.assert_close(states[1]["logs"], states[0]["logs"], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(states[1]["target"], states[0]["target"], rtol=1e-5, atol=1e-6)
