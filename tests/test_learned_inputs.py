@@ -133,11 +133,12 @@ def test_a_folded_model_computes_what_it_does_and_goes_on_as_it_was(model_type: 
         torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-4)
 
 
-def test_one_compiled_layer_serves_all_layers_thresholds_and_prices(fresh_compiler: None) -> None:
-    alone = cut_model(layers=3)
+@pytest.mark.parametrize("apart", [0.0, 0.1])
+def test_one_compiled_layer_serves_all_layers_thresholds_and_prices(fresh_compiler: None, apart: float) -> None:
+    alone = cut_model(layers=3, apart=apart)
     learned = LearnedInputs(alone, 0.1, Accelerator(cpu=True))
     expected, logs = trained(alone, learned, 3), learned.logs
-    model = cut_model(layers=3)
+    model = cut_model(layers=3, apart=apart)
     learned = LearnedInputs(model, 0.1, Accelerator(cpu=True))
     undo = compile_layers(model, backend="aot_eager")
     counters.clear()

@@ -26,13 +26,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import nn
 
-from stocha_hf.cuts import PROJECTIONS
-from stocha_hf.cuts_stocha import cut_class, is_cut
+from stocha_hf.cuts_stocha import cut_class
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, spread_over_heads
@@ -97,33 +97,41 @@ class LearnedInputs:
     def __init__(self, model: Any, rate: float, accelerator: Any) -> None:
         self.model, self.rate, self.accelerator = model, rate, accelerator
         self.blocks = blocks(causal_lm(model))
-        first = self.blocks[0].linears
-        self.names = [name for name in PROJECTIONS if is_cut(first[name])]
-        self.widths = [first[name].in_features for name in self.names]
         self.sizes = [inputs_of(self.blocks[0], names) for names in SHARED]
-        device, layers = first["o_proj"].weight.device, len(self.blocks)
-        self.logs = torch.zeros(layers, sum(self.sizes), device=device, requires_grad=True)  # of factors on thresholds
-        self.limits = torch.zeros(layers, sum(self.widths), device=device)
-        self.found = torch.zeros(layers, 3 * sum(self.widths), device=device)  # since the last step, by projection
+        device = self.blocks[0].linears["o_proj"].weight.device
+        self.logs = torch.zeros(len(self.blocks), sum(self.sizes), device=device, requires_grad=True)
         self.tokens = torch.zeros(1, device=device)  # cut since the last step
-        outputs = [first[name].out_features for name in self.names]
-        sizes = torch.tensor(outputs).repeat_interleave(torch.tensor(self.widths))
-        self.parts = (sizes / (layers * sizes.sum())).to(device)  # of all weights, those that an input reads
         self.price = self.target = torch.zeros((), device=device)  # of all weights; the share of them to read
         self._cut, self._steps = torch.zeros((), device=device), 0  # since the last log
-        self._install()
         self.load_state_dict(None)
 
     def _install(self) -> None:
+        """Give projections limits; where thresholds of one input are equal the same ones: a compiler cuts once."""
+        first, layers, device = self.blocks[0].linears, len(self.blocks), self.logs.device
+        alike: dict[Any, list[str]] = {}
+        for group in SHARED:
+            for name in (name for name in group if name in self.begun):
+                alike.setdefault((group, *self.begun[name]), []).append(name)
+        self.cuts = [*alike.values()]
+        self.widths = [first[names[0]].in_features for names in self.cuts]
+        widths = torch.tensor(self.widths)
+        begun = torch.tensor([self.begun[names[0]] for names in self.cuts]).T.clamp(min=SMALLEST).log()
+        self.begin = begun.repeat_interleave(widths, -1).to(device)
+        self.limits = torch.zeros_like(self.begin)
+        self.found = torch.zeros(layers, 3 * sum(self.widths), device=device)  # since the last step
+        outputs = torch.tensor([mean(first[name].out_features for name in names) for names in self.cuts])
+        total = sum(first[name].weight.numel() for name in self.begun)
+        self.parts = (outputs / (layers * total)).repeat_interleave(widths).to(device)  # of all weights, an input's
         for layer, block in enumerate(self.blocks):
-            rows = self.limits[layer].split(self.widths), self._by_projection(self.found[layer])
-            for name, limits, found in zip(self.names, *rows, strict=True):
+            rows = self.limits[layer].split(self.widths), self._by_cut(self.found[layer])
+            for names, limits, found in zip(self.cuts, *rows, strict=True):
                 limits, seen = limits.detach().requires_grad_(), torch.zeros_like(found[1:], requires_grad=True)
                 limits.grad, seen.grad = found[0], found[1:]  # backward adds to these in place
-                block.linears[name].__dict__.update(limits=limits, seen=seen)
-                become(block.linears[name], LearnedCut)
+                for name in names:
+                    block.linears[name].__dict__.update(limits=limits, seen=seen)
+                    become(block.linears[name], LearnedCut)
 
-    def _by_projection(self, found: torch.Tensor) -> list[torch.Tensor]:
+    def _by_cut(self, found: torch.Tensor) -> list[torch.Tensor]:
         """[..., 3, inputs] for each: the gradients of its limits, and of what was seen."""
         return [part.unflatten(-1, (3, -1)) for part in found.split([3 * width for width in self.widths], -1)]
 
@@ -135,7 +143,7 @@ class LearnedInputs:
     def step(self, factor: float) -> None:
         """Move thresholds by what the passes since the last step found, at this share of the highest rate."""
         everything = self.accelerator.reduce(torch.cat([self.found.flatten(), self.tokens]), reduction="mean")
-        tokens, found = everything[-1], self._by_projection(everything[:-1].view_as(self.found))
+        tokens, found = everything[-1], self._by_cut(everything[:-1].view_as(self.found))
         of_loss, slopes, kept = torch.cat(found, -1).unbind(-2)
         share = self.parts / tokens.clamp(min=1)  # of the reading of all tokens, that an input of one of them is
         read = torch.where(tokens > 0, (kept * share).sum(), self.target)
@@ -154,7 +162,7 @@ class LearnedInputs:
         rows: dict[str, torch.Tensor] = {}
         for names, logs in zip(SHARED, self.logs.split(self.sizes, -1), strict=True):
             rows |= dict.fromkeys(names, spread_over_heads(self.blocks[0], logs) if names == ("o_proj",) else logs)
-        return torch.cat([rows[name] for name in self.names], -1)
+        return torch.cat([rows[names[0]] for names in self.cuts], -1)
 
     @torch.no_grad()
     def _renew(self) -> None:
@@ -215,16 +223,15 @@ class LearnedInputs:
             self.adam.load_state_dict(state["adam"])
             self.price, self.target = none + state["price"], none + state["target"]
             fold(self._groups(-1.0))
-        begun = torch.tensor([self.begun[name] for name in self.names]).T.clamp(min=SMALLEST).log()
-        self.begin = begun.repeat_interleave(torch.tensor(self.widths), -1).to(self.logs.device)
+        self._install()
         self._renew()
 
     def close(self) -> None:
         """Fold what was learned, and take everything off the model; a second call does nothing."""
-        if isinstance(self.blocks[0].linears[self.names[0]], LearnedCut):
+        if isinstance(self.blocks[0].linears[self.cuts[0][0]], LearnedCut):
             self._fold()
         for block in self.blocks:
-            for name in self.names:
+            for name in self.begun:
                 become(block.linears[name], CutLinear)
                 for key in ("limits", "seen"):
                     block.linears[name].__dict__.pop(key, None)
