@@ -133,6 +133,7 @@ def test_a_folded_model_computes_what_it_does_and_goes_on_as_it_was(model_type: 
         torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [0.0, 0.1])
 def test_one_compiled_layer_serves_all_layers_thresholds_and_prices(fresh_compiler: None, apart: float) -> None:
     alone = cut_model(layers=3, apart=apart)

@@ -203,25 +203,24 @@ class LearnedInputs:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the folded weights, for torch.save."""
-        adam = self.adam.state_dict()
-        return {"logs": self.logs.detach(), "adam": adam, "price": self.price, "target": self.target} | {
-            "begun": self.begun
-        }
+        kept = {"logs": self.logs.detach(), "price": self.price, "target": self.target, "begun": self.begun}
+        return kept | {"adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a state, with weights as its checkpoint has them; None: from the model's own thresholds."""
-        none = torch.zeros((), device=self.logs.device)
-        self.begun: dict[str, list[float]] = stocha_model(self.model).config.stocha["inputs"]["thresholds"]
+        found = state or {
+            "logs": torch.zeros_like(self.logs),
+            "price": torch.ones(()),
+            "target": torch.tensor(math.nan),
+            "begun": stocha_model(self.model).config.stocha["inputs"]["thresholds"],
+        }
+        device = self.logs.device
+        self.logs.data.copy_(found["logs"])
+        self.price, self.target = found["price"].to(device), found["target"].to(device)
+        self.begun: dict[str, list[float]] = found["begun"]
         self.adam = torch.optim.Adam([self.logs], lr=self.rate, betas=(0.9, 0.95))
-        self.price, self.target = none + 1, none + math.nan
-        with torch.no_grad():
-            self.logs.zero_()
-            if state is not None:
-                self.logs.copy_(state["logs"])
         if state is not None:
-            self.begun = state["begun"]
             self.adam.load_state_dict(state["adam"])
-            self.price, self.target = none + state["price"], none + state["target"]
             fold(self._groups(-1.0))
         self._install()
         self._renew()

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +28,7 @@ from stocha_hf.training.callback import ScheduleCallback
 from stocha_hf.training.checkpointing import CheckpointingTrainer, last_checkpoint
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream, set_forward
 from stocha_hf.training.console import Bar, Lines
+from stocha_hf.training.first_rows import FirstRows
 from stocha_hf.training.heads import causal_lm, open_head
 from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
@@ -40,9 +39,6 @@ from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
 from stocha_hf.training.totals import Totals
 from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, prompts_uncut
-
-THRESHOLD_ROWS = 64  # rows of training data that the final thresholds are chosen on, the same ones on every rank
-MODEL_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 
 
 class StochaTrainer(CheckpointingTrainer):
@@ -95,6 +91,9 @@ class StochaTrainer(CheckpointingTrainer):
             self.loss_options |= {"kl_weight": args.distill_weight, "temperature": args.distill_temperature}
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         self._totals = Totals(self.accelerator.device)
+        self.first_batches = FirstRows(
+            self.train_dataset, self.data_collator, args.per_device_train_batch_size, self.accelerator.device
+        )
         self._flops: int | None = None
         if self.pop_callback(PrinterCallback) or self.pop_callback(ProgressCallback):
             self.add_callback(Bar() if sys.stderr.isatty() and not args.disable_tqdm else Lines())
@@ -264,18 +263,5 @@ class StochaTrainer(CheckpointingTrainer):
     def shift_thresholds(self) -> None:
         """End a run with FATReLU thresholds that meet target_sparsity on the first rows of the training data."""
         with self.accelerator.autocast():
-            batches = self.first_batches(THRESHOLD_ROWS)
-            thresholds = fatrelu_thresholds(self.model, batches, self.args.target_sparsity)
+            thresholds = fatrelu_thresholds(self.model, self.first_batches(), self.args.target_sparsity)
         apply_thresholds(self.model, thresholds)
-
-    @functools.cached_property
-    def first_rows(self) -> list[Any]:
-        """Of the training data; read once, since a stream would start over each time."""
-        return list(itertools.islice(iter(self.train_dataset), THRESHOLD_ROWS))
-
-    def first_batches(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """The first rows of the training data as batches of a model's inputs."""
-        rows, size = self.first_rows[:count], self.args.per_device_train_batch_size
-        batches = [self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
-        device = self.accelerator.device
-        return [{key: batch[key].to(device) for key in MODEL_INPUTS & set(batch)} for batch in batches]
