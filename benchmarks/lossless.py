@@ -36,6 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from stocha_hf import lossless
 from stocha_hf.decoding import rounds
+from stocha_hf.decoding.both_layouts import keep_both_layouts
 from stocha_hf.measurement.fallback import read_of_texts
 from stocha_hf.measurement.records import BytesRead
 from stocha_hf.models import load_model
@@ -241,6 +242,7 @@ def main() -> None:
         "--part", type=int, nargs="+", default=[rounds.PART], metavar="N", help="drafts look at 1/N of the vocabulary"
     )
     parser.add_argument("--no-copies", action="store_true", help="draft by steps with cuts alone")
+    parser.add_argument("--both-layouts", action="store_true", help="give the model copies that its drafts read")
     parser.add_argument("--penalty", type=float, metavar="P", help="generate()'s repetition_penalty, in all ways")
     parser.add_argument(
         "--no-cut-texts", action="store_true", help="write none with cuts alone: for bytes they are idle"
@@ -275,6 +277,8 @@ def main() -> None:
         rounds.Rounds.copies_text = False
     dtype = getattr(torch, args.dtype)
     model = load_model(args.folder, dtype=dtype).eval().to(args.device)
+    if args.both_layouts:
+        keep_both_layouts(model)
     dense = load_model(args.dense, dtype=dtype).eval().to(args.device) if args.dense else None
     for some in (model, dense):
         if some is not None and not args.ends:
@@ -334,6 +338,7 @@ def main() -> None:
         record |= {"template": False} if args.plain else {}
         record |= {} if args.penalty is None else {"repetition_penalty": args.penalty}
         record |= {"copies": False} if args.no_copies else {}
+        record |= {"both_layouts": True} if args.both_layouts else {}
         if args.drafts is not None:
             record["drafts_at_most"] = args.drafts
         if args.run_code:

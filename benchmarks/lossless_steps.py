@@ -22,6 +22,7 @@ from lossless import PROMPTS
 
 from stocha_hf.decoding import build, step
 from stocha_hf.decoding import plan as plans
+from stocha_hf.decoding.both_layouts import keep_both_layouts
 from stocha_hf.decoding.cache import rows_of
 from stocha_hf.decoding.rounds import PART
 from stocha_hf.decoding.structs import ABOUT, GREATEST
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--part", type=int, nargs="+", default=[PART], help="drafts look at 1/N of the vocabulary")
+    parser.add_argument("--both-layouts", nargs="*", default=[], metavar="FOLDER", help="more folders, with copies")
     parser.add_argument("--before", type=int, default=160, help="tokens in the cache")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--dtype", default="float32")
@@ -56,12 +58,15 @@ def main() -> None:
     step.kernels = lambda: library  # type: ignore[assignment]
     found: dict[tuple[str, str], list[list[float]]] = {}
     ready = []
-    for folder in args.folders:
+    both = [f"{folder}, both layouts" for folder in args.both_layouts]
+    for name, folder in [*zip(args.folders, args.folders, strict=True), *zip(both, args.both_layouts, strict=True)]:
         model = load_model(folder, dtype=getattr(torch, args.dtype)).eval()
+        if name != folder:
+            keep_both_layouts(model)
         text = AutoTokenizer.from_pretrained(folder)(" ".join(PROMPTS) * 8, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             cache = model(text[:, : args.before], use_cache=True, logits_to_keep=1).past_key_values
-            ready.append((folder, model, text, rows_of(plans.of(model), cache, 1)))
+            ready.append((name, model, text, rows_of(plans.of(model), cache, 1)))
     starts = torch.zeros(1, dtype=torch.int64)
     for _ in range(args.rounds):
         for folder, model, text, rows in ready:

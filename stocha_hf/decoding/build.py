@@ -42,6 +42,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {  # of cpp/kernels.cpp: argument 
     "stocha_linear": ([_POINTER, _INT, _POINTER, _POINTER, _SIZE, _INT], None),
     "stocha_step": ([_POINTER, _POINTER, _INT], None),
     "stocha_dequantize": ([_POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT], None),
+    "stocha_turn": ([_POINTER, _POINTER, _INT], None),
     "stocha_same": ([_POINTER, _POINTER, _SIZE, _SIZE, _SIZE], _INT),
     "stocha_read": ([_POINTER, _SIZE, _INT], _SIZE),
 }

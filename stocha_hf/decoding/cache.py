@@ -138,16 +138,21 @@ def rows_in(cache: Any, count: int) -> list[Any]:
 
 
 class CacheRows:
-    """A cache's layers beside a copy of a plan's structures that point to them: what a step writes and reads."""
+    """A cache's layers beside a copy of a plan's structures that point to them: what a step writes and reads. Steps
+    with cuts take `cut_model`.
+    """
 
     def __init__(self, plan: Plan, cache: Any) -> None:
         self.plan = plan
         self.rows = rows_in(cache, len(plan.layers))
-        self.structs = type(plan.layers).from_buffer_copy(plan.layers)
-        self.model = structs.Model.from_buffer_copy(plan.model)
-        self.model.layers = ctypes.cast(self.structs, ctypes.POINTER(structs.Layer))
-        for row, struct in zip(self.rows, self.structs, strict=True):
-            _point(row, struct)
+        self.structs, self.model = _copied(plan.model, plan.layers)
+        self.all_structs, self.cut_model = [self.structs], self.model
+        if plan.cut_layers is not None:
+            cut_structs, self.cut_model = _copied(plan.model, plan.cut_layers)
+            self.all_structs.append(cut_structs)
+        for some in self.all_structs:
+            for row, struct in zip(self.rows, some, strict=True):
+                _point(row, struct)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a cache do not take them along
@@ -156,10 +161,12 @@ class CacheRows:
         """Make room for a step's new tokens; return False where the cache would keep them in its own way."""
         if not all(row.takes(new, is_padded) for row in self.rows):
             return False
-        for row, struct in zip(self.rows, self.structs, strict=True):
-            if row.prepare(new, expected):
-                _point(row, struct)
-            struct.length = row.end
+        for row, *some in zip(self.rows, *self.all_structs, strict=True):
+            moved = row.prepare(new, expected)
+            for struct in some:
+                if moved:
+                    _point(row, struct)
+                struct.length = row.end
         return True
 
     def advance(self, new: int) -> None:
@@ -193,6 +200,13 @@ class CacheRows:
         """Let the cache have what was written."""
         for row in self.rows:
             row.show()
+
+
+def _copied(model: structs.Model, layers: Any) -> tuple[Any, structs.Model]:
+    """Copies of a plan's layers, and of its model, which points to them."""
+    own, found = type(layers).from_buffer_copy(layers), structs.Model.from_buffer_copy(model)
+    found.layers = ctypes.cast(own, ctypes.POINTER(structs.Layer))
+    return own, found
 
 
 def _point(row: Any, struct: structs.Layer) -> None:

@@ -24,7 +24,9 @@ CHANGING_ROTARY = ("dynamic", "longrope")  # whose frequencies depend on the len
 
 
 class Plan(Watch):
-    """The structures of one model. `layers` is to be copied by who adds a cache to it."""
+    """The structures of one model. `layers` is to be copied by who adds a cache to it; so is `cut_layers`, which steps
+    with cuts read where the model has matrices in both layouts, and which is None elsewhere.
+    """
 
     def __init__(self, model: Any) -> None:
         """Raises Refused where a step must call the modules."""
@@ -49,6 +51,7 @@ class Plan(Watch):
         self.module(parts["layers"], nn.ModuleList)
         layers = [self._layer(layer) for layer in parts["layers"][: config.num_hidden_layers]]
         self.layers = (structs.Layer * len(layers))(*layers)
+        self.cut_layers = self._cut_layers(parts["layers"])
         attention = parts["layers"][0].self_attn
         heads = layers[0].q.outputs // attention.head_dim
         self.head_dim, self.key_heads = attention.head_dim, layers[0].k.outputs // attention.head_dim
@@ -133,6 +136,18 @@ class Plan(Watch):
             *self.frequencies[layer_type if layer_type in self.frequencies else None],
             attention.scaling, soft_cap or 0.0, window or 0,
         )  # fmt: skip
+
+    def _cut_layers(self, modules: Any) -> Any:
+        """The layers with the copies of both_layouts.py in them."""
+        found = type(self.layers).from_buffer_copy(self.layers)
+        before = len(self.layouts)
+        for layer, made in zip(modules, found, strict=False):
+            for part, matrices in (("self_attn", made), ("mlp", made.ffn)):
+                for name, module in layer._modules[part]._modules.items():
+                    if is_cut(module) and (copy := self.layout(module)) is not None:
+                        field = name.removesuffix("_proj")
+                        setattr(matrices, field, copy.like(getattr(matrices, field)))
+        return found if any(copy is not None for _, copy in self.layouts[before:]) else None
 
     def _ffn(self, mlp: Any) -> structs.Ffn:
         if "decode_state" not in mlp.__dict__ or mlp.running not in structs.KERNEL_ACTIVATIONS:

@@ -123,6 +123,8 @@ def held_bytes(model: nn.Module) -> int:
     return sum(_bytes(state) for state in states if state is not None)
 
 
-def _bytes(state: DecodeState) -> int:
+def _bytes(state: Any) -> int:
+    if not isinstance(state, DecodeState):
+        return int(state.nbytes)  # of both_layouts.py
     coarse = 0 if state.coarse is None else state.coarse.nbytes
     return coarse + (0 if state.transposed is None else state.transposed.nbytes)

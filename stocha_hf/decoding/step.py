@@ -147,7 +147,8 @@ def run(
     cuts = rows.plan.cuts(tokens) if cuts is None else cuts
     told = (None, 0) if listed is None else (listed.data_ptr(), len(listed))
     step = Call(*pointers, sequences, tokens, kept, logits.data_ptr(), cuts, *told, wanted)
-    kernels().stocha_step(ctypes.byref(rows.model), ctypes.byref(step), torch.get_num_threads())  # type: ignore[union-attr]
+    model = rows.cut_model if cuts else rows.model
+    kernels().stocha_step(ctypes.byref(model), ctypes.byref(step), torch.get_num_threads())  # type: ignore[union-attr]
     rows.advance(tokens)
     return logits
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from stocha_hf.decoding.both_layouts import input_rows
 from stocha_hf.decoding.conditions import is_called
 from stocha_hf.decoding.ffn import zero_up_to
 from stocha_hf.decoding.layers import IN_A_STEP
 from stocha_hf.decoding.state import gate_copy, input_major, neuron_major
+from stocha_hf.decoding.structs import is_quantized
 
 ATTENTION = ("sdpa", "eager")  # what transformers may be asked to compute attention with
 
@@ -36,6 +38,7 @@ class Watch:
         self.copies: list[tuple[Any, Any]] = []  # an MLP, and the copy that predicts its gates, or None
         self.cutting: list[tuple[Any, float, float, Any]] = []  # a projection that cuts: threshold, centre, and where
         self.inputs: list[tuple[Any, Any]] = []  # such a projection, and its transposed weight
+        self.layouts: list[tuple[Any, Any]] = []  # such a projection, quantized, and its copy of both_layouts.py or None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a model do not take it along
@@ -51,6 +54,7 @@ class Watch:
             and all(gate_copy(mlp) is copy for mlp, copy in self.copies)
             and all(_cut(module) == (module, *cut) for module, *cut in self.cutting)
             and all(input_major(module) is copy for module, copy in self.inputs)
+            and all(input_rows(module) is copy for module, copy in self.layouts)
             and self.config._attn_implementation in ATTENTION
         )
 
@@ -107,6 +111,14 @@ class Watch:
         if copy is None:
             raise Refused
         self.inputs.append((module, copy))
+        return copy
+
+    def layout(self, module: Any) -> Any:
+        """Note and return the copy that steps with cuts read of a quantized projection; None where there is none."""
+        copy = None
+        if is_quantized(module):
+            copy = input_rows(module)
+            self.layouts.append((module, copy))
         return copy
 
     def coarse(self, mlp: Any) -> Any:

@@ -6,6 +6,7 @@
 // mantissa. `kLanes` groups make a chunk: as many as a Vector holds scales.
 #pragma once
 
+#include <new>
 #include <vector>
 
 #include "floats.h"
@@ -14,6 +15,22 @@ constexpr int kGroupSize = 32;
 constexpr int kBytes = 4 * kLanes;  // of a vector
 constexpr int kPer = kLanes / 4;    // groups of 4 bits in a vector
 constexpr int kChunk = kLanes * kGroupSize;
+
+// Memory that begins with a line of the cache: half of what is loaded would lie on two, and take twice as long.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t kAt{kLine};
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kAt)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kAt); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+template <class T>
+using AlignedVector = std::vector<T, Aligned<T>>;
 
 typedef int8_t Signed __attribute__((vector_size(kBytes)));
 typedef uint8_t Unsigned __attribute__((vector_size(kBytes)));
@@ -219,6 +236,62 @@ struct ChunkOf4 {
 #endif
   }
 };
+
+#if defined(STOCHA_AVX512)
+constexpr bool kSharesX = false;  // whether rows are multiplied two at a time with several tokens
+#else
+constexpr bool kSharesX = true;
+#endif
+
+// Sums of products of a part after the other, for several rows and tokens side by side: a part of x is loaded once for
+// all rows. The same sums as ChunkOf4::dot's.
+struct DotOf4 {
+#if defined(STOCHA_AVX2) && !defined(__AVXVNNI__) || defined(STOCHA_AVX512) && !defined(__AVX512VNNI__)
+  Shorts total = {};  // 16 products of at most 15 * 127 fit 16 bits
+  STOCHA_INLINED void add(Unsigned low, Signed x_low, Unsigned high, Signed x_high) {
+    total += products_of_bytes(low, x_low) + products_of_bytes(high, x_high);
+    asm("" : "+v"(total));  // or a compiler makes all products first, and keeps them in memory
+  }
+  STOCHA_INLINED Integers sum() const { return products_of_shorts((Integers)total, Integers{} + 0x10001); }
+#else
+  Integers total = {};
+  STOCHA_INLINED void add(Unsigned low, Signed x_low, Unsigned high, Signed x_high) {
+#if defined(STOCHA_AVX512)
+    total = (Integers)_mm512_dpbusd_epi32((__m512i)total, (__m512i)low, (__m512i)x_low);
+    total = (Integers)_mm512_dpbusd_epi32((__m512i)total, (__m512i)high, (__m512i)x_high);
+#elif defined(STOCHA_AVX2)
+    total = (Integers)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)low, (__m256i)x_low);
+    total = (Integers)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)high, (__m256i)x_high);
+#else
+    total += ::dot(low, x_low, high, x_high);
+#endif
+  }
+  STOCHA_INLINED Integers sum() const { return total; }
+#endif
+};
+
+// products[r][t] of R rows' chunks with T tokens of x, the codes of which lie kChunk apart.
+template <int R, int T>
+STOCHA_INLINED inline void dots_of_chunks(const ChunkOf4 (&rows)[R], const int8_t* x, Integers (&products)[R][T]) {
+  constexpr int kBeside = std::min(T, kLanes == 16 ? 8 : 4);
+#pragma GCC unroll 8
+  for (int first = 0; first < T; first += kBeside) {
+    DotOf4 sums[R][kBeside];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 8
+      for (int t = 0; t < kBeside; ++t) {
+        const int8_t* own = x + (first + t) * kChunk + 2 * j * kBytes;
+        const Signed x_low = load_codes(own), x_high = load_codes(own + kBytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r][t].add(rows[r].low[j], x_low, rows[r].high[j], x_high);
+      }
+#pragma GCC unroll 8
+    for (int t = 0; t < kBeside; ++t)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) products[r][first + t] = sums[r][t].sum();
+  }
+}
 
 template <int i, int n, class F>
 STOCHA_INLINED inline void repeated(F f) {  // f with a constant 0 to n - 1

@@ -16,15 +16,21 @@ struct Ffn {  // as structs.py has it
   float threshold;
 
   bool skips() const { return activation < kSilu; }
+  // A thread's neurons, whole groups where down's rows run along them.
+  Part neurons(Team team) const {
+    return gate.rows_are_inputs || down.rows_are_inputs ? part_of(gate, team) : Part(gate.outputs(), kGroupSize, team);
+  }
 };
 
 struct Scratch {  // shared by a team
   std::vector<float> hidden, sums;
   std::vector<int64_t> active, counts;
+  QuantizedX for_down;
   void reserve(const Ffn& f, int64_t padded_tokens, int threads) {
     hidden.resize(std::max<size_t>(hidden.size(), f.gate.outputs() * padded_tokens));
     active.resize(std::max<size_t>(active.size(), f.gate.outputs()));
     counts.assign(threads, 0);
+    if (!f.down.rows_are_inputs) for_down.reserve(padded_tokens, f.gate.outputs());
     reserve({&f.gate, &f.up}, padded_tokens);
     reserve({&f.down}, padded_tokens);
   }
@@ -73,7 +79,7 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   int64_t* active = scratch.active.data();
   // 0 * inf is NaN in the dense path: where x is not finite, no neuron may be skipped
   const bool all = !f.skips() || !all_finite(x.values.data(), x.tokens * x.size);
-  const Part mine = part_of(f.gate, team);
+  const Part mine = f.neurons(team);
   float* room = scratch.sums.data();
   const Product gate(f.gate, T, room), up(f.up, T, room);
   begin({&gate, &up}, x, team);
@@ -140,6 +146,9 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
       kept_end += any;
     }
   });
+  // Each thread makes of its neurons what all read.
+  const bool shares = all && !cut && !f.down.rows_are_inputs && f.down.format == kFormat4;
+  if (shares) scratch.for_down.prepare_part(hidden, mine.begin, mine.end, width, T);
   scratch.counts[team.thread] = kept_end - mine.begin;
   team.wait();
 
@@ -150,7 +159,7 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
   int64_t count = 0;
   const auto for_active = [&](auto keep_part) {  // those of each thread
     for (int other = 0; other < team.threads; ++other) {
-      const int64_t begin = part_of(f.gate, {other, team.threads, nullptr}).begin, end = begin + scratch.counts[other];
+      const int64_t begin = f.neurons({other, team.threads, nullptr}).begin, end = begin + scratch.counts[other];
       count += end - begin;
       keep_part(begin, end);
     }
@@ -168,6 +177,11 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
     sum_all(parts, parts_of_halves(f.down, neurons.data(), factors.data(), count, T, x.tokens, team, down.halves, parts));
     team.wait();
     finish(down, x, team, keep);
+  } else if (shares) {
+    hidden_x.type = type;
+    hidden_x.share(scratch.for_down, x.tokens, T, width);
+    count = width;
+    finish(Product(f.down, T, room), hidden_x, team, keep);
   } else {
     factors.resize(x.tokens * width);
     for_active([&](int64_t begin, int64_t end) {

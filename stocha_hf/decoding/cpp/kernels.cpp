@@ -13,12 +13,13 @@
 //   prediction.h which of an FFN's gates may be active; ffn.h  a gated FFN
 //   attention.h  attention to a cache
 //   head.h       logits
-//   step.h       all of a model
+//   step.h       all of a model; turn.h  a matrix in its other layout
 //
 // Built, cached and loaded by build.py; the functions below are called through ctypes by ops.py and step.py. OpenMP
 // comes from the libgomp that torch has loaded, so that both share one pool of threads.
 
 #include "step.h"
+#include "turn.h"
 
 // All else is hidden: the loader makes one of the inline functions' thread-local buffers of all libraries in a process,
 // and another build's may be laid out otherwise.
@@ -102,6 +103,11 @@ EXPORTED void stocha_dequantize(const Matrix* m, int64_t first, int64_t last, in
       if (type != kFloat) narrow(type, row.data(), size, to);
     }
   });
+}
+
+// Fills `to` [columns, rows], of 4 bits, with the weights of a matrix [rows, columns].
+EXPORTED void stocha_turn(const Matrix* m, const Matrix* to, int threads) {
+  with_team(threads, [&](Team team) { turn(*m, *to, team); });
 }
 
 // Whether sampled entries of a matrix [rows, columns] are those of its transposed copy, byte for byte. They lie near each

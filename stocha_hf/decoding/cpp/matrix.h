@@ -38,6 +38,7 @@ struct Inputs {
   std::vector<bf16> halves;
 #endif
   QuantizedX of_4, of_8;
+  const QuantizedX* shared = nullptr;  // what a team made of x in 4 bits together, in the place of `of_4`
   bool has_4 = false, has_8 = false;
   int type = kFloat;  // of the model
   bool cuts = false;  // whether matrices with a threshold cut it
@@ -56,9 +57,17 @@ struct Inputs {
     narrow(kBf16, values.data(), padded * size, halves.data());
 #endif
     has_4 = has_8 = false;
+    shared = nullptr;
+  }
+
+  // x that a team made: there are no values.
+  void share(const QuantizedX& x, int64_t count, int64_t padded_count, int64_t width) {
+    tokens = count, padded = padded_count, size = width;
+    shared = &x;
   }
 
   const QuantizedX& quantized(int bits) {
+    if (shared) return *shared;
     bool& has = bits == 4 ? has_4 : has_8;
     QuantizedX& x = bits == 4 ? of_4 : of_8;
     if (!has) x.prepare(values.data(), tokens, padded, size, bits);
@@ -129,6 +138,17 @@ template <int T>
 void products_4(const Matrix& m, const QuantizedX& of_x, Rows chosen, float* values) {
   const TokensOfX<T> x(of_x);
   const auto* words = static_cast<const uint16_t*>(m.scales);
+  if (T == 4 && kSharesX) {
+    const int64_t groups = m.groups(), bytes = groups * 16;
+    const auto* codes = static_cast<const uint8_t*>(m.weights);
+    const int64_t last_whole = m.rows - 1 - (kLanes + groups - 1) / groups;
+    for (; chosen.begin + 2 <= chosen.end && !chosen.list && chosen.begin + 1 <= last_whole; chosen.begin += 2) {
+      const int64_t row = chosen.begin;
+      const auto own = [&](int64_t r) { return Row{codes + r * bytes, codes + r * bytes + kAheadAlone, groups}; };
+      dots_beside<2, T, true>({own(row), own(row + 1)}, {words + row * groups, words + (row + 1) * groups}, x, values);
+      values += 2 * T;
+    }
+  }
   for_rows(m, chosen, [&](const Row& own, int64_t row, auto whole) STOCHA_INLINED {
     dots<T, decltype(whole)::value>(own, words + row * own.groups, x, values);
     values += T;

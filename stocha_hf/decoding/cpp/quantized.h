@@ -9,8 +9,8 @@
 // x [tokens, size] in 8 bits: chunk after chunk, in the order in which codes of `bits` bits are loaded.
 struct QuantizedX {
   int64_t chunks = 0, padded = 0;
-  std::vector<int8_t> codes;          // [chunks, padded, kChunk]
-  std::vector<float> scales, totals;  // [chunks, padded, kLanes]; totals are what an eighth of zero adds at scale 1
+  AlignedVector<int8_t> codes;          // [chunks, padded, kChunk]
+  AlignedVector<float> scales, totals;  // [chunks, padded, kLanes]; totals are what an eighth of zero adds at scale 1
 
   void prepare(const float* x, int64_t tokens, int64_t padded_tokens, int64_t size, int bits) {
     chunks = (size + kChunk - 1) / kChunk;
@@ -35,6 +35,26 @@ struct QuantizedX {
         prepare_group(group, not_finite, begin / kChunk * padded + t, begin % kChunk / kGroupSize, bits);
       }
     }
+  }
+
+  // For a team that shares this, of 4 bits: room for so many tokens of an x, and entries `begin` to `end` - 1 of x
+  // [size, padded], which are whole groups but at the end. There the chunk's rest is filled as well.
+  void reserve(int64_t tokens, int64_t size) {
+    const size_t lanes = (size + kChunk - 1) / kChunk * tokens * kLanes;
+    codes.resize(std::max(codes.size(), lanes * kGroupSize));
+    scales.resize(std::max(scales.size(), lanes));
+    totals.resize(std::max(totals.size(), lanes));
+  }
+  void prepare_part(const float* x, int64_t begin, int64_t end, int64_t size, int64_t padded_tokens) {
+    const int64_t last = end < size ? end : (size + kChunk - 1) / kChunk * kChunk;
+    for (int64_t group = begin; group < last; group += kGroupSize)
+      for (int64_t t = 0; t < padded_tokens; ++t) {
+        float filled[kGroupSize] = {};
+        for (int64_t i = group; i < std::min(group + kGroupSize, end); ++i) filled[i - group] = x[i * padded_tokens + t];
+        Vector zeros = {};
+        for (int i = 0; i < kGroupSize; i += kLanes) zeros += load(filled + i) * 0.0f;
+        prepare_group(filled, sum(zeros), group / kChunk * padded_tokens + t, group % kChunk / kGroupSize, 4);
+      }
   }
 
  private:
@@ -164,6 +184,36 @@ STOCHA_INLINED inline void dots(const Row& row, const uint16_t* words, const Tok
     }
   });
   sums(total, out);
+}
+
+// The same of R rows side by side, for T tokens: out [R, T].
+template <int R, int T, bool whole>
+STOCHA_INLINED inline void dots_beside(const Row (&rows)[R], const uint16_t* const (&words)[R], const TokensOfX<T>& x, float* out) {
+  Vector total[R][T] = {};
+  const uint8_t* later[R];
+  for (int r = 0; r < R; ++r) later[r] = rows[r].later;
+  for (int64_t chunk = 0, left = rows[0].groups; left > 0; ++chunk, left -= kLanes) {
+    Vector scale[R], offset[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChunk / 2; i += kLine) prefetch(later[r] + i);
+      later[r] += kChunk / 2;
+      const Levels levels = load_levels<whole>(words[r], chunk, left);
+      scale[r] = levels.scale, offset[r] = levels.scale * levels.eighths;
+    }
+    Integers products[R][T];
+    const auto codes = [&](int r) STOCHA_INLINED { return load_chunk<whole>(rows[r].codes, chunk, left); };
+    const ChunkOf4 all[R] = {codes(0), codes(1)};
+    dots_of_chunks<R, T>(all, x.codes(chunk, 0), products);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        total[r][t] = fused(__builtin_convertvector(products[r][t], Vector), scale[r] * x.scales(chunk, t),
+                            fused(offset[r], x.totals(chunk, t), total[r][t]));
+  }
+  for (int r = 0; r < R; ++r) sums(total[r], out + r * T);
 }
 
 // R rows of 8-bit codes.
