@@ -102,7 +102,7 @@ class Quantization:
         """Return the entry with the layout in which projections that cut their inputs are read fastest.
 
         A kept input's row is read alone where rows are long, or few of many. Elsewhere a row is an output and all are
-        read, with zeros for what is cut; so it is with down_proj, unless the activation skips neurons.
+        read, with zeros for what is cut; so it is with down_proj, cut or not, unless the activation skips neurons.
 
         Args:
             sizes: Outputs and inputs of the projections that cut their inputs, by name.
@@ -112,7 +112,7 @@ class Quantization:
         rows = {name: outputs * self.bits_of(name) // 8 for name, (outputs, _) in sizes.items()}
         short = {name for name, row in rows.items() if share >= MOST and row * sizes[name][1] >= LARGE}
         long = {name for name, row in rows.items() if row >= LONG_ROW} | short
-        kept = {name for name in self.transposed if skips or name != "down_proj" or name not in sizes}
+        kept = {name for name in self.transposed if skips or name != "down_proj"}
         return replace(self, transposed=tuple(sorted(kept | long)))
 
     def is_in_planes(self, name: str) -> bool:
@@ -141,6 +141,9 @@ def _is_named(name: str, ends: tuple[str, ...]) -> bool:
 
 
 # --- to here ---
+
+
+OUTPUTS = "outputs"  # what rows of projections that cut their inputs may be asked to be
 
 
 def is_bits(bits: Any) -> bool:

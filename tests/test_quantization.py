@@ -137,10 +137,10 @@ def test_converting_to_bits_writes_what_loading_would_compute(checkpoint, tmp_pa
 
 def test_a_mean_of_bits_puts_what_loses_most_in_8(checkpoint, tmp_path: Path) -> None:
     """The source's down_proj of layer 1 is 4-bit already, so that of layer 0 loses more."""
-    native = tiny_model("llama")
+    native = tiny_model("llama", intermediate_size=64)
     exact = native.model.layers[1].mlp.down_proj
     with torch.no_grad():
-        exact.weight.copy_(dequantize(*quantize(exact.weight.T, 4), 4, len(exact.weight)).T)
+        exact.weight.copy_(dequantize(*quantize(exact.weight, 4), 4, exact.weight.shape[1]))
     native.save_pretrained(tmp_path / "source")
     with pytest.raises(StochaError, match=r"bits is 4.4, but v_proj in 8 bits and .* a mean of at least 4.\d+$"):
         convert(tmp_path / "source", tmp_path / "out", bits=4.4)
@@ -246,7 +246,8 @@ def test_without_stocha_hf_the_folder_loads_by_its_own_code(checkpoint, tmp_path
 
 def test_layout_of_projections_that_cut_their_inputs() -> None:
     cut = {"q_proj": (896, 896), "v_proj": (2048, 2048), "up_proj": (4864, 896), "down_proj": (896, 4864)}
-    assert Quantization().laid_out({}, 0.0, skips=False).transposed == ("down_proj",)
+    assert Quantization().laid_out({}, 0.0, skips=False).transposed == ()
+    assert Quantization().laid_out({}, 0.0, skips=True).transposed == ("down_proj",)
     assert Quantization().laid_out(cut, 0.4, skips=False).transposed == ("up_proj", "v_proj")  # v_proj has 8 bits
     assert Quantization().laid_out(cut, 0.4, skips=True).transposed == ("down_proj", "up_proj", "v_proj")
     assert Quantization().laid_out(cut, 0.6, skips=False).transposed == ("down_proj", "up_proj", "v_proj")

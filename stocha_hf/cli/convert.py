@@ -36,7 +36,7 @@ from stocha_hf.cli import (
 )
 from stocha_hf.cuts import ALLOTMENTS, LEARNED, PROJECTIONS
 from stocha_hf.errors import StochaError
-from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES, is_bits
+from stocha_hf.quantization import BITS, IN_8_BITS, MATRICES, OUTPUTS, is_bits
 from stocha_hf.spec import ACTIVATIONS, POSITIVE_SIDES, StochaConfig
 
 STOCHA_FIELDS = ("activation", "p", "positive", "inference", "threshold", "k")
@@ -44,7 +44,7 @@ REFIT_OPTIONS = ("refit", "target_sparsity", "refit_tokens", "refit_on_disk")
 INPUT_KINDS = ("inputs_of", "inputs_allotment", "inputs_prefill", "inputs_train")
 FALLBACK_OPTIONS = ("inputs_fallback", "inputs_fallback_tokens")
 INPUT_OPTIONS = ("inputs", "calibrate", "calibrate_tokens", *INPUT_KINDS, *FALLBACK_OPTIONS)
-OPTIONS = ("bits", "in_8_bits", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
+OPTIONS = ("bits", "in_8_bits", "rows", "revision", "base_model", "dtype", "overwrite", *REFIT_OPTIONS, *INPUT_OPTIONS)
 
 
 def bits_of(text: str) -> float:
@@ -154,6 +154,12 @@ def parser() -> Parser:
         metavar="NAME",
         help=f"with --bits below 8, matrices that get 8 bits: {', '.join(MATRICES)} (default: {' '.join(IN_8_BITS)}; "
         "no NAME: none)",
+    )
+    verb.add_argument(
+        "--rows",
+        type=one_of((OUTPUTS,)),
+        help="with --bits, a row an output also of projections that cut their inputs: for lossless decoding with both "
+        "layouts in memory (default: as steps with cuts read them fastest)",
     )
     verb.add_argument("--revision", type=path_or_id, help="branch, tag or commit of a Hub SOURCE (default: main)")
     verb.add_argument("--base-model", type=hub_id, metavar="ID", help="Hub id of the model that a local SOURCE copies")

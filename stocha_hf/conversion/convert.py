@@ -27,7 +27,14 @@ from stocha_hf.checkpoints.paths import local_path
 from stocha_hf.checkpoints.quantized import refuse_quantized
 from stocha_hf.checkpoints.staging import check_apart
 from stocha_hf.conversion.input_cuts import Calibration, FallbackOptions, check_uncut, with_cuts
-from stocha_hf.conversion.options import calibration_options, check_bits, check_fields, refit_activation, refit_options
+from stocha_hf.conversion.options import (
+    calibration_options,
+    check_bits,
+    check_fields,
+    check_rows,
+    refit_activation,
+    refit_options,
+)
 from stocha_hf.conversion.output import check_output, write_checkpoint
 from stocha_hf.conversion.refit_work import Refit, refit_folder
 from stocha_hf.conversion.source import Source, open_source
@@ -86,6 +93,7 @@ def convert(
     inputs_fallback_tokens: int | None = None,
     bits: float | None = None,
     in_8_bits: Sequence[str] | None = None,
+    rows: str | None = None,
     revision: str | None = None,
     base_model: str | None = None,
     dtype: str = "bfloat16",
@@ -127,6 +135,8 @@ def convert(
             for each matrix that still fits, those first that lose most in 4.
         in_8_bits: names of the matrices that get 8 bits in any case where `bits` is less, in MATRICES (default:
             v_proj, embed_tokens and lm_head).
+        rows: with bits, "outputs" lays out projections that cut their inputs a row an output, as both_layouts.py wants
+            them, whatever share they cut (default: as steps with cuts read them fastest).
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
         dtype: what a .gguf file's tensors become, one of DTYPES.
@@ -154,6 +164,7 @@ def convert(
     fallback = FallbackOptions(inputs_fallback, inputs_fallback_tokens)
     fallback.check(inputs)
     check_bits(bits, in_8_bits, options, inputs_allotment)
+    check_rows(rows, bits)
     if calibrate_tokens is not None and calibrate is None:
         raise StochaError(f"calibrate_tokens {calibrate_tokens} was given without calibrate: expected text")
     if base_model is not None:
@@ -177,7 +188,7 @@ def convert(
             config, change = _refitted(found, config, options, work)
         elif bits is not None and work is not None:
             text = str(calibrate) if calibrate is not None and in_4 else None
-            config, change = _quantized(found, config, bits, in_8_bits, text, calibrate_tokens, work)
+            config, change = _quantized(found, config, bits, in_8_bits, rows, text, calibrate_tokens, work)
             found = replace(found, files=[name for name in found.files if not is_weight(name)])
         files = write_checkpoint(found, config, output, overwrite, change)
     stocha = config["stocha"]
@@ -231,6 +242,7 @@ def _quantized(
     config: dict[str, Any],
     bits: float,
     in_8_bits: Sequence[str] | None,
+    rows: str | None,
     data: str | None,
     tokens: int | None,
     work: Path,
@@ -239,6 +251,6 @@ def _quantized(
 
     refuse_quantized(source.config, source.id, "quantizing")
     mean = bits if bits not in BITS else None
-    options = Quantize(layout(bits, in_8_bits, config), mean, data, tokens)
+    options = Quantize(layout(bits, in_8_bits, config, rows), mean, data, tokens)
     quantized = quantize_checkpoint(source, config, options, work)
     return quantized.config, quantized.write_to

@@ -12,7 +12,7 @@ from stocha_hf.conversion.input_cuts import Calibration
 from stocha_hf.conversion.refit_work import Refit
 from stocha_hf.cuts import LEARNED
 from stocha_hf.errors import StochaError
-from stocha_hf.quantization import MATRICES, is_bits
+from stocha_hf.quantization import MATRICES, OUTPUTS, is_bits
 from stocha_hf.spec import StochaConfig
 
 
@@ -80,3 +80,9 @@ def check_bits(
             f"in_8_bits {' '.join(in_8_bits)} was given with bits {bits}: expected bits below 8, and names among "
             f"{', '.join(MATRICES)}"
         )
+
+
+def check_rows(rows: str | None, bits: float | None) -> None:
+    """Raise StochaError for rows that are not OUTPUTS, or are those of no bits."""
+    if rows is not None and (rows != OUTPUTS or bits is None):
+        raise StochaError(f"rows {rows!r} was given with bits {bits}: expected {OUTPUTS!r}, with bits")

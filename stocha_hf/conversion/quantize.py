@@ -39,7 +39,7 @@ from stocha_hf.conversion.source import Source
 from stocha_hf.data import calibration_windows
 from stocha_hf.errors import StochaError
 from stocha_hf.progress import Progress
-from stocha_hf.quantization import IN_8_BITS, Quantization, is_matrix
+from stocha_hf.quantization import IN_8_BITS, OUTPUTS, Quantization, is_matrix
 from stocha_hf.quantization_stocha import NAMES, dequantize, quantize
 from stocha_hf.spec import ACTIVATIONS
 
@@ -78,15 +78,19 @@ class Quantized:
             (checkpoint / INDEX).write_text(dump(index), encoding="utf-8")
 
 
-def layout(bits: float, in_8_bits: Sequence[str] | None, config: dict[str, Any]) -> Quantization:
-    """The entry for a converted config.json, with projections that cut their inputs laid out for decode steps."""
+def layout(
+    bits: float, in_8_bits: Sequence[str] | None, config: dict[str, Any], rows: str | None = None
+) -> Quantization:
+    """The entry for a converted config.json, with projections that cut their inputs laid out for decode steps, or a
+    row an output where `rows` says so.
+    """
     entry, named = config["stocha"], IN_8_BITS if in_8_bits is None else tuple(in_8_bits)
     inputs = entry.get("inputs") or {}
     cut = inputs.get("thresholds", {})
     sizes = {
         name.split(".")[-2]: (shape[0], shape[1])
         for name, shape in expected_tensors(Sizes.of(config, "the converted folder"))
-        if name.split(".")[-2] in cut and len(shape) == 2
+        if name.split(".")[-2] in cut and len(shape) == 2 and rows != OUTPUTS
     }
     skips = ACTIVATIONS[entry["inference"]].cut is not None
     return Quantization(8 if bits == 8 else 4, named).laid_out(sizes, inputs.get("share") or 0.0, skips)

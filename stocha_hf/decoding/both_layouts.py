@@ -1,4 +1,4 @@
-"""Both layouts of projections that cut their inputs, for lossless decoding: a row an input drafts, a row an output verifies.
+"""Both layouts of projections that cut their inputs: in lossless decoding one is for drafts, one for verifications.
 
 A step with cuts reads the inputs that are left, which a matrix gives that has a row an input. A verification reads all
 of them for several tokens, and is fastest where a row is an output. A folder has one of these. So copies of its large
@@ -87,7 +87,9 @@ def keep_both_layouts(model: Any) -> int:
             "`stocha-convert --bits 4 --rows outputs` writes them"
         )
     if large[0].codes.device.type != "cpu":
-        raise StochaError(f"the model is on {large[0].codes.device}: expected the CPU, whose kernels read both layouts")
+        raise StochaError(
+            f"the model is on {large[0].codes.device}: expected the CPU, whose kernels read both layouts"
+        )
     library = kernels()
     if library is None:
         raise StochaError("the kernels cannot be built: expected a C++ compiler, since only they read both layouts")

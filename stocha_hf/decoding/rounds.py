@@ -158,8 +158,13 @@ class Rounds(Loop):
         if len(self.processors):
             seen = logits.new_full((1, self.model.config.vocab_size), -torch.inf).index_copy_(1, listed, logits)
             logits = self._processed(seen, length)[:, listed]
+        place, probability = self._best(logits)
+        return int(listed[place]), probability
+
+    def _best(self, logits: torch.Tensor) -> tuple[int, float]:
+        """The place of the greatest of logits [1, tokens], and its probability."""
         probability, place = logits.softmax(-1).max(-1)
-        return int(listed[place]), float(probability)
+        return int(place), float(probability)
 
     def _ends(self) -> list[int]:
         """End tokens, without those that the vocabulary lacks, such as -1 for none."""

@@ -38,7 +38,7 @@ class Watch:
         self.copies: list[tuple[Any, Any]] = []  # an MLP, and the copy that predicts its gates, or None
         self.cutting: list[tuple[Any, float, float, Any]] = []  # a projection that cuts: threshold, centre, and where
         self.inputs: list[tuple[Any, Any]] = []  # such a projection, and its transposed weight
-        self.layouts: list[tuple[Any, Any]] = []  # such a projection, quantized, and its copy of both_layouts.py or None
+        self.layouts: list[tuple[Any, Any]] = []  # a quantized one, and its copy of both_layouts.py or None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of a model do not take it along

@@ -237,14 +237,14 @@ struct ChunkOf4 {
   }
 };
 
+// Whether two rows are multiplied with four tokens at a time. With more tokens sums do not fit the registers.
 #if defined(STOCHA_AVX512)
-constexpr bool kSharesX = false;  // whether rows are multiplied two at a time with several tokens
+constexpr bool kSharesX = false;
 #else
 constexpr bool kSharesX = true;
 #endif
 
-// Sums of products of a part after the other, for several rows and tokens side by side: a part of x is loaded once for
-// all rows. The same sums as ChunkOf4::dot's.
+// A sum of products part after part, where several rows share what is loaded of x: the sum that ChunkOf4::dot gives.
 struct DotOf4 {
 #if defined(STOCHA_AVX2) && !defined(__AVXVNNI__) || defined(STOCHA_AVX512) && !defined(__AVX512VNNI__)
   Shorts total = {};  // 16 products of at most 15 * 127 fit 16 bits
@@ -270,27 +270,23 @@ struct DotOf4 {
 #endif
 };
 
-// products[r][t] of R rows' chunks with T tokens of x, the codes of which lie kChunk apart.
-template <int R, int T>
-STOCHA_INLINED inline void dots_of_chunks(const ChunkOf4 (&rows)[R], const int8_t* x, Integers (&products)[R][T]) {
-  constexpr int kBeside = std::min(T, kLanes == 16 ? 8 : 4);
-#pragma GCC unroll 8
-  for (int first = 0; first < T; first += kBeside) {
-    DotOf4 sums[R][kBeside];
+// products[r][t] of two rows' chunks with T tokens of x, the codes of which lie kChunk apart.
+template <int T>
+STOCHA_INLINED inline void dots_of_two(const ChunkOf4 (&rows)[2], const int8_t* x, Integers (&products)[2][T]) {
+  DotOf4 sums[2][T];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
+  for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 8
-      for (int t = 0; t < kBeside; ++t) {
-        const int8_t* own = x + (first + t) * kChunk + 2 * j * kBytes;
-        const Signed x_low = load_codes(own), x_high = load_codes(own + kBytes);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r][t].add(rows[r].low[j], x_low, rows[r].high[j], x_high);
-      }
+    for (int t = 0; t < T; ++t) {
+      const int8_t* own = x + t * kChunk + 2 * j * kBytes;
+      const Signed x_low = load_codes(own), x_high = load_codes(own + kBytes);
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) sums[r][t].add(rows[r].low[j], x_low, rows[r].high[j], x_high);
+    }
 #pragma GCC unroll 8
-    for (int t = 0; t < kBeside; ++t)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) products[r][first + t] = sums[r][t].sum();
-  }
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) products[r][t] = sums[r][t].sum();
 }
 
 template <int i, int n, class F>

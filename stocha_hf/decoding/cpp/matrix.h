@@ -133,22 +133,30 @@ STOCHA_INLINED inline void for_rows(const Matrix& m, Rows chosen, F f) {
   }
 }
 
+// f(two rows, the first one's number) where that is faster, and rows lie together: takes those off `chosen`.
+template <int T, class F>
+STOCHA_INLINED inline void for_twos(const Matrix& m, Rows& chosen, F f) {
+  if (T != 4 || !kSharesX || chosen.list) return;
+  const int64_t groups = m.groups(), bytes = groups * 16, last_whole = m.rows - 1 - (kLanes + groups - 1) / groups;
+  const auto* codes = static_cast<const uint8_t*>(m.weights);
+  for (; chosen.begin + 1 < std::min(chosen.end, last_whole + 1); chosen.begin += 2) {
+    const uint8_t *a = codes + chosen.begin * bytes, *b = a + bytes;
+    f({{a, a + kAheadAlone, groups}, {b, b + kAheadAlone, groups}}, chosen.begin);
+  }
+}
+
 // values [rows, T] of the products of these rows with T tokens.
 template <int T>
 void products_4(const Matrix& m, const QuantizedX& of_x, Rows chosen, float* values) {
   const TokensOfX<T> x(of_x);
   const auto* words = static_cast<const uint16_t*>(m.scales);
-  if (T == 4 && kSharesX) {
-    const int64_t groups = m.groups(), bytes = groups * 16;
-    const auto* codes = static_cast<const uint8_t*>(m.weights);
-    const int64_t last_whole = m.rows - 1 - (kLanes + groups - 1) / groups;
-    for (; chosen.begin + 2 <= chosen.end && !chosen.list && chosen.begin + 1 <= last_whole; chosen.begin += 2) {
-      const int64_t row = chosen.begin;
-      const auto own = [&](int64_t r) { return Row{codes + r * bytes, codes + r * bytes + kAheadAlone, groups}; };
-      dots_beside<2, T, true>({own(row), own(row + 1)}, {words + row * groups, words + (row + 1) * groups}, x, values);
-      values += 2 * T;
-    }
-  }
+  for_twos<T>(m, chosen, [&](const Row(&own)[2], int64_t row) STOCHA_INLINED {
+    dots_of_two<T, true>(own, x, values, [&](int r, int64_t chunk, int64_t left) STOCHA_INLINED {
+      const Levels levels = load_levels<true>(words + (row + r) * own[0].groups, chunk, left);
+      return Scaled{levels.scale, levels.scale * levels.eighths};
+    });
+    values += 2 * T;
+  });
   for_rows(m, chosen, [&](const Row& own, int64_t row, auto whole) STOCHA_INLINED {
     dots<T, decltype(whole)::value>(own, words + row * own.groups, x, values);
     values += T;
@@ -172,6 +180,11 @@ void products_about(const Matrix& m, const QuantizedX& of_x, Rows chosen, const 
                     float* variances) {
   const TokensOfX<T> x(of_x);
   const auto* scales = static_cast<const fp16*>(m.scales);
+  for_twos<T>(m, chosen, [&](const Row(&own)[2], int64_t row) STOCHA_INLINED {
+    dots_about<T>(own, scales + row * own[0].groups, x, squares, values, variances);
+    values += 2 * T;
+    variances += 2;
+  });
   for_rows(m, chosen, [&](const Row& own, int64_t row, auto whole) STOCHA_INLINED {
     dots_about<T, decltype(whole)::value>(own, scales + row * own.groups, x, squares, values, variances++);
     values += T;

@@ -75,6 +75,19 @@ STOCHA_INLINED inline void dots_about(const Row& row, const fp16* scales, const 
   *variance = sum(left_out) * kVarianceOfLow;
 }
 
+// The same of two rows that lie together.
+template <int T>
+STOCHA_INLINED inline void dots_about(const Row (&rows)[2], const fp16* scales, const TokensOfX<T>& x, const float* squares,
+                                      float* out, float* variances) {
+  Vector left_out[2] = {};
+  dots_of_two<T, true>(rows, x, out, [&](int r, int64_t chunk, int64_t left) STOCHA_INLINED {
+    const Vector scale = load_scales<true>(scales + r * rows[0].groups, chunk, left);
+    left_out[r] = fused(scale * scale, load(squares + chunk * kLanes), left_out[r]);
+    return Scaled{scale * 16.0f, scale * (120.5f * 8)};
+  });
+  for (int r = 0; r < 2; ++r) variances[r] = sum(left_out[r]) * kVarianceOfLow;
+}
+
 // A row as float32, for embeddings and prefill.
 inline void dequantize_planes(const uint8_t* high, const uint8_t* low, const fp16* scales, int64_t size, float* out) {
   int8_t codes[kGroupSize];

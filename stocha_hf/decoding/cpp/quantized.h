@@ -186,34 +186,33 @@ STOCHA_INLINED inline void dots(const Row& row, const uint16_t* words, const Tok
   sums(total, out);
 }
 
-// The same of R rows side by side, for T tokens: out [R, T].
-template <int R, int T, bool whole>
-STOCHA_INLINED inline void dots_beside(const Row (&rows)[R], const uint16_t* const (&words)[R], const TokensOfX<T>& x, float* out) {
-  Vector total[R][T] = {};
-  const uint8_t* later[R];
-  for (int r = 0; r < R; ++r) later[r] = rows[r].later;
+// The same of two rows side by side, out [2, T], which share what is loaded of x. levels_of(row 0 or 1, chunk, groups from
+// this chunk's first on) gives what a chunk's sums are multiplied with, and what an eighth of zero counts.
+struct Scaled {
+  Vector scale, offset;
+};
+template <int T, bool whole, class LevelsOf>
+STOCHA_INLINED inline void dots_of_two(const Row (&rows)[2], const TokensOfX<T>& x, float* out, LevelsOf levels_of) {
+  Vector total[2][T] = {};
+  const uint8_t* later[2] = {rows[0].later, rows[1].later};
   for (int64_t chunk = 0, left = rows[0].groups; left > 0; ++chunk, left -= kLanes) {
-    Vector scale[R], offset[R];
+    for (const uint8_t*& at : later) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kChunk / 2; i += kLine) prefetch(later[r] + i);
-      later[r] += kChunk / 2;
-      const Levels levels = load_levels<whole>(words[r], chunk, left);
-      scale[r] = levels.scale, offset[r] = levels.scale * levels.eighths;
+      for (int i = 0; i < kChunk / 2; i += kLine) prefetch(at + i);
+      at += kChunk / 2;
     }
-    Integers products[R][T];
-    const auto codes = [&](int r) STOCHA_INLINED { return load_chunk<whole>(rows[r].codes, chunk, left); };
-    const ChunkOf4 all[R] = {codes(0), codes(1)};
-    dots_of_chunks<R, T>(all, x.codes(chunk, 0), products);
+    const Scaled levels[2] = {levels_of(0, chunk, left), levels_of(1, chunk, left)};
+    const ChunkOf4 codes[2] = {load_chunk<whole>(rows[0].codes, chunk, left), load_chunk<whole>(rows[1].codes, chunk, left)};
+    Integers products[2][T];
+    dots_of_two<T>(codes, x.codes(chunk, 0), products);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-        total[r][t] = fused(__builtin_convertvector(products[r][t], Vector), scale[r] * x.scales(chunk, t),
-                            fused(offset[r], x.totals(chunk, t), total[r][t]));
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r)
+        total[r][t] = fused(__builtin_convertvector(products[r][t], Vector), levels[r].scale * x.scales(chunk, t),
+                            fused(levels[r].offset, x.totals(chunk, t), total[r][t]));
   }
-  for (int r = 0; r < R; ++r) sums(total[r], out + r * T);
+  for (int r = 0; r < 2; ++r) sums(total[r], out + r * T);
 }
 
 // R rows of 8-bit codes.

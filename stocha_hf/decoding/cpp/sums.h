@@ -35,6 +35,7 @@ struct RowSum {
       to.rows[r] = m->row(row) + first() * 16;
       to.words[r] = m->row_words(row) + first();
       for (int64_t g = 0; g < groups(); g += kLine / 2) prefetch(to.words[r] + g);
+      prefetch(to.words[r] + groups() - 1);
       for (int t = 0; t < padded; ++t) to.hidden[t][r] = r < rows ? hidden[at * padded + t] : 0.0f;
     }
     for (int t = 0; t < padded; ++t) {
