@@ -111,6 +111,20 @@ def test_a_step_has_the_gradients_of_learning_alone_but_for_what_the_price_would
     torch.testing.assert_close(expected, (3 + STIFF * over) * of_read[-1])
 
 
+def test_a_share_that_is_none_ends_the_run_and_is_not_followed() -> None:
+    model = cut_model()
+    learned = LearnedInputs(model, 0.1, Accelerator(cpu=True))
+    trained(model, learned, 1)
+    assert 0 < learned.read()["inputs_cut"] < 1
+    with prompts_uncut(model) as share:
+        share.cut_at = AT
+        learned.count(AT[:1])  # of more tokens than it was told of
+        model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    learned.step(1.0)
+    with pytest.raises(StochaError, match="came out as -.*: expected one from 0 to 1"):
+        learned.read()
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_folded_model_computes_what_it_does_and_goes_on_as_it_was(model_type: str) -> None:
     model = cut_model(model_type)
@@ -128,7 +142,7 @@ def test_a_folded_model_computes_what_it_does_and_goes_on_as_it_was(model_type: 
         torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-4)
     learned.close()
     learned.close()
-    assert not any({"limits", "seen"} & vars(module).keys() for module in cut_projections(model))
+    assert not any({"limits", "more", "seen"} & vars(module).keys() for module in cut_projections(model))
     with torch.no_grad(), cut_inputs(model, "always"):
         torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-4)
 

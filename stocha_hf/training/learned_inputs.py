@@ -43,6 +43,7 @@ from stocha_hf.training.entry import change_entry, stocha_model
 from stocha_hf.training.heads import causal_lm
 from stocha_hf.training.held_inputs import trains_with_cuts
 
+SLACK = 1e-3  # of a share, for rounding
 SMALLEST = 1e-6  # a threshold of none: it has a logarithm, and no input near it to move it
 CutLinear: Any = cut_class(nn.Linear)
 
@@ -73,16 +74,17 @@ class LearnedCut(CutLinear):
     """A projection that cuts at limits with a gradient, for the time of a run.
 
     limits: logarithms of thresholds, float32 [inputs].
-    seen: zeros [2, inputs], of whose gradient threshold_gradients.SeenCut tells.
+    more, seen: zeros [inputs], of whose gradients threshold_gradients.SeenCut tells.
     """
 
     limits: torch.Tensor
+    more: torch.Tensor
     seen: torch.Tensor
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         at = self.cutting.cut_at
         at = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if at is None else at
-        return SeenCut.apply(x, self.limits, self.seen, at)
+        return SeenCut.apply(x, self.limits, self.more, self.seen, at)
 
 
 class LearnedInputs:
@@ -125,10 +127,11 @@ class LearnedInputs:
         for layer, block in enumerate(self.blocks):
             rows = self.limits[layer].split(self.widths), self._by_cut(self.found[layer])
             for names, limits, found in zip(self.cuts, *rows, strict=True):
-                limits, seen = limits.detach().requires_grad_(), torch.zeros_like(found[1:], requires_grad=True)
-                limits.grad, seen.grad = found[0], found[1:]  # backward adds to these in place
+                leaves = {"limits": limits.detach(), "more": torch.zeros_like(limits), "seen": torch.zeros_like(limits)}
+                for leaf, place in zip(leaves.values(), found, strict=True):
+                    leaf.requires_grad_().grad = place  # backward adds to it
                 for name in names:
-                    block.linears[name].__dict__.update(limits=limits, seen=seen)
+                    block.linears[name].__dict__.update(leaves)
                     become(block.linears[name], LearnedCut)
 
     def _by_cut(self, found: torch.Tensor) -> list[torch.Tensor]:
@@ -175,9 +178,14 @@ class LearnedInputs:
         """The share of the weights that was not read since the last call, and the price now: for a log."""
         if not self._steps:
             return {}
-        found = {"inputs_cut": self._cut.item() / self._steps, "input_price": self.price.item()}
+        cut = self._cut.item() / self._steps
+        if not -SLACK <= cut <= 1 + SLACK:
+            raise StochaError(
+                f"the share of weights that inputs leave unread came out as {cut:.3f}: expected one from 0 to 1; "
+                "something miscounts, so try torch_compile: false, and please report it"
+            )
         self._cut, self._steps = torch.zeros_like(self._cut), 0
-        return found
+        return {"inputs_cut": cut, "input_price": self.price.item()}
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -232,5 +240,5 @@ class LearnedInputs:
         for block in self.blocks:
             for name in self.begun:
                 become(block.linears[name], CutLinear)
-                for key in ("limits", "seen"):
+                for key in ("limits", "more", "seen"):
                     block.linears[name].__dict__.pop(key, None)

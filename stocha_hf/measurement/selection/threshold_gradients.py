@@ -87,25 +87,28 @@ class _Cut(torch.autograd.Function):
 class SeenCut(torch.autograd.Function):
     """Inputs x above their limit, as _Cut leaves them, for a loss that does not know what reading costs.
 
-    What would read more or less comes out as the gradient of `seen` [2, inputs], whose values are not used: by how
-    much all entries together would be more for a logarithm that is smaller, and how many there are. So passes add up,
-    one that is computed again for its backward is counted once, and the price is set when all have been.
+    What would read more or less comes out as the gradients of `more` and `seen` [inputs], whose values are not used:
+    by how much all entries together would be more for a logarithm that is smaller, and how many there are. So passes
+    add up, one that is computed again for its backward is counted once, and the price is set when all have been.
+    They are two and not one stack: inductor's mix_order_reduction, for large batches on a GPU, gives a sum a buffer of
+    its own, and so seems to leave the stack's unwritten.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, limits: torch.Tensor, seen: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, limits: torch.Tensor, more: torch.Tensor, seen: torch.Tensor, at: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, limits, at)
         return torch.where((x.float().abs().log() > limits) | ~at[..., None], x, 0)
 
     @staticmethod
-    def backward(ctx: Any, *of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None]:
         x, limits, at = ctx.saved_tensors
         of_cut = of[0].float()
         above, slope = _near(x, limits, at)
         pull = of_cut * x * slope
         kept = (above & at[..., None]).float()
-        seen = torch.stack([slope.sum((0, 1)), kept.sum((0, 1))])
-        return _of_input(x, of_cut, pull, above, at), -pull.sum((0, 1)), seen, None
+        return _of_input(x, of_cut, pull, above, at), -pull.sum((0, 1)), slope.sum((0, 1)), kept.sum((0, 1)), None
 
 
 def _near(x: torch.Tensor, limits: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
