@@ -121,7 +121,7 @@ def test_a_share_that_is_none_ends_the_run_and_is_not_followed() -> None:
         learned.count(AT[:1])  # of more tokens than it was told of
         model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
     learned.step(1.0)
-    with pytest.raises(StochaError, match="came out as -.*: expected one from 0 to 1"):
+    with pytest.raises(StochaError, match=r"came out as -.*: expected one from 0 to 1"):
         learned.read()
 
 
