@@ -127,7 +127,11 @@ class LearnedInputs:
         for layer, block in enumerate(self.blocks):
             rows = self.limits[layer].split(self.widths), self._by_cut(self.found[layer])
             for names, limits, found in zip(self.cuts, *rows, strict=True):
-                leaves = {"limits": limits.detach(), "more": torch.zeros_like(limits), "seen": torch.zeros_like(limits)}
+                leaves = {
+                    "limits": limits.detach(),
+                    "more": torch.zeros_like(limits),
+                    "seen": torch.zeros_like(limits),
+                }
                 for leaf, place in zip(leaves.values(), found, strict=True):
                     leaf.requires_grad_().grad = place  # backward adds to it
                 for name in names:
