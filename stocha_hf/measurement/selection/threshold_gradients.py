@@ -90,8 +90,8 @@ class SeenCut(torch.autograd.Function):
     What would read more or less comes out as the gradients of `more` and `seen` [inputs], whose values are not used:
     by how much all entries together would be more for a logarithm that is smaller, and how many there are. So passes
     add up, one that is computed again for its backward is counted once, and the price is set when all have been.
-    They are two and not one stack: inductor's mix_order_reduction, for large batches on a GPU, gives a sum a buffer of
-    its own, and so seems to leave the stack's unwritten.
+    They are two and not one stack: inductor's mix_order_reduction, for large batches on a GPU, gives each sum a buffer
+    of its own, and returns the stack's unwritten.
     """
 
     @staticmethod
