@@ -150,8 +150,14 @@ def random_gguf(name: str, type_name: str, path: Path) -> None:
     writer.close()
 
 
-def random_model(name: str, bits: int, head_bits: int) -> Any:
-    """A patched Llama of a shape with random weights, bfloat16 or made in 8 or 4 bits."""
+def random_model(
+    name: str,
+    bits: int,
+    head_bits: int,
+    activation: str = "relu",
+    transposed: tuple[str, ...] = Quantization.transposed,
+) -> Any:
+    """A patched Llama of a shape with random weights, bfloat16 or made in 8 or 4 bits with a row an input in some."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, width, layers, heads, key_heads = SHAPES[name]
@@ -164,7 +170,8 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
         model: Any = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16)
     if bits < 16:
-        exchange(model, Quantization(bits=bits, in_8_bits=IN_8_BITS if head_bits == 8 else ("v_proj",)))
+        named = IN_8_BITS if head_bits == 8 else ("v_proj",)
+        exchange(model, Quantization(bits=bits, in_8_bits=named, transposed=transposed))
     model = model.to_empty(device="cpu")
     model.tie_weights()
     model.model.rotary_emb.__init__(config)
@@ -176,7 +183,7 @@ def random_model(name: str, bits: int, head_bits: int) -> Any:
             buffer.copy_(torch.randint(low, high, buffer.shape, dtype=buffer.dtype))
         elif key.endswith(".scale"):
             buffer.fill_(0.02 / 64 if buffer.dtype == torch.float16 else 15 << 11 | 60)  # 2^-9, zero 7.5
-    patch(model, StochaConfig(activation="relu"))
+    patch(model, StochaConfig(activation=activation))
     return model.eval()
 
 
