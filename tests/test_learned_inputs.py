@@ -23,12 +23,12 @@ from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of
 from stocha_hf.measurement.selection.learned import STIFF
 from stocha_hf.measurement.selection.threshold_gradients import Group, cutting
-from stocha_hf.modeling_stocha import StochaConfig
+from stocha_hf.modeling_stocha import StochaConfig, become
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch
 from stocha_hf.spec import ARCHITECTURES
 from stocha_hf.training.compiled_layers import compile_layers
-from stocha_hf.training.learned_inputs import LearnedInputs
+from stocha_hf.training.learned_inputs import CutLinear, LearnedInputs
 from stocha_hf.training.uncut_prompts import prompts_uncut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,6 +125,20 @@ def test_a_share_that_is_none_ends_the_run_and_is_not_followed() -> None:
         learned.read()
 
 
+def test_steps_that_cut_no_token_count_for_nothing() -> None:
+    model = cut_model()
+    learned = LearnedInputs(model, 0.1, Accelerator(cpu=True))
+    for at in (AT & False, AT, AT & False):
+        with prompts_uncut(model) as share:
+            share.cut_at = at
+            learned.count(at)
+            model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        learned.step(0.0)
+        found = learned.read()
+        assert 0 < found["inputs_cut"] < 1 if at.any() else not found
+    assert learned.logs.isfinite().all() and learned.target.isfinite() and learned.price == 1
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_folded_model_computes_what_it_does_and_goes_on_as_it_was(model_type: str) -> None:
     model = cut_model(model_type)
@@ -166,10 +180,14 @@ def test_one_compiled_layer_serves_all_layers_thresholds_and_prices(fresh_compil
 
 def test_projections_without_cuts_are_left_as_they_are() -> None:
     model = cut_model(names=("q_proj", "down_proj"))
+    own = type("Remote", (CutLinear,), {})  # a class of their own, as remote code has
+    for module in cut_projections(model):
+        become(module, own)
     learned = LearnedInputs(model, 0.1, Accelerator(cpu=True))
     trained(model, learned, 2)
     assert len(cut_projections(model)) == 4
     learned.close()
+    assert {type(module) for module in cut_projections(model)} == {own}
     assert {*model.config.stocha["inputs"]["thresholds"]} == {"q_proj", "down_proj"}
 
 
@@ -193,6 +211,10 @@ def test_a_run_learns_at_the_bytes_of_its_beginning_leaves_folded_folders_and_re
     shutil.rmtree(out / "checkpoint-8")
     assert losses(run(cut_folder, text, out, teacher=base, uncut_prompts=0.5, **OPTIONS)) == losses(history)
     assert all(torch.equal(value, weights[name]) for name, value in load_model(str(out)).state_dict().items())
+
+    (out / "checkpoint-8" / "learned_inputs.pt").write_bytes(b"no archive")
+    with pytest.raises(StochaError, match=r"learned_inputs\.pt is damaged: .*remove .*checkpoint-8"):
+        run(cut_folder, text, out, teacher=base, uncut_prompts=0.5, **OPTIONS)
 
 
 @pytest.mark.slow

@@ -96,6 +96,13 @@ def test_an_answer_is_cut_and_its_prompt_is_not() -> None:
     assert found["labels"].tolist() == [[-100] * 6 + [8, 9, -100, -100]]  # 7 follows from the prompt
 
 
+def test_padding_is_not_cut_so_that_what_learns_by_counts_counts_tokens_alone() -> None:
+    rows, mask = torch.arange(4, 24).view(2, 10), torch.arange(10) < torch.tensor([[7], [10]])
+    batch = {"input_ids": rows, "labels": rows.masked_fill(~mask, -100), "attention_mask": mask.long()}
+    found = PromptCollator(lambda rows: batch, 0.0, 0)([None])
+    assert torch.equal(found[CUT_AT], mask & (torch.arange(10) >= FIRST))
+
+
 @pytest.mark.slow
 def test_a_run_trains_on_what_is_cut_and_refuses_a_model_without_cuts(base: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cutting"

@@ -13,6 +13,7 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -64,6 +65,16 @@ def read_sparsity_state(checkpoint: str) -> dict[str, Any]:
         raise StochaError(
             f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a "
             "checkpoint of the same recipe; name another output_dir"
+        ) from None
+
+
+def _read_learned(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, UnpicklingError):
+        raise StochaError(
+            f"{path} is damaged: expected it as the run wrote it; remove {path.parent}, and the same command goes on "
+            "from the checkpoint before it"
         ) from None
 
 
@@ -119,7 +130,7 @@ class CheckpointingTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = read_sparsity_state(resume_from_checkpoint)
         if (learned := Path(resume_from_checkpoint) / LEARNED_INPUTS).exists():
-            state["learned_inputs"] = torch.load(learned, map_location="cpu")
+            state["learned_inputs"] = _read_learned(learned)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore(self.model, self.steering, state)
 

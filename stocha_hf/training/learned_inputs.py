@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stocha_hf.cuts_stocha import cut_class
+from stocha_hf.cuts_stocha import cut_class, cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, spread_over_heads
@@ -99,12 +99,13 @@ class LearnedInputs:
     def __init__(self, model: Any, rate: float, accelerator: Any) -> None:
         self.model, self.rate, self.accelerator = model, rate, accelerator
         self.blocks = blocks(causal_lm(model))
+        self.kind = type(cut_projections(model)[0])  # remote code has a class of its own
         self.sizes = [inputs_of(self.blocks[0], names) for names in SHARED]
         device = self.blocks[0].linears["o_proj"].weight.device
         self.logs = torch.zeros(len(self.blocks), sum(self.sizes), device=device, requires_grad=True)
         self.tokens = torch.zeros(1, device=device)  # cut since the last step
         self.price = self.target = torch.zeros((), device=device)  # of all weights; the share of them to read
-        self._cut, self._steps = torch.zeros((), device=device), 0  # since the last log
+        self._cut, self._steps = torch.zeros(2, device=device)  # since the last log, of steps that cut a token
         self.load_state_dict(None)
 
     def _install(self) -> None:
@@ -153,7 +154,8 @@ class LearnedInputs:
         tokens, found = everything[-1], self._by_cut(everything[:-1].view_as(self.found))
         of_loss, slopes, kept = torch.cat(found, -1).unbind(-2)
         share = self.parts / tokens.clamp(min=1)  # of the reading of all tokens, that an input of one of them is
-        read = torch.where(tokens > 0, (kept * share).sum(), self.target)
+        some = tokens > 0  # none where uncut_rows or short texts leave no token that is cut
+        read = torch.where(some, (kept * share).sum(), self.target)
         self.target = torch.where(self.target.isnan(), read, self.target)
         over = (read - self.target).nan_to_num()
         cost = (self.price + STIFF * over).clamp(min=0)
@@ -162,7 +164,7 @@ class LearnedInputs:
         self.adam.param_groups[0]["lr"] = self.rate * factor
         self.adam.step()
         self._renew()
-        self._cut, self._steps = self._cut + 1 - read, self._steps + 1
+        self._cut, self._steps = self._cut + torch.where(some, 1 - read, 0.0), self._steps + some
 
     def _spread(self) -> torch.Tensor:
         """The logarithms of factors for the inputs of all projections that cut: some of these read one input."""
@@ -179,16 +181,20 @@ class LearnedInputs:
         self.tokens.zero_()
 
     def read(self) -> dict[str, float]:
-        """The share of the weights that was not read since the last call, and the price now: for a log."""
-        if not self._steps:
+        """The share of the weights that was not read since the last call, and the price now: for a log.
+
+        Nothing where no step since then cut a token.
+        """
+        steps = self._steps.item()
+        if not steps:
             return {}
-        cut = self._cut.item() / self._steps
+        cut = self._cut.item() / steps
         if not -SLACK <= cut <= 1 + SLACK:
             raise StochaError(
                 f"the share of weights that inputs leave unread came out as {cut:.3f}: expected one from 0 to 1; "
                 "something miscounts, so try torch_compile: false, and please report it"
             )
-        self._cut, self._steps = torch.zeros_like(self._cut), 0
+        self._cut, self._steps = torch.zeros_like(self._cut), torch.zeros_like(self._steps)
         return {"inputs_cut": cut, "input_price": self.price.item()}
 
     @contextmanager
@@ -243,6 +249,6 @@ class LearnedInputs:
             self._fold()
         for block in self.blocks:
             for name in self.begun:
-                become(block.linears[name], CutLinear)
+                become(block.linears[name], self.kind)
                 for key in ("limits", "more", "seen"):
                     block.linears[name].__dict__.pop(key, None)

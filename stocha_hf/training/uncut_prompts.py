@@ -12,7 +12,8 @@ rows:
 
 The first tokens are never cut: attention rests on them (Xiao et al., attention sinks, arXiv 2309.17453), and in
 decoding they are a prompt's. A model that is trained with its first tokens cut learns to work around an error that
-decoding never makes (docs/experiments/input_training.md).
+decoding never makes (docs/experiments/input_training.md). Padding is not cut either: learned thresholds pay for what is
+read where inputs are cut, and would save on padding.
 
 Which positions are cut is a tensor that comes with the batch, so one compiled layer serves all batches. What a row
 draws is decided by its own tokens: a resumed run, another rank and a data loader's process draw the same.
@@ -62,7 +63,7 @@ class PromptCollator:
         """Return the batch, with CUT_AT beside its keys and the labels that are left."""
         batch = self.collate(rows)
         labels, tokens = batch["labels"], batch["input_ids"]
-        real = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+        real = seen = batch.get("attention_mask", torch.ones_like(tokens)).bool()
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         if "position_ids" in batch:  # the first of rows that are packed into one has no label, be it a prompt's or not
             positions = batch["position_ids"]
@@ -72,7 +73,7 @@ class PromptCollator:
         # a position's loss is that of the label after it
         without = torch.cat([torch.zeros_like(cut_at[:, :1]), ~cut_at[:, :-1]], dim=1)
         without &= cut_at.any(1, keepdim=True)  # a row that is cut nowhere keeps its loss
-        return batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at}
+        return batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at & seen}
 
     def _cut_at(self, tokens: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         draw = random.Random(zlib.crc32(tokens.numpy().tobytes(), self.seed))
