@@ -139,6 +139,19 @@ def test_steps_that_cut_no_token_count_for_nothing() -> None:
     assert learned.logs.isfinite().all() and learned.target.isfinite() and learned.price == 1
 
 
+@pytest.mark.slow
+def test_a_run_that_leaves_all_numbers_says_so_and_its_own_error_first(
+    cut_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    options = OPTIONS | {"distill_weight": 0.0, "save_strategy": "no"}
+    with pytest.raises(StochaError, match="the loss is not finite at step"):
+        run(cut_folder, text, tmp_path / "weights", **options, learning_rate=1e6, max_grad_norm=0)
+    for kind in ("no", "steps"):
+        with pytest.raises(StochaError, match=r"input_threshold_rate is 50\.0 and thresholds went beyond"):
+            run(cut_folder, text, tmp_path / kind, **options | {"input_threshold_rate": 50, "save_strategy": kind})
+        assert not (tmp_path / kind / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_folded_model_computes_what_it_does_and_goes_on_as_it_was(model_type: str) -> None:
     model = cut_model(model_type)

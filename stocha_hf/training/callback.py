@@ -102,6 +102,10 @@ class ScheduleCallback(TrainerCallback):
         if self.held is not None and (state.global_step % update == 0 or state.global_step == state.max_steps):
             self._hold_inputs(model, self.held)  # what is saved or evaluated after this step has them
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.learned is not None:
+            self.learned.check()
+
     def _move_thresholds(self, model: Any, sparsity: float) -> None:
         """Move FATReLU thresholds so that a share `sparsity` of the hidden vectors' entries is zero, here and now."""
         with torch.compiler.set_stance("force_eager"):  # what it hooks would compile every layer once more

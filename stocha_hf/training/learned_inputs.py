@@ -45,6 +45,7 @@ from stocha_hf.training.held_inputs import trains_with_cuts
 
 SLACK = 1e-3  # of a share, for rounding
 SMALLEST = 1e-6  # a threshold of none: it has a logarithm, and no input near it to move it
+FARTHEST = 40.0  # that a logarithm may go from where it began: a scale is between two of them, and float32
 CutLinear: Any = cut_class(nn.Linear)
 
 
@@ -200,11 +201,23 @@ class LearnedInputs:
     @contextmanager
     def folded(self) -> Iterator[None]:
         """Inside, the model's weights and entry are its folder's, with one threshold a projection."""
+        self.check()
         self._fold()
         try:
             yield
         finally:
             fold(self._groups(-1.0))
+
+    def check(self) -> None:
+        """Raise StochaError where what was learned is no folder's."""
+        if not self._within():
+            raise StochaError(
+                f"input_threshold_rate is {self.rate} and thresholds went beyond what float32 holds: expected a rate "
+                "at which they stay finite, or a lower learning_rate"
+            )
+
+    def _within(self) -> bool:
+        return bool((self.logs.abs() <= FARTHEST).all())  # also false for NaN
 
     def _fold(self) -> None:
         factors = fold(self._groups(1.0))
@@ -244,8 +257,11 @@ class LearnedInputs:
         self._renew()
 
     def close(self) -> None:
-        """Fold what was learned, and take everything off the model; a second call does nothing."""
-        if isinstance(self.blocks[0].linears[self.cuts[0][0]], LearnedCut):
+        """Fold what was learned, and take everything off the model; a second call does nothing.
+
+        What `check` refuses is not folded, and not told of: a run that ends so has its own error.
+        """
+        if isinstance(self.blocks[0].linears[self.cuts[0][0]], LearnedCut) and self._within():
             self._fold()
         for block in self.blocks:
             for name in self.begun:

@@ -12,8 +12,8 @@ rows:
 
 The first tokens are never cut: attention rests on them (Xiao et al., attention sinks, arXiv 2309.17453), and in
 decoding they are a prompt's. A model that is trained with its first tokens cut learns to work around an error that
-decoding never makes (docs/experiments/input_training.md). Padding is not cut either: learned thresholds pay for what is
-read where inputs are cut, and would save on padding.
+decoding never makes (docs/experiments/input_training.md). Padding is not cut either: learned thresholds pay for what
+is read where inputs are cut, and would save on padding.
 
 Which positions are cut is a tensor that comes with the batch, so one compiled layer serves all batches. What a row
 draws is decided by its own tokens: a resumed run, another rank and a data loader's process draw the same.
