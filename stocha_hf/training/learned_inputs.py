@@ -100,7 +100,7 @@ class LearnedInputs:
     def __init__(self, model: Any, rate: float, accelerator: Any) -> None:
         self.model, self.rate, self.accelerator = model, rate, accelerator
         self.blocks = blocks(causal_lm(model))
-        self.kind = type(cut_projections(model)[0])  # remote code has a class of its own
+        self.kind: Any = type(cut_projections(model)[0])  # remote code has a class of its own
         self.sizes = [inputs_of(self.blocks[0], names) for names in SHARED]
         device = self.blocks[0].linears["o_proj"].weight.device
         self.logs = torch.zeros(len(self.blocks), sum(self.sizes), device=device, requires_grad=True)
