@@ -99,6 +99,13 @@ class CheckpointingTrainer(SFTTrainer):
     model: Any
     steering: ScheduleCallback  # of the train() that is running
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, but a run that resumes where all its steps are done takes no other: Trainer would take one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that could not be written to its end is removed: the one before it stays the last."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
