@@ -103,6 +103,7 @@ class CheckpointingTrainer(SFTTrainer):
         """Trainer's, but a run that resumes where all its steps are done takes no other: Trainer would take one."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            self.model.train()  # as a step leaves it
             return
         super()._run_epoch(*args, **kwargs)
 
