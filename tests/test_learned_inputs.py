@@ -123,6 +123,8 @@ def test_a_share_that_is_none_ends_the_run_and_is_not_followed() -> None:
     learned.step(1.0)
     with pytest.raises(StochaError, match=r"came out as -.*: expected one from 0 to 1"):
         learned.read()
+    with pytest.raises(StochaError, match="came out as"), learned.folded():
+        pass
 
 
 def test_steps_that_cut_no_token_count_for_nothing() -> None:

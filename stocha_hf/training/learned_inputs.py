@@ -186,17 +186,21 @@ class LearnedInputs:
 
         Nothing where no step since then cut a token.
         """
-        steps = self._steps.item()
-        if not steps:
+        if (cut := self._mean_cut()) is None:
             return {}
+        self._cut, self._steps = torch.zeros_like(self._cut), torch.zeros_like(self._steps)
+        return {"inputs_cut": cut, "input_price": self.price.item()}
+
+    def _mean_cut(self) -> float | None:
+        if not (steps := self._steps.item()):
+            return None
         cut = self._cut.item() / steps
         if not -SLACK <= cut <= 1 + SLACK:
             raise StochaError(
                 f"the share of weights that inputs leave unread came out as {cut:.3f}: expected one from 0 to 1; "
                 "something miscounts, so try torch_compile: false, and please report it"
             )
-        self._cut, self._steps = torch.zeros_like(self._cut), torch.zeros_like(self._steps)
-        return {"inputs_cut": cut, "input_price": self.price.item()}
+        return cut
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -209,7 +213,8 @@ class LearnedInputs:
             fold(self._groups(-1.0))
 
     def check(self) -> None:
-        """Raise StochaError where what was learned is no folder's."""
+        """Raise StochaError where what was learned is no folder's, or followed a count that is no share."""
+        self._mean_cut()
         if not self._within():
             raise StochaError(
                 f"input_threshold_rate is {self.rate} and thresholds went beyond what float32 holds: expected a rate "
