@@ -232,9 +232,11 @@ def test_a_run_learns_at_the_bytes_of_its_beginning_leaves_folded_folders_and_re
     assert not (out / "checkpoint-9").exists()
     assert all(torch.equal(value, weights[name]) for name, value in load_model(str(out)).state_dict().items())
 
-    (out / "checkpoint-8" / "learned_inputs.pt").write_bytes(b"no archive")
-    with pytest.raises(StochaError, match=r"learned_inputs\.pt is damaged: .*remove .*checkpoint-8"):
-        run(cut_folder, text, out, teacher=base, uncut_prompts=0.5, **OPTIONS)
+    state = out / "checkpoint-8" / "learned_inputs.pt"
+    for damage in (lambda: state.write_bytes(b"no archive"), state.unlink):
+        damage()
+        with pytest.raises(StochaError, match=r"learned_inputs\.pt is missing or damaged: .*remove .*checkpoint-8"):
+            run(cut_folder, text, out, teacher=base, uncut_prompts=0.5, **OPTIONS)
 
 
 @pytest.mark.slow

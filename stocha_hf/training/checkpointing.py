@@ -38,6 +38,7 @@ def sparsity_state(model: Any, steering: ScheduleCallback) -> dict[str, Any]:
         "stocha": model.config.stocha,
         "target": target and target.state_dict(),
         "input_shares": held and held.shares,
+        "learns_inputs": steering.learned is not None,
     }
 
 
@@ -60,7 +61,8 @@ def read_sparsity_state(checkpoint: str) -> dict[str, Any]:
     """Return the state that a checkpoint's folder holds. Raises StochaError where there is none of this version."""
     try:
         state = json.loads((Path(checkpoint) / SPARSITY_STATE).read_text())
-        return {key: state[key] for key in ("stocha", "target", "input_shares")}
+        found = {key: state[key] for key in ("stocha", "target", "input_shares")}
+        return found | {"learns_inputs": state.get("learns_inputs", False)}  # an older version could not learn any
     except (OSError, ValueError, KeyError, TypeError):
         raise StochaError(
             f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a "
@@ -73,8 +75,8 @@ def _read_learned(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu")
     except (OSError, RuntimeError, EOFError, UnpicklingError):
         raise StochaError(
-            f"{path} is damaged: expected it as the run wrote it; remove {path.parent}, and the same command goes on "
-            "from the checkpoint before it"
+            f"{path} is missing or damaged: expected it as the run wrote it; remove {path.parent}, and the same "
+            "command goes on from the checkpoint before it"
         ) from None
 
 
@@ -137,8 +139,8 @@ class CheckpointingTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = read_sparsity_state(resume_from_checkpoint)
-        if (learned := Path(resume_from_checkpoint) / LEARNED_INPUTS).exists():
-            state["learned_inputs"] = _read_learned(learned)
+        if state["learns_inputs"]:
+            state["learned_inputs"] = _read_learned(Path(resume_from_checkpoint) / LEARNED_INPUTS)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore(self.model, self.steering, state)
 
