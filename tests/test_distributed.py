@@ -56,8 +56,9 @@ def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one
     shared = {"schedule": RELU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
     alone = losses(run(base, text, tmp_path / "alone", per_device_train_batch_size=4, **shared))
     half = arguments(base, text, tmp_path / "both", per_device_train_batch_size=2, **shared)
+    some_words = {"distill_weight": 1.0, "distill_vocabulary": 20}
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
-    argv = arguments(base, text, out, teacher=base, distill_hidden=1.0, **options)
+    argv = arguments(base, text, out, teacher=base, distill_hidden=1.0, **some_words, **options)
     (first, second), (halves, _) = launch(kind, tmp_path / "notes", argv, half)
     assert halves["losses"] == pytest.approx(alone, rel=1e-4)  # the whole batch's
     assert first["sharded"] == second["sharded"] == (kind == "fsdp2")
@@ -83,7 +84,9 @@ def test_ranks_learn_the_thresholds_of_one_process(checkpoint, text, tmp_path):
     cut = tmp_path / "cut"
     convert(checkpoint(), cut, activation="silu", inputs=0.4, calibrate=text, inputs_train=True)
     shared = {"schedule": SILU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
-    shared |= {"input_thresholds": "learned", "input_threshold_rate": 0.1}
+    shared |= {"input_thresholds": "learned", "input_threshold_rate": 0.1, "train_embeddings": False}
+    shared |= {"teacher": tmp_path / "source", "distill_weight": 1.0}
+    shared |= {"distill_vocabulary": 52}  # with 12 others they are all words, however a batch is split
     alone = losses(run(cut, text, tmp_path / "alone", per_device_train_batch_size=4, **shared))
     both = arguments(cut, text, tmp_path / "both", per_device_train_batch_size=2, **shared)
     ((first, second),) = launch("ddp", tmp_path / "notes", both)

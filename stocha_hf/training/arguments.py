@@ -28,6 +28,7 @@ LEAST = {  # of trl's and transformers' keys, which take any number and fail lat
     "max_grad_norm": 0,
     "seed": 0,
     "input_threshold_rate": 0,
+    "distill_vocabulary": 1,
 }
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -59,9 +60,19 @@ class StochaArguments(SFTConfig):
     distill_hidden: float = field(
         default=0.0, metadata={"help": "Weight of the error of the residual stream, layer by layer, beside the KL."}
     )
+    distill_vocabulary: int | None = field(
+        default=None,
+        metadata={
+            "help": "Take the KL over so many of the training text's most frequent words and some of the others, "
+            "which are drawn anew each step and stand for all of them (default: over all words)."
+        },
+    )
     teacher_dtype: str | None = field(
         default=None,
         metadata={"help": "The teacher's dtype (default: bfloat16 with bf16 on a GPU, else the model's)."},
+    )
+    train_embeddings: bool = field(
+        default=True, metadata={"help": "false: embeddings, and a head that is tied to them, stay as they are."}
     )
     uncut_prompts: float = field(
         default=0.0,
@@ -126,6 +137,12 @@ class StochaArguments(SFTConfig):
             raise StochaError(
                 f"distill_hidden is {self.distill_hidden} and teacher {self.teacher}: expected a weight of 0 or more, "
                 "and a teacher with it"
+            )
+        if self.distill_vocabulary is not None and (self.teacher is None or self.distill_weight != 1):
+            raise StochaError(
+                f"distill_vocabulary is {self.distill_vocabulary}, teacher {self.teacher} and distill_weight "
+                f"{self.distill_weight}: expected a teacher and distill_weight: 1.0, since the next-token loss needs "
+                "all words"
             )
         if self.teacher_dtype not in (None, *DTYPES):
             raise StochaError(f"teacher_dtype is {self.teacher_dtype!r}: expected one of {', '.join(DTYPES)}")

@@ -6,6 +6,9 @@ and each chunk's gradient is taken at once, in the forward pass. So nothing is c
 is needed again in backward, where wrappers may have taken its weights away. The price: the weight of the KL must be
 known in the forward pass. Nothing waits for a GPU: shapes do not depend on which positions have a loss.
 
+With `words` (some_words.py) both are taken over these words alone. The rows of the heads that belong to them are
+selected once a batch, the student's inside the one call of its head, where wrappers have gathered its weights.
+
 The loss runs inside the student's own forward, around one call of its lm_head (heads.py):
 
     open_head(model)  # before wrapping
@@ -29,6 +32,7 @@ from torch import nn
 from stocha_hf.errors import StochaError
 from stocha_hf.training.compiled_layers import set_forward
 from stocha_hf.training.heads import call_open, causal_lm, final_hidden_states
+from stocha_hf.training.some_words import Words, head_part
 
 IGNORED = -100  # the label of a position without a loss
 LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
@@ -59,6 +63,7 @@ def training_losses(
     inputs: Mapping[str, Any],
     *,
     kl_weight: float = 0.0,
+    words: Words | None = None,
     **options: Any,
 ) -> Losses:
     """The losses of one batch; `inputs` are the models' own, with `labels` [batch, seq] (-100: no loss).
@@ -73,14 +78,14 @@ def training_losses(
         teacher_head = causal_lm(teacher).get_output_embeddings()
     config = causal_lm(model).config.get_text_config()
     options = {
-        "chunk": _chunk(config.vocab_size),
+        "chunk": _chunk(config.vocab_size if words is None else len(words.ids)),
         "softcap": getattr(config, "final_logit_softcapping", None),
     } | options
     losses: list[Losses] = []
 
     def loss(hidden: torch.Tensor, head: nn.Module) -> torch.Tensor:
         taught = (teacher_hidden, teacher_head, inputs["labels"])
-        losses.append(chunked_losses(hidden, head, *taught, kl_weight=kl_weight, **options))
+        losses.append(chunked_losses(hidden, head, *taught, kl_weight=kl_weight, words=words, **options))
         return losses[0].loss
 
     passed = call_open(model, inputs, loss)
@@ -93,16 +98,21 @@ def token_losses(
     targets: torch.Tensor,
     temperature: float,
     softcap: float | None,
+    words: Words | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nll, kl) summed over tokens; logits are [tokens, vocabulary] as the heads leave them, targets [tokens]."""
+    """(nll, kl) summed over tokens; logits are [tokens, vocabulary] as the heads leave them, targets [tokens].
+
+    With `words` logits are [tokens, words]. A target that is not among them counts for the kl alone.
+    """
     logits = _widened(logits, softcap)
-    log_probs = F.log_softmax(logits, dim=-1)
-    nll = F.nll_loss(log_probs, targets, reduction="sum", ignore_index=IGNORED)
+    labels = targets if words is None else _places(targets, words)
+    log_probs = _log_softmax(logits, words)
+    nll = F.nll_loss(log_probs, labels, reduction="sum", ignore_index=IGNORED)
     if teacher_logits is None:
         return nll, torch.zeros_like(nll)
     with torch.no_grad():
-        teacher = F.log_softmax(_widened(teacher_logits, softcap) / temperature, dim=-1)
-    softened = log_probs if temperature == 1 else F.log_softmax(logits / temperature, dim=-1)
+        teacher = _log_softmax(_widened(teacher_logits, softcap) / temperature, words)
+    softened = log_probs if temperature == 1 else _log_softmax(logits / temperature, words)
     kl = F.kl_div(softened, teacher, reduction="none", log_target=True).sum(-1)
     return nll, (kl * (targets != IGNORED)).sum() * temperature**2
 
@@ -119,6 +129,7 @@ def chunked_losses(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk: int = 1024,
+    words: Words | None = None,
     token_losses: Callable[..., tuple[torch.Tensor, torch.Tensor]] = token_losses,
 ) -> Losses:
     """Next-token loss and, with a teacher, temperature^2 * KL(teacher || student), `chunk` tokens at a time.
@@ -128,23 +139,26 @@ def chunked_losses(
     final_logit_softcapping; `token_losses` is this module's function of that name, or what torch.compile makes of it.
     The student's head is called once as a module, and all chunks inside that call, so hooks that gather weights run
     once; the teacher's is called once per chunk. With no token left the loss is a zero that can be differentiated.
+    With `words` the heads are nn.Linear, and the teacher's is not called.
     """
     hidden = student_hidden.flatten(0, 1)
     taught = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)
     targets = F.pad(labels.to(hidden.device)[:, 1:], (0, 1), value=IGNORED).flatten()
-    trained = [weight for weight in student_head.parameters() if weight.requires_grad]
-    forward = student_head.forward
-
-    def chunk_losses(hidden: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        teacher_logits = None
-        if taught is not None and teacher_head is not None:
-            with torch.no_grad():
-                teacher_logits = teacher_head(taught[part])
-        return token_losses(forward(hidden), teacher_logits, targets[part], temperature, softcap)
-
+    forward: Callable[..., torch.Tensor] = student_head.forward
+    teach: Any = teacher_head if teacher_head is None or words is None else head_part(teacher_head, words)
     sums: list[torch.Tensor] = []
 
     def all_chunks(hidden: torch.Tensor) -> torch.Tensor:
+        part = None if words is None else head_part(student_head, words)
+        logits = forward if part is None else part
+        rows = student_head.parameters() if part is None else [row for row in part if row is not None]
+        trained = [row for row in rows if row.requires_grad]
+
+        def chunk_losses(hidden: torch.Tensor, at: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.no_grad():
+                teacher_logits = None if taught is None else teach(taught[at])
+            return token_losses(logits(hidden), teacher_logits, targets[at], temperature, softcap, words)
+
         needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
         sums.extend(_GradientInForward.apply(chunk_losses, kl_weight, chunk, needs_grad, hidden, *trained))
         return sums[0]
@@ -176,6 +190,15 @@ def _chunk(vocabulary: int) -> int:
 def _widened(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _log_softmax(logits: torch.Tensor, words: Words | None) -> torch.Tensor:
+    return F.log_softmax(logits if words is None else logits + words.offsets, dim=-1)
+
+
+def _places(targets: torch.Tensor, words: Words) -> torch.Tensor:
+    """Where among the words the targets are; IGNORED where there is none, and for one that is not among them."""
+    return words.places[targets.clamp(min=0)].where(targets != IGNORED, IGNORED)
 
 
 class _GradientInForward(torch.autograd.Function):

@@ -11,10 +11,10 @@ run.py reads a recipe's YAML, whose keys arguments.py adds to trl's.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from stocha_hf.training.checkpointing import CheckpointingTrainer, last_checkpoi
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream, set_forward
 from stocha_hf.training.console import Bar, Lines
 from stocha_hf.training.first_rows import FirstRows
+from stocha_hf.training.frozen_embeddings import check_frozen, freeze_embeddings
 from stocha_hf.training.heads import causal_lm, open_head
 from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
@@ -36,6 +37,7 @@ from stocha_hf.training.learned_inputs import LearnedInputs, check_learned
 from stocha_hf.training.losses import token_losses, training_losses
 from stocha_hf.training.padding import SEEN, UnmaskedCollator
 from stocha_hf.training.schedule import Schedule
+from stocha_hf.training.some_words import SomeWords, check_some_words, some_words
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
 from stocha_hf.training.totals import Totals
 from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, prompts_uncut
@@ -64,8 +66,13 @@ class StochaTrainer(CheckpointingTrainer):
 
     def __init__(self, model: Any, args: StochaArguments, *, schedule: Schedule, teacher: Any = None, **kwargs: Any):
         args, use_cache = copy.deepcopy(args), model.config.use_cache
+        adapter = model is not causal_lm(model) or kwargs.get("peft_config") is not None
         if args.input_thresholds == "learned":
-            check_learned(model, args, adapter=model is not causal_lm(model) or kwargs.get("peft_config") is not None)
+            check_learned(model, args, adapter)
+        if not args.train_embeddings:
+            check_frozen(adapter)
+        if args.distill_vocabulary is not None:
+            check_some_words(args.distill_vocabulary, model, *filter(None, [teacher]))
         self.compiled = args.torch_compile
         self.compile_options: dict[str, Any] = {
             "backend": args.torch_compile_backend,
@@ -83,6 +90,9 @@ class StochaTrainer(CheckpointingTrainer):
         self._cutting = Cutting(0.0)
         self.schedule = schedule
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
+        if args.distill_vocabulary is not None:
+            check_some_words(args.distill_vocabulary, self.model)  # once more, with its adapter
+        self.words: SomeWords | None = None
         self.hidden_error: HiddenError | None = None
         self.loss_options: dict[str, Any] = {}
         if self.compiled:
@@ -100,7 +110,12 @@ class StochaTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer.train does; afterwards the model is as it came, but for its weights and its config."""
-        with self._fitted_out(), self._steered(), prompts_uncut(self.model) as self._cutting:
+        with self._fitted_out(), self._steered(), prompts_uncut(self.model) as self._cutting, ExitStack() as undo:
+            if not self.args.train_embeddings:
+                undo.callback(freeze_embeddings(self.model))
+            if (frequent := self.args.distill_vocabulary) is not None:
+                vocabulary = causal_lm(self.model).config.get_text_config().vocab_size
+                self.words = some_words(self.train_dataset, frequent, vocabulary, self.args.seed, self.accelerator)
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -118,13 +133,13 @@ class StochaTrainer(CheckpointingTrainer):
         with self._fitted_out(), cutting_everywhere(self.model):
             return super().evaluation_loop(*args, **kwargs)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _fitted_out(self) -> Iterator[None]:
         """What speeds a run up and opens the heads, on the model and the teacher while inside; may be nested."""
         if self._fitted:
             yield
             return
-        with contextlib.ExitStack() as undo:
+        with ExitStack() as undo:
             undo.enter_context(self._unwrapped_at_the_end())
             causal_lm(self.model).forward = self._evaluating_forward
             for part in filter(None, (self.model, self.teacher)):
@@ -142,7 +157,7 @@ class StochaTrainer(CheckpointingTrainer):
             finally:
                 self._fitted = False
 
-    @contextlib.contextmanager
+    @contextmanager
     def _unwrapped_at_the_end(self) -> Iterator[None]:
         """Take accelerate's autocast, and DDP, off the model at the end; a sharded model stays sharded."""
         parts = {causal_lm(self.model), self.model}
@@ -157,7 +172,7 @@ class StochaTrainer(CheckpointingTrainer):
                 self.model.__dict__.pop("_is_accelerate_prepared", None)
                 self.model_wrapped = self.model
 
-    @contextlib.contextmanager
+    @contextmanager
     def _steered(self) -> Iterator[None]:
         """The schedule's callback, before all others: they see the activation that the step runs."""
         learns = self.args.input_thresholds == "learned"
@@ -201,9 +216,12 @@ class StochaTrainer(CheckpointingTrainer):
             self.steering.learned.count(cut_at)
         seen = inputs.pop(SEEN, inputs.get("attention_mask"))
         seen = torch.ones_like(inputs["labels"]) if seen is None else seen  # none: packed rows
-        recording = self.hidden_error.recording() if self.hidden_error else contextlib.nullcontext()
+        recording = self.hidden_error.recording() if self.hidden_error else nullcontext()
+        options = dict(self.loss_options)
+        if self.words is not None:
+            options["words"] = self.words.of_step(self.state.global_step, inputs["labels"])
         with self.accelerator.autocast(), recording:  # accelerate wraps the student in autocast, but not the teacher
-            losses = training_losses(model, self.teacher, inputs, **self.loss_options)
+            losses = training_losses(model, self.teacher, inputs, **options)
         loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
         if self.hidden_error:
             error = self.hidden_error.mean(seen if cut_at is None else seen * cut_at) * tokens
