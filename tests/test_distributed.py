@@ -47,7 +47,7 @@ def launch(kind: str, folder: Path, *runs: list[str]) -> list[list[dict]]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_whole"])
 def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one_process(
     checkpoint, text, tmp_path, kind
 ):
@@ -61,7 +61,7 @@ def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one
     argv = arguments(base, text, out, teacher=base, distill_hidden=1.0, **some_words, **options)
     (first, second), (halves, _) = launch(kind, tmp_path / "notes", argv, half)
     assert halves["losses"] == pytest.approx(alone, rel=1e-4)  # the whole batch's
-    assert first["sharded"] == second["sharded"] == (kind == "fsdp2")
+    assert first["sharded"] == second["sharded"] == kind.startswith("fsdp2")
     assert len(first["weights"]) == 4 and first["weights"] == second["weights"]
     assert len(set(first["weights"])) == 4
     assert not set(first["generators"]) & set(second["generators"])

@@ -9,8 +9,8 @@ the others of this package (docs/guides/train.md), those of trl's SFTConfig and 
 TrainingArguments. Run the same command again to continue from the last complete checkpoint.
 
 --accelerate starts the run by `accelerate launch`, on several GPUs or machines, with a config of the package (single,
-cpu, ddp, fsdp2, zero3) or a file of your own. The longer form: accelerate launch ... -m stocha_hf.cli.train --config
-FILE. Without either, a run takes the first GPU, or with --use_cpu true the CPU.
+cpu, ddp, fsdp2_whole, fsdp2, zero3) or a file of your own. The longer form: accelerate launch ... -m
+stocha_hf.cli.train --config FILE. Without either, a run takes the first GPU, or with --use_cpu true the CPU.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from stocha_hf.training.learned_inputs import LearnedInputs, check_learned
 from stocha_hf.training.losses import token_losses, training_losses
 from stocha_hf.training.padding import SEEN, UnmaskedCollator
 from stocha_hf.training.schedule import Schedule
+from stocha_hf.training.shards import clip_shards, steps_on_shards
 from stocha_hf.training.some_words import SomeWords, check_some_words, some_words
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
 from stocha_hf.training.totals import Totals
@@ -197,6 +198,11 @@ class StochaTrainer(CheckpointingTrainer):
         """Whether thresholds of inputs follow them: not beside an adapter, whose folder has no place for them."""
         return self.model is causal_lm(self.model) and trains_with_cuts(self.model)
 
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether FSDP2 leaves weights whole from a forward to its backward: then also to the step's next one."""
+        return self.accelerator.is_fsdp2 and self.accelerator.state.fsdp_plugin.reshard_after_forward is False
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -229,9 +235,23 @@ class StochaTrainer(CheckpointingTrainer):
         self._totals.add(losses, error, seen.sum())
         return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.accelerator.is_fsdp2 and self.accelerator.scaler is None and not made:
+            steps_on_shards(optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        sharded = self.accelerator.is_fsdp2 and self.accelerator.scaler is None
+        norm = clip_shards(model.parameters(), self.args.max_grad_norm) if sharded else None
+        return super()._clip_grad_norm(model) if norm is None else norm
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.keeps_gathered and self.args.gradient_accumulation_steps > 1:
+            model.set_reshard_after_backward(self.accelerator.sync_gradients)
         try:
-            loss = super().training_step(*args, **kwargs)
+            loss = super().training_step(model, *args, **kwargs)
         finally:
             self._cutting.cut_at = None  # not before: a checkpointed layer runs again in backward
         self.finite &= loss.isfinite()  # looked at only when something is logged or saved: a look waits for the GPU

@@ -2,8 +2,8 @@
 
 Run by tests/test_distributed.py under `accelerate launch`: distributed_probe.py NOTES_FOLDER KIND RUN..., where each
 RUN is a recipe's arguments as a JSON list; they run one after the other.
-accelerate has no FSDP on the CPU, so for KIND fsdp2 it is told that the gloo processes hold GPUs; all else is the real
-path.
+accelerate has no FSDP on the CPU, so for each KIND fsdp2... it is told that the gloo processes hold GPUs; all else is
+the real path.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Notes(TrainerCallback):
 
 def main() -> None:
     folder, kind, *runs = sys.argv[1:]
-    if kind == "fsdp2":
+    if kind.startswith("fsdp2"):
         start = PartialState.__init__
 
         def as_gpus(self: Any, *args: Any, **kwargs: Any) -> None:
