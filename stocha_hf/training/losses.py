@@ -102,7 +102,7 @@ def token_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(nll, kl) summed over tokens; logits are [tokens, vocabulary] as the heads leave them, targets [tokens].
 
-    With `words` logits are [tokens, words]. A target that is not among them counts for the kl alone.
+    With `words` logits are [tokens, words]. A target that has no place among them counts for the kl alone.
     """
     logits = _widened(logits, softcap)
     labels = targets if words is None else _places(targets, words)
@@ -197,7 +197,7 @@ def _log_softmax(logits: torch.Tensor, words: Words | None) -> torch.Tensor:
 
 
 def _places(targets: torch.Tensor, words: Words) -> torch.Tensor:
-    """Where among the words the targets are; IGNORED where there is none, and for one that is not among them."""
+    """Where among the words the targets are; IGNORED where there is none, and for those of no place."""
     return words.places[targets.clamp(min=0)].where(targets != IGNORED, IGNORED)
 
 

@@ -1,7 +1,8 @@
 """The words that a distillation step compares the models over, where a recipe takes some of a large vocabulary.
 
 - The most frequent words of the training text are in every step.
-- So are a batch's own words: what its text goes on with has most of the teacher's probability, also where it is rare.
+- So are a batch's own words, up to half of the others that are taken: what its text goes on with has most of the
+  teacher's probability, also where it is rare.
 - Of all others some are drawn, uniformly and without replacement, and each stands for others / drawn of them: the
   logarithm of that is added to its logit, the student's and the teacher's. So the softmax's sum over these words is on
   average that over all words, and the KL an estimate of that over all words; with all others drawn it is that KL.
@@ -38,7 +39,7 @@ class Words(NamedTuple):
     Attributes:
         ids: int64 [words], each word once.
         offsets: float32 [words], to add to logits after softcap and temperature; 0 where a word is itself alone.
-        places: int64 [vocabulary], where a word is in ids; -100 for one that is not.
+        places: int64 [vocabulary], where a word that is itself alone is in ids; -100 for all others.
     """
 
     ids: torch.Tensor
@@ -68,22 +69,24 @@ class SomeWords:
     def of_step(self, step: int, labels: torch.Tensor) -> Words:
         """The words of a step for a batch with these labels, int64 of any shape, -100 where there is none.
 
-        Of a batch with more other words than are taken, some are left out.
+        Of a batch with more own words than half of what is taken, some are left to the draw.
         """
-        device = self.others.device
+        device, labels = self.others.device, labels.to(self.others.device)
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{self.seed} {step}".encode()))
-        turns = torch.rand(self.nowhere + 1, generator=generator, device=device)
-        labels = labels.to(device)
-        turns[self.places[labels.clamp(min=0)].where(labels >= 0, self.nowhere)] = -1.0
-        first = turns[:-1].sort(stable=True)
-        own = first.values[: self.taken] < 0
+        turns = torch.rand(2, self.nowhere + 1, generator=generator, device=device)
+        turns[0, self.places[labels.clamp(min=0)].where(labels >= 0, self.nowhere)] -= 1.0  # the batch's come first
+        wanted, at = turns[0, :-1].sort(stable=True)
+        room = max(self.taken // 2, 1)
+        turns[1, at[:room]] -= (wanted[:room] < 0) * 1.0
+        wanted, at = turns[1, :-1].sort(stable=True)
+        own, other = wanted[: self.taken] < 0, self.others[at[: self.taken]]
         count = own.sum()
         weight = (self.nowhere - count) / (self.taken - count).clamp(min=1)
         offsets = torch.zeros(len(self.frequent) + self.taken, device=device)
         offsets[len(self.frequent) :] = weight.log().where(~own, 0.0)
-        ids = torch.cat([self.frequent, self.others[first.indices[: self.taken]]])
+        ids = torch.cat([self.frequent, other])
         places = torch.full_like(self.places, -100)
-        places[ids] = torch.arange(len(ids), device=device)
+        places[ids] = torch.arange(len(ids), device=device).where(offsets == 0, -100)
         return Words(ids, offsets, places)
 
 
