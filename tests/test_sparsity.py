@@ -15,6 +15,8 @@ from helpers import tiny_model
 from torch._dynamo.utils import counters
 
 import stocha_hf
+from stocha_hf.cuts import InputCuts
+from stocha_hf.cuts_stocha import cut_inputs
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.sparsity import SparsityMeter
 from stocha_hf.modeling_stocha import StochaLlamaForCausalLM, stocha_mlps
@@ -261,6 +263,24 @@ def test_thresholds_meet_the_target(dtype: torch.dtype, target: float) -> None:
     read = meter.read()
     assert read["mean"] == pytest.approx(target, abs=0.005)
     assert read["per_layer"] == pytest.approx([target] * 4, abs=0.03)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_thresholds_meet_the_target_under_the_models_input_cuts_in_whatever_mode_it_was_left(trains: bool) -> None:
+    """An evaluation leaves eval(), in which rows are computed without cuts."""
+    cuts = InputCuts({name: [0.6, 0.6] for name in ("q_proj", "gate_proj", "up_proj")}, train=trains)
+    found = []
+    for training in (True, False):
+        model = tiny_model()
+        stocha_hf.patch(model, stocha_hf.StochaConfig(activation="relu", inputs=cuts))
+        found.append(fatrelu_thresholds(model.train(training), [batch()], 0.8))
+        assert moved_thresholds(model.train(), [batch()], 0.7) == moved_thresholds(model.eval(), [batch()], 0.7)
+    assert found[0] == found[1]
+    apply_thresholds(model, found[0])
+    with cut_inputs(model, "always"):
+        under_cuts = sum(shares(model, batch())) / 2
+    assert under_cuts == pytest.approx(0.8, abs=0.002)
+    assert sum(shares(model, batch())) / 2 != pytest.approx(0.8, abs=0.004)  # the cuts matter
 
 
 def test_thresholds_are_saved(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """FATReLU thresholds of a model, one per layer: chosen to meet a share of zeros, moved while training, applied.
 
 fatrelu_thresholds is ProSparse's last step, the threshold shift (Song et al., arXiv 2402.13516), but with one
-threshold per layer, chosen to meet a share of zeros. moved_thresholds is for training under them: called again and
+threshold per layer, chosen to meet a share of zeros. Shares are those under the model's input cuts, if it has any,
+whether it was left in train() or eval(). moved_thresholds is for training under them: called again and
 again, it keeps the share where the schedule wants it, and lets training spread the zeros over the layers.
 
     apply_thresholds(model, fatrelu_thresholds(model, batches, 0.8))
@@ -17,7 +18,7 @@ from torch import nn
 
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaMLP, stocha_mode
-from stocha_hf.models import patched_layers
+from stocha_hf.models import cutting_everywhere, patched_layers
 from stocha_hf.training.entry import change_entry
 
 BINS = 2**17  # of a layer's histogram: non-negative float32 values by all but their lowest 14 bits, so 0.2% wide
@@ -109,7 +110,7 @@ def _shares_up_to(
         for i, layer in enumerate(layers)
     ]
     try:
-        with torch.no_grad(), stocha_mode(model, "fatrelu"):
+        with torch.no_grad(), stocha_mode(model, "fatrelu"), cutting_everywhere(model):
             for batch in batches:
                 inputs = {key: value for key, value in batch.items() if key != "labels"}
                 model(**inputs, use_cache=False, logits_to_keep=1)
