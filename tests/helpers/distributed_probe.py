@@ -38,10 +38,13 @@ def whole(parameter: Any) -> torch.Tensor:
 class Notes(TrainerCallback):
     def __init__(self, path: str) -> None:
         self.path = path
-        self.notes: dict[str, Any] = {"generators": [], "weights": [], "sharded": False}
+        self.notes: dict[str, Any] = {"generators": [], "weights": [], "sharded": False, "kept_whole": []}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.notes["generators"].append(digest(torch.get_rng_state()))
+
+    def on_substep_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.notes["kept_whole"].append(not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()))
 
     def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         self.notes["weights"].append(digest(*map(whole, model.parameters())))
