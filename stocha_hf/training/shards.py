@@ -1,4 +1,4 @@
-"""Clipping and optimizer steps on this rank's shards, under FSDP2.
+"""Clipping and optimizer steps on this rank's shards, under FSDP2; and what a forward without the head leaves.
 
 Gradients, weights and optimizer state are there DTensors of one shard each. Every operation on lists of them is
 dispatched in Python, tensor by tensor. That takes longer than the work itself where a model is small, and a GPU waits.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,17 @@ def steps_on_shards(optimizer: torch.optim.Optimizer) -> None:
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
+
+
+def end_forward(model: torch.nn.Module) -> None:
+    """Let the next forward gather all weights again, after one that did not call every module of a unit.
+
+    trl's evaluations read the head's weight and do not call the head. PyTorch before 2.13 then waits for that call,
+    and leaves the unit's weights sharded in the next training step.
+    """
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            getattr(cast(Any, module)._get_fsdp_state(), "_modules_to_run_forward", set()).clear()
 
 
 def _mesh(tensor: Any) -> Any:

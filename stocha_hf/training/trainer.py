@@ -37,7 +37,7 @@ from stocha_hf.training.learned_inputs import LearnedInputs, check_learned
 from stocha_hf.training.losses import token_losses, training_losses
 from stocha_hf.training.padding import SEEN, UnmaskedCollator
 from stocha_hf.training.schedule import Schedule
-from stocha_hf.training.shards import clip_shards, steps_on_shards
+from stocha_hf.training.shards import clip_shards, end_forward, steps_on_shards
 from stocha_hf.training.some_words import SomeWords, check_some_words, some_words
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
 from stocha_hf.training.totals import Totals
@@ -132,7 +132,10 @@ class StochaTrainer(CheckpointingTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._fitted_out(), cutting_everywhere(self.model):
-            return super().evaluation_loop(*args, **kwargs)
+            result = super().evaluation_loop(*args, **kwargs)
+        if self.accelerator.is_fsdp2:
+            end_forward(self.model)
+        return result
 
     @contextmanager
     def _fitted_out(self) -> Iterator[None]:
