@@ -101,3 +101,13 @@ def test_what_was_frozen_takes_gradients_again() -> None:
 def test_an_adapter_is_refused(base: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(StochaError, match="train_embeddings is false and use_peft true"):
         run(base, text, tmp_path / "none", use_peft=True, **OPTIONS)
+
+
+def test_a_checkpoint_that_trained_them_is_not_gone_on_from(base: Path, text: Path, tmp_path: Path) -> None:
+    """Nor the other way round: the optimizer's state is of other weights."""
+    for first in (True, False):
+        out = tmp_path / str(first)
+        run(base, text, out, **OPTIONS | {"train_embeddings": first})
+        shutil.rmtree(out / "checkpoint-4")
+        with pytest.raises(StochaError, match=f"train_embeddings is {'false' if first else 'true'}, which it was not"):
+            run(base, text, out, **OPTIONS | {"train_embeddings": not first})

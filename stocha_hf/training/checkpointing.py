@@ -1,8 +1,9 @@
 """Checkpoints of a run: what they hold beside weights and trl's state, and which of them is the last whole one.
 
 A checkpoint's sparsity_state.json has the model's `stocha` entry, for which an adapter's folder has no other place,
-the sparsity target's controller, and the shares that input thresholds are held to. Where these are learned,
-learned_inputs.pt has what that needs, and the checkpoint's weights are folded (learned_inputs.py).
+the sparsity target's controller, the shares that input thresholds are held to, and whether embeddings are trained.
+Where thresholds are learned, learned_inputs.pt has what that needs, and the checkpoint's weights are folded
+(learned_inputs.py).
 CheckpointingTrainer writes both, and restores them when a run resumes or ends with its best checkpoint.
 """
 
@@ -62,7 +63,8 @@ def read_sparsity_state(checkpoint: str) -> dict[str, Any]:
     try:
         state = json.loads((Path(checkpoint) / SPARSITY_STATE).read_text())
         found = {key: state[key] for key in ("stocha", "target", "input_shares")}
-        return found | {"learns_inputs": state.get("learns_inputs", False)}  # an older version could not learn any
+        older = {"learns_inputs": False, "train_embeddings": True}  # what versions without these keys did
+        return found | {key: state.get(key, done) for key, done in older.items()}
     except (OSError, ValueError, KeyError, TypeError):
         raise StochaError(
             f"{checkpoint} has no {SPARSITY_STATE} of this version, so another program wrote it: expected a "
@@ -117,7 +119,9 @@ class CheckpointingTrainer(SFTTrainer):
             with learned.folded() if learned is not None else nullcontext():
                 if self.accelerator.is_main_process:
                     folder.mkdir(parents=True, exist_ok=True)
-                    (folder / SPARSITY_STATE).write_text(json.dumps(sparsity_state(self.model, self.steering)))
+                    state = sparsity_state(self.model, self.steering)
+                    state["train_embeddings"] = self.args.train_embeddings
+                    (folder / SPARSITY_STATE).write_text(json.dumps(state))
                     if learned is not None:
                         torch.save(learned.state_dict(), folder / LEARNED_INPUTS)
                 super()._save_checkpoint(model, trial)
@@ -139,6 +143,11 @@ class CheckpointingTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = read_sparsity_state(resume_from_checkpoint)
+        if state["train_embeddings"] != self.args.train_embeddings:
+            raise StochaError(
+                f"train_embeddings is {str(self.args.train_embeddings).lower()}, which it was not where "
+                f"{resume_from_checkpoint} was written: expected the same recipe; name another output_dir"
+            )
         if state["learns_inputs"]:
             state["learned_inputs"] = _read_learned(Path(resume_from_checkpoint) / LEARNED_INPUTS)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
