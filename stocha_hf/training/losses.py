@@ -139,7 +139,8 @@ def chunked_losses(
     final_logit_softcapping; `token_losses` is this module's function of that name, or what torch.compile makes of it.
     The student's head is called once as a module, and all chunks inside that call, so hooks that gather weights run
     once; the teacher's is called once per chunk. With no token left the loss is a zero that can be differentiated.
-    With `words` the heads are nn.Linear, and the teacher's is not called.
+    With `words` the heads are nn.Linear, and the teacher's is not called; nll is the mean of the targets that have a
+    place among them, times all tokens.
     """
     hidden = student_hidden.flatten(0, 1)
     taught = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)
@@ -164,7 +165,10 @@ def chunked_losses(
         return sums[0]
 
     passed = _call_once(student_head, all_chunks, hidden)
-    return Losses(_with_value(passed, sums[0]), sums[1], sums[2], (targets != IGNORED).sum())
+    tokens, nll = (targets != IGNORED).sum(), sums[1]
+    if words is not None:
+        nll = nll * tokens / (_places(targets, words) != IGNORED).sum().clamp(min=1)
+    return Losses(_with_value(passed, sums[0]), nll, sums[2], tokens)
 
 
 def _with_value(passed: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

@@ -76,12 +76,12 @@ class SomeWords:
         turns = torch.rand(2, self.nowhere + 1, generator=generator, device=device)
         turns[0, self.places[labels.clamp(min=0)].where(labels >= 0, self.nowhere)] -= 1.0  # the batch's come first
         wanted, at = turns[0, :-1].sort(stable=True)
-        room = max(self.taken // 2, 1)
+        room = self.taken // 2
         turns[1, at[:room]] -= (wanted[:room] < 0) * 1.0
         wanted, at = turns[1, :-1].sort(stable=True)
         own, other = wanted[: self.taken] < 0, self.others[at[: self.taken]]
         count = own.sum()
-        weight = (self.nowhere - count) / (self.taken - count).clamp(min=1)
+        weight = (self.nowhere - count) / (self.taken - count)
         offsets = torch.zeros(len(self.frequent) + self.taken, device=device)
         offsets[len(self.frequent) :] = weight.log().where(~own, 0.0)
         ids = torch.cat([self.frequent, other])
