@@ -213,7 +213,8 @@ def step_bytes(model: Any, zeros: float) -> int:
 def ours(args: argparse.Namespace, bits: int, tokens: torch.Tensor) -> Any:
     """The model to time: of the random shape, or of the folder, quantized to 8 or 4 bits."""
     if args.random:
-        model = random_model(args.random, bits, args.head_bits)
+        dense = args.sparsity is None  # SiLU then, under which folders have a row an output in down_proj too
+        model = random_model(args.random, bits, args.head_bits, *(("silu", ()) if dense else ()))
     elif bits == 16 or read_quantization(read_config(Path(args.folder)), args.folder) is not None:
         model = load_model(args.folder, dtype=torch.bfloat16)
     else:
