@@ -65,6 +65,7 @@ def test_learned_thresholds_checkpointing_and_resuming_with_it(
         "teacher": base,
         "distill_weight": 1.0,
         "distill_vocabulary": 20,
+        "distill_hidden": 1.0,
     }
     plain = losses(run(cut, text, tmp_path / "plain", **options))
     options |= {"gradient_checkpointing": True}
