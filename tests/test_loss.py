@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, first_is_fast, run_warm, tiny_model
+from helpers import CONFIGS, first_is_fast, run_two_ranks, tiny_model
 
 from stocha_hf.errors import StochaError
 from stocha_hf.training.heads import final_hidden_states, open_head
@@ -180,16 +180,14 @@ def test_models_must_share_a_vocabulary_and_be_opened() -> None:
 
 WRAPPED = """
 import sys
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import torch
 sys.path.insert(0, sys.argv[1])
 from test_loss import batch, training_losses, opened
 
-def one(rank, port):
+def one(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     teacher, inputs = opened(seed=2), batch()
     half = {key: value[rank : rank + 1] for key, value in inputs.items()}
     def step(model, inputs):
@@ -216,20 +214,12 @@ def one(rank, port):
             grad = weight.grad.full_tensor() if hasattr(weight.grad, "full_tensor") else weight.grad
             torch.testing.assert_close(2 * grad, expected.grad, rtol=1e-3, atol=1e-4, msg=lambda text: name + text)
     print("equal")
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    import socket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(one, (port,), 2, start_method="fork")
 """
 
 
 @pytest.mark.slow
 def test_gradients_are_synchronised_by_ddp_and_fsdp(request: pytest.FixtureRequest) -> None:
     """Two ranks with half a batch each: the averaged gradients are those of the whole batch."""
-    done = run_warm(WRAPPED, request.path.parent)
+    done = run_two_ranks(WRAPPED, request.path.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2

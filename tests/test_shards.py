@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import run_warm
+from helpers import run_two_ranks
 
 from stocha_hf.training.shards import clip_shards, steps_on_shards
 
 TWO = """
 import copy
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import torch
 from torch import nn
 from stocha_hf.training.shards import clip_shards, steps_on_shards
 
@@ -23,12 +23,10 @@ class Model(nn.Module):
     def forward(self, x):
         return self.one(self.uneven(self.wide(x)).tanh())
 
-def one(rank, port):
+def one(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     for make in (
         lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
@@ -75,21 +73,13 @@ def one(rank, port):
                 id(w) for w in [*models[1].parameters()][::2] + [*models[1].parameters()][1::2]
             ]
     print("equal")
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    import socket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(one, (port,), 2, start_method="fork")
 """
 
 
 @pytest.mark.slow
 def test_steps_and_clipping_on_shards_are_those_on_dtensors() -> None:
     """Also where a rank has no row of a weight, and where a weight has no gradient."""
-    done = run_warm(TWO)
+    done = run_two_ranks(TWO)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2
 

@@ -2,12 +2,12 @@
 
 conftest.py holds the fixtures and sets the environment; import plain functions from here:
 
-    from helpers import assert_refused, call_command, run_command, run_python, run_warm, tiny_model, tiny_tokenizer
+    from helpers import assert_refused, call_command, run_command, run_python, run_two_ranks, run_warm, tiny_model
     from helpers.training import arguments, losses, run
     from helpers.kernels import bound, dense, error, matrices
 """
 
-from helpers.commands import BIN, assert_refused, call_command, run_command, run_python, run_warm
+from helpers.commands import BIN, assert_refused, call_command, run_command, run_python, run_two_ranks, run_warm
 from helpers.models import CONFIGS, SIZES, tiny_model, tiny_tokenizer
 from helpers.tiers import first_is_fast
 
@@ -20,6 +20,7 @@ __all__ = [
     "first_is_fast",
     "run_command",
     "run_python",
+    "run_two_ranks",
     "run_warm",
     "tiny_model",
     "tiny_tokenizer",

@@ -43,6 +43,29 @@ def run_warm(code: str, *args: object, given: str = "") -> Done:
         return Done(argv, status, files[1].read_text(), files[2].read_text())
 
 
+TWO_RANKS = """
+def joined(rank, port):
+    import torch, torch.distributed as dist
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    one(rank)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    import socket
+    from torch.multiprocessing import start_processes
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(joined, (port,), 2, start_method="fork")
+"""
+
+
+def run_two_ranks(code: str, *args: object) -> Done:
+    """Run code as run_warm does, and then its function one(rank) in two processes of a gloo group."""
+    return run_warm(code + TWO_RANKS, *args)
+
+
 @functools.cache
 def _warm() -> subprocess.Popen[str]:
     """The process that warm ones are forked from; it ends with this one, when its input ends."""
