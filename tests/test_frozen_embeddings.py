@@ -17,6 +17,7 @@ from stocha_hf.conversion.convert import convert
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.patching import patch
+from stocha_hf.training.arguments import StochaArguments
 from stocha_hf.training.frozen_embeddings import freeze_embeddings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +103,11 @@ def test_what_was_frozen_takes_gradients_again() -> None:
 def test_an_adapter_is_refused(base: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(StochaError, match="train_embeddings is false and use_peft true"):
         run(base, text, tmp_path / "none", use_peft=True, **OPTIONS)
+
+
+def test_random_ones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StochaError, match="train_embeddings is false beside model_config"):
+        StochaArguments(output_dir=str(tmp_path), model_config={"model_type": "llama"}, train_embeddings=False)
 
 
 def test_a_checkpoint_that_trained_them_is_not_gone_on_from(base: Path, text: Path, tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ class StochaArguments(SFTConfig):
                 f"{self.distill_weight}: expected a teacher and distill_weight: 1.0, since the next-token loss needs "
                 "all words"
             )
+        if not self.train_embeddings and self.model_config is not None:
+            raise StochaError(
+                "train_embeddings is false beside model_config, whose embeddings are random and would stay so: "
+                "expected no train_embeddings, or a pretrained model"
+            )
         if self.teacher_dtype not in (None, *DTYPES):
             raise StochaError(f"teacher_dtype is {self.teacher_dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.loss_type != "nll" or self.label_smoothing_factor:
