@@ -23,7 +23,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads
 
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from helpers.loopback_hub import LoopbackHub
 
 from stocha_hf.conversion.convert import convert
 
@@ -65,12 +64,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as server:
-        yield server
 
 
 @pytest.fixture

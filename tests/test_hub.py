@@ -1,5 +1,8 @@
 """The Hub, from end to end: the real commands and the real client against a loopback Hub, over HTTP.
 
+The client reads its settings when it is imported. So one Hub serves all tests, emptied before each, and the commands
+are forks of one process that has imported the client for it; what needs other settings is a fresh process.
+
 Why this way: what matters (one commit, resumed uploads, lost replies, which refusal becomes which sentence) is settled
 between the client and the wire. After each test no output, no file and no upload may hold the token: `hub_run` checks.
 
@@ -12,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +26,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import BIN, assert_refused, run_command, run_python
+from helpers import BIN, Warm, assert_refused, run_command, run_python
 from helpers.loopback_hub import LoopbackHub
 
 from stocha_hf.conversion.convert import convert
@@ -34,19 +38,48 @@ WRONG_TOKEN = "hf_of_somebody_else"
 STRAYS = ("optimizer.pt", "pytorch_model.bin", "notes.txt", "checkpoint-10/model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub") / "hf-home"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def warm(server: LoopbackHub, home: Path) -> Iterator[Warm]:
+    warm = Warm("huggingface_hub.hf_api", env=server.env(home))
+    yield warm
+    warm.close()
+
+
 @pytest.fixture
-def hub_run(hub: LoopbackHub, tmp_path: Path) -> Iterator[Callable[..., Done]]:
-    """hub_run(command or code, *arguments, token=..., **settings): a fresh process whose Hub is the loopback one."""
+def hub(server: LoopbackHub) -> LoopbackHub:
+    server.reset()
+    return server
+
+
+@pytest.fixture
+def hub_run(hub: LoopbackHub, warm: Warm, home: Path, tmp_path: Path) -> Iterator[Callable[..., Done]]:
+    """hub_run(command or code, *arguments, token=..., **settings): a process whose Hub is the loopback one."""
     outputs: list[str] = []
+    shutil.rmtree(home, ignore_errors=True)
 
     def run(what: str, *args: object, token: str | None = "", **settings: str) -> Done:
-        start = run_command if what.startswith("stocha-") else run_python
-        done = start(what, *args, env=hub.env(tmp_path / "hf-home", token) | settings)
+        env, command = hub.env(home, token) | settings, what.startswith("stocha-")
+        if settings:
+            done = (run_command if command else run_python)(what, *args, env=env)
+        else:
+            name = what.removeprefix("stocha-")
+            done = warm.run(f"from stocha_hf.cli.{name} import main; main()" if command else what, *args, env=env)
         outputs.append(done.stdout + done.stderr)
         return done
 
     yield run
-    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    kept = [path.read_bytes() for folder in (tmp_path, home) for path in folder.rglob("*") if path.is_file()]
     kept += [data for repo in hub.repos.values() for data in repo.blobs.values()]
     for token in (hub.token, WRONG_TOKEN):
         assert not any(token in output for output in outputs)
@@ -166,13 +199,13 @@ def test_a_publication_that_fails_after_a_conversion_names_the_command_that_fini
 # Interruptions.
 
 
-def test_a_killed_upload_is_taken_up_where_it_ended(checkpoint, hub, hub_run, tmp_path):
+def test_a_killed_upload_is_taken_up_where_it_ended(checkpoint, hub, hub_run, home, tmp_path):
     convert(checkpoint(max_shard_size="40KB"), tmp_path / "stocha")
     shards = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "stocha").glob("*.safetensors")}
     missing = min(shards)
     hub.fail_status["PUT", missing] = (503, 100)  # which the client tries again, with pauses that grow
     command = [BIN / "stocha-publish", tmp_path / "stocha", "user/model"]
-    env = os.environ | hub.env(tmp_path / "hf-home")
+    env = os.environ | hub.env(home)
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
         give_up = time.monotonic() + 60
         while {oid for oid, _ in hub.uploads} != shards - {missing} and time.monotonic() < give_up:

@@ -7,7 +7,7 @@ conftest.py holds the fixtures and sets the environment; import plain functions 
     from helpers.kernels import bound, dense, error, matrices
 """
 
-from helpers.commands import BIN, assert_refused, call_command, run_command, run_python, run_two_ranks, run_warm
+from helpers.commands import BIN, Warm, assert_refused, call_command, run_command, run_python, run_two_ranks, run_warm
 from helpers.models import CONFIGS, SIZES, tiny_model, tiny_tokenizer
 from helpers.tiers import first_is_fast
 
@@ -15,6 +15,7 @@ __all__ = [
     "BIN",
     "CONFIGS",
     "SIZES",
+    "Warm",
     "assert_refused",
     "call_command",
     "first_is_fast",

@@ -2,7 +2,7 @@
 
 A fresh process costs seconds, most of them imports. Use `call_command` unless the test needs its own environment, an
 interpreter that has not imported something, or the installed script itself; and `run_warm` where that something is
-neither torch nor transformers.
+neither torch nor transformers, or a `Warm` of the file's own where other imports or settings cost the seconds.
 """
 
 from __future__ import annotations
@@ -30,17 +30,41 @@ def run_python(code: str, *args: object, env: dict[str, str] | None = None) -> D
 
 def run_warm(code: str, *args: object, given: str = "") -> Done:
     """Run code as `run_python` does, in a process that has imported torch and transformers and has one thread."""
-    server, argv = _warm(), [*map(str, args)]
-    assert server.stdin and server.stdout
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("in", "out", "errors")]
-        for path, text in zip(files, (given, "", ""), strict=True):
-            path.write_text(text)
-        request = {"code": code, "argv": argv, "files": [*map(str, files)]}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        return Done(argv, status, files[1].read_text(), files[2].read_text())
+    return _warm().run(code, *args, given=given)
+
+
+@functools.cache
+def _warm() -> Warm:
+    return Warm()
+
+
+class Warm:
+    """Processes forked from one that has imported torch, transformers and these modules, in this environment.
+
+    That one ends with `close`, or with this process, when its input ends.
+    """
+
+    def __init__(self, *modules: str, env: dict[str, str] | None = None) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("warm.py")), *modules]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server: subprocess.Popen[str] = subprocess.Popen(command, env=os.environ | (env or {}), **pipes)
+
+    def run(self, code: str, *args: object, given: str = "", env: dict[str, str] | None = None) -> Done:
+        """Run code as `run_python` does; env reaches what reads it later than at its import."""
+        argv = [*map(str, args)]
+        assert self.server.stdin and self.server.stdout
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder) / name for name in ("in", "out", "errors")]
+            for path, text in zip(files, (given, "", ""), strict=True):
+                path.write_text(text)
+            request = {"code": code, "argv": argv, "files": [*map(str, files)], "env": env or {}}
+            self.server.stdin.write(json.dumps(request) + "\n")
+            self.server.stdin.flush()
+            status = int(self.server.stdout.readline())
+            return Done(argv, status, files[1].read_text(), files[2].read_text())
+
+    def close(self) -> None:
+        self.server.communicate()
 
 
 TWO_RANKS = """
@@ -64,13 +88,6 @@ if __name__ == "__main__":
 def run_two_ranks(code: str, *args: object) -> Done:
     """Run code as run_warm does, and then its function one(rank) in two processes of a gloo group."""
     return run_warm(code + TWO_RANKS, *args)
-
-
-@functools.cache
-def _warm() -> subprocess.Popen[str]:
-    """The process that warm ones are forked from; it ends with this one, when its input ends."""
-    script = Path(__file__).with_name("warm.py")
-    return subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def run_command(name: str, *args: object, env: dict[str, str] | None = None) -> Done:

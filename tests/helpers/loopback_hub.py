@@ -4,7 +4,8 @@ Purpose: the tests push to it and pull from it with the real `huggingface_hub` c
 show that the mock is called; what matters (no-op commits, resumed uploads, lost replies, which exception a refusal
 becomes) is settled between the client and the wire, so the wire is what is imitated here.
 
-How to run: the client reads its settings when it is imported, so run it in a subprocess under `env()`:
+How to run: the client reads its settings when it is imported, so run it in a subprocess under `env()`, or in forks of
+one; `reset()` lets several tests share a hub, and with it the processes that know its address:
 
     with LoopbackHub() as hub:
         hub.add_repo("user/model", {"config.json": b"{}"})
@@ -151,15 +152,19 @@ class LoopbackHub(ThreadingHTTPServer):
 
     def __init__(self, token: str = "hf_loopback") -> None:
         self.token = token
+        self.reset()
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), Connection)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def reset(self) -> None:
+        """Hold nothing, as at the start, and have no faults to come."""
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
         self.uploads: list[tuple[str, int]] = []
         self.cut_uploads: list[int] = []
         self.lose_commit_reply = 0
         self.fail_status: dict[tuple[str, str], tuple[int, int]] = {}
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Connection)
-        self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> LoopbackHub:
         threading.Thread(target=self.serve_forever, args=(0.02,)).start()

@@ -1,12 +1,14 @@
 """Processes that have imported torch and transformers and done nothing else: forks of this script.
 
 Importing both takes seconds, and tests of published folders need many processes. Nothing of stocha_hf is imported
-here, so a fork may load such a folder without the package, or import it for the first time. Use run_warm of
-commands.py, which writes one request a line, {"code", "argv", "files"}, and reads back each exit status.
+here, unless an argument names a module to import as well, so a fork may load such a folder without the package, or
+import it for the first time. Use Warm or run_warm of commands.py, which write one request a line, {"code", "argv",
+"files", "env"}, and read back each exit status.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -26,6 +28,8 @@ def main() -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.models.mistral import modeling_mistral  # noqa: F401
 
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     torch.set_num_threads(1)  # threads would not survive a fork
     for line in sys.stdin:
         child = os.fork()
@@ -34,9 +38,10 @@ def main() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def run(code: str, argv: list[str], files: list[str]) -> None:
+def run(code: str, argv: list[str], files: list[str], env: dict[str, str]) -> None:
     """Run code as a fresh interpreter would, with these files for input, output and errors, and end the process."""
     signal.alarm(SECONDS)
+    os.environ.update(env)
     for number, name in enumerate(files):
         os.dup2(os.open(name, os.O_RDWR), number)
     sys.argv = ["-c", *argv]
