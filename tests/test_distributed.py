@@ -1,4 +1,8 @@
-"""Two gloo processes under `accelerate launch`, with the accelerate configs of the package: DDP and FSDP2."""
+"""Two gloo processes under `accelerate launch`, with the accelerate configs of the package: DDP and FSDP2.
+
+The launcher runs in a fork of a process that has imported what it and its ranks need, and forks the ranks: fresh ones
+would import for 10 seconds each. One launch is of fresh processes, by the command as installed.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import BIN
+from helpers import BIN, Warm
 from helpers.training import RELU, SILU, TOKENS, arguments, losses, run
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -21,36 +27,49 @@ from stocha_hf.conversion.convert import convert
 pytestmark = pytest.mark.slow  # two processes a test
 
 PROBE = "helpers.distributed_probe"
+PATH = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
+Launch = Callable[..., list[list[dict[str, Any]]]]
 
 
-def launch(kind: str, folder: Path, *runs: list[str]) -> list[list[dict]]:
-    """The notes of both ranks for each of these runs, one after the other in the same two processes."""
-    folder.mkdir()
-    config = CONFIGS / f"{kind}.yaml"
-    options = [
-        "--config_file",
-        str(config),
-        "--num_processes",
-        "2",
-        "--mixed_precision",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    command = [str(BIN / "accelerate"), "launch", *options, "-m", PROBE, str(folder), kind, *map(json.dumps, runs)]
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr[-20000:]
-    return [
-        [json.loads((folder / f"run{number}-rank{rank}.json").read_text()) for rank in range(2)]
-        for number in range(len(runs))
-    ]
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    warm = Warm(PROBE, "accelerate.commands.launch", "stocha_hf.training.run", env=ENV)
+    yield warm
+    warm.close()
+
+
+@pytest.fixture
+def launch(warm: Warm) -> Launch:
+    """launch(kind, folder, *runs, fresh=False): the notes of both ranks for each run, one after the other."""
+
+    def launch(kind: str, folder: Path, *runs: list[str], fresh: bool = False) -> list[list[dict[str, Any]]]:
+        folder.mkdir()
+        options = {
+            "config_file": CONFIGS / f"{kind}.yaml",
+            "num_processes": 2,
+            "mixed_precision": "no",
+            "main_process_port": 0,
+        }
+        command = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+        command += ["-m", PROBE, str(folder), kind, *map(json.dumps, runs)]
+        if fresh:
+            command = [str(BIN / "accelerate"), "launch", *command]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | ENV)
+        else:
+            done = warm.run(f"from {PROBE} import launch; launch()", *command)
+        assert done.returncode == 0, done.stderr[-20000:]
+        return [
+            [json.loads((folder / f"run{number}-rank{rank}.json").read_text()) for rank in range(2)]
+            for number in range(len(runs))
+        ]
+
+    return launch
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one_process(
-    checkpoint, text, tmp_path, kind
+    checkpoint, text, tmp_path, launch, kind
 ):
     out, base = tmp_path / "out", tmp_path / "tied"
     convert(checkpoint(tie_word_embeddings=True), base)
@@ -60,7 +79,7 @@ def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one
     some_words = {"distill_weight": 1.0, "distill_vocabulary": 20}
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     argv = arguments(base, text, out, teacher=base, distill_hidden=1.0, **some_words, **options)
-    (first, second), (halves, _) = launch(kind, tmp_path / "notes", argv, half)
+    (first, second), (halves, _) = launch(kind, tmp_path / "notes", argv, half, fresh=kind == "ddp")
     assert halves["losses"] == pytest.approx(alone, rel=1e-4)  # the whole batch's
     assert first["sharded"] == second["sharded"] == kind.startswith("fsdp2")
     assert len(first["weights"]) == 4 and first["weights"] == second["weights"]
@@ -81,7 +100,7 @@ def test_ranks_draw_their_own_noise_save_an_ordinary_checkpoint_and_train_as_one
     assert sorted(path.name for path in out.glob("*.py")) == ["mlx_stocha.py", "modeling_stocha.py"]
 
 
-def test_a_sharded_run_clips_as_one_process_and_resumes_exactly(checkpoint, text, tmp_path):
+def test_a_sharded_run_clips_as_one_process_and_resumes_exactly(checkpoint, text, tmp_path, launch):
     """With what leaves weights whole for a while: accumulation, evaluations, and thresholds that are measured."""
     cut, out = tmp_path / "cut", tmp_path / "out"
     convert(
@@ -108,7 +127,7 @@ def test_a_sharded_run_clips_as_one_process_and_resumes_exactly(checkpoint, text
     assert (out / "model.safetensors").read_bytes() == whole
 
 
-def test_ranks_learn_the_thresholds_of_one_process(checkpoint, text, tmp_path):
+def test_ranks_learn_the_thresholds_of_one_process(checkpoint, text, tmp_path, launch):
     cut = tmp_path / "cut"
     convert(checkpoint(), cut, activation="silu", inputs=0.4, calibrate=text, inputs_train=True)
     shared = {"schedule": SILU, "max_steps": 3, "save_steps": 3, "logging_steps": 1}

@@ -1,7 +1,8 @@
 """One rank of the distributed tests: a training recipe that notes, step by step, its noise generator and the weights.
 
 Run by tests/test_distributed.py under `accelerate launch`: distributed_probe.py NOTES_FOLDER KIND RUN..., where each
-RUN is a recipe's arguments as a JSON list; they run one after the other.
+RUN is a recipe's arguments as a JSON list; they run one after the other. `launch` is `accelerate launch` with ranks
+that are forked.
 accelerate has no FSDP on the CPU, so for each KIND fsdp2... it is told that the gloo processes hold GPUs; all else is
 the real path.
 """
@@ -55,8 +56,22 @@ class Notes(TrainerCallback):
         Path(f"{self.path}-rank{args.process_index}.json").write_text(json.dumps(self.notes))
 
 
-def main() -> None:
-    folder, kind, *runs = sys.argv[1:]
+def launch() -> None:
+    """Be `accelerate launch` with the options of sys.argv; its ranks are forks of this process that call main."""
+    from accelerate.commands.launch import main as accelerate_launch
+    from torch.distributed import run
+
+    start = run.elastic_launch
+
+    def forked(config: Any, entrypoint: str) -> Any:
+        config.start_method = "fork"
+        return start(config, lambda *command: main(*command[command.index("-m") + 2 :]))
+
+    run.elastic_launch = forked
+    accelerate_launch()
+
+
+def main(folder: str, kind: str, *runs: str) -> None:
     if kind.startswith("fsdp2"):
         start = PartialState.__init__
 
@@ -82,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
