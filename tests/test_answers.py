@@ -17,7 +17,8 @@ from stocha_hf.answers import aligned, batches
 from stocha_hf.answers.choosing import BLOCK, Choice, numbers
 from stocha_hf.answers.grouped import NAME, attend, grouped_attention
 from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
-from stocha_hf.answers.writing import ROWS, rows_at_once, write_answers
+from stocha_hf.answers.room import ROWS, rows_at_once
+from stocha_hf.answers.writing import write_answers
 from stocha_hf.data import calibration_windows, load_data
 from stocha_hf.decoding import step
 from stocha_hf.errors import StochaError

@@ -3,7 +3,7 @@
 Rows are lines of JSON. A parquet file is made of such lines, beside it, when all are there. How answers were made lies
 in a file named .settings: another model or temperature cannot go on with them.
 
-    with AnswerFile(Path("answers.jsonl"), {"new": 512, "temperature": 0.8}) as file:
+    with (file := AnswerFile(Path("answers.jsonl"), {"new": 512, "temperature": 0.8})):
         file.add({"text": "...", "finished": True, "id": "5f0c..."})
 """
 
@@ -35,23 +35,43 @@ def check_output(path: str | Path) -> None:
         raise StochaError(f"{path} cannot be written: expected a file, in a folder that you may write to")
 
 
-class AnswerFile:
-    """Answers on disk, as a context: `ids` and the texts' digests tell what is there, `finished` which texts ended.
+class RowFile:
+    """Lines of JSON on disk, as a context: `ids` tells which rows are there.
 
-    Raises StochaError where the file cannot be written or holds answers that were made otherwise than `made` says.
+    Raises StochaError where it holds rows that were made otherwise than `made` says. That is checked at once; nothing
+    is written before the context is entered.
     """
 
+    holds = "answers"
+
     def __init__(self, path: Path, made: dict[str, Any]) -> None:
-        check_output(path)
-        self.path, self.lines = path, path if path.suffix == ".jsonl" else path.with_name(path.name + ".part.jsonl")
+        self.path, self.lines = path, path.with_name(path.name + ".part.jsonl") if path.suffix == ".parquet" else path
+        self.made, self.settings = made, path.with_name(path.name + ".settings")
         self.ids: set[str] = set()
-        self.texts: set[bytes] = set()
-        self.finished: list[bool] = []
-        _check_settings(path.with_name(path.name + ".settings"), made, exists=path.exists() or self.lines.exists())
-        for row in self._rows():
+        if path.exists() or self.lines.exists():
+            self._check_settings()
+        for row in self.rows():
             self._note(row)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _check_settings(self) -> None:
+        """Refuse to go on with rows that were made otherwise."""
+        made = json.loads(json.dumps(self.made))
+        try:
+            before = json.loads(self.settings.read_text())
+        except (OSError, ValueError):
+            raise StochaError(
+                f"{self.path.name} is there without a readable {self.settings.name}: expected {self.holds} of this "
+                "command; name another output"
+            ) from None
+        for key in made.keys() | before.keys():
+            if made.get(key) != before.get(key):
+                raise StochaError(
+                    f"{self.path.name} holds {self.holds} with {key} {before.get(key)!r}, and {key} is "
+                    f"{made.get(key)!r} now: expected the same, or another output"
+                )
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows that are there, in the order in which they were added."""
         if self.path != self.lines and self.path.exists():
             import pyarrow.parquet
 
@@ -64,8 +84,39 @@ class AnswerFile:
             yield from map(json.loads, content[:whole].splitlines())
 
     def _note(self, row: dict[str, Any]) -> bool:
-        """Whether the row's text is new."""
+        """Whether the row is to be written."""
         self.ids.add(row["id"])
+        return True
+
+    def __enter__(self) -> RowFile:
+        self.settings.write_text(json.dumps(self.made, indent=1) + "\n", encoding="utf-8")
+        self.file: IO[str] = self.lines.open("a", encoding="utf-8")
+        return self
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a row."""
+        if self._note(row):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.file.close()
+
+
+class AnswerFile(RowFile):
+    """Answers on disk: equal texts are written once, and `finished` tells which of them ended.
+
+    Raises StochaError where the file cannot be written, too.
+    """
+
+    def __init__(self, path: Path, made: dict[str, Any]) -> None:
+        check_output(path)
+        self.texts: set[bytes] = set()
+        self.finished: list[bool] = []
+        super().__init__(path, made)
+
+    def _note(self, row: dict[str, Any]) -> bool:
+        super()._note(row)
         digest = hashlib.sha1(row["text"].encode()).digest()
         if digest in self.texts:
             return False
@@ -73,18 +124,8 @@ class AnswerFile:
         self.finished.append(row["finished"])
         return True
 
-    def __enter__(self) -> AnswerFile:
-        self.file: IO[str] = self.lines.open("a", encoding="utf-8")
-        return self
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Write an answer, unless its text is there."""
-        if self._note(row):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        self.file.close()
+        super().__exit__(kind, *rest)
         if kind is None and self.path != self.lines:
             self._to_parquet()
 
@@ -92,29 +133,18 @@ class AnswerFile:
         import pyarrow
         import pyarrow.parquet
 
-        rows = list(self._rows())
+        rows = list(self.rows())
         beside = self.path.with_name(self.path.name + ".part")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
         os.replace(beside, self.path)
         self.lines.unlink()
 
 
-def _check_settings(path: Path, made: dict[str, Any], exists: bool) -> None:
-    """Keep how answers are made, or refuse to go on with answers that were made otherwise."""
-    made = json.loads(json.dumps(made))
-    try:
-        before = json.loads(path.read_text()) if exists else None
-    except (OSError, ValueError):
-        raise StochaError(
-            f"{path.name.removesuffix('.settings')} is there without a readable {path.name}: expected answers of this "
-            "command; name another output"
-        ) from None
-    if before is None:
-        path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        return
-    for key in made.keys() | before.keys():
-        if made.get(key) != before.get(key):
-            raise StochaError(
-                f"{path.name.removesuffix('.settings')} holds answers with {key} {before.get(key)!r}, and {key} is "
-                f"{made.get(key)!r} now: expected the same, or another output"
-            )
+def row_id(text: str, number: int | str) -> str:
+    """The id of what follows a text for the first, second, ... time."""
+    return hashlib.sha1(f"{number} {text}".encode()).hexdigest()
+
+
+def draw_key(text: str, number: int | str) -> int:
+    """The 64 bits that decide what is drawn there."""
+    return int(row_id(text, number)[:16], 16)

@@ -40,7 +40,7 @@ def continue_prompts(
     rows: int,
     choice: Choice | None = None,
     keys: Sequence[int] | None = None,
-    stop: Callable[[list[int]], bool] | None = None,
+    stop: Callable[[int, list[int]], bool] | None = None,
     repeated: dict[int, int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue each prompt until it ends.
@@ -54,7 +54,8 @@ def continue_prompts(
         choice: How a token is chosen; None is greedy.
         keys: A number of 64 bits for each prompt: what is drawn for it follows from that, also in another batch, up to
             rounding. None draws anything.
-        stop: Called now and then with a row's new tokens so far; true ends the row, maybe some tokens late.
+        stop: Called now and then with a prompt's number and its new tokens so far; true ends the row, maybe some
+            tokens late.
         repeated: Gets, by a prompt's number, how many of its continuation's steps, one a token, were computed again by
             a model with a fallback. What a row computes beyond its end is not counted.
 
@@ -103,7 +104,7 @@ class _Batch:
         self.cache: Any = AlignedCache(rows) if whole else SlotCache(rows, model.device)
         self.ids = torch.zeros(rows, known, dtype=torch.int64, device=model.device)  # the last ones of each row
 
-    def run(self, new: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None) -> Iterator[_Row]:
+    def run(self, new: int, ends: frozenset[int], stop: Callable[[int, list[int]], bool] | None) -> Iterator[_Row]:
         while self.waiting or any(self.rows):
             self._arrange()
             for row, tokens, doubted in zip(list(self.rows), *self._steps(), strict=True):
@@ -112,7 +113,8 @@ class _Batch:
                     end = next((i for i, token in enumerate(tokens) if token in ends), None)
                     kept = tokens[: None if end is None else end + 1][: new - len(row.tokens)]
                     row.tokens, row.repeated = row.tokens + kept, row.repeated + sum(doubted[: len(kept)])
-                    if end is not None or len(row.tokens) == new or (stop is not None and stop(row.tokens)):
+                    done = end is not None or len(row.tokens) == new
+                    if done or (stop is not None and stop(row.prompt, row.tokens)):
                         self.rows[self.rows.index(row)] = None
                         yield row
 

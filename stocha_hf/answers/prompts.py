@@ -3,11 +3,13 @@
 read_prompts("prompts.txt")                  # one prompt per line
 read_prompts("HuggingFaceH4/ultrachat_200k", split="train_sft")      # the column `prompt`, or `messages`
 rendered(tokenizer, prompts, chat=True)      # texts that an answer follows
+open_turns(tokenizer, prompts)       # texts that the rest of a prompt follows
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stocha_hf.checkpoints.paths import local_path
@@ -15,6 +17,7 @@ from stocha_hf.data import load_rows
 from stocha_hf.errors import StochaError
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages
+MARK = "<<here a user writes on>>"
 
 
 def read_prompts(name: str, *, split: str = "train", column: str | None = None) -> list[Prompt]:
@@ -80,23 +83,67 @@ def rendered(tokenizer: Any, prompts: Sequence[Prompt], chat: bool) -> list[str]
     Raises:
         StochaError: there is no chat template, or it refuses a prompt.
     """
-    if chat and not tokenizer.chat_template:
-        raise StochaError("the tokenizer has no chat template: expected one; give --plain for prompts as they are")
+    if chat:
+        _check_template(tokenizer, "give --plain for prompts as they are")
     texts: dict[str, None] = {}  # a set that keeps the order
     for number, prompt in enumerate(prompts, 1):
         if not chat and not isinstance(prompt, str):
             raise StochaError(f"prompt {number} is a list of messages: expected text with --plain")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            text: Any = (
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if chat else prompt
-            )
-        except Exception as error:  # a template raises what it likes
-            raise StochaError(
-                f"the chat template refuses prompt {number} ({error}): expected messages that the model knows"
-            ) from error
-        texts[text] = None
+        texts[_templated(tokenizer, prompt, number) if chat else str(prompt)] = None
     return list(texts)
+
+
+def _check_template(tokenizer: Any, advice: str) -> None:
+    if not tokenizer.chat_template:
+        raise StochaError(f"the tokenizer has no chat template: expected one; {advice}")
+
+
+def _templated(tokenizer: Any, prompt: Prompt, number: int) -> str:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template raises what it likes
+        raise StochaError(
+            f"the chat template refuses prompt {number} ({error}): expected messages that the model knows"
+        ) from error
+
+
+@dataclass(frozen=True)
+class OpenTurn:
+    """A user's turn that is to be written on: `text` leads to that place, `after` is what the template puts behind.
+
+    `begun` is what the user has written, without blanks at its end: a model writes them with its next word.
+    """
+
+    text: str
+    after: str
+    begun: str
+    before: tuple[dict[str, Any], ...] | None  # messages before; None for a text
+
+    def prompt(self, content: str) -> Prompt:
+        """Return the prompt in which the user wrote this."""
+        return content if self.before is None else [*self.before, {"role": "user", "content": content}]
+
+
+def open_turns(tokenizer: Any, prompts: Sequence[Prompt]) -> list[OpenTurn]:
+    """Return prompts as turns of a user that are not finished.
+
+    Raises:
+        StochaError: there is no chat template, it refuses a prompt, or it does not show a user's text once.
+    """
+    _check_template(tokenizer, "a user's turn is written on in it; give whole prompts and --plain without one")
+    turns = []
+    for number, prompt in enumerate(prompts, 1):
+        begun = (prompt if isinstance(prompt, str) else str(prompt[-1]["content"])).rstrip(" ")
+        turn = OpenTurn("", "", begun, None if isinstance(prompt, str) else tuple(prompt[:-1]))
+        parts = _templated(tokenizer, turn.prompt(begun + MARK), number).split(MARK)
+        if len(parts) != 2:
+            raise StochaError(
+                f"the chat template shows the user's text of prompt {number} {len(parts) - 1} times: expected once, "
+                "where the model can write it on"
+            )
+        turns.append(replace(turn, text=parts[0], after=parts[1]))
+    return turns
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

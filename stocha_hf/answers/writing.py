@@ -10,29 +10,28 @@ reads from it what the model read and wrote:
 of the prompt, so that a run that was killed goes on with those that are missing (answer_file.py).
 
     write_answers(model, tokenizer, texts, "answers.jsonl", new=512, temperature=0.8)
+
+Without prompts, their beginnings will do: the model writes them on first (finishing.py).
+
+    write_answers(model, tokenizer, ["Explain how"], "answers.jsonl", finish=Finishing(times=1000))
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from stocha_hf.answers.answer_file import AnswerFile
+from stocha_hf.answers.answer_file import AnswerFile, draw_key, row_id
 from stocha_hf.answers.batches import continue_prompts
 from stocha_hf.answers.choosing import Choice
-from stocha_hf.answers.prompts import end_tokens, token_ids
+from stocha_hf.answers.finishing import Beginnings, Finishing, RequestFile
+from stocha_hf.answers.prompts import Prompt, end_tokens, rendered
+from stocha_hf.answers.room import fitting_prompts, rows_at_once
 from stocha_hf.checkpoints.paths import local_path
-from stocha_hf.errors import StochaError
 from stocha_hf.progress import Progress
-
-ROWS = {"cuda": 2048, "cpu": 8}  # answers in work at most: more keep a GPU busy, a CPU's sparse kernels take so many
-FILLED = 0.6  # of a GPU's free memory, by answers in work
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class Written:
     """What a call of `write_answers` did: `answers` are in the file, `new` of them are from this call.
 
     `new_tokens` counts the new answers' tokens, `finished` is the share of all that ended by themselves. `too_long`
-    counts prompts that leave the model no positions for an answer, and have none.
+    counts prompts that leave the model no positions for an answer, and have none. Where the model finished the
+    prompts, `requests` of them are different ones, and `unfinished` did not end.
     """
 
     path: str
@@ -50,6 +50,8 @@ class Written:
     finished: float
     too_long: int
     tokens_per_second: float
+    requests: int | None = None
+    unfinished: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures under the names of their fields."""
@@ -59,7 +61,7 @@ class Written:
 def write_answers(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Prompt],
     path: str | Path,
     *,
     new: int = 512,
@@ -69,6 +71,7 @@ def write_answers(
     batch_size: int | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    finish: Finishing | None = None,
 ) -> Written:
     """Let a model answer prompts, into a file that training and refits read.
 
@@ -76,6 +79,7 @@ def write_answers(
         model: A CausalLM in eval mode.
         tokenizer: Its tokenizer.
         texts: What comes before an answer, with the chat template and special tokens in it, as `rendered` makes them.
+            With `finish`, beginnings of prompts, texts or messages, without the template.
         path: A .jsonl or .parquet file. Answers that it has are kept.
         new: Tokens of an answer at most.
         samples: Answers to each prompt; equal ones are written once.
@@ -85,6 +89,8 @@ def write_answers(
         seed: Decides what is drawn, together with the prompt and the number of its sample. `batch_size` changes no
             more of it than how the model's numbers are rounded.
         settings: What else decides the answers, such as the weights' hash; kept beside the file.
+        finish: How the model writes beginnings of prompts on before it answers them. The prompts are kept beside the
+            file too, in one named .requests.
 
     Returns:
         How many there are, and how fast they came.
@@ -94,11 +100,27 @@ def write_answers(
             answer, or its logits are not finite.
     """
     path = local_path(path)
+    drawn: dict[str, Any] = {"top_p": top_p, "batch_size": batch_size, "seed": seed}
     made = {"new": new, "samples": samples, "temperature": temperature, "top_p": top_p} | dict(settings or {})
-    fitting, ends = _fitting(model, tokenizer, texts, new), end_tokens(model, tokenizer)
-    with AnswerFile(path, made) as file:
+    ends, too_long, unfinished = end_tokens(model, tokenizer), 0, None
+    if finish is None:
+        whole = list(dict.fromkeys(map(str, texts)))
+        fitting = fitting_prompts(model, tokenizer, whole, new)
+        file = AnswerFile(path, made)
+    else:
+        beginnings = Beginnings(model, tokenizer, texts, finish, new)
+        requests = RequestFile(
+            path.with_name(path.name + ".requests"), finish.made() | {"top_p": top_p} | dict(settings or {})
+        )
+        file = AnswerFile(path, made)
+        with requests:
+            beginnings.write(requests, **drawn)
+        prompts, unfinished = beginnings.ended(requests)
+        whole, too_long = rendered(tokenizer, prompts, chat=True), beginnings.too_long
+        fitting = fitting_prompts(model, tokenizer, whole, new)
+    with file:
         wanted = [(text, sample) for text in fitting for sample in range(samples)]
-        missing = [(text, sample) for text, sample in wanted if _id(text, sample) not in file.ids]
+        missing = [(text, sample) for text, sample in wanted if row_id(text, sample) not in file.ids]
         found = continue_prompts(
             model,
             [fitting[text] for text, _ in missing],
@@ -106,15 +128,15 @@ def write_answers(
             ends=ends,
             rows=batch_size or rows_at_once(model, max(map(len, fitting.values()), default=0) + new),
             choice=Choice(temperature, top_p),
-            keys=[int(_id(text, f"{seed} {sample}")[:16], 16) for text, sample in missing],
+            keys=[draw_key(text, f"{seed} {sample}") for text, sample in missing],
         )
         begun, tokens, answered = time.monotonic(), 0, 0
         with Progress(total=len(missing), desc="Answering", unit="answer") as bar:
             for i, answer in found:
                 text, sample = missing[i]
-                whole = _without_bos(tokenizer, text) + tokenizer.decode(answer, skip_special_tokens=False)
-                about = {"tokens": len(answer), "finished": answer[-1] in ends, "id": _id(text, sample)}
-                file.add({"text": whole} | about)
+                full = _without_bos(tokenizer, text) + tokenizer.decode(answer, skip_special_tokens=False)
+                about = {"tokens": len(answer), "finished": answer[-1] in ends, "id": row_id(text, sample)}
+                file.add({"text": full} | about)
                 answered, tokens = answered + 1, tokens + len(answer)
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):,.0f} tokens/s", refresh=False)
                 bar.update()
@@ -125,33 +147,11 @@ def write_answers(
         new=answered,
         new_tokens=tokens,
         finished=sum(file.finished) / len(file.finished) if file.finished else 0.0,
-        too_long=len(set(texts)) - len(fitting),
+        too_long=too_long + len(whole) - len(fitting),
         tokens_per_second=tokens / max(seconds, 1e-9),
+        requests=None if finish is None else len(whole),
+        unfinished=unfinished,
     )
-
-
-def rows_at_once(model: Any, tokens: int) -> int:
-    """How many texts of so many tokens fit: their keys and values, and a step's logits and probabilities."""
-    if model.device.type != "cuda":
-        return ROWS[model.device.type]
-    config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize
-    free = torch.cuda.mem_get_info(model.device)[0]
-    return min(max(int(FILLED * free / (tokens * cache + 16 * config.vocab_size)), 1), ROWS["cuda"])
-
-
-def _fitting(model: Any, tokenizer: Any, texts: Sequence[str], new: int) -> dict[str, list[int]]:
-    """The texts that leave the model positions for an answer, with their token ids."""
-    most = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    found = dict(zip(texts, token_ids(tokenizer, texts), strict=True))
-    fitting = {text: ids for text, ids in found.items() if len(ids) + new <= most}
-    if not fitting:
-        raise StochaError(
-            f"the shortest prompt has {min(map(len, found.values()))} tokens, and an answer may have {new}: expected "
-            f"at most {most:g} together, which the model has positions for; give a smaller --new"
-        )
-    return fitting
 
 
 def _without_bos(tokenizer: Any, text: str) -> str:
@@ -159,7 +159,3 @@ def _without_bos(tokenizer: Any, text: str) -> str:
     bos = tokenizer.bos_token
     puts_bos = bool(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(bos) if puts_bos else text
-
-
-def _id(text: str, sample: int | str) -> str:
-    return hashlib.sha1(f"{sample} {text}".encode()).hexdigest()

@@ -3,6 +3,7 @@
 example:
   stocha-answers Qwen/Qwen2.5-Coder-0.5B-Instruct prompts.jsonl answers.jsonl
   stocha-answers smollm2-sparse HuggingFaceH4/ultrachat_200k answers.parquet --split train_sft --limit 20000 --new 384
+  stocha-answers Qwen/Qwen2.5-Coder-0.5B-Instruct beginnings.jsonl answers.jsonl --finish-prompts --times 100
   then: stocha-convert Qwen/Qwen2.5-Coder-0.5B-Instruct qwen-sparse --activation relu --refit answers.jsonl
 
 PROMPTS is a text file with one prompt per line; or a jsonl, json, csv or parquet file, or a Hub data set, with a
@@ -10,11 +11,17 @@ column `prompt` (text, or messages) or `messages`. OUT gets a row for each answe
 tokens, as stocha-train and --refit read it. Answers are added as they are finished. If
 the command was killed, run it again: it continues. No answer is written twice, and only --samples answers a prompt
 more than once.
+
+With --finish-prompts you need no prompts but their beginnings, such as "Explain how". The model writes each on, inside
+the user's turn of its chat template, --times times, and then answers it. A request ends where the model ends its turn,
+or with its first paragraph; where a beginning leaves a block of code open, with a docstring. The requests lie beside
+OUT, in a file named .requests.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from stocha_hf.cli import (
@@ -28,7 +35,9 @@ from stocha_hf.cli import (
     show,
     whole_number,
 )
+from stocha_hf.errors import StochaError
 
+FINISHING = {"times": "times", "new": "prompt_new", "temperature": "prompt_temperature", "ends": "prompt_ends"}
 top_p = checked(float, lambda share: 0 < share <= 1, "a share above 0, at most 1")
 
 
@@ -42,6 +51,28 @@ def parser() -> Parser:
     verb.add_argument("--plain", action="store_true", help="continue prompts as they are, without the chat template")
     verb.add_argument("--limit", type=whole_number(1), metavar="N", help="answer the first N prompts (default: all)")
     verb.add_argument("--samples", type=whole_number(1), default=1, help="answers per prompt (default: 1)")
+    verb.add_argument(
+        "--finish-prompts",
+        action="store_true",
+        help="PROMPTS are beginnings of requests, which the model writes on before it answers them",
+    )
+    verb.add_argument("--times", type=whole_number(1), metavar="N", help="requests per beginning (default: 1)")
+    verb.add_argument(
+        "--prompt-new",
+        type=whole_number(1),
+        metavar="N",
+        help="tokens that a beginning is written on by, at most; a request that has not ended then is dropped "
+        "(default: 256)",
+    )
+    verb.add_argument(
+        "--prompt-temperature", type=number_from_0, metavar="T", help="that requests are drawn at (default: 0.8)"
+    )
+    verb.add_argument(
+        "--prompt-ends",
+        metavar="REGEX",
+        help="a request ends with the first match of this (default: with a docstring in a block of code that the "
+        "beginning leaves open, else with the first paragraph)",
+    )
     verb.add_argument("--new", type=whole_number(1), default=512, help="longest answer, in tokens (default: 512)")
     verb.add_argument(
         "--temperature", type=number_from_0, default=0.8, help="0 takes the most likely token (default: 0.8)"
@@ -73,29 +104,45 @@ def main() -> None:
 def answers(args: argparse.Namespace) -> None:
     from stocha_hf.answers.answer_file import check_output
 
+    how = {field: getattr(args, option) for field, option in FINISHING.items() if getattr(args, option) is not None}
+    if how and not args.finish_prompts:
+        option = FINISHING[next(iter(how))].replace("_", "-")
+        raise StochaError(f"--{option} is given without --finish-prompts: expected both or neither")
+    if args.finish_prompts and args.plain:
+        raise StochaError(
+            "--finish-prompts is given with --plain: expected one of them, as a model ends its requests by the chat "
+            "template"
+        )
     check_output(args.output)
     import torch
 
-    from stocha_hf.answers.prompts import read_prompts, rendered
+    from stocha_hf.answers.finishing import Finishing
+    from stocha_hf.answers.prompts import open_turns, read_prompts, rendered
     from stocha_hf.answers.writing import write_answers
     from stocha_hf.data import load_tokenizer
     from stocha_hf.measurement.provenance import circumstances, origin
     from stocha_hf.models import load_config, load_model, tokenizer_folder
 
+    finish = Finishing(**how) if args.finish_prompts else None
     load_config(args.model)
     tokenizer = load_tokenizer(tokenizer_folder(args.model))
     prompts = read_prompts(args.prompts, split=args.split, column=args.column)[: args.limit]
-    texts = rendered(tokenizer, prompts, chat=not args.plain)
+    texts: Sequence[Any] = prompts
+    if finish:
+        open_turns(tokenizer, prompts)  # which refuses some
+    else:
+        texts = rendered(tokenizer, prompts, chat=not args.plain)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(args.model, dtype=getattr(torch, args.dtype)).eval().to(device)
     source: dict[str, Any] = origin(args.model, model)
     settings = {"weights": source["weights"] or source["revision"] or args.model, "dtype": args.dtype}
     options = {key: getattr(args, key) for key in ("new", "samples", "temperature", "top_p", "batch_size", "seed")}
-    written = write_answers(model, tokenizer, texts, args.output, settings=settings, **options)
-    figures = written.to_dict()
+    written = write_answers(model, tokenizer, texts, args.output, settings=settings, finish=finish, **options)
+    figures = {key: value for key, value in written.to_dict().items() if value is not None}
     text = (
         f"{written.path}: {written.answers} answers, {written.new} of them new, with {written.new_tokens} tokens; "
         f"{written.tokens_per_second:,.0f} tokens a second; {written.finished:.0%} ended by themselves"
+        + (f"; {written.requests} requests, and {written.unfinished} that did not end" if finish else "")
         + (f"; {written.too_long} prompts are too long" if written.too_long else "")
     )
     show(source | figures | circumstances(), text, args.json)

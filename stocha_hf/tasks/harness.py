@@ -144,10 +144,10 @@ class HarnessModel(TemplateLM):
     ) -> Iterator[tuple[int, list[int], dict[str, int]]]:
         """The number of a prompt, its answer's tokens, and its steps: batches of rows."""
         repeated: dict[int, int] = {}
-        rows = self.batch_size or ROWS[self.device.type]
-        for i, tokens in continue_prompts(
-            self.model, prompts, new=new, ends=self.ends, rows=rows, choice=choice, stop=stop, repeated=repeated
-        ):
+        given: dict[str, Any] = {"rows": self.batch_size or ROWS[self.device.type], "repeated": repeated}
+        if stop is not None:
+            given["stop"] = lambda _, tokens: stop(tokens)
+        for i, tokens in continue_prompts(self.model, prompts, new=new, ends=self.ends, choice=choice, **given):
             yield i, tokens, {"steps": len(tokens), "repeated": repeated[i]}
 
     def _drafted(

@@ -568,6 +568,13 @@ relu text.txt out.jsonl --samples none -> --samples is none
 relu text.txt out.jsonl --temperature -1 -> --temperature is -1; 0 or more
 relu text.txt out.jsonl --top-p 0 -> --top-p is 0; above 0
 relu text.txt out.jsonl --limit 0 -> --limit is 0
+relu text.txt out.jsonl --times 0 --finish-prompts -> --times is 0
+relu text.txt out.jsonl --times 2 -> --times is given without --finish-prompts
+relu text.txt out.jsonl --prompt-ends x -> --prompt-ends is given without --finish-prompts
+relu text.txt out.jsonl --finish-prompts --plain -> --finish-prompts is given with --plain
+relu text.txt out.jsonl --finish-prompts --prompt-ends ( -> '('; regular expression
+relu text.txt out.jsonl --finish-prompts --prompt-new 99999 -> the shortest beginning; --prompt-new
+relu blank.txt out.jsonl --finish-prompts -> blank.txt is empty
 """
 
 TABLES = {
