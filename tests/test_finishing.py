@@ -108,6 +108,8 @@ def test_nothing_is_changed_where_it_is_refused(tmp_path: Path) -> None:
         tokenizer.chat_template = template
         with pytest.raises(StochaError, match=words):
             write_answers(tiny_model(), tokenizer, BEGINNINGS, path, finish=Finishing())
+    with pytest.raises(StochaError, match="a prompt is a list of messages: expected text"):
+        write_answers(tiny_model(), tokenizer, [[{"role": "user", "content": "w5"}]], path)
     with pytest.raises(StochaError, match=r"'\(', at which requests end, is no regular expression"):
         Finishing(ends="(")
     assert not list(tmp_path.iterdir())
@@ -125,8 +127,8 @@ def test_nothing_is_changed_where_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_requests_that_never_end_are_told(tmp_path: Path) -> None:
-    with pytest.raises(StochaError, match=r"none of 5 requests ended within 1 tokens: .*a\.jsonl\.requests"):
-        written(tmp_path / "a.jsonl", finish=Finishing(new=1, temperature=0.0))
+    with pytest.raises(StochaError, match=r"none of 3 requests ended within 1 tokens: .*a\.jsonl\.requests"):
+        written(tmp_path / "a.jsonl", ["w12 w9"], finish=Finishing(times=3, new=1, temperature=0.0))
 
 
 def turn(beginning: str, ends: str | None = None, template: str | None = None) -> _Turn:
@@ -152,6 +154,7 @@ def turn(beginning: str, ends: str | None = None, template: str | None = None) -
         ("Explain how", " it works.\n", None),
         ("Fix this.\n", "\n```\na\n\nb\n```\n\nHere", "\n```\na\n\nb\n```"),
         ("Explain how", " this works:\n\n```\na\n```\n\nIt", " this works:\n\n```\na\n```"),
+        ("Fix this.\n", "```\na\n```\nHere", "```\na\n```"),
         ("Fix this.\n", " ```\na\n\nb\n ```\n\nHere", " ```\na\n\nb\n ```"),
         ("Fix this.\n", '```\n"""a"""\n\nb', None),
     ],

@@ -29,7 +29,7 @@ from stocha_hf.errors import StochaError
 from stocha_hf.progress import Progress
 
 DOCSTRING = re.compile(r"""("{3}|'{3})[\s\S]*?\1""")
-PARAGRAPH = re.compile(r"[^:\s][ \t]*\n[ \t]*\n")  # its end; what a colon announces belongs to it
+PARAGRAPH = re.compile(r"[^:\s][ \t]*\n[ \t]*\n|^ {0,3}`{3,}[ \t]*\n", re.MULTILINE)  # ends, or a block of code does
 FENCE = re.compile(r"^ {0,3}(`{3,})", re.MULTILINE)
 
 
@@ -43,8 +43,8 @@ class Finishing:
         temperature: That its tokens are drawn at.
         ends: A regular expression: a request ends with its first match, if the model does not end it before. None ends
             one where a docstring closes in a block of code that the beginning leaves open, and elsewhere with the
-            first paragraph: at an empty line outside of code, and not behind a colon. A block that is open there is
-            closed.
+            first paragraph or block of code: at an empty line outside of code, which does not follow a colon, or
+            behind the block. A block that is open where a request ends is closed.
 
     Raises:
         StochaError: `ends` is no regular expression.
@@ -88,7 +88,8 @@ class Beginnings:
         self.fitting = fitting_prompts(model, tokenizer, list(self.turns), how.new + answer, words)
         self.too_long = len(self.turns) - len(self.fitting)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.ends = end_tokens(model, tokenizer).union(*(turn.first for turn in self.turns.values()))
+        between = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}  # texts
+        self.ends = end_tokens(model, tokenizer).union(between, *(turn.first for turn in self.turns.values()))
         self.special = self.ends | special
 
     def write(self, file: RequestFile, *, top_p: float = 1.0, batch_size: int | None = None, seed: int = 0) -> None:

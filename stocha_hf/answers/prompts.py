@@ -131,7 +131,7 @@ def open_turns(tokenizer: Any, prompts: Sequence[Prompt]) -> list[OpenTurn]:
     Raises:
         StochaError: there is no chat template, it refuses a prompt, or it does not show a user's text once.
     """
-    _check_template(tokenizer, "a user's turn is written on in it; give whole prompts and --plain without one")
+    _check_template(tokenizer, "it tells a model where a request ends; without one give whole prompts, and --plain")
     turns = []
     for number, prompt in enumerate(prompts, 1):
         begun = (prompt if isinstance(prompt, str) else str(prompt[-1]["content"])).rstrip(" ")

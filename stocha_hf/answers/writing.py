@@ -31,6 +31,7 @@ from stocha_hf.answers.finishing import Beginnings, Finishing, RequestFile
 from stocha_hf.answers.prompts import Prompt, end_tokens, rendered
 from stocha_hf.answers.room import fitting_prompts, rows_at_once
 from stocha_hf.checkpoints.paths import local_path
+from stocha_hf.errors import StochaError
 from stocha_hf.progress import Progress
 
 
@@ -104,7 +105,9 @@ def write_answers(
     made = {"new": new, "samples": samples, "temperature": temperature, "top_p": top_p} | dict(settings or {})
     ends, too_long, unfinished = end_tokens(model, tokenizer), 0, None
     if finish is None:
-        whole = list(dict.fromkeys(map(str, texts)))
+        whole = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+        if any(not isinstance(text, str) for text in texts):
+            raise StochaError("a prompt is a list of messages: expected text, as `rendered` makes it")
         fitting = fitting_prompts(model, tokenizer, whole, new)
         file = AnswerFile(path, made)
     else:

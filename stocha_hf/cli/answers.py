@@ -14,8 +14,8 @@ more than once.
 
 With --finish-prompts you need no prompts but their beginnings, such as "Explain how". The model writes each on, inside
 the user's turn of its chat template, --times times, and then answers it. A request ends where the model ends its turn,
-or with its first paragraph; where a beginning leaves a block of code open, with a docstring. The requests lie beside
-OUT, in a file named .requests.
+or with its first paragraph or block of code; where a beginning leaves a block open, with a docstring. The requests lie
+beside OUT, in a file named .requests.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def parser() -> Parser:
         "--prompt-ends",
         metavar="REGEX",
         help="a request ends with the first match of this (default: with a docstring in a block of code that the "
-        "beginning leaves open, else with the first paragraph)",
+        "beginning leaves open, else with the first paragraph or block)",
     )
     verb.add_argument("--new", type=whole_number(1), default=512, help="longest answer, in tokens (default: 512)")
     verb.add_argument(
