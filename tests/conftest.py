@@ -3,6 +3,9 @@
 No network: models are made from their configs, and the Hub is helpers/loopback_hub.py. The Hub's client reads its
 settings when it is imported, so whatever talks to a Hub runs in a subprocess. Compiled kernels stay in the user's
 cache, named by a hash of their source: compiling takes 10 seconds, and each process of the tests would do it.
+
+torch is imported by the fixtures: pytest-xdist reads this file in a process that runs no test, and starts the others
+after that.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,10 +24,8 @@ os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}  # read when the li
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-from helpers import tiny_model, tiny_tokenizer
-
-from stocha_hf.conversion.convert import convert
+if TYPE_CHECKING:
+    import torch
 
 
 @pytest.fixture
@@ -35,12 +36,14 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
         model_type: str = "llama",
         *,
         name: str = "source",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         max_shard_size: str = "1GB",
         **overrides: Any,
     ) -> Path:
+        from helpers import tiny_model, tiny_tokenizer
+
         folder = tmp_path / name
-        tiny_model(model_type, **overrides).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        tiny_model(model_type, **overrides).to(dtype=dtype).save_pretrained(folder, max_shard_size=max_shard_size)
         tiny_tokenizer().save_pretrained(folder)
         (folder / "LICENSE").write_text("Apache License, Version 2.0\n")
         (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# The source\n")
@@ -52,6 +55,8 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Models this small run slower on more."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,6 +66,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """torch.compile with nothing compiled: it counts recompilations of a function over all tests of a process."""
+    import torch
+
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -68,6 +75,8 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def base(checkpoint, tmp_path) -> Path:
+    from stocha_hf.conversion.convert import convert
+
     convert(checkpoint(), tmp_path / "base", p=0.3)
     return tmp_path / "base"
 

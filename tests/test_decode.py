@@ -324,7 +324,7 @@ def test_a_merged_adapter_leaves_a_model_that_decodes_sparsely(calls: dict[str, 
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_a_compiled_forward_is_one_graph() -> None:
-    model = relu_model()
+    model = relu_model(num_hidden_layers=1)
     expected = decoded(model, TOKENS[:1])
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     torch.testing.assert_close(decoded(model, TOKENS[:1]), expected, rtol=1e-4, atol=1e-4)
@@ -349,7 +349,7 @@ def test_among_processes_no_weight_is_copied(tmp_path: Path, calls: dict[str, in
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_a_compiled_step_keeps_the_kernels(calls: dict[str, int]) -> None:
-    model = relu_model()
+    model = relu_model(num_hidden_layers=1)
     expected = decoded(model, TOKENS)  # also copies down_proj
     calls.update(dict.fromkeys(calls, 0))
     mlp = stocha_mlps(model)[0]

@@ -24,8 +24,8 @@ TOKENS = torch.tensor([[1, 5, 9, 17, 33, 4, 8, 60], [1, 7, 7, 20, 41, 3, 62, 11]
 families = pytest.mark.parametrize("model_type", list(ARCHITECTURES))
 
 
-def patched(model_type="llama", **config):
-    model = tiny_model(model_type)
+def patched(model_type="llama", layers=2, **config):
+    model = tiny_model(model_type, num_hidden_layers=layers)
     patch(model, StochaConfig(**config))
     return model
 
@@ -193,6 +193,7 @@ def test_half_precision_equals_the_native_class(dtype):
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_compiled_forward_equals_eager_and_still_draws_noise_in_training():
     model = tiny_model(num_hidden_layers=1)
     patch(model, StochaConfig(p=0.5))
@@ -200,8 +201,7 @@ def test_compiled_forward_equals_eager_and_still_draws_noise_in_training():
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(TOKENS).logits, eager, rtol=1e-4, atol=1e-4)
     model.train()
-    with torch.no_grad():
-        assert not torch.equal(compiled(TOKENS).logits, compiled(TOKENS).logits)
+    assert not torch.equal(compiled(TOKENS).logits, compiled(TOKENS).logits)
 
 
 def test_set_activation_lasts_in_training_and_leaves_inference_alone():
@@ -249,7 +249,7 @@ def test_set_activation_reaches_into_wrappers_that_train():
             torch.distributed.fsdp.fully_shard(mlp, mesh=mesh)
         torch.distributed.fsdp.fully_shard(sharded, mesh=mesh)
         ddp = torch.nn.parallel.DistributedDataParallel(patched(p=0.5).train())
-        for wrapped in (sharded, ddp, torch.compile(patched(p=0.5).train(), backend="eager")):
+        for wrapped in (sharded, ddp, torch.compile(patched(layers=1, p=0.5).train(), backend="eager")):
             losses = []
             for name, p in (("stocha", 1.0), ("silu", None), ("relu", None)):
                 set_activation(wrapped, name, p)
@@ -264,7 +264,7 @@ def test_set_activation_reaches_into_wrappers_that_train():
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_another_p_does_not_recompile_and_reaches_the_compiled_model():
-    model, graphs = patched().train(), CompileCounter()
+    model, graphs = patched(layers=1).train(), CompileCounter()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     for name in ("stocha", "mean"):
         set_activation(compiled, name, 0.5)
