@@ -27,13 +27,16 @@ OTHERS = {
 
 
 def variants() -> list[Any]:
-    """The compiler's further flags for each variant of the kernels that this processor can run."""
+    """The compiler's further flags for each variant of the kernels that this processor can run.
+
+    -Og compiles in half of -O1's time, where GCC takes vectors wider than the machine's apart.
+    """
     info = Path("/proc/cpuinfo")
     has = set(info.read_text().split()) if info.exists() else set()
     return [
         pytest.param((), id="native"),
         *(
-            pytest.param(("-O1", *flags), id=name if "lanes" in name else f"no {name}", marks=pytest.mark.slow)
+            pytest.param(("-Og", *flags), id=name if "lanes" in name else f"no {name}", marks=pytest.mark.slow)
             for name, flags in OTHERS.items()
             if "lanes" in name or name in has
         ),
