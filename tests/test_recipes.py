@@ -35,7 +35,8 @@ def test_recipe_parses_and_names_files_that_exist(path, tmp_path):
     )
     assert (data.dataset or data.datasets) and (model.model_name_or_path or args.model_config) and args.max_steps > 0
     own = {"gemma-3-270m": "gelu_pytorch_tanh"}.get(path.parent.name, "silu")
-    ends_with = own if path.stem in ("adapt", "teacher", "sparsify", "long", "cut") else "relu"  # a teacher, or cut inputs
+    keeps_its_own = ("adapt", "teacher", "sparsify", "long", "cut")  # teachers, or cut inputs
+    ends_with = own if path.stem in keeps_its_own else "relu"
     assert ACTIVATIONS[schedule.phases[-1].activation].native == ends_with
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for name in re.findall(r"recipes/[\w./-]+\.(?:py|yaml)", header):
