@@ -13,6 +13,7 @@ from stocha_hf import StochaConfig, patch
 from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.data import text_windows
 from stocha_hf.errors import StochaError
+from stocha_hf.measurement import evaluation
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.measurement.records import Comparison, Evaluation
 from stocha_hf.publishing.measured_files import check_record
@@ -85,6 +86,20 @@ def test_predictions_are_compared_by_their_definitions() -> None:
     assert told.kl == pytest.approx(divergence.item(), rel=1e-4) and told.kl > 0.01
     assert told.top1_agreement == (found.argmax(-1) == expected.argmax(-1)).double().mean().item()
     assert compare(model, model, windows) == Comparison(pytest.approx(0, abs=1e-6), 1.0)
+
+
+def test_with_a_large_vocabulary_fewer_windows_are_read_at_once(monkeypatch) -> None:
+    model = tiny_model()
+    patch(model, StochaConfig(activation="relu"))
+    windows = torch.randint(64, (7, 20), generator=torch.Generator().manual_seed(0))
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    whole = evaluate(model, windows)
+    monkeypatch.setattr(evaluation, "LOGITS", 2 * 20 * 64)
+    found = evaluate(model, windows)
+    assert sizes == [4, 3, 2, 2, 2, 1] and found.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
+    monkeypatch.setattr(evaluation, "LOGITS", 1)
+    assert len([*evaluation.batches(model, windows, "Reading")]) == 7
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from stocha_hf.models import cutting_everywhere, patched_layers
 from stocha_hf.progress import Progress
 
 BATCH, GPU_BATCH = 4, 16  # windows at a time: on a GPU launching is the limit, on a CPU memory
+LOGITS = 2**28  # of one model at a time on a CPU, 1 GiB in float32: with a large vocabulary of fewer windows
 LOGIT_ROWS = 512  # tokens whose logits are float32 at a time
 
 
@@ -158,7 +159,8 @@ def check_vocabulary(config: Any, windows: torch.Tensor) -> None:
 def batches(model: Any, windows: torch.Tensor, doing: str) -> Iterator[torch.Tensor]:
     """A few windows at a time, on the model's device, with a progress bar."""
     device = next(model.parameters()).device
-    size = GPU_BATCH if device.type == "cuda" else BATCH
+    fitting = LOGITS // (windows.shape[1] * model.config.vocab_size)
+    size = GPU_BATCH if device.type == "cuda" else min(BATCH, max(fitting, 1))
     for batch in Progress(windows.split(size), desc=doing, unit="batch"):
         yield batch.to(device)
 
