@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, run_command, run_warm
+from helpers import assert_refused, call_command, run_command, run_warm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -100,11 +100,11 @@ def test_dtype_and_files_are_the_first_ones(checkpoint, tmp_path):
 
 def test_what_does_not_belong_together_is_refused_and_nothing_is_written(checkpoint, runs, tmp_path):
     out = tmp_path / "mean"
-    assert_refused(run_command("stocha-average", runs[0], out), "1 checkpoint", "at least two")
+    assert_refused(call_command("stocha-average", runs[0], out), "1 checkpoint", "at least two")
     assert_refused(
-        run_command("stocha-average", runs[0], tmp_path / "source", out), "source", "not a stocha checkpoint"
+        call_command("stocha-average", runs[0], tmp_path / "source", out), "source", "not a stocha checkpoint"
     )
-    assert_refused(run_command("stocha-average", *runs, out, "--shares", 1, 2), "1 2", "3 positive numbers")
+    assert_refused(call_command("stocha-average", *runs, out, "--shares", 1, 2), "1 2", "3 positive numbers")
     relu = tmp_path / "relu"
     convert(runs[0], relu, activation="relu")
     wide = tmp_path / "wide"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BIN, assert_refused, run_command, run_python
+from helpers import BIN, assert_refused, call_command, run_command, run_python
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -128,13 +128,13 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(checkpoint, tmp_path):
     source, out = checkpoint(), tmp_path / "out"
     convert(source, out)
     (out / "old.txt").write_text("old")
-    assert_refused(run_command("stocha-convert", source, out), "exists", "--overwrite")
-    assert run_command("stocha-convert", source, out, "--overwrite", "--p", 0.6).returncode == 0
+    assert_refused(call_command("stocha-convert", source, out), "exists", "--overwrite")
+    assert call_command("stocha-convert", source, out, "--overwrite", "--p", 0.6).returncode == 0
     assert config_of(out)["stocha"]["p"] == 0.6 and not (out / "old.txt").exists()
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
-    assert_refused(run_command("stocha-convert", source, precious, "--overwrite"), "not a checkpoint folder")
+    assert_refused(call_command("stocha-convert", source, precious, "--overwrite"), "not a checkpoint folder")
     assert (precious / "thesis.tex").exists() and not leftovers(tmp_path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, assert_refused, call_command, first_is_fast, run_command, tiny_model, tiny_tokenizer
+from helpers import CONFIGS, assert_refused, call_command, first_is_fast, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -484,7 +484,7 @@ def test_refusals_leave_nothing_behind(checkpoint, tmp_path, case: str) -> None:
 
 def test_the_command_refuses_a_refit_in_one_sentence(checkpoint, text, tmp_path) -> None:
     options = ["--refit", text, "--target-sparsity", "1.5"]
-    assert_refused(run_command("stocha-convert", checkpoint(), tmp_path / "out", *options), "between 0 and 1")
+    assert_refused(call_command("stocha-convert", checkpoint(), tmp_path / "out", *options), "between 0 and 1")
 
 
 def test_a_refit_without_data_and_a_refit_of_a_refit_are_refused(checkpoint, text, tmp_path) -> None:
