@@ -7,7 +7,8 @@
 #   make style        let ruff mend what it can
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS := -n 2 --dist loadfile # two processes of pytest-xdist; a file's tests stay together
+# Two processes of pytest-xdist; a file's tests stay together, and the files come in the order of tests/conftest.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-lowest lint docs style clean
 

@@ -24,8 +24,15 @@ os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1"}  # read when the li
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+LONGEST = ("test_distributed.py", "test_training.py")  # a minute each
+
 if TYPE_CHECKING:
     import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files begin: at the end, one process would wait for the other."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
