@@ -51,6 +51,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from stocha_hf.data import load_data, text_windows
+from stocha_hf.data.row_text import plain_text
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.models import load_model
 
@@ -234,7 +235,7 @@ class Bench:
         with self.tokenising:
             if not path.exists():
                 tokenizer = AutoTokenizer.from_pretrained(self.args.model)
-                texts = [row["text"] + tokenizer.eos_token for row in load_data(str(text))]
+                texts = [plain_text(row) + tokenizer.eos_token for row in load_data(str(text))]
                 parts = []
                 for at in tqdm(range(0, len(texts), 1000), desc=f"Tokenising {text.name}", disable=None):
                     ids = tokenizer(texts[at : at + 1000], return_attention_mask=False)["input_ids"]

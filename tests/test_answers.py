@@ -10,20 +10,25 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_refused, call_command, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stocha_hf.answers import aligned, batches
+from stocha_hf.answers import aligned, batches, writing
 from stocha_hf.answers.choosing import BLOCK, Choice, numbers
 from stocha_hf.answers.grouped import NAME, attend, grouped_attention
 from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
 from stocha_hf.answers.room import ROWS, rows_at_once
 from stocha_hf.answers.writing import write_answers
 from stocha_hf.data import calibration_windows, load_data
+from stocha_hf.data.row_text import plain_text
 from stocha_hf.decoding import step
 from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig, StochaMLP
 from stocha_hf.patching import patch
+from stocha_hf.training.answer_tokens import answer_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [f"w{4 + i} w9 w{10 + 2 * i}" for i in range(9)]
@@ -31,7 +36,7 @@ GREEDY: dict[str, Any] = {"new": 10, "temperature": 0.0}
 
 
 def texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    return [plain_text(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("free", "expected"), [(80e9, ROWS["cuda"]), (1e9, 44), (1e6, 1)])
@@ -58,7 +63,7 @@ def test_answers_are_those_of_the_model_with_template_and_special_tokens(tmp_pat
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)[0]
         expected.add(text + tokenizer.decode(whole[ids.shape[1] :]))
     assert set(texts(path)) == expected
-    assert sorted(row["text"] for row in load_data(str(path))) == sorted(expected)
+    assert sorted(map(plain_text, load_data(str(path)))) == sorted(expected)
     tokenizer.save_pretrained(tmp_path)
     assert calibration_windows(str(path), tmp_path, 64, 8, 0).shape == (8, 8)  # what a refit reads
 
@@ -71,17 +76,69 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     written = write_answers(model, tokenizer, PROMPTS, path, **GREEDY)
     assert (written.answers, written.new) == (9, 5)
     assert path.read_text().splitlines(keepends=True)[:4] == whole[:4] and sorted(texts(path)) == sorted(
-        json.loads(line)["text"] for line in whole
+        plain_text(json.loads(line)) for line in whole
     )
     with pytest.raises(StochaError, match=r"answers\.jsonl holds answers with temperature 0\.0, and temperature is 1"):
         write_answers(model, tokenizer, PROMPTS, path, new=10, temperature=1)
     other = tmp_path / "answers.parquet"
     write_answers(model, tokenizer, PROMPTS[:5], other, **GREEDY)
     assert write_answers(model, tokenizer, PROMPTS, other, **GREEDY).new == 4
-    assert sorted(row["text"] for row in load_data(str(other))) == sorted(texts(path))
+    assert sorted(map(plain_text, load_data(str(other)))) == sorted(texts(path))
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         f"answers.{kind}" for kind in ("jsonl", "jsonl.settings", "parquet", "parquet.settings")
     )
+
+
+def test_a_file_without_marks_is_read_and_not_gone_on_with(tmp_path: Path) -> None:
+    model, tokenizer, path = tiny_model(), tiny_tokenizer(), tmp_path / "answers.jsonl"
+    write_answers(model, tokenizer, PROMPTS, path, **GREEDY)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    before = [{"text": row.pop("prompt") + row.pop("completion")} | row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in before))
+    assert [row["text"] for row in load_data(str(path))] == [row["text"] for row in before]
+    with pytest.raises(StochaError, match=r"rows of answers\.jsonl do not tell a prompt .*; name another output"):
+        write_answers(model, tokenizer, PROMPTS, path, **GREEDY)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == before
+
+
+def bpe_tokenizer(bos: bool) -> Any:
+    """A tokenizer of four letters that has a token for two of them, as `ab`; with `bos` it begins texts with <s>."""
+    tokens = ["<s>", "</s>", "<turn>", *"abcd", "ab", "cd"]
+    words = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b"), ("c", "d")]))
+    words.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", extra_special_tokens=["<turn>"]
+    )
+    if bos:
+        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer.backend_tokenizer.post_processor = words.post_processor
+    return tokenizer
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_rows_become_the_tokens_that_the_model_read_and_wrote(
+    bos: bool, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, path = bpe_tokenizer(bos), tmp_path / "answers.jsonl"
+    of = tokenizer.convert_tokens_to_ids
+    prompts = ["<s><turn>ca", "<s>abac", "<s>dc<turn>"]
+    wrote = [of(["b", "cd", "</s>"]), of(["d", "ab", "a"]), of(["d", "c", "<turn>"])]  # done, cut, and done otherwise
+    read: list[list[int]] = []
+
+    def continue_prompts(model: Any, ids: list[list[int]], **options: Any) -> Any:
+        read.extend(ids)
+        yield from enumerate(wrote)
+
+    monkeypatch.setattr(writing, "continue_prompts", continue_prompts)
+    write_answers(tiny_model(), tokenizer, prompts, path, new=3)
+    data = load_data(str(path), streaming=streaming)
+    found = list(answer_tokens(data, tokenizer))
+    assert [row["input_ids"] for row in found] == [prompt + answer for prompt, answer in zip(read, wrote, strict=True)]
+    assert [row["completion_mask"] for row in found] == [[0] * len(prompt) + [1] * 3 for prompt in read]
+    assert all(prompt.count(0) == 1 for prompt in read)
+    joint = [tokenizer(plain_text(row))["input_ids"] for row in data]
+    assert [len(ids) for ids in joint] == [len(p) + len(a) - n for p, a, n in zip(read, wrote, (1, 1, 0), strict=True)]
 
 
 def test_samples_differ_by_seed_and_equal_ones_are_written_once(tmp_path: Path) -> None:
@@ -131,8 +188,6 @@ def test_prompts_without_room_for_an_answer_are_left_out(tmp_path: Path) -> None
 
 
 def test_a_bos_is_neither_doubled_nor_written_where_the_tokenizer_puts_it(tmp_path: Path) -> None:
-    from tokenizers.processors import TemplateProcessing
-
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.chat_template = "<s> {% for message in messages %}{{ message['content'] }} {% endfor %}"

@@ -153,6 +153,28 @@ def test_a_mixture_holds_its_shares_and_every_row(tmp_path, monkeypatch, streami
     assert abs(sum(row[0] == "a" for row in rows) / len(rows) - 0.75) < 0.1
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_is_mixed_with_answers_as_the_completion_of_no_prompt(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    large = pa.table({"text": pa.array(["b"] * 9, pa.large_string())})
+    Dataset(large).to_parquet(tmp_path / "b.parquet")
+    answer = {"prompt": "a", "completion": "c", "finished": True}
+    Dataset.from_list([answer | {"tokens": 1, "id": "0"}] * 9).to_json(tmp_path / "a.jsonl")
+    Dataset.from_list([{"prompt": "d", "completion": "e"}] * 9).to_json(tmp_path / "d.jsonl")
+    a, b, d = (str(tmp_path / name) for name in ("a.jsonl", "b.parquet", "d.jsonl"))
+    text = {"prompt": "", "completion": "b"}
+    pair = {"prompt": "d", "completion": "e"}
+    for parts, expected in (
+        ((a, b), [answer, text | {"finished": None}]),
+        ((b, a), [answer, text | {"finished": None}]),
+        ((a, d), [answer, pair | {"finished": None}]),
+        ((b, d), [text, pair]),
+    ):
+        found = list(load_mixture(dict.fromkeys(parts, 1), seed=0, streaming=streaming))
+        assert all(found.count(row) >= 9 for row in expected)
+        assert sum(map(found.count, expected)) == len(found)
+
+
 def test_a_mixture_that_cannot_be_is_refused(tmp_path):
     Dataset.from_dict({"text": ["a"]}).to_json(tmp_path / "a.jsonl")
     Dataset.from_dict({"messages": [[{"role": "user", "content": "c"}]]}).to_json(tmp_path / "c.jsonl")
@@ -160,5 +182,8 @@ def test_a_mixture_that_cannot_be_is_refused(tmp_path):
     for shares in ({}, {a: 0}, {a: -1}, {a: "much"}, {a: float("nan")}, {a: True}):
         with pytest.raises(StochaError, match="each with a share above 0"):
             load_mixture(shares, seed=0)
-    with pytest.raises(StochaError, match="the same training columns"):
-        load_mixture({a: 1, c: 1}, seed=0)
+    chat = [{"role": "user", "content": "c"}]
+    Dataset.from_dict({"prompt": [chat], "completion": [chat]}).to_json(tmp_path / "d.jsonl")
+    for other in (c, str(tmp_path / "d.jsonl")):
+        with pytest.raises(StochaError, match="the same training columns"):
+            load_mixture({a: 1, other: 1}, seed=0)

@@ -55,8 +55,9 @@ def test_requests_are_written_on_in_the_users_turn_and_answered(tmp_path: Path) 
     assert 0 < done.unfinished < 20 and len({row["prompt"] for row in made}) > 15
     assert all(row["prompt"].startswith(tuple(BEGINNINGS)) and "<" not in row["prompt"] for row in made)
     answers = rows(tmp_path / "a.jsonl")
-    assert set(answers[0]) == {"text", "tokens", "finished", "id"} and done.answers == len(answers) == len(ended)
-    assert all(any(row["text"].startswith(f"w4 {request} </s> w5") for request in ended) for row in answers)
+    assert set(answers[0]) == {"prompt", "completion", "tokens", "finished", "id"}
+    assert done.answers == len(answers) == len(ended)
+    assert {row["prompt"] for row in answers} == {f"w4 {request} </s> w5" for request in ended}
 
 
 def test_a_request_is_drawn_as_the_model_would_in_any_batch_and_after_a_kill(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_beginning_may_be_messages_and_an_output_parquet(tmp_path: Path) -> No
     assert all(prompt[:2] == chat[:2] and prompt[2]["role"] == "user" for prompt in made)
     assert len({prompt[2]["content"] for prompt in made}) > 5 and done.answers > 0
     made_with = {"new": 6, "samples": 1, "temperature": 0.8, "top_p": 1.0}
-    texts = [row["text"] for row in AnswerFile(tmp_path / "a.parquet", made_with).rows()]
+    texts = [row["prompt"] for row in AnswerFile(tmp_path / "a.parquet", made_with).rows()]
     assert all(text.startswith("w4 w7 </s> w4 w8 </s> w4 ") for text in texts) and len(texts) == done.answers
 
 

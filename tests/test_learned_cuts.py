@@ -100,7 +100,7 @@ def test_learned_thresholds_read_what_was_asked_for_and_predict_better_than_one_
 def test_rows_are_whole_texts_that_are_cut_behind_a_random_beginning(checkpoint: Any, tmp_path: Path) -> None:
     texts = [" ".join(["w9", *["w10"] * (n - 2)]) for n in (8, 17, 20, 100)]
     data = written(tmp_path / "some.jsonl", texts)
-    rows, lengths = calibration_texts(str(data), checkpoint(), 10, 32, 0)
+    rows, lengths, _ = calibration_texts(str(data), checkpoint(), 10, 32, 0)
     start = [] if (first := rows[0, 0].item()) == 9 else [first]
     assert sorted(lengths.tolist()) == [16 + len(start), 19 + len(start), 32]
     for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
@@ -111,6 +111,45 @@ def test_rows_are_whole_texts_that_are_cut_behind_a_random_beginning(checkpoint:
     begins, ends = cut.int().argmax(1), cut.sum(1) + cut.int().argmax(1)
     assert torch.equal(ends, lengths) and int(begins.min()) == FIRST
     assert len(begins.unique()) > 20 and (begins <= 0.75 * lengths).all()
+
+
+def test_a_row_with_a_prompt_is_cut_behind_it_and_one_of_text_behind_a_random_beginning(
+    checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [
+        (5, 20),
+        (30, 3),
+        (17, 17),
+        (10, 400),
+        (2, 40),
+        (63, 9),
+        (70, 9),
+        (4, 8),
+    ]  # of 64 tokens; the last is short
+    lines = [{"prompt": " ".join(["w9"] * p), "completion": " ".join(["w10"] * c), "finished": True} for p, c in sizes]
+    data = tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def learn(model: Any, rows: torch.Tensor, share: float, *, cut_at: torch.Tensor, **fields: Any) -> None:
+        seen.append((rows, cut_at))
+        raise StochaError("seen")
+
+    monkeypatch.setattr("stocha_hf.conversion.learned_cuts.learn_input_cuts", learn)
+    monkeypatch.setattr("stocha_hf.conversion.learned_cuts.BATCH", 6)
+    source = checkpoint()
+    for calibrate in (data, text):
+        with pytest.raises(StochaError, match="seen"):
+            convert(source, tmp_path / "cut", inputs=0.5, inputs_allotment="learned", calibrate=calibrate)
+    (rows, cut), (_, of_text) = seen
+    found = {(int((row == 9).sum()), int((row == 10).sum())): at for row, at in zip(rows, cut, strict=True)}
+    assert set(found) == {(5, 20), (30, 3), (17, 17), (10, 54), (2, 40), (63, 1)}
+    start = int(rows[0, 0] != 9)
+    for (prompt, answer), at in found.items():
+        if prompt > FIRST:
+            assert at.nonzero()[:, 0].tolist() == list(range(start + prompt, start + prompt + answer))
+    assert found[2, 40].int().argmax() >= FIRST and found[2, 40].sum() >= 10
+    assert len(of_text.int().argmax(1).unique()) > 10
 
 
 def test_autograd_of_the_cut_is_that_of_its_sigmoid() -> None:

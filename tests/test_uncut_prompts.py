@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import tiny_model, tiny_tokenizer
-from helpers.training import SILU, run
+from helpers.training import SILU, arguments, run
 from torch._dynamo.utils import counters
 
 from stocha_hf.cuts import PROJECTIONS, InputCuts
@@ -18,10 +19,13 @@ from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.patching import patch
 from stocha_hf.training.compiled_layers import compile_layers
+from stocha_hf.training.padding import SEEN
+from stocha_hf.training.run import train
 from stocha_hf.training.uncut_prompts import CUT_AT, FIRST, PromptCollator, prompts_uncut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(4, 36).view(4, 8)
+KEYS = ("input_ids", "labels", CUT_AT, SEEN)
 SOME = torch.arange(8) >= torch.tensor([[0], [3], [7], [8]])
 
 
@@ -94,6 +98,52 @@ def test_an_answer_is_cut_and_its_prompt_is_not() -> None:
     found = PromptCollator(lambda rows: batch, 1.0, 0)([None])
     assert found[CUT_AT].tolist() == [[False] * 5 + [True] * 3 + [False] * 2]
     assert found["labels"].tolist() == [[-100] * 6 + [8, 9, -100, -100]]  # 7 follows from the prompt
+    short = batch | {
+        "labels": torch.where(mask.bool(), batch["input_ids"], -100).index_fill(1, torch.tensor([0]), -100)
+    }
+    found = [PromptCollator(lambda rows: short, 1.0, seed)([None])[CUT_AT].int().argmax() for seed in range(20)]
+    assert len({int(at) for at in found}) > 1 and min(found) == FIRST  # a BOS alone is no prompt
+
+
+def test_answers_among_texts_are_cut_and_have_a_loss_behind_their_prompts_alone(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, data = tmp_path / "cutting", tmp_path / "answers.jsonl"
+    cut_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    answers = {tuple(range(5, 10 + i)): (20 + i, 21, 2 if i % 2 else 40) for i in range(1, 17)}  # 2 is the EOS
+    word = tiny_tokenizer().convert_ids_to_tokens
+    with data.open("w") as file:
+        for number, (prompt, answer) in enumerate(answers.items()):
+            row = {"prompt": " ".join(word(prompt)), "completion": " ".join(word(answer)), "finished": answer[-1] == 2}
+            file.write(json.dumps(row | {"tokens": 3, "id": str(number)}) + "\n")
+    batches: list[Any] = []
+
+    def seen(trainer: Any, **options: Any) -> None:
+        batches.extend(trainer.get_train_dataloader())
+        raise StochaError("seen")
+
+    monkeypatch.setattr("stocha_hf.training.trainer.StochaTrainer.train", seen)
+    words = arguments(folder, text, tmp_path / "out", schedule=SILU, packing=False, uncut_prompts=1.0, max_length=64)
+    options = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+    del options["dataset"], options["schedule"]
+    recipe = {key: yaml.safe_load(value) for key, value in options.items()}
+    phases = [{"activation": "silu", "until": 1.0}]
+    with pytest.raises(StochaError, match="seen"):
+        train(recipe | {"datasets": {str(data): 0.5, str(text): 0.5}, "schedule": phases})
+    found, begins = set(), []
+    for batch in batches:
+        for ids, labels, at, real in zip(*(batch[key] for key in KEYS), strict=True):
+            tokens = tuple(ids[: int(real.sum())].tolist())
+            places = at.nonzero()[:, 0].tolist()
+            assert places == list(range(places[0], len(tokens)))
+            assert (labels[1:] != -100).nonzero()[:, 0].tolist() == places[:-1]
+            if tokens[:-3] in answers:
+                assert tokens[-3:] == answers[tokens[:-3]] and places[0] == len(tokens) - 3
+                found.add(tokens[:-3])
+            else:
+                begins.append(places[0])
+    assert found == set(answers) and len(begins) > 10 and len(set(begins)) > 5
 
 
 def test_padding_is_not_cut_so_that_what_learns_by_counts_counts_tokens_alone() -> None:

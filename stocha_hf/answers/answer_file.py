@@ -4,7 +4,7 @@ Rows are lines of JSON. A parquet file is made of such lines, beside it, when al
 in a file named .settings: another model or temperature cannot go on with them.
 
     with (file := AnswerFile(Path("answers.jsonl"), {"new": 512, "temperature": 0.8})):
-        file.add({"text": "...", "finished": True, "id": "5f0c..."})
+        file.add({"prompt": "...", "completion": "...", "finished": True, "id": "5f0c..."})
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RowFile:
 class AnswerFile(RowFile):
     """Answers on disk: equal texts are written once, and `finished` tells which of them ended.
 
-    Raises StochaError where the file cannot be written, too.
+    Raises StochaError where the file cannot be written, too, or has rows of an earlier version.
     """
 
     def __init__(self, path: Path, made: dict[str, Any]) -> None:
@@ -117,7 +117,12 @@ class AnswerFile(RowFile):
 
     def _note(self, row: dict[str, Any]) -> bool:
         super()._note(row)
-        digest = hashlib.sha1(row["text"].encode()).digest()
+        if "completion" not in row:
+            raise StochaError(
+                f"the rows of {self.path.name} do not tell a prompt from its answer: they can be read as they are, "
+                "and a run cannot go on with them; name another output"
+            )
+        digest = hashlib.sha1(f"{row['prompt']}{row['completion']}".encode()).digest()
         if digest in self.texts:
             return False
         self.texts.add(digest)

@@ -1,10 +1,10 @@
 """A model's own answers as a file of text: what a refit is calibrated on and a distillation trains on.
 
 What a chat model says after its own template is a mixture like that of the text it was tuned on, which is seldom
-public (Liu et al., LLM-QAT, arXiv 2305.17888). Each row is one text, with all special tokens, so that the tokenizer
-reads from it what the model read and wrote:
+public (Liu et al., LLM-QAT, arXiv 2305.17888). Each row is a prompt and its answer, with all special tokens, so that
+the tokenizer reads from the two, one by one, what the model read and wrote:
 
-    {"text": "<|im_start|>user\\n...<|im_end|>\\n", "tokens": 131, "finished": true, "id": "5f0c..."}
+    {"prompt": "<|im_start|>user\\n...", "completion": "...<|im_end|>", "tokens": 131, "finished": true, "id": "5f..."}
 
 `tokens` counts the answer's. `finished` is false where it was cut at `new`. Rows are added as they are done. `id` is
 of the prompt, so that a run that was killed goes on with those that are missing (answer_file.py).
@@ -137,9 +137,12 @@ def write_answers(
         with Progress(total=len(missing), desc="Answering", unit="answer") as bar:
             for i, answer in found:
                 text, sample = missing[i]
-                full = _without_bos(tokenizer, text) + tokenizer.decode(answer, skip_special_tokens=False)
+                pair = {
+                    "prompt": _without_bos(tokenizer, text),
+                    "completion": tokenizer.decode(answer, skip_special_tokens=False),
+                }
                 about = {"tokens": len(answer), "finished": answer[-1] in ends, "id": row_id(text, sample)}
-                file.add({"text": full} | about)
+                file.add(pair | about)
                 answered, tokens = answered + 1, tokens + len(answer)
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):,.0f} tokens/s", refresh=False)
                 bar.update()

@@ -7,10 +7,9 @@ example:
   then: stocha-convert Qwen/Qwen2.5-Coder-0.5B-Instruct qwen-sparse --activation relu --refit answers.jsonl
 
 PROMPTS is a text file with one prompt per line; or a jsonl, json, csv or parquet file, or a Hub data set, with a
-column `prompt` (text, or messages) or `messages`. OUT gets a row for each answer: the whole text with all special
-tokens, as stocha-train and --refit read it. Answers are added as they are finished. If
-the command was killed, run it again: it continues. No answer is written twice, and only --samples answers a prompt
-more than once.
+column `prompt` (text, or messages) or `messages`. OUT gets a row for each answer: `prompt` and `completion` with all
+special tokens, as stocha-train and --refit read them. Answers are added as they are finished. If the command was
+killed, run it again: it continues. No answer is written twice, and only --samples answers a prompt more than once.
 
 With --finish-prompts you need no prompts but their beginnings, such as "Explain how". The model writes each on, inside
 the user's turn of its chat template, --times times, and then answers it. A request ends where the model ends its turn,

@@ -4,7 +4,8 @@ What is learned (measurement/selection/learned.py) is folded into norms and proj
 threshold a projection as for any cuts. The folder's weights are then no longer the source's: uncut they compute the
 same, up to rounding to their dtype. config.json says so under `stocha.history`, and the card.
 
-Each row is a whole text from its first token, as decoding meets it, and a random beginning of it is not cut.
+Each row is a whole text from its first token, as decoding meets it, and its prompt is not cut; of a text in which
+nothing marks a prompt, a random beginning.
 
     stocha-convert SOURCE OUTPUT --inputs 0.5 --inputs-allotment learned --calibrate answers.jsonl
 """
@@ -64,7 +65,7 @@ def learned_cuts(source: Source, config: dict[str, Any], options: Calibration) -
         )
     length = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
     wanted = max((options.tokens or DEFAULT_TOKENS) // length, 1)
-    rows, lengths = calibration_texts(str(options.data), source.folder, wanted, length, options.seed)
+    rows, lengths, prompts = calibration_texts(str(options.data), source.folder, wanted, length, options.seed)
     if len(rows) < (least := min(BATCH, wanted)):
         raise StochaError(
             f"{options.data} has {len(rows)} texts that are long enough to learn thresholds on: expected {least} or "
@@ -76,7 +77,7 @@ def learned_cuts(source: Source, config: dict[str, Any], options: Calibration) -
         model,
         rows,
         options.share,
-        cut_at=answers(lengths, length, options.seed),
+        cut_at=answers(lengths, length, options.seed, prompts),
         prefill=options.prefill,
         train=options.train,
         calibration=used | {"allotment": LEARNED},

@@ -13,11 +13,21 @@ from stocha_hf.errors import StochaError
 
 
 def plain_text(row: dict[str, Any]) -> str:
-    """A row's text: its messages', or its prompt's, completion's and text's, with empty lines between."""
+    """A row's text: its prompt and completion in one, or messages with empty lines between."""
     if "input_ids" in row:
         raise StochaError("the data set holds token ids: expected text, which the model's own tokenizer reads")
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return str(row["prompt"] + row["completion"])
     columns = [column for column in ("messages", "prompt", "completion", "text") if column in row]
     return "\n\n".join(text for column in columns if (text := text_of(row[column], column, f"in the column {column}")))
+
+
+def pair_ids(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt, with what the tokenizer puts before a text, and of what a model wrote behind it.
+
+    They are read apart, as they were in decoding: in one text, a token could be of both.
+    """
+    return tokenizer(prompt)["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"]
 
 
 def text_of(value: Any, column: str, where: str) -> str:

@@ -2,8 +2,9 @@
 
 Which of trl's formats a data set has is read off its columns: `input_ids` (token ids, whose rows are used as they are
 with packing off and dataset_kwargs {"skip_prepare_dataset": true}), `messages` (chat), `prompt` and `completion`, or a
-text column. Tokenizing, packing and masking are trl's; this module finds the data and says in one sentence what is
-wrong with it. A row whose text is null is left out: null never becomes a word.
+text column. Files of stocha-answers have `finished` beside a prompt and its completion. Packing and masking are trl's,
+as is tokenizing, but of answers; this module finds the data and says in one sentence what is wrong with it. A row
+whose text is null is left out: null never becomes a word.
 
     load_data("HuggingFaceFW/fineweb-edu", split="train", streaming=True)
     load_data("books.parquet", text_column="body")
@@ -30,7 +31,7 @@ from stocha_hf.rules import is_number
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-READY_COLUMNS = (["input_ids"], ["messages"], ["completion", "prompt"])
+READY_COLUMNS = (["input_ids"], ["messages"], ["completion", "finished", "prompt"], ["completion", "prompt"])
 HTTP = ("httpx", "httpcore", "requests", "aiohttp")  # whose messages may hold headers or signed addresses
 
 
@@ -43,6 +44,8 @@ def load_data(
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """Open a data set and keep its training columns: `input_ids`, `messages`, `prompt` and `completion`, or `text`.
+
+    With `prompt` and `completion` it keeps `finished`, which files of stocha-answers have.
 
     Args:
         name: A local file, a folder of files of one kind, or a Hub data set.
@@ -86,7 +89,8 @@ def load_mixture(shares: Mapping[str, float], seed: int, **options: Any) -> Data
     """Open several data sets as one, whose rows are drawn from each with the share that it is given.
 
     A share of the text that a model was trained on before (replay; Ibrahim et al., arXiv 2403.08763) keeps what it
-    learned there. An epoch ends when every row of every data set was drawn; rows of small ones come again until then.
+    learned there. Text may be mixed with prompts and completions: it becomes the completion of an empty prompt. An
+    epoch ends when every row of every data set was drawn; rows of small ones come again until then.
 
     Args:
         shares: The share of rows of each data set, by a name as in `load_data`; any positive numbers.
@@ -103,20 +107,38 @@ def load_mixture(shares: Mapping[str, float], seed: int, **options: Any) -> Data
     if not shares or not all(is_number(share) and 0 < share < math.inf for share in shares.values()):
         raise StochaError(f"datasets is {dict(shares)!r}: expected data sets, each with a share above 0")
     parts = {name: load_data(name, **options) for name in shares}
-    columns = {name: sorted(next(iter(part))) for name, part in parts.items()}
+    rows = {name: next(iter(part)) for name, part in parts.items()}
+    columns = {name: sorted(row) for name, row in rows.items()}
     first = next(iter(columns))
-    if other := next((name for name in columns if columns[name] != columns[first]), None):
+    other = next((name for name in columns if columns[name] != columns[first]), None)
+    if other and all(isinstance(row.get("text", row.get("completion")), str) for row in rows.values()):
+        wanted = sorted(set().union(*columns.values()) - {"text"})
+        parts = {name: _with_columns(part, wanted) for name, part in parts.items()}
+    elif other:
         raise StochaError(
             f"datasets mixes {first} ({', '.join(columns[first])}) with {other} ({', '.join(columns[other])}): "
-            "expected data sets with the same training columns"
+            "expected data sets with the same training columns, or text alone"
         )
     from datasets import Value, interleave_datasets
 
-    if columns[first] == ["text"]:  # parquet's large strings and JSON's do not mix
+    if "text" in rows[first] and not other:  # parquet's large strings and JSON's do not mix
         parts = {name: part.cast_column("text", Value("string")) for name, part in parts.items()}
     total = math.fsum(shares.values())
     odds = [share / total for share in shares.values()]
     return interleave_datasets([*parts.values()], odds, seed=seed, stopping_strategy="all_exhausted")
+
+
+def _with_columns(part: Any, wanted: list[str]) -> Any:
+    """Rows of text, or of prompts and completions, as the latter; without `finished` it becomes null."""
+    from datasets import Features, Value
+
+    def with_columns(row: dict[str, Any]) -> dict[str, Any]:
+        row = {"prompt": "", "completion": row.get("text"), "finished": None} | dict(row)  # a lazy one
+        return {column: row[column] for column in wanted}
+
+    given = [*next(iter(part))]
+    types = {column: Value("bool" if column == "finished" else "string") for column in wanted}
+    return part.map(with_columns, remove_columns=given, features=Features(types))
 
 
 def load_rows(name: str, *, split: str = "train") -> Dataset:
@@ -204,7 +226,7 @@ def _is_plain(data: Any, column: str) -> bool:
 
 def _is_usable(columns: list[str], name: str, text_column: str, row: dict[str, Any], index: int) -> bool:
     if "input_ids" not in columns:
-        for column in columns:
+        for column in (column for column in columns if column != "finished"):
             given = text_column if column == "text" else column
             text_of(row[column], column, f"in the column {given} of row {index + 1} of {name}")
     return all(row[column] is not None for column in columns)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocha_hf.data.files import first_line, local_files
-from stocha_hf.data.row_text import plain_text
+from stocha_hf.data.row_text import pair_ids, plain_text
 from stocha_hf.data.rows import load_data, reading
 from stocha_hf.errors import StochaError
 
@@ -87,11 +87,11 @@ def calibration_windows(name: str, tokenizer_folder: str | Path, tokens: int, le
 
 def calibration_texts(
     name: str, tokenizer_folder: str | Path, rows: int, length: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw whole texts from a data set, one a row from its first token, as decoding meets them.
 
     Rows come in random order, as in `calibration_windows`. A text of fewer than SHORTEST tokens is left out, and of a
-    long one its beginning is taken.
+    long one its beginning is taken, if it has more than the prompt.
 
     Args:
         name: As in `load_data`.
@@ -101,8 +101,8 @@ def calibration_texts(
         seed: Decides the order of rows.
 
     Returns:
-        Token ids, int64 [rows, length], with zeros behind each text, and the tokens of each text, int64 [rows]; fewer
-        rows than asked for where the data set has fewer.
+        Token ids, int64 [rows, length], with zeros behind each text; the tokens of each text, int64 [rows]; and those
+        of its prompt, int64 [rows], 0 where the data set has none. Fewer rows than asked for where it has fewer.
 
     Raises:
         StochaError: as `load_data` and `load_tokenizer` do.
@@ -112,16 +112,23 @@ def calibration_texts(
     tokenizer = load_tokenizer(tokenizer_folder)
     start = _start(tokenizer)
     found: list[list[int]] = []
+    prompts: list[int] = []
     for row in _shuffled(_varied(name, seed), seed):
-        ids = tokenizer(plain_text(row)[: 16 * length], add_special_tokens=False)["input_ids"]
-        ids = (ids if ids[: len(start)] == start else start + ids)[:length]
-        if len(ids) >= min(SHORTEST, length):
+        prompt: list[int] = []
+        if isinstance(row.get("prompt"), str):
+            prompt, ids = pair_ids(tokenizer, row["prompt"], row["completion"][: 16 * length])
+        else:
+            ids = tokenizer(plain_text(row)[: 16 * length], add_special_tokens=False)["input_ids"]
+            ids = ids if ids[: len(start)] == start else start + ids
+        ids = (prompt + ids)[:length]
+        if len(ids) >= min(SHORTEST, length) and len(ids) > len(prompt):
             found.append(ids)
+            prompts.append(len(prompt))
         if len(found) == rows:
             break
     padded = [ids + [0] * (length - len(ids)) for ids in found]
     sizes = torch.tensor([len(ids) for ids in found], dtype=torch.int64)
-    return torch.tensor(padded, dtype=torch.int64).view(-1, length), sizes
+    return torch.tensor(padded, dtype=torch.int64).view(-1, length), sizes, torch.tensor(prompts, dtype=torch.int64)
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback
 from stocha_hf.cuts_stocha import Cutting
 from stocha_hf.errors import StochaError
 from stocha_hf.models import cutting_everywhere
+from stocha_hf.training.answer_tokens import answer_tokens
 from stocha_hf.training.arguments import StochaArguments
 from stocha_hf.training.callback import ScheduleCallback
 from stocha_hf.training.checkpointing import CheckpointingTrainer, last_checkpoint
@@ -108,6 +109,12 @@ class StochaTrainer(CheckpointingTrainer):
         self._flops: int | None = None
         if self.pop_callback(PrinterCallback) or self.pop_callback(ProgressCallback):
             self.add_callback(Bar() if sys.stderr.isatty() and not args.disable_tqdm else Lines())
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *others: Any) -> Any:
+        """Trl's, but a model's own answers become the tokens that it wrote."""
+        with args.main_process_first():
+            dataset = answer_tokens(dataset, processing_class, args.dataset_num_proc)
+        return super()._prepare_dataset(dataset, processing_class, args, *others)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer.train does; afterwards the model is as it came, but for its weights and its config."""

@@ -7,7 +7,7 @@ rows:
 - `whole`, a share of all rows, is cut nowhere and has a loss all over. It keeps the model without cuts, which repeats
   steps in doubt and verifies drafts, near what it was.
 - `share`, of the rows that `whole` leaves, is uncut up to a random position, or up to the answer where the data has
-  one, and has a loss only where it is cut.
+  one (a prompt of more than FIRST tokens), and has a loss only where it is cut.
 - The others are cut from their FIRST tokens on, as text is that the model goes on writing for long.
 
 The first tokens are never cut: attention rests on them (Xiao et al., attention sinks, arXiv 2309.17453), and in
@@ -82,7 +82,7 @@ class PromptCollator:
         if draw.random() >= self.share:
             return torch.ones_like(real)
         answer = labels != IGNORED
-        if (real & ~answer).any():
+        if (real & ~answer)[FIRST:].any():
             return answer
         return torch.arange(len(tokens)) >= draw.randrange(FIRST, max(int(LONGEST * int(real.sum())), FIRST + 1))
 

@@ -4,7 +4,8 @@ Allotting shares by curves (output_shares.py) cuts one input of a block at a tim
 are cut at once, and thresholds follow the gradient of the predictions' divergence from the uncut model's, plus a price
 times the bytes read (threshold_gradients.py). The price rises while more is read than was asked for.
 
-Only what is cut has a loss, as a prompt has none in decoding: `answers` begins at a random place in each text. The
+Only what is cut has a loss, as a prompt has none in decoding: `answers` begins behind the prompt of each text, or at
+a random place in a text without one. The
 head and its predictions are computed there alone, for COMPARED_TOKENS tokens at a time.
 
 No weight is trained. When it is done, each projection keeps one threshold, and the differences between its inputs
@@ -41,19 +42,22 @@ COMPARED_TOKENS = 512  # tokens whose predictions are compared at a time
 PASS, CPU_PASS = 8192, 512  # tokens in a pass, on a GPU at most
 
 
-def answers(lengths: torch.Tensor, longest: int, seed: int = 0) -> torch.Tensor:
-    """Return which tokens of rows, each a whole text, are cut: those behind a random beginning of it.
+def answers(lengths: torch.Tensor, longest: int, seed: int = 0, prompts: torch.Tensor | None = None) -> torch.Tensor:
+    """Return which tokens of rows, each a whole text, are cut: those behind its prompt, or a random beginning of it.
 
     Args:
         lengths: Tokens of each text, int64 [rows]; what is behind them is padding.
         longest: Tokens of a row.
         seed: Of the beginnings.
+        prompts: Tokens of each text's prompt, int64 [rows]; one of FIRST or fewer, which are never cut, is none.
 
     Returns:
         bool [rows, longest].
     """
     draws = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed))
     starts = FIRST + (draws * (LONGEST * lengths - FIRST).clamp(min=0)).long()
+    if prompts is not None:
+        starts = prompts.where(prompts > FIRST, starts)
     positions = torch.arange(longest)
     return (positions >= starts[:, None]) & (positions < lengths[:, None])
 
