@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import assert_refused, call_command, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.processors import TemplateProcessing
@@ -137,6 +138,10 @@ def test_rows_become_the_tokens_that_the_model_read_and_wrote(
     assert [row["input_ids"] for row in found] == [prompt + answer for prompt, answer in zip(read, wrote, strict=True)]
     assert [row["completion_mask"] for row in found] == [[0] * len(prompt) + [1] * 3 for prompt in read]
     assert all(prompt.count(0) == 1 for prompt in read)
+    among = Dataset.from_list([{"prompt": "", "completion": "abd", "finished": None}])  # text, in a mixture
+    (row,) = answer_tokens(among, tokenizer)
+    assert row["input_ids"] == [*([0] if bos else []), *of(["ab", "d", "</s>"])]
+    assert set(row["completion_mask"]) == {1}
     joint = [tokenizer(plain_text(row))["input_ids"] for row in data]
     assert [len(ids) for ids in joint] == [len(p) + len(a) - n for p, a, n in zip(read, wrote, (1, 1, 0), strict=True)]
 
