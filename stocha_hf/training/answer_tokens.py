@@ -4,6 +4,8 @@ trl reads a prompt and its completion as one text, in which a token can be of bo
 tokenizer's EOS: also one that was cut at the longest, or that ends with another token, as Gemma's turns do. So these
 rows become tokens here. Of other rows among them, whose `finished` is null, the text gets its EOS as trl gives it.
 
+A model may draw two tokens whose text the tokenizer reads as one. Inside of an answer that cannot be told from text.
+
     answer_tokens(load_data("answers.jsonl"), tokenizer)     # input_ids, and completion_mask of 0 and 1
 """
 
