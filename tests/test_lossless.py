@@ -224,7 +224,8 @@ def test_answers_of_a_model_without_cuts_come_from_copies() -> None:
     assert lm.generate_until([request]) == expected
     found = lm.reading("t")
     assert found.drafts.drafted == 0 < found.drafts.accepted <= found.drafts.copied
-    assert found.bytes_read.share == pytest.approx(found.drafts.verifications / found.steps) and found.steps == 99
+    share = found.drafts.verifications / found.steps  # how many depends on how long each takes; bytes are whole
+    assert abs(found.bytes_read.share - share) <= 0.51 / found.bytes_read.dense_blocks and found.steps == 99
     told = found.to_dict()
     assert f"99 tokens: {found.drafts.copied} copied from the text, and" in next(_draft_lines(told))
     assert "what stood in the text before was drafted" in next(_readings({"task_bytes": [told]}))
