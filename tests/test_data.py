@@ -151,6 +151,14 @@ def test_a_mixture_holds_its_shares_and_every_row(tmp_path, monkeypatch, streami
     assert {row for row in rows if row[0] == "b"} == {f"b{i}" for i in range(100)}
     assert len(rows) > 300
     assert abs(sum(row[0] == "a" for row in rows) / len(rows) - 0.75) < 0.1
+    pair = {"prompt": ["c"], "completion": ["d"]}
+    Dataset(pa.table({name: pa.array(value, pa.large_string()) for name, value in pair.items()})).to_parquet(
+        tmp_path / "c.parquet"
+    )
+    Dataset.from_dict(pair).to_json(tmp_path / "d.jsonl")
+    shares = {str(tmp_path / name): 1 for name in ("c.parquet", "d.jsonl")}
+    rows = list(load_mixture(shares, seed=1, streaming=streaming))
+    assert len(rows) > 1 and all(row == {"prompt": "c", "completion": "d"} for row in rows)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

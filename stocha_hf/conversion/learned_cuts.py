@@ -26,6 +26,7 @@ from stocha_hf.conversion.input_cuts import Calibration, is_sparse, uncut_model
 from stocha_hf.conversion.source import Source
 from stocha_hf.cuts import LEARNED, LEARNED_INPUTS
 from stocha_hf.data import calibration_texts
+from stocha_hf.data.windows import SHORTEST
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.learned import BATCH, answers, learn_input_cuts
@@ -69,7 +70,7 @@ def learned_cuts(source: Source, config: dict[str, Any], options: Calibration) -
     if len(rows) < (least := min(BATCH, wanted)):
         raise StochaError(
             f"{options.data} has {len(rows)} texts that are long enough to learn thresholds on: expected {least} or "
-            "more, each a row of the data set"
+            f"more, each a row of the data set, of {SHORTEST} tokens or more, and its prompt of fewer than {length}"
         )
     used = {"data": public_name(str(options.data)), "tokens": int(lengths.sum()), "seed": options.seed}
     model = uncut_model(source, entry, _dtype(source.folder, torch.cuda.is_available()))

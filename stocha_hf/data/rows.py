@@ -121,8 +121,9 @@ def load_mixture(shares: Mapping[str, float], seed: int, **options: Any) -> Data
         )
     from datasets import Value, interleave_datasets
 
-    if "text" in rows[first] and not other:  # parquet's large strings and JSON's do not mix
-        parts = {name: part.cast_column("text", Value("string")) for name, part in parts.items()}
+    for column in () if other else columns[first]:  # parquet's large strings and JSON's do not mix
+        if isinstance(rows[first][column], str):
+            parts = {name: part.cast_column(column, Value("string")) for name, part in parts.items()}
     total = math.fsum(shares.values())
     odds = [share / total for share in shares.values()]
     return interleave_datasets([*parts.values()], odds, seed=seed, stopping_strategy="all_exhausted")

@@ -4,7 +4,7 @@ In eval() mode a model with input cuts computes prompts in full and cuts decode 
 every token. So the keys and values that a step attends to would differ between the two. Here there are three kinds of
 rows:
 
-- `whole`, a share of all rows, is cut nowhere and has a loss all over. It keeps the model without cuts, which repeats
+- `whole`, a share of all rows, is cut nowhere and loses no label. It keeps the model without cuts, which repeats
   steps in doubt and verifies drafts, near what it was.
 - `share`, of the rows that `whole` leaves, is uncut up to a random position, or up to the answer where the data has
   one (a prompt of more than FIRST tokens), and has a loss only where it is cut.
