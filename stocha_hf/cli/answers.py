@@ -106,7 +106,9 @@ def answers(args: argparse.Namespace) -> None:
     how = {field: getattr(args, option) for field, option in FINISHING.items() if getattr(args, option) is not None}
     if how and not args.finish_prompts:
         option = FINISHING[next(iter(how))].replace("_", "-")
-        raise StochaError(f"--{option} is given without --finish-prompts: expected it with beginnings alone; leave it out")
+        raise StochaError(
+            f"--{option} is given without --finish-prompts: expected both; add --finish-prompts, or leave this out"
+        )
     if args.finish_prompts and args.plain:
         raise StochaError(
             "--finish-prompts is given with --plain: expected one of them, as a model ends its requests by the chat "
