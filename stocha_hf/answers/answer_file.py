@@ -138,7 +138,7 @@ class AnswerFile(RowFile):
         import pyarrow
         import pyarrow.parquet
 
-        rows = list(self.rows())
+        rows = [*{row["id"]: row for row in self.rows()}.values()]  # some twice, if a run was killed below
         beside = self.path.with_name(self.path.name + ".part")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
         os.replace(beside, self.path)

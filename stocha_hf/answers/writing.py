@@ -39,9 +39,10 @@ from stocha_hf.progress import Progress
 class Written:
     """What a call of `write_answers` did: `answers` are in the file, `new` of them are from this call.
 
-    `new_tokens` counts the new answers' tokens, `finished` is the share of all that ended by themselves. `too_long`
-    counts prompts that leave the model no positions for an answer, and have none. Where the model finished the
-    prompts, `requests` of them are different ones, and `unfinished` did not end.
+    `new_tokens` counts the tokens that were written for them, and for equal ones that were not kept. `finished` is the
+    share of all that ended by themselves. `too_long` counts prompts that leave the model no positions for an answer,
+    and have none. Where the model finished the prompts, `requests` of them are different ones, and `unfinished` did
+    not end.
     """
 
     path: str
@@ -121,6 +122,7 @@ def write_answers(
         prompts, unfinished = beginnings.ended(requests)
         whole, too_long = rendered(tokenizer, prompts, chat=True), beginnings.too_long
         fitting = fitting_prompts(model, tokenizer, whole, new)
+    before = len(file.finished)
     with file:
         wanted = [(text, sample) for text in fitting for sample in range(samples)]
         missing = [(text, sample) for text, sample in wanted if row_id(text, sample) not in file.ids]
@@ -133,7 +135,7 @@ def write_answers(
             choice=Choice(temperature, top_p),
             keys=[draw_key(text, f"{seed} {sample}") for text, sample in missing],
         )
-        begun, tokens, answered = time.monotonic(), 0, 0
+        begun, tokens = time.monotonic(), 0
         with Progress(total=len(missing), desc="Answering", unit="answer") as bar:
             for i, answer in found:
                 text, sample = missing[i]
@@ -143,14 +145,14 @@ def write_answers(
                 }
                 about = {"tokens": len(answer), "finished": answer[-1] in ends, "id": row_id(text, sample)}
                 file.add(pair | about)
-                answered, tokens = answered + 1, tokens + len(answer)
+                tokens += len(answer)
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):,.0f} tokens/s", refresh=False)
                 bar.update()
         seconds = time.monotonic() - begun
     return Written(
         str(path),
         answers=len(file.finished),
-        new=answered,
+        new=len(file.finished) - before,
         new_tokens=tokens,
         finished=sum(file.finished) / len(file.finished) if file.finished else 0.0,
         too_long=too_long + len(whole) - len(fitting),
