@@ -157,6 +157,8 @@ def test_samples_differ_by_seed_and_equal_ones_are_written_once(tmp_path: Path) 
         write_answers(model, tokenizer, PROMPTS[:2], path, new=6, temperature=1.0, samples=3, seed=seed)
         drawn.append(texts(path))
     assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 2
+    with pytest.raises(StochaError, match="with seed 1, and seed is 2 now"):
+        write_answers(model, tokenizer, PROMPTS[:2], path, new=6, temperature=1.0, samples=3, seed=2)
     greedy = write_answers(model, tokenizer, PROMPTS[:2], tmp_path / "d.jsonl", samples=3, **GREEDY)
     assert (greedy.answers, greedy.new) == (2, 2)
 

@@ -94,7 +94,7 @@ def test_a_beginning_may_be_messages_and_an_output_parquet(tmp_path: Path) -> No
     made = [row["prompt"] for row in rows(requests(tmp_path / "a.parquet"))]
     assert all(prompt[:2] == chat[:2] and prompt[2]["role"] == "user" for prompt in made)
     assert len({prompt[2]["content"] for prompt in made}) > 5 and done.answers > 0
-    made_with = {"new": 6, "samples": 1, "temperature": 0.8, "top_p": 1.0}
+    made_with = {"new": 6, "samples": 1, "temperature": 0.8, "top_p": 1.0, "seed": 0}
     texts = [row["prompt"] for row in AnswerFile(tmp_path / "a.parquet", made_with).rows()]
     assert all(text.startswith("w4 w7 </s> w4 w8 </s> w4 ") for text in texts) and len(texts) == done.answers
 

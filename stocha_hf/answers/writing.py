@@ -103,7 +103,8 @@ def write_answers(
     """
     path = local_path(path)
     drawn: dict[str, Any] = {"top_p": top_p, "batch_size": batch_size, "seed": seed}
-    made = {"new": new, "samples": samples, "temperature": temperature, "top_p": top_p} | dict(settings or {})
+    common = {"top_p": top_p, "seed": seed} | dict(settings or {})  # of requests and answers
+    made = {"new": new, "samples": samples, "temperature": temperature} | common
     ends, too_long, unfinished = end_tokens(model, tokenizer), 0, None
     if finish is None:
         whole = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
@@ -113,9 +114,7 @@ def write_answers(
         file = AnswerFile(path, made)
     else:
         beginnings = Beginnings(model, tokenizer, texts, finish, new)
-        requests = RequestFile(
-            path.with_name(path.name + ".requests"), finish.made() | {"top_p": top_p} | dict(settings or {})
-        )
+        requests = RequestFile(path.with_name(path.name + ".requests"), finish.made() | common)
         file = AnswerFile(path, made)
         with requests:
             beginnings.write(requests, **drawn)
