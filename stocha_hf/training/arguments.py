@@ -85,6 +85,13 @@ class StochaArguments(SFTConfig):
         default=0.0,
         metadata={"help": "With inputs cut in training: share of all rows, that is not cut at all and has a loss."},
     )
+    uncut_doubts: float = field(
+        default=0.0,
+        metadata={
+            "help": "With inputs cut in training and a fallback: share of the rows that uncut_rows leaves, not cut "
+            "where the teacher's likeliest token has less than the fallback's probability, with a loss there."
+        },
+    )
     input_thresholds: str = field(
         default="held",
         metadata={
@@ -186,7 +193,7 @@ class StochaArguments(SFTConfig):
                 f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: expected at least one "
                 "step, or max_steps: -1 and epochs above 0"
             )
-        for key in ("distill_weight", "target_sparsity", "uncut_prompts", "uncut_rows"):
+        for key in ("distill_weight", "target_sparsity", "uncut_prompts", "uncut_rows", "uncut_doubts"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise StochaError(f"{key} is {value}: expected a number between 0 and 1")

@@ -39,6 +39,7 @@ def record_run(model: Any, data: Any, args: Any, model_args: Any, schedule: Any)
         "target_sparsity": args.target_sparsity,
         "uncut_prompts": args.uncut_prompts or None,
         "uncut_rows": args.uncut_rows or None,
+        "uncut_doubts": args.uncut_doubts or None,
         "input_thresholds": THRESHOLDS[args.input_thresholds]
         if trains_with_cuts(model) and not model_args.use_peft
         else None,

@@ -64,28 +64,32 @@ def training_losses(
     *,
     kl_weight: float = 0.0,
     words: Words | None = None,
+    taught: Callable[[torch.Tensor, nn.Module], None] | None = None,
     **options: Any,
 ) -> Losses:
     """The losses of one batch; `inputs` are the models' own, with `labels` [batch, seq] (-100: no loss).
 
     Both models went through open_head. `model` may be wrapped since (DDP, FSDP, peft, torch.compile); the
-    teacher is a whole copy on every rank, or None, and then kl is 0. `options` are those of chunked_losses.
+    teacher is a whole copy on every rank, or None, and then kl is 0. `taught` is called with the teacher's states
+    [batch, seq, hidden] after the final norm and its head, before the model runs. `options` are chunked_losses'.
     """
     teacher_hidden = teacher_head = None
     if teacher is not None:
         with torch.no_grad():
             teacher_hidden = final_hidden_states(teacher, inputs)
         teacher_head = causal_lm(teacher).get_output_embeddings()
+        if taught is not None:
+            taught(teacher_hidden, teacher_head)
     config = causal_lm(model).config.get_text_config()
     options = {
-        "chunk": _chunk(config.vocab_size if words is None else len(words.ids)),
+        "chunk": chunk_of(config.vocab_size if words is None else len(words.ids)),
         "softcap": getattr(config, "final_logit_softcapping", None),
     } | options
     losses: list[Losses] = []
 
     def loss(hidden: torch.Tensor, head: nn.Module) -> torch.Tensor:
-        taught = (teacher_hidden, teacher_head, inputs["labels"])
-        losses.append(chunked_losses(hidden, head, *taught, kl_weight=kl_weight, words=words, **options))
+        aims = (teacher_hidden, teacher_head, inputs["labels"])
+        losses.append(chunked_losses(hidden, head, *aims, kl_weight=kl_weight, words=words, **options))
         return losses[0].loss
 
     passed = call_open(model, inputs, loss)
@@ -104,15 +108,15 @@ def token_losses(
 
     With `words` logits are [tokens, words]. A target that has no place among them counts for the kl alone.
     """
-    logits = _widened(logits, softcap)
+    logits = widened(logits, softcap)
     labels = targets if words is None else _places(targets, words)
-    log_probs = _log_softmax(logits, words)
+    log_probs = log_softmax(logits, words)
     nll = F.nll_loss(log_probs, labels, reduction="sum", ignore_index=IGNORED)
     if teacher_logits is None:
         return nll, torch.zeros_like(nll)
     with torch.no_grad():
-        teacher = _log_softmax(_widened(teacher_logits, softcap) / temperature, words)
-    softened = log_probs if temperature == 1 else _log_softmax(logits / temperature, words)
+        teacher = log_softmax(widened(teacher_logits, softcap) / temperature, words)
+    softened = log_probs if temperature == 1 else log_softmax(logits / temperature, words)
     kl = F.kl_div(softened, teacher, reduction="none", log_target=True).sum(-1)
     return nll, (kl * (targets != IGNORED)).sum() * temperature**2
 
@@ -186,17 +190,17 @@ def _call_once(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
         set_forward(module, before)
 
 
-def _chunk(vocabulary: int) -> int:
+def chunk_of(vocabulary: int) -> int:
     """The largest power of two of tokens with at most LOGITS_AT_ONCE logits: usual batches split into equal chunks."""
     return 1 << max((LOGITS_AT_ONCE // vocabulary).bit_length() - 1, 0)
 
 
-def _widened(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def widened(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _log_softmax(logits: torch.Tensor, words: Words | None) -> torch.Tensor:
+def log_softmax(logits: torch.Tensor, words: Words | None) -> torch.Tensor:
     return F.log_softmax(logits if words is None else logits + words.offsets, dim=-1)
 
 

@@ -177,7 +177,7 @@ def _student(args: Any, model_args: Any, tokenizer: Any) -> Any:
         if model_args.attn_implementation is None or isinstance(error, StochaError):
             raise
         raise StochaError(str(error).partition("\n")[0]) from error  # it is not known, or not installed
-    uncut = next((key for key in ("uncut_prompts", "uncut_rows") if getattr(args, key)), None)
+    uncut = next((key for key in ("uncut_prompts", "uncut_rows", "uncut_doubts") if getattr(args, key)), None)
     if uncut and not trains_with_cuts(model):
         raise StochaError(
             f"{uncut} is {getattr(args, uncut)} and {name} computes all inputs in full in training: expected a "

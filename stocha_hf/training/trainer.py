@@ -12,6 +12,7 @@ run.py reads a recipe's YAML, whose keys arguments.py adds to trl's.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,6 +30,7 @@ from stocha_hf.training.callback import ScheduleCallback
 from stocha_hf.training.checkpointing import CheckpointingTrainer, last_checkpoint
 from stocha_hf.training.compiled_layers import compile_layers, narrow_stream, set_forward
 from stocha_hf.training.console import Bar, Lines
+from stocha_hf.training.doubts import check_doubts, in_doubt, likeliest
 from stocha_hf.training.first_rows import FirstRows
 from stocha_hf.training.frozen_embeddings import check_frozen, freeze_embeddings
 from stocha_hf.training.heads import causal_lm, open_head
@@ -42,7 +44,7 @@ from stocha_hf.training.shards import clip_shards, end_forward, steps_on_shards
 from stocha_hf.training.some_words import SomeWords, check_some_words, some_words
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
 from stocha_hf.training.totals import Totals
-from stocha_hf.training.uncut_prompts import CUT_AT, PromptCollator, prompts_uncut
+from stocha_hf.training.uncut_prompts import CUT_AT, WITH_DOUBTS, PromptCollator, prompts_uncut
 
 
 class StochaTrainer(CheckpointingTrainer):
@@ -75,6 +77,7 @@ class StochaTrainer(CheckpointingTrainer):
             check_frozen(adapter)
         if args.distill_vocabulary is not None:
             check_some_words(args.distill_vocabulary, model, *filter(None, [teacher]))
+        self.fallback = check_doubts(args.uncut_doubts, model, teacher is not None) if args.uncut_doubts else 0.0
         self.compiled = args.torch_compile
         self.compile_options: dict[str, Any] = {
             "backend": args.torch_compile_backend,
@@ -97,8 +100,10 @@ class StochaTrainer(CheckpointingTrainer):
         self.words: SomeWords | None = None
         self.hidden_error: HiddenError | None = None
         self.loss_options: dict[str, Any] = {}
+        self.likeliest: Any = likeliest
         if self.compiled:
             self.loss_options["token_losses"] = torch.compile(token_losses, **self.compile_options)
+            self.likeliest = torch.compile(likeliest, **self.compile_options)
         if teacher is not None:
             self.loss_options |= {"kl_weight": args.distill_weight, "temperature": args.distill_temperature}
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
@@ -130,7 +135,8 @@ class StochaTrainer(CheckpointingTrainer):
         """Trainer's, without masks that only hide padding on the right; batches say where inputs are cut, if any."""
         collate = inner = self.data_collator
         if trains_with_cuts(self.model):
-            inner = PromptCollator(collate, self.args.uncut_prompts, self.args.seed, self.args.uncut_rows)
+            shares = {"whole": self.args.uncut_rows, "doubts": self.args.uncut_doubts}
+            inner = PromptCollator(collate, self.args.uncut_prompts, self.args.seed, **shares)
         self.data_collator = UnmaskedCollator(inner)
         try:
             return super().get_train_dataloader()
@@ -227,23 +233,33 @@ class StochaTrainer(CheckpointingTrainer):
         if self.steering.target is not None:
             accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
             self.steering.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
-        self._cutting.cut_at = cut_at = inputs.pop(CUT_AT, None)
-        if self.steering.learned is not None:
-            self.steering.learned.count(cut_at)
+        self._cutting.cut_at, with_doubts = inputs.pop(CUT_AT, None), inputs.pop(WITH_DOUBTS, None)
         seen = inputs.pop(SEEN, inputs.get("attention_mask"))
         seen = torch.ones_like(inputs["labels"]) if seen is None else seen  # none: packed rows
         recording = self.hidden_error.recording() if self.hidden_error else nullcontext()
         options = dict(self.loss_options)
         if self.words is not None:
             options["words"] = self.words.of_step(self.state.global_step, inputs["labels"])
+        if with_doubts is not None:
+            options["taught"] = functools.partial(self._uncut_doubts, with_doubts, options.get("words"))
         with self.accelerator.autocast(), recording:  # accelerate wraps the student in autocast, but not the teacher
             losses = training_losses(model, self.teacher, inputs, **options)
+        cut_at = self._cutting.cut_at
+        if self.steering.learned is not None:
+            self.steering.learned.count(cut_at)
         loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
         if self.hidden_error:
             error = self.hidden_error.mean(seen if cut_at is None else seen * cut_at) * tokens
             loss = loss + self.args.distill_hidden * error
         self._totals.add(losses, error, seen.sum())
         return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
+
+    def _uncut_doubts(self, rows: torch.Tensor, words: Any, hidden: torch.Tensor, head: Any) -> None:
+        """Cut nothing where the teacher is in doubt, in these rows of the batch."""
+        softcap = getattr(causal_lm(self.model).config.get_text_config(), "final_logit_softcapping", None)
+        doubts = in_doubt(hidden, head, self.fallback, softcap=softcap, words=words, likeliest=self.likeliest)
+        cut_at: Any = self._cutting.cut_at
+        self._cutting.cut_at = cut_at & ~(doubts & rows[:, None])
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         made = self.optimizer is not None

@@ -10,6 +10,9 @@ rows:
   one (a prompt of more than FIRST tokens), and has a loss only where it is cut.
 - The others are cut from their FIRST tokens on, as text is that the model goes on writing for long.
 
+Of the rows that `whole` leaves, a share `doubts` is uncut where a step is in doubt too, with a loss there. The teacher
+says later where that is (doubts.py), so a batch only tells which rows these are.
+
 The first tokens are never cut: attention rests on them (Xiao et al., attention sinks, arXiv 2309.17453), and in
 decoding they are a prompt's. A model that is trained with its first tokens cut learns to work around an error that
 decoding never makes (docs/experiments/input_training.md). Padding is not cut either: learned thresholds pay for what
@@ -39,6 +42,7 @@ from stocha_hf.cuts_stocha import Cutting, cut_projections
 from stocha_hf.training.losses import IGNORED
 
 CUT_AT = "cut_at"  # key of a batch: bool [batch, seq], the positions whose inputs are cut
+WITH_DOUBTS = "with_doubts"  # and one where `doubts` is above 0: bool [batch], the rows not cut where in doubt
 FIRST = 4  # tokens of a row, that are never cut
 LONGEST = 0.75  # of a row without an answer, that is taken for its prompt at most
 
@@ -52,12 +56,14 @@ class PromptCollator:
         share: of the rows that `whole` leaves, 0 to 1, whose prompt is uncut.
         seed: of what rows draw.
         whole: share of all rows, 0 to 1, that is uncut to the end and has a loss.
+        doubts: share of the rows that `whole` leaves, 0 to 1, that is not cut where a step is in doubt.
     """
 
     collate: Callable[[list[Any]], dict[str, Any]]
     share: float
     seed: int
     whole: float = 0.0
+    doubts: float = 0.0
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """Return the batch, with CUT_AT beside its keys and the labels that are left."""
@@ -73,7 +79,13 @@ class PromptCollator:
         # a position's loss is that of the label after it
         without = torch.cat([torch.zeros_like(cut_at[:, :1]), ~cut_at[:, :-1]], dim=1)
         without &= cut_at.any(1, keepdim=True)  # a row that is cut nowhere keeps its loss
-        return batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at & seen}
+        found = batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at & seen}
+        if self.doubts:
+            found[WITH_DOUBTS] = torch.tensor([self._draws(row, "doubts").random() < self.doubts for row in tokens])
+        return found
+
+    def _draws(self, tokens: torch.Tensor, of: str) -> random.Random:
+        return random.Random(f"{of} {zlib.crc32(tokens.numpy().tobytes(), self.seed)}")
 
     def _cut_at(self, tokens: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         draw = random.Random(zlib.crc32(tokens.numpy().tobytes(), self.seed))
