@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from helpers import assert_refused, call_command, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from stocha_hf.answers.answer_file import AnswerFile
-from stocha_hf.answers.finishing import Finishing, _Turn
+from stocha_hf.answers.finishing import Finishing, _Turn, _Watch
 from stocha_hf.answers.prompts import open_turns
 from stocha_hf.answers.writing import Written, write_answers
 from stocha_hf.errors import StochaError
@@ -132,8 +134,8 @@ def test_requests_that_never_end_are_told(tmp_path: Path) -> None:
         written(tmp_path / "a.jsonl", ["w12 w9"], finish=Finishing(times=3, new=1, temperature=0.0))
 
 
-def turn(beginning: str, ends: str | None = None, template: str | None = None) -> _Turn:
-    tokenizer = tiny_tokenizer()
+def turn(beginning: str, ends: str | None = None, template: str | None = None, tokenizer: Any = None) -> _Turn:
+    tokenizer = tokenizer or tiny_tokenizer()
     tokenizer.chat_template = template or "{{ messages[0]['content'] }}"
     return _Turn(tokenizer, open_turns(tokenizer, [beginning])[0], ends)
 
@@ -173,6 +175,35 @@ def test_a_request_ends_where_it_is_told_to_or_where_the_template_ends_turns() -
     old = turn("Explain", None, "[INST] {{ messages[0]['content'] }} [/INST]")
     assert old.ended(" this. [/INST] I") == "Explain this." and not old.first
     assert turn("Explain", None, "{{ messages[0]['content'] }}</s>\nw5").first == {2}
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("beginning", "text", "ends"),
+    [
+        (PYTHON, 'f(x):\n    """Halve.\n\n    >>> f(2)\n    """\n    return x, x + 1', None),
+        (PYTHON, "f(x): 0\n```\n\nFor another one, see below.", None),
+        ("Explain how", " it\nworks.\n   \nFirst, a \u00e9 \U0001f600.", None),
+        ("Explain how", " a \u00e9 \U0001f600 works.\n\nIt does so, as far as is known.", None),
+        ("Explain how", " it works. It is for \u00e9 alone, as far as is known.", "\u00e9"),
+        ("Explain how", " it works:\n\n- first", None),
+    ],
+)
+def test_a_row_is_stopped_as_soon_as_its_request_has_ended(
+    beginning: str, text: str, ends: str | None, every: int
+) -> None:
+    """However its tokens, bytes here, come: one is looked at while a blank line or a character is half written."""
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    plain = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
+    begun = turn(beginning, ends, tokenizer=tokenizer)
+    watch, ids = _Watch([begun, begun]), tokenizer(text)["input_ids"]
+    for number in (1, 0):  # the second row finds the first one's tokens known
+        looks = range(every, len(ids) + 1, every)
+        ended = (count for count in looks if begun.ended(tokenizer.decode(ids[:count])) is not None)
+        assert next((count for count in looks if watch(number, ids[:count])), None) == next(ended, None)
+    assert watch(0, ids[:every]) == watch(0, ids[:every]), "a row may begin again"
 
 
 def test_the_command_finishes_prompts(checkpoint, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -84,11 +85,16 @@ def continue_prompts(
 
 
 class _Row:
-    """A prompt in work: `position` is where its next step writes, `repeated` counts steps that were computed again."""
+    """A prompt in work: `repeated` counts its steps that were computed again."""
 
     def __init__(self, prompt: int, length: int) -> None:
-        self.prompt, self.position, self.repeated = prompt, length - 1, 0
+        self.prompt, self.begun, self.repeated = prompt, length - 1, 0
         self.tokens: list[int] = []
+
+    @property
+    def position(self) -> int:
+        """Where its next step writes."""
+        return self.begun + len(self.tokens)
 
 
 class _Batch:
@@ -107,16 +113,23 @@ class _Batch:
     def run(self, new: int, ends: frozenset[int], stop: Callable[[int, list[int]], bool] | None) -> Iterator[_Row]:
         while self.waiting or any(self.rows):
             self._arrange()
-            for row, tokens, doubted in zip(list(self.rows), *self._steps(), strict=True):
-                if row is not None:
-                    row.position += len(tokens)
-                    end = next((i for i, token in enumerate(tokens) if token in ends), None)
-                    kept = tokens[: None if end is None else end + 1][: new - len(row.tokens)]
-                    row.tokens, row.repeated = row.tokens + kept, row.repeated + sum(doubted[: len(kept)])
-                    done = end is not None or len(row.tokens) == new
-                    if done or (stop is not None and stop(row.prompt, row.tokens)):
-                        self.rows[self.rows.index(row)] = None
-                        yield row
+            tokens, doubted = self._steps()
+            ended: Any = np.isin(tokens, list(ends))
+            about = zip(tokens.tolist(), ended.any(1).tolist(), doubted.sum(1).tolist(), strict=True)
+            for slot, (found, end, repeated) in enumerate(about):
+                if (row := self.rows[slot]) is None:
+                    continue
+                before = len(row.tokens)
+                row.tokens += found
+                row.repeated += repeated
+                if end or len(row.tokens) >= new:
+                    kept = min(int(ended[slot].argmax()) + 1 if end else STRIDE, new - before)
+                    row.repeated -= int(doubted[slot, kept:].sum())
+                    del row.tokens[before + kept :]
+                elif stop is None or not stop(row.prompt, row.tokens):
+                    continue
+                self.rows[slot] = None
+                yield row
 
     def _arrange(self) -> None:
         """Give free slots to waiting prompts, or drop them where none waits."""
@@ -157,8 +170,8 @@ class _Batch:
             self.rows[slot] = row
 
     @torch.no_grad()
-    def _steps(self) -> tuple[list[list[int]], list[list[bool]]]:
-        """STRIDE steps of all rows: of each row its tokens, and which of the steps were computed again."""
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """STRIDE steps of all rows, [rows, STRIDE]: their tokens, and which of the steps were computed again."""
         positions = [0 if row is None else row.position for row in self.rows]
         self.cache.aim(positions, STRIDE)
         found, largest, doubted, known = [], [], [], self.ids.shape[1]
@@ -180,7 +193,7 @@ class _Batch:
                 "the model's logits are NaN or infinite: expected whole weights, in a dtype that their numbers fit; "
                 "try --dtype float32, or convert or train it again"
             )
-        return torch.stack(found, 1).tolist(), torch.stack(doubted, 1).tolist()
+        return torch.stack(found, 1).cpu().numpy(), torch.stack(doubted, 1).cpu().numpy()
 
     def _numbers(self) -> torch.Tensor | None:
         """Those that draw the next tokens, [rows, STRIDE]."""

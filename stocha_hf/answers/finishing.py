@@ -31,6 +31,8 @@ from stocha_hf.progress import Progress
 DOCSTRING = re.compile(r"""("{3}|'{3})[\s\S]*?\1""")
 PARAGRAPH = re.compile(r"[^:\s][ \t]*\n[ \t]*\n|^ {0,3}`{3,}[ \t]*\n", re.MULTILINE)  # ends, or a block of code does
 FENCE = re.compile(r"^ {0,3}(`{3,})", re.MULTILINE)
+ENDING = re.compile(r"\"{3}|'{3}|`{3}|\n[ \t]*\n")  # without one of these no docstring, block or paragraph ends
+PART = "\ufffd"  # what a token becomes that is a part of a character
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class _Turn:
         fences = list(FENCE.finditer(turn.begun))
         self.code = fences[-1].end() if len(fences) % 2 else None  # where a block is open
         self.fences = len(fences)
+        self.line = turn.begun.rfind("\n") + 1  # where the last one begins
         self.ends = ends and re.compile(ends)
         after = turn.after.strip()
         first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
@@ -172,7 +175,7 @@ class _Turn:
         if self.ends:
             yield places(self.ends, self.code or 0)
             return
-        yield (end for end in places(PARAGRAPH, 0) if _fences(whole[:end]) % 2 == 0)
+        yield (end for end in places(PARAGRAPH, self.line) if _fences(whole[:end]) % 2 == 0)
         if self.code:
             yield (end for end in places(DOCSTRING, self.code) if _fences(whole[:end]) == self.fences)
 
@@ -194,17 +197,32 @@ def _closed(text: str) -> str:
 
 
 class _Watch:
-    """Tells of a row that its request has ended, by its number and tokens; each token becomes text once."""
+    """Tells of a row that its request has ended, by its number and tokens.
+
+    It is asked of thousands of rows while a GPU waits, so a token becomes text once in all rows, and rules are tried
+    only where the lines that are new have what ends one.
+    """
 
     def __init__(self, turns: list[_Turn]) -> None:
         self.turns = turns
+        self.texts: dict[int, str] = {}  # of tokens
         self.seen: dict[int, tuple[int, str]] = {}
 
     def __call__(self, number: int, tokens: list[int]) -> bool:
         turn = self.turns[number]
-        count, text = self.seen.get(number, (0, ""))
+        count, before = self.seen.get(number, (0, ""))
         if count >= len(tokens):  # the row was begun again
-            count, text = 0, ""
-        text += turn.written(tokens[count:])
+            count, before = 0, ""
+        new = tokens[count:]
+        for token in set(new).difference(self.texts):
+            self.texts[token] = turn.written([token])
+        text = before + "".join(map(self.texts.__getitem__, new))
+        if PART in text:
+            text = turn.written(tokens)
         self.seen[number] = len(tokens), text
-        return turn.ended(text) is not None
+        line = max(before.rfind("\n"), 0)
+        may_end = turn.ends or (turn.after and turn.after in text) or ENDING.search(text, line)
+        if not may_end or turn.ended(text) is None:
+            return False
+        whole = turn.written(tokens)
+        return whole == text or turn.ended(whole) is not None

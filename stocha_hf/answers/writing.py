@@ -134,12 +134,12 @@ def write_answers(
             choice=Choice(temperature, top_p),
             keys=[draw_key(text, f"{seed} {sample}") for text, sample in missing],
         )
-        begun, tokens = time.monotonic(), 0
+        begun, tokens, bos = time.monotonic(), 0, _own_bos(tokenizer)
         with Progress(total=len(missing), desc="Answering", unit="answer") as bar:
             for i, answer in found:
                 text, sample = missing[i]
                 pair = {
-                    "prompt": _without_bos(tokenizer, text),
+                    "prompt": text.removeprefix(bos),
                     "completion": tokenizer.decode(answer, skip_special_tokens=False),
                 }
                 about = {"tokens": len(answer), "finished": answer[-1] in ends, "id": row_id(text, sample)}
@@ -161,8 +161,7 @@ def write_answers(
     )
 
 
-def _without_bos(tokenizer: Any, text: str) -> str:
-    """The text without a BOS that the tokenizer puts there itself when it reads the text again."""
+def _own_bos(tokenizer: Any) -> str:
+    """The BOS that the tokenizer puts before a text itself, when it reads the text again; empty if it puts none."""
     bos = tokenizer.bos_token
-    puts_bos = bool(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if puts_bos else text
+    return bos if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
