@@ -31,7 +31,8 @@ from stocha_hf.progress import Progress
 DOCSTRING = re.compile(r"""("{3}|'{3})[\s\S]*?\1""")
 PARAGRAPH = re.compile(r"[^:\s][ \t]*\n[ \t]*\n|^ {0,3}`{3,}[ \t]*\n", re.MULTILINE)  # ends, or a block of code does
 FENCE = re.compile(r"^ {0,3}(`{3,})", re.MULTILINE)
-ENDING = re.compile(r"\"{3}|'{3}|`{3}|\n[ \t]*\n")  # without one of these no docstring, block or paragraph ends
+BLANK = re.compile(r"\n[ \t]*\n")
+MARKS = ('"""', "'''", "```")  # without one of these, or a blank line, no docstring, block or paragraph ends
 PART = "\ufffd"  # what a token becomes that is a part of a character
 
 
@@ -140,6 +141,7 @@ class _Turn:
     def __init__(self, tokenizer: Any, turn: OpenTurn, ends: str | None) -> None:
         self.tokenizer, self.prompt, self.begun = tokenizer, turn.prompt, turn.begun
         self.last = tokenizer(turn.text, add_special_tokens=False)["input_ids"][-1:]
+        self.before = tokenizer.decode(self.last)
         fences = list(FENCE.finditer(turn.begun))
         self.code = fences[-1].end() if len(fences) % 2 else None  # where a block is open
         self.fences = len(fences)
@@ -154,8 +156,8 @@ class _Turn:
 
     def written(self, tokens: list[int]) -> str:
         """The text of tokens that follow those before; alone, some tokenizers would leave out its first blank."""
-        before, whole = (self.tokenizer.decode(ids) for ids in (self.last, self.last + tokens))
-        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(tokens)
+        whole = self.tokenizer.decode(self.last + tokens)
+        return whole[len(self.before) :] if whole.startswith(self.before) else self.tokenizer.decode(tokens)
 
     def ended(self, text: str) -> str | None:
         """The request, where it ends in this text before the model ends the turn."""
@@ -220,9 +222,9 @@ class _Watch:
         if PART in text:
             text = turn.written(tokens)
         self.seen[number] = len(tokens), text
-        line = max(before.rfind("\n"), 0)
-        may_end = turn.ends or (turn.after and turn.after in text) or ENDING.search(text, line)
-        if not may_end or turn.ended(text) is None:
+        lines = text[max(before.rfind("\n"), 0) :]
+        may_end = any(mark in lines for mark in MARKS) or BLANK.search(lines)
+        if not (may_end or turn.ends or (turn.after and turn.after in text)) or turn.ended(text) is None:
             return False
         whole = turn.written(tokens)
         return whole == text or turn.ended(whole) is not None
