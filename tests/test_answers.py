@@ -161,6 +161,21 @@ def test_samples_differ_by_seed_and_equal_ones_are_written_once(tmp_path: Path) 
         write_answers(model, tokenizer, PROMPTS[:2], path, new=6, temperature=1.0, samples=3, seed=2)
     greedy = write_answers(model, tokenizer, PROMPTS[:2], tmp_path / "d.jsonl", samples=3, **GREEDY)
     assert (greedy.answers, greedy.new) == (2, 2)
+    again = write_answers(model, tokenizer, PROMPTS[:2], tmp_path / "d.jsonl", samples=3, **GREEDY)
+    assert (again.answers, again.new, again.new_tokens) == (2, 0, 0), "equal ones are not drawn again"
+
+
+def test_a_file_gets_more_samples_later(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    for name, samples in (("whole", [4]), ("grown", [1, 4, 2])):
+        for count in samples:
+            path = tmp_path / f"{name}.jsonl"
+            done = write_answers(model, tokenizer, PROMPTS[:3], path, new=6, temperature=1.0, samples=count)
+    assert done.new == 0, "fewer are there"
+    assert sorted(texts(tmp_path / "grown.jsonl")) == sorted(texts(tmp_path / "whole.jsonl"))
+    settings = path.with_name("grown.jsonl.settings")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"samples": 2}))  # as once
+    assert write_answers(model, tokenizer, PROMPTS[:3], path, new=6, temperature=1.0, samples=4).new == 0
 
 
 def test_what_is_drawn_is_the_same_in_any_batch_and_after_a_kill(tmp_path: Path) -> None:
@@ -193,8 +208,9 @@ def test_prompts_without_room_for_an_answer_are_left_out(tmp_path: Path) -> None
     long = " ".join(["w7"] * 60)
     written = write_answers(model, tokenizer, [long, "w8"], tmp_path / "a.jsonl", **GREEDY)
     assert (written.answers, written.too_long) == (1, 1)
-    with pytest.raises(StochaError, match="the shortest prompt has 60 tokens"):
-        write_answers(model, tokenizer, [long], tmp_path / "b.jsonl", **GREEDY)
+    for words, advice in ((60, "a smaller --new"), (70, "a shorter prompt")):
+        with pytest.raises(StochaError, match=f"the shortest prompt has {words} tokens.*; give {advice}"):
+            write_answers(model, tokenizer, [" ".join(["w7"] * words)], tmp_path / "b.jsonl", **GREEDY)
 
 
 def test_a_bos_is_neither_doubled_nor_written_where_the_tokenizer_puts_it(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_beginning_may_be_messages_and_an_output_parquet(tmp_path: Path) -> No
     made = [row["prompt"] for row in rows(requests(tmp_path / "a.parquet"))]
     assert all(prompt[:2] == chat[:2] and prompt[2]["role"] == "user" for prompt in made)
     assert len({prompt[2]["content"] for prompt in made}) > 5 and done.answers > 0
-    made_with = {"new": 6, "samples": 1, "temperature": 0.8, "top_p": 1.0, "seed": 0}
+    made_with = {"new": 6, "temperature": 0.8, "top_p": 1.0, "seed": 0}
     texts = [row["prompt"] for row in AnswerFile(tmp_path / "a.parquet", made_with).rows()]
     assert all(text.startswith("w4 w7 </s> w4 w8 </s> w4 ") for text in texts) and len(texts) == done.answers
 
@@ -115,6 +115,8 @@ def test_nothing_is_changed_where_it_is_refused(tmp_path: Path) -> None:
         write_answers(tiny_model(), tokenizer, [[{"role": "user", "content": "w5"}]], path)
     with pytest.raises(StochaError, match=r"'\(', at which requests end, is no regular expression"):
         Finishing(ends="(")
+    with pytest.raises(StochaError, match="requests end at '', which is everywhere: expected"):
+        Finishing(ends="")
     assert not list(tmp_path.iterdir())
     assert written(path, [long, *BEGINNINGS]).too_long == 1
     before = {file.name: file.read_text() for file in tmp_path.iterdir()}

@@ -1,7 +1,8 @@
 """The file of a model's answers: rows are added as they come, and a run that was killed goes on with it.
 
 Rows are lines of JSON. A parquet file is made of such lines, beside it, when all are there. How answers were made lies
-in a file named .settings: another model or temperature cannot go on with them.
+in a file named .settings: another model or temperature cannot go on with them. There are the ids, too, of answers that
+were not written as equal ones are there, so that they are not drawn again.
 
     with (file := AnswerFile(Path("answers.jsonl"), {"new": 512, "temperature": 0.8})):
         file.add({"prompt": "...", "completion": "...", "finished": True, "id": "5f0c..."})
@@ -48,6 +49,7 @@ class RowFile:
         self.path, self.lines = path, path.with_name(path.name + ".part.jsonl") if path.suffix == ".parquet" else path
         self.made, self.settings = made, path.with_name(path.name + ".settings")
         self.ids: set[str] = set()
+        self.equal: list[str] = []  # of rows that were not written
         if path.exists() or self.lines.exists():
             self._check_settings()
         for row in self.rows():
@@ -63,6 +65,9 @@ class RowFile:
                 f"{self.path.name} is there without a readable {self.settings.name}: expected {self.holds} of this "
                 "command; name another output"
             ) from None
+        self.equal = before.pop("equal", [])
+        self.ids.update(self.equal)
+        before.pop("samples", None)  # of earlier versions: more can be drawn later
         for key in made.keys() | before.keys():
             if made.get(key) != before.get(key):
                 raise StochaError(
@@ -89,7 +94,7 @@ class RowFile:
         return True
 
     def __enter__(self) -> RowFile:
-        self.settings.write_text(json.dumps(self.made, indent=1) + "\n", encoding="utf-8")
+        self._write_settings()
         self.file: IO[str] = self.lines.open("a", encoding="utf-8")
         return self
 
@@ -98,9 +103,16 @@ class RowFile:
         if self._note(row):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
+        else:
+            self.equal.append(row["id"])
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         self.file.close()
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        held = self.made | ({"equal": self.equal} if self.equal else {})
+        self.settings.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
 
 class AnswerFile(RowFile):

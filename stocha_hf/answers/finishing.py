@@ -50,7 +50,7 @@ class Finishing:
             behind the block. A block that is open where a request ends is closed.
 
     Raises:
-        StochaError: `ends` is no regular expression.
+        StochaError: `ends` is empty or no regular expression.
     """
 
     times: int = 1
@@ -59,6 +59,8 @@ class Finishing:
     ends: str | None = None
 
     def __post_init__(self) -> None:
+        if self.ends == "":
+            raise StochaError("requests end at '', which is everywhere: expected a regular expression, or None")
         try:
             re.compile(self.ends or "")
         except re.error as error:

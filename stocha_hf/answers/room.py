@@ -46,8 +46,10 @@ def fitting_prompts(
     fitting = {text: ids for text, ids in found.items() if len(ids) + new <= most}
     if not fitting:
         what, behind, option = words
+        shortest = min(map(len, found.values()))
+        advice = f"a smaller {option}" if shortest + 2 <= most else f"a shorter {what}"
         raise StochaError(
-            f"the shortest {what} has {min(map(len, found.values()))} tokens, and {behind} may have {new}: expected "
-            f"at most {most:g} together, which the model has positions for; give a smaller {option}"
+            f"the shortest {what} has {shortest} tokens, and {behind} may have {new}: expected "
+            f"at most {most:g} together, which the model has positions for; give {advice}"
         )
     return fitting

@@ -84,7 +84,7 @@ def write_answers(
             With `finish`, beginnings of prompts, texts or messages, without the template.
         path: A .jsonl or .parquet file. Answers that it has are kept.
         new: Tokens of an answer at most.
-        samples: Answers to each prompt; equal ones are written once.
+        samples: Answers to each prompt; equal ones are written once. A file can get more later.
         temperature: That tokens are drawn at; 0 takes the most likely one.
         top_p: Draw from the most likely tokens only, whose probabilities add up to this.
         batch_size: Answers in work at a time; None takes as many as the device's memory holds, at most ROWS.
@@ -104,7 +104,7 @@ def write_answers(
     path = local_path(path)
     drawn: dict[str, Any] = {"top_p": top_p, "batch_size": batch_size, "seed": seed}
     common = {"top_p": top_p, "seed": seed} | dict(settings or {})  # of requests and answers
-    made = {"new": new, "samples": samples, "temperature": temperature} | common
+    made = {"new": new, "temperature": temperature} | common
     ends, too_long, unfinished = end_tokens(model, tokenizer), 0, None
     if finish is None:
         whole = list(dict.fromkeys(text for text in texts if isinstance(text, str)))

@@ -49,7 +49,9 @@ def parser() -> Parser:
     verb.add_argument("--column", help="column of prompts (default: prompt, else messages)")
     verb.add_argument("--plain", action="store_true", help="continue prompts as they are, without the chat template")
     verb.add_argument("--limit", type=whole_number(1), metavar="N", help="answer the first N prompts (default: all)")
-    verb.add_argument("--samples", type=whole_number(1), default=1, help="answers per prompt (default: 1)")
+    verb.add_argument(
+        "--samples", type=whole_number(1), default=1, help="answers per prompt; a file can get more later (default: 1)"
+    )
     verb.add_argument(
         "--finish-prompts",
         action="store_true",
