@@ -195,3 +195,15 @@ def test_a_mixture_that_cannot_be_is_refused(tmp_path):
     for other in (c, str(tmp_path / "d.jsonl")):
         with pytest.raises(StochaError, match="the same training columns"):
             load_mixture({a: 1, other: 1}, seed=0)
+    Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).to_json(tmp_path / "b.jsonl")
+    pairs = [str(tmp_path / "b.jsonl"), str(tmp_path / "d.jsonl")]
+    for parts in (pairs, pairs[::-1]):
+        with pytest.raises(StochaError, match="mixes text with messages in the column completion of "):
+            load_mixture(dict.fromkeys(parts, 1), seed=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_of_which_it_is_not_known_whether_it_ended_is_kept(tmp_path, streaming):
+    rows = [{"prompt": "a", "completion": f"b{i}", "finished": None if i else True} for i in range(3)]
+    Dataset.from_list([*rows, rows[0] | {"completion": None}]).to_json(tmp_path / "a.jsonl")
+    assert list(load_data(str(tmp_path / "a.jsonl"), streaming=streaming)) == rows

@@ -362,6 +362,22 @@ def test_streamed_data_trains(base, text, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{"packing": False}, {"packing_strategy": "bfd"}, {"dataset_streaming": True}])
+def test_prompts_that_leave_no_room_for_an_answer_have_no_loss(base, tmp_path, options):
+    """A step of such rows alone has a loss of 0, and data of such rows alone is refused."""
+    short, long = "w7", " ".join(["w7"] * 40)  # of max_length 32
+    for name, prompts in (("some", [short, *[long] * 7]), ("none", [long] * 8)):
+        rows = [{"prompt": prompt, "completion": "w8 w9", "finished": True} for prompt in prompts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"packing": "dataset_streaming" not in options, "per_device_train_batch_size": 1} | options
+    found = losses(run(base, tmp_path / "some.jsonl", tmp_path / "out", logging_steps=1, **options))
+    assert len(found) == 8 and all(math.isfinite(loss) for loss in found) and max(found) > 1
+    assert not options["packing"] or found.count(0) == 7
+    with pytest.raises(StochaError, match="no row of the data has a token to learn within max_length 32: "):
+        run(base, tmp_path / "none.jsonl", tmp_path / "not", **options)
+    assert not (tmp_path / "not").exists()
+
+
 def test_chat_data_trains(base, tmp_path):
     path = tmp_path / "chat.jsonl"
     row = {"messages": [{"role": "user", "content": "w9 w17"}, {"role": "assistant", "content": "w20 w21"}]}

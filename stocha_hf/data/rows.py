@@ -101,8 +101,8 @@ def load_mixture(shares: Mapping[str, float], seed: int, **options: Any) -> Data
         The mixed rows.
 
     Raises:
-        StochaError: a share is not a positive number, the data sets have different training columns, or one of them
-            cannot be read.
+        StochaError: a share is not a positive number, the data sets have different training columns, or texts and
+            messages in them, or one of them cannot be read.
     """
     if not shares or not all(is_number(share) and 0 < share < math.inf for share in shares.values()):
         raise StochaError(f"datasets is {dict(shares)!r}: expected data sets, each with a share above 0")
@@ -119,6 +119,11 @@ def load_mixture(shares: Mapping[str, float], seed: int, **options: Any) -> Data
             f"datasets mixes {first} ({', '.join(columns[first])}) with {other} ({', '.join(columns[other])}): "
             "expected data sets with the same training columns, or text alone"
         )
+    for name, column in () if other else ((name, column) for name in rows for column in columns[first]):
+        if isinstance(rows[name][column], str) != isinstance(rows[first][column], str):
+            raise StochaError(
+                f"datasets mixes text with messages in the column {column} of {first} and {name}: expected either"
+            )
     from datasets import Value, interleave_datasets
 
     for column in () if other else columns[first]:  # parquet's large strings and JSON's do not mix
@@ -205,7 +210,7 @@ def _usable(name: str, data: Any, first: dict[str, Any], keep: Callable[[dict[st
     keep(first, 0)
     if not hasattr(data, "__len__"):
         return data.filter(keep, with_indices=True)
-    if all(_is_plain(data, column) for column in data.column_names):
+    if all(_is_plain(data, column) for column in data.column_names if column != "finished"):
         return data
     kept = [i for i, row in enumerate(data) if keep(row, i)]
     if not kept:
@@ -230,4 +235,4 @@ def _is_usable(columns: list[str], name: str, text_column: str, row: dict[str, A
         for column in (column for column in columns if column != "finished"):
             given = text_column if column == "text" else column
             text_of(row[column], column, f"in the column {given} of row {index + 1} of {name}")
-    return all(row[column] is not None for column in columns)
+    return all(row[column] is not None for column in columns if column != "finished")

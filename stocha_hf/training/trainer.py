@@ -37,7 +37,7 @@ from stocha_hf.training.heads import causal_lm, open_head
 from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
 from stocha_hf.training.learned_inputs import LearnedInputs, check_learned
-from stocha_hf.training.losses import token_losses, training_losses
+from stocha_hf.training.losses import IGNORED, token_losses, training_losses
 from stocha_hf.training.padding import SEEN, UnmaskedCollator
 from stocha_hf.training.schedule import Schedule
 from stocha_hf.training.shards import clip_shards, end_forward, steps_on_shards
@@ -119,7 +119,13 @@ class StochaTrainer(CheckpointingTrainer):
         """Trl's, but a model's own answers become the tokens that it wrote."""
         with args.main_process_first():
             dataset = answer_tokens(dataset, processing_class, args.dataset_num_proc)
-        return super()._prepare_dataset(dataset, processing_class, args, *others)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, *others)
+        if not any(label != IGNORED for row in dataset for label in row.get("labels", [0])):  # ends at the first one
+            raise StochaError(
+                f"no row of the data has a token to learn within max_length {args.max_length}: expected prompts that "
+                "leave room for their answers; give a greater max_length"
+            )
+        return dataset
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer.train does; afterwards the model is as it came, but for its weights and its config."""
@@ -230,6 +236,8 @@ class StochaTrainer(CheckpointingTrainer):
         if not model.training:
             with self.accelerator.autocast():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is not None:  # none where prompts fill all rows: their loss is 0
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         if self.steering.target is not None:
             accumulated = inputs["labels"].numel() * self.current_gradient_accumulation_steps
             self.steering.target.set_tokens(accumulated if num_items_in_batch is None else num_items_in_batch / ranks)
