@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from stocha_hf.checkpoints.casting import cast
 from stocha_hf.checkpoints.headers import read_header, tensor_headers
 from stocha_hf.checkpoints.inspection import INDEX, list_files, read_json, weight_files
 
@@ -55,11 +56,14 @@ class Tensors(_Named):
             return shard.get_tensor(name)
 
     def overwrite(self, name: str, value: torch.Tensor) -> None:
-        """Write `value` in the dtype that the tensor has. Raises ValueError for another shape."""
+        """Write `value` in the dtype that the tensor has.
+
+        Raises ValueError for another shape, and StochaError for values that are not finite in that dtype.
+        """
         old = self.read(name)
         if old.shape != value.shape:
             raise ValueError(f"{name} has shape {list(value.shape)}: expected {list(old.shape)}")
-        data = value.detach().to("cpu", old.dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        data = cast(value.detach().cpu(), old.dtype, name).contiguous().view(torch.uint8).numpy().tobytes()
         with self.files[name].open("r+b") as file:
             file.seek(read_header(self.files[name])[name].begin)
             file.write(data)

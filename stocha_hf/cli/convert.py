@@ -6,12 +6,13 @@ example:
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-sparse --activation relu --refit text.parquet --target-sparsity 0.8
   stocha-convert HuggingFaceTB/SmolLM2-135M smollm2-cut --inputs 0.4 --calibrate text.parquet
   stocha-convert smollm2-cut smollm2-careful --inputs-fallback 0.5 --inputs-fallback-tokens 8
+  stocha-convert runs/smollm2-135m-sparse90 smollm2-sparse90 --dtype bfloat16
   stocha-convert smollm2-sparse smollm2-sparse-4bit --bits 4 --calibrate text.parquet
   stocha-convert model.gguf model-stocha --base-model org/model --push-to-hub user/model-stocha --private
 
 SOURCE's files are copied byte for byte (except the FFN weights with --refit, the decoder layers' with
---inputs-allotment learned, and all weights with --bits), and none of its code is run. OUTPUT appears complete or not
-at all. If a refit or quantization was killed, run the same command again: it continues.
+--inputs-allotment learned, and all weights with --bits or another --dtype), and none of its code is run. OUTPUT
+appears complete or not at all. If a refit or quantization was killed, run the same command again: it continues.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 
 from stocha_hf.checkpoints.entry import cuts_sentence
 from stocha_hf.cli import (
+    DTYPES,
     Parser,
     checked,
     dtype_name,
@@ -166,8 +168,7 @@ def parser() -> Parser:
     verb.add_argument(
         "--dtype",
         type=dtype_name,
-        default="bfloat16",
-        help="dtype for the tensors of a .gguf file (default: bfloat16)",
+        help=f"{', '.join(DTYPES)}: what weights become (default: what they are; of a .gguf file bfloat16)",
     )
     verb.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint folder")
     verb.add_argument("--push-to-hub", type=hub_id, metavar="REPO", help="publish OUTPUT to this Hub repo afterwards")

@@ -6,7 +6,8 @@ independent of the model's size. Converting a converted checkpoint changes only 
 (input_cuts.py) and refits (refit.py) run text through the model first; a refit, and cuts whose thresholds are learned,
 then write other weights.
 
-With `bits` the weights are quantized on the way (quantize.py).
+With another `dtype` the weights are cast on the way, a tensor at a time (casting.py), with `bits` they are quantized
+(quantize.py).
 
     stocha-convert org/model model-stocha --p 0.3
     stocha_hf.convert("org/model", "model-stocha", p=0.3).stocha["inference"]   # "silu"
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stocha_hf.checkpoints.casting import DTYPES, with_dtype
 from stocha_hf.checkpoints.entry import began_random, checked_entry, read_entry, with_entry
 from stocha_hf.checkpoints.inspection import is_weight
 from stocha_hf.checkpoints.names import check_hub_id
@@ -43,8 +45,8 @@ from stocha_hf.errors import StochaError
 from stocha_hf.quantization import BITS, is_bits
 from stocha_hf.spec import __version__
 
+GGUF_DTYPE = "bfloat16"  # of a .gguf file, unless another is asked for
 Changed = tuple[dict[str, Any], Callable[[Path], None] | None]  # config.json, and what overwrites copied tensors
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def convert(
     rows: str | None = None,
     revision: str | None = None,
     base_model: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> Converted:
     """Write the stocha checkpoint of a model, as a folder that loads natively, with remote code and with this package.
@@ -139,7 +141,8 @@ def convert(
             them, whatever share they cut (default: as steps with cuts read them fastest).
         revision: branch, tag or commit of a source on the Hub.
         base_model: Hub id of the model that a local source is a copy of.
-        dtype: what a .gguf file's tensors become, one of DTYPES.
+        dtype: what weights become, one of "bfloat16", "float16" and "float32"; with `bits`, what has no codes, such as
+            norms (default: what they are, and bfloat16 for a .gguf file).
         overwrite: replace `output` if it is a checkpoint folder.
 
     Returns:
@@ -169,7 +172,7 @@ def convert(
         raise StochaError(f"calibrate_tokens {calibrate_tokens} was given without calibrate: expected text")
     if base_model is not None:
         check_hub_id(base_model, "base_model")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise StochaError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_output(output, overwrite)
     read = [local_path(name) for name in (source, refit, calibrate) if name is not None]
@@ -178,19 +181,22 @@ def convert(
     with ExitStack() as stack:
         kind = "quantization" if bits is not None else "refit"
         work = stack.enter_context(refit_folder(output, kind)) if bits is not None or options is not None else None
-        found = stack.enter_context(open_source(str(source), revision, dtype, output))
+        found = stack.enter_context(open_source(str(source), revision, dtype or GGUF_DTYPE, output))
         check_apart(output, (found.folder / name for name in found.files))
+        if dtype is not None:
+            refuse_quantized(found.config, found.id, f"dtype {dtype}")
         if cuts is not None and cuts.share and "stocha" not in found.config:  # the FFN stays as it is
             changes = {"activation": found.architecture.act} | changes
-        config, change = _cut(found, _converted_config(found, base_model, changes), cuts)
+        config = _converted_config(found, base_model, changes)
+        config, change = _cut(found, config if dtype is None else with_dtype(config, dtype), cuts)
         config = fallback.applied(config, found.id)
         if options is not None and work is not None:
             config, change = _refitted(found, config, options, work)
         elif bits is not None and work is not None:
             text = str(calibrate) if calibrate is not None and in_4 else None
-            config, change = _quantized(found, config, bits, in_8_bits, rows, text, calibrate_tokens, work)
+            config, change = _quantized(found, config, bits, in_8_bits, rows, text, calibrate_tokens, dtype, work)
             found = replace(found, files=[name for name in found.files if not is_weight(name)])
-        files = write_checkpoint(found, config, output, overwrite, change)
+        files = write_checkpoint(found, config, output, overwrite, change, dtype)
     stocha = config["stocha"]
     return Converted(config["num_hidden_layers"], str(output), stocha.get("source"), stocha, files, bits)
 
@@ -245,12 +251,13 @@ def _quantized(
     rows: str | None,
     data: str | None,
     tokens: int | None,
+    dtype: str | None,
     work: Path,
 ) -> Changed:
     from stocha_hf.conversion.quantize import Quantize, layout, quantize_checkpoint
 
     refuse_quantized(source.config, source.id, "quantizing")
     mean = bits if bits not in BITS else None
-    options = Quantize(layout(bits, in_8_bits, config, rows), mean, data, tokens)
+    options = Quantize(layout(bits, in_8_bits, config, rows), mean, data, tokens, dtype)
     quantized = quantize_checkpoint(source, config, options, work)
     return quantized.config, quantized.write_to

@@ -11,7 +11,6 @@ torch, and the extra `stocha_hf[gguf]`.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.architecture import check_tensors
+from stocha_hf.checkpoints.casting import write_tensors
 from stocha_hf.checkpoints.companions import dump
 from stocha_hf.checkpoints.inspection import CONFIG, SINGLE
 from stocha_hf.checkpoints.metadata import plain_metadata
@@ -48,7 +48,6 @@ GEMMA_PARTS = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}  # safetensors' names, and bytes
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
@@ -179,21 +178,14 @@ def _write_tensors(model: GgufModel, path: Path, dtype: str) -> None:
 
     from stocha_hf.progress import Progress
 
-    kind, size = DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in model.tensors.items():
-        begin, end = end, end + size * math.prod(tensor.shape)
-        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in Progress(model.tensors.items(), desc="Dequantizing", unit="tensor"):
-            value = torch.from_numpy(_native(_read(tensor, name), name, model.config)).to(getattr(torch, dtype))
-            if not value.isfinite().all():
-                raise StochaError(f"{name} of {model.path} has values that are not finite in {dtype}")
-            file.write(value.contiguous().view(torch.uint8).numpy().data)
+    with Progress(total=len(model.tensors), desc="Dequantizing", unit="tensor") as bar:
+
+        def read(name: str) -> torch.Tensor:
+            bar.update()
+            return torch.from_numpy(_native(_read(model.tensors[name], name), name, model.config))
+
+        shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+        write_tensors(path, shapes, dtype, read, str(model.path), {"format": "pt"})
 
 
 def _native(values: Any, name: str, config: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """The folder that a conversion, an average or an export writes: checked before, and there whole or not at all.
 
-Weights are copied byte for byte, copy-on-write where the file system can. What changes tensors does so in the copy.
+Weights are copied byte for byte, copy-on-write where the file system can, or cast on the way (casting.py). What
+changes tensors does so in the copy, in the dtype that they have there.
 
     check_output(output, overwrite=False)
     with open_source("org/model", None, "bfloat16", output) as source:
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stocha_hf.checkpoints.casting import cast_file, correct_index
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
 from stocha_hf.checkpoints.inspection import CONFIG
 from stocha_hf.checkpoints.modeling_file import code_files
@@ -35,14 +37,20 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def write_checkpoint(
-    source: Source, config: dict[str, Any], output: Path, overwrite: bool, change: Callable[[Path], None] | None = None
+    source: Source,
+    config: dict[str, Any],
+    output: Path,
+    overwrite: bool,
+    change: Callable[[Path], None] | None = None,
+    dtype: str | None = None,
 ) -> list[str]:
     """Write the source's files with this config to `output`, whole or not at all; returns the names of its files.
 
-    `change` may overwrite the copied tensors in the folder that it is given.
+    Weights are cast to `dtype`, if it is given. `change` may overwrite the copied tensors in the folder that it is
+    given. Raises StochaError.
     """
     with staged_folder(output, replace=overwrite) as folder:
-        copy_files(source, folder)
+        copy_files(source, folder, dtype)
         if change is not None:
             change(folder)
         for file in code_files(config):
@@ -52,11 +60,16 @@ def write_checkpoint(
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def copy_files(source: Source, folder: Path) -> None:
-    """Copy weights and companions, and the tokenizer's settings without code."""
+def copy_files(source: Source, folder: Path, dtype: str | None = None) -> None:
+    """Copy weights, cast to `dtype` if it is given, and companions, and the tokenizer's settings without code."""
     sizes = {name: (source.folder / name).stat().st_size for name in source.files}
     with Progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying") as bar:
         for name in source.files:
-            copy_file(source.folder / name, folder / name, bar.update)
+            if dtype is not None and name.endswith(".safetensors"):
+                cast_file(source.folder / name, folder / name, dtype, source.id, bar.update)
+            else:
+                copy_file(source.folder / name, folder / name, bar.update)
+    if dtype is not None:
+        correct_index(folder, source.files)
     if source.tokenizer is not None:
         (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")

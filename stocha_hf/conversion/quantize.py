@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stocha_hf.checkpoints.architecture import Sizes, expected_tensors
+from stocha_hf.checkpoints.casting import cast
 from stocha_hf.checkpoints.companions import dump
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import weights_hash
@@ -50,13 +51,15 @@ DEFAULT_TOKENS, WINDOW = 16_384, 512
 @dataclass(frozen=True)
 class Quantize:
     """What to quantize to: the entry, a mean of bits a weight to reach with more matrices in 8 bits, if any, and the
-    text to calibrate on, if any, with the number of its tokens.
+    text to calibrate on, if any, with the number of its tokens. `dtype` is that of what has no codes, such as norms
+    (None: the source's).
     """
 
     entry: Quantization
     mean_bits: float | None = None
     data: str | None = None
     tokens: int | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,9 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
         for part, names in Progress(parts.items(), desc="Quantizing", unit="layer"):
             match = LAYER.search(names[0])
             if text is not None and match is not None:
-                _calibrated(tensors, names, options.entry, folder / part, text, int(match[1]))
+                _calibrated(tensors, names, options, folder / part, text, int(match[1]))
             elif not (folder / part).exists():
-                _save(folder / part, _quantized(tensors, names, options.entry))
+                _save(folder / part, _quantized(tensors, names, options))
     except (OSError, SafetensorError) as error:
         raise StochaError(
             f"cannot write {work} ({error}): free space and start again with the same command, which continues from "
@@ -154,12 +157,13 @@ def _calibration(source: Source, config: dict[str, Any], options: Quantize) -> C
 
 
 def _calibrated(
-    tensors: Tensors, names: list[str], entry: Quantization, path: Path, text: Calibration, index: int
+    tensors: Tensors, names: list[str], options: Quantize, path: Path, text: Calibration, index: int
 ) -> None:
     """Quantize a layer with error feedback, unless its file is there, and run the text through the result."""
+    entry = options.entry
     with text.layers.load(index) as layer:
         if not path.exists():
-            _save(path, _quantized(tensors, names, entry, text.moments(layer, index)))
+            _save(path, _quantized(tensors, names, options, text.moments(layer, index)))
         found = _load(path)
         for module in [name.removesuffix(".codes") for name in found if name.endswith(".codes")]:
             weight = layer.get_submodule(LAYER.search(module)[2]).weight  # type: ignore[index]
@@ -170,14 +174,15 @@ def _calibrated(
 
 
 def _quantized(
-    tensors: Tensors, names: list[str], entry: Quantization, moments: dict[str, torch.Tensor] | None = None
+    tensors: Tensors, names: list[str], options: Quantize, moments: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
+    entry = options.entry
     found: dict[str, torch.Tensor] = {}
     for name in names:
         module, _, part = name.rpartition(".")
         value = tensors.read(name)
         if part != "weight" or not is_matrix(module):
-            found[name] = value
+            found[name] = value if options.dtype is None else cast(value, getattr(torch, options.dtype), name)
             continue
         if not value.isfinite().all():
             raise StochaError(f"{name} has values that are not finite: expected numbers; check the source's weights")
