@@ -1,7 +1,7 @@
 """Weights in another dtype: a safetensors file is written a tensor at a time, each cast as torch casts it.
 
-A value that the dtype cannot hold is refused, and not left infinite. Memory is that of one tensor and its copy. torch
-is imported where a tensor is cast, and not by files that have the dtype already: they are copied byte for byte.
+A value that the dtype cannot hold is refused, and not left infinite. Memory is that of one tensor. torch is imported
+where a tensor is cast, and not by files that have the dtype already: they are copied byte for byte.
 
     cast_file(folder / "model.safetensors", output / "model.safetensors", "bfloat16", "org/model")
     config = with_dtype(config, "bfloat16")
@@ -36,7 +36,8 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def cast(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """A tensor of this name in a dtype. Raises StochaError for values that are not finite in it."""
     value = value.to(dtype)
-    if not value.isfinite().all():
+    ends = value.aminmax() if value.numel() else ()  # isfinite of the whole makes copies; NaN is both ends
+    if not all(end.isfinite() for end in ends):
         raise StochaError(
             f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}: expected numbers that it "
             "can hold; choose another dtype, or check the weights"
@@ -91,6 +92,7 @@ def write_tensors(
         for name in shapes:
             value = cast(read(name), getattr(torch, dtype), f"{name} of {where}")
             file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+            del value  # before the next one is read
 
 
 def correct_index(folder: Path, files: Collection[str]) -> None:
