@@ -81,6 +81,25 @@ def test_a_run_cuts_as_the_fallback_of_its_model_decodes(base: Path, text: Path,
     assert "inputs_cut" in half[0] and "inputs_cut" not in always[0]
 
 
+@pytest.mark.slow
+def test_doubts_are_the_same_however_a_step_is_computed(base: Path, text: Path, tmp_path: Path) -> None:
+    folder = cut_folder(tmp_path / "below", 0.12)  # so an eighth of the teacher's words are in doubt
+    shared = {"uncut_doubts": 1.0, "learning_rate": 0.0, "dtype": "float32", "input_thresholds": "learned"}
+    variants: list[dict[str, Any]] = [
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"eval_dataset": text, "eval_strategy": "steps", "eval_steps": 1},
+    ]
+    found = []
+    for index, options in enumerate(variants):
+        history = run(folder, text, tmp_path / f"out{index}", teacher=base, **OPTIONS, **shared, **options)
+        steps = [entry for entry in history if "loss" in entry]
+        found.append([(entry["kl"], entry["grad_norm"], entry["inputs_cut"]) for entry in steps])
+    for other in found[1:]:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(found[0]), rtol=1e-4, atol=1e-6)
+
+
 def test_doubts_are_refused_where_nothing_repeats_them_or_nobody_tells(base: Path, text: Path, tmp_path: Path) -> None:
     plain, careful = cut_folder(tmp_path / "plain", None), cut_folder(tmp_path / "careful", 0.5)
     cases = [

@@ -373,11 +373,14 @@ def test_prompts_that_leave_no_room_for_an_answer_have_no_loss(base, tmp_path, o
     found = losses(run(base, tmp_path / "some.jsonl", tmp_path / "out", logging_steps=1, **options))
     assert len(found) == 8 and all(math.isfinite(loss) for loss in found) and max(found) > 1
     assert not options["packing"] or found.count(0) == 7
-    with pytest.raises(StochaError, match="no row of the data has a token to learn within max_length 32: "):
+    with pytest.raises(StochaError, match="no row of the train data has a token to learn within max_length 32: "):
         run(base, tmp_path / "none.jsonl", tmp_path / "not", **options)
+    with pytest.raises(StochaError, match="no row of the eval data has a token to learn"):
+        run(base, tmp_path / "some.jsonl", tmp_path / "not", eval_dataset=tmp_path / "none.jsonl", **options)
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow
 def test_chat_data_trains(base, tmp_path):
     path = tmp_path / "chat.jsonl"
     row = {"messages": [{"role": "user", "content": "w9 w17"}, {"role": "assistant", "content": "w20 w21"}]}

@@ -2,7 +2,7 @@
 
 Rows are lines of JSON. A parquet file is made of such lines, beside it, when all are there. How answers were made lies
 in a file named .settings: another model or temperature cannot go on with them. There are the ids, too, of answers that
-were not written as equal ones are there, so that they are not drawn again.
+were not written as equal ones are there, so that they are not drawn again; a run that is killed draws its own again.
 
     with (file := AnswerFile(Path("answers.jsonl"), {"new": 512, "temperature": 0.8})):
         file.add({"prompt": "...", "completion": "...", "finished": True, "id": "5f0c..."})

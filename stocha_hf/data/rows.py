@@ -122,7 +122,8 @@ def load_mixture(shares: Mapping[str, float], seed: int, **options: Any) -> Data
     for name, column in () if other else ((name, column) for name in rows for column in columns[first]):
         if isinstance(rows[name][column], str) != isinstance(rows[first][column], str):
             raise StochaError(
-                f"datasets mixes text with messages in the column {column} of {first} and {name}: expected either"
+                f"datasets mixes text with messages in the column {column} of {first} and {name}: "
+                "expected one of the two"
             )
     from datasets import Value, interleave_datasets
 

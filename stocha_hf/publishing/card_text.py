@@ -25,7 +25,7 @@ from stocha_hf.quantization import BITS, Quantization, is_bits
 from stocha_hf.spec import ARCHITECTURES, StochaConfig
 
 TEMPLATE, TOOLS = (Path(__file__).with_name(name) for name in ("model_card.md", "other_tools.md"))
-COPIED = "Converting leaves every weight, its name and its shape as they are; at most its dtype is another."
+COPIED = "Converting leaves every weight, its name and its shape as they are; only its dtype may differ."
 REFITTED = (
     "The feed-forward weights were refitted layer by layer on {tokens} of {data}, without training; every other "
     "weight, all names and all shapes are the source's."

@@ -145,7 +145,7 @@ class LearnedInputs:
         return [part.unflatten(-1, (3, -1)) for part in found.split([3 * width for width in self.widths], -1)]
 
     def count(self, cut_at: torch.Tensor | None) -> None:
-        """Say which tokens of the pass that comes are cut, bool [batch, length]."""
+        """Say which tokens of a pass were cut, bool [batch, length]."""
         if cut_at is not None:
             self.tokens += cut_at.sum()
 

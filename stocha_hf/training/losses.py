@@ -64,22 +64,23 @@ def training_losses(
     *,
     kl_weight: float = 0.0,
     words: Words | None = None,
-    taught: Callable[[torch.Tensor, nn.Module], None] | None = None,
+    after_teacher: Callable[[torch.Tensor, nn.Module], None] | None = None,
     **options: Any,
 ) -> Losses:
     """The losses of one batch; `inputs` are the models' own, with `labels` [batch, seq] (-100: no loss).
 
     Both models went through open_head. `model` may be wrapped since (DDP, FSDP, peft, torch.compile); the
-    teacher is a whole copy on every rank, or None, and then kl is 0. `taught` is called with the teacher's states
-    [batch, seq, hidden] after the final norm and its head, before the model runs. `options` are chunked_losses'.
+    teacher is a whole copy on every rank, or None, and then kl is 0. `after_teacher` is called with the teacher's
+    states [batch, seq, hidden] after the final norm and its head, before the model runs. `options` are those of
+    chunked_losses.
     """
     teacher_hidden = teacher_head = None
     if teacher is not None:
         with torch.no_grad():
             teacher_hidden = final_hidden_states(teacher, inputs)
         teacher_head = causal_lm(teacher).get_output_embeddings()
-        if taught is not None:
-            taught(teacher_hidden, teacher_head)
+        if after_teacher is not None:
+            after_teacher(teacher_hidden, teacher_head)
     config = causal_lm(model).config.get_text_config()
     options = {
         "chunk": chunk_of(config.vocab_size if words is None else len(words.ids)),

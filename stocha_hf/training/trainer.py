@@ -115,15 +115,17 @@ class StochaTrainer(CheckpointingTrainer):
         if self.pop_callback(PrinterCallback) or self.pop_callback(ProgressCallback):
             self.add_callback(Bar() if sys.stderr.isatty() and not args.disable_tqdm else Lines())
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *others: Any) -> Any:
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting: Any, name: str
+    ) -> Any:
         """Trl's, but a model's own answers become the tokens that it wrote."""
         with args.main_process_first():
             dataset = answer_tokens(dataset, processing_class, args.dataset_num_proc)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, *others)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting, name)
         if not any(label != IGNORED for row in dataset for label in row.get("labels", [0])):  # ends at the first one
             raise StochaError(
-                f"no row of the data has a token to learn within max_length {args.max_length}: expected prompts that "
-                "leave room for their answers; give a greater max_length"
+                f"no row of the {name} data has a token to learn within max_length {args.max_length}: expected "
+                "prompts that leave room for their answers; give a greater max_length"
             )
         return dataset
 
@@ -249,7 +251,7 @@ class StochaTrainer(CheckpointingTrainer):
         if self.words is not None:
             options["words"] = self.words.of_step(self.state.global_step, inputs["labels"])
         if with_doubts is not None:
-            options["taught"] = functools.partial(self._uncut_doubts, with_doubts, options.get("words"))
+            options["after_teacher"] = functools.partial(self._uncut_doubts, with_doubts, options.get("words"))
         with self.accelerator.autocast(), recording:  # accelerate wraps the student in autocast, but not the teacher
             losses = training_losses(model, self.teacher, inputs, **options)
         cut_at = self._cutting.cut_at

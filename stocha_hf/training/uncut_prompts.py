@@ -81,11 +81,12 @@ class PromptCollator:
         without &= cut_at.any(1, keepdim=True)  # a row that is cut nowhere keeps its loss
         found = batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at & seen}
         if self.doubts:
-            found[WITH_DOUBTS] = torch.tensor([self._draws(row, "doubts").random() < self.doubts for row in tokens])
+            found[WITH_DOUBTS] = torch.tensor([self._doubts(row) for row in tokens])
         return found
 
-    def _draws(self, tokens: torch.Tensor, of: str) -> random.Random:
-        return random.Random(f"{of} {zlib.crc32(tokens.numpy().tobytes(), self.seed)}")
+    def _doubts(self, tokens: torch.Tensor) -> bool:
+        """By a draw of its own: those of the cuts are as they are without."""
+        return random.Random(f"doubts {zlib.crc32(tokens.numpy().tobytes(), self.seed)}").random() < self.doubts
 
     def _cut_at(self, tokens: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         draw = random.Random(zlib.crc32(tokens.numpy().tobytes(), self.seed))
