@@ -176,6 +176,10 @@ def test_a_file_gets_more_samples_later(tmp_path: Path) -> None:
     settings = path.with_name("grown.jsonl.settings")
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"samples": 2}))  # as once
     assert write_answers(model, tokenizer, PROMPTS[:3], path, new=6, temperature=1.0, samples=4).new == 0
+    for broken in ("no JSON", "5", '{"equal": null}'):
+        settings.write_text(broken)
+        with pytest.raises(StochaError, match=r"without a readable grown\.jsonl\.settings: expected answers of this"):
+            write_answers(model, tokenizer, PROMPTS[:3], path, new=6, temperature=1.0, samples=4)
 
 
 def test_what_is_drawn_is_the_same_in_any_batch_and_after_a_kill(tmp_path: Path) -> None:

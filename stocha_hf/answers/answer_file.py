@@ -59,13 +59,13 @@ class RowFile:
         """Refuse to go on with rows that were made otherwise."""
         made = json.loads(json.dumps(self.made))
         try:
-            before = json.loads(self.settings.read_text())
-        except (OSError, ValueError):
+            before = dict(json.loads(self.settings.read_text()))
+            self.equal = [*before.pop("equal", [])]
+        except (OSError, TypeError, ValueError):  # also where it is JSON of another kind
             raise StochaError(
                 f"{self.path.name} is there without a readable {self.settings.name}: expected {self.holds} of this "
                 "command; name another output"
             ) from None
-        self.equal = before.pop("equal", [])
         self.ids.update(self.equal)
         before.pop("samples", None)  # of earlier versions: more can be drawn later
         for key in made.keys() | before.keys():

@@ -3,7 +3,8 @@
 A model with a fallback computes a step again without cuts where its likeliest token has less than some probability
 (stocha-convert --inputs-fallback). Such a step need not be learned under cuts, and later steps find its keys and
 values uncut. In training the teacher says where a step is in doubt: what it predicts is what the model learns to, and
-is there before the model runs. Over some words of a large vocabulary (some_words.py) that is an estimate.
+is there before the model runs. Over some words of a large vocabulary (some_words.py) that is an estimate. The tokens
+before a doubt, which --inputs-fallback-tokens computes again too, stay cut in training.
 
     doubts = in_doubt(teacher_hidden, teacher_head, below=0.9)
     cutting.cut_at = cutting.cut_at & ~doubts
