@@ -157,6 +157,16 @@ def test_the_card_tells_what_answers_read(converted: Path, tmp_path: Path) -> No
     assert_refused(done, "t.json has no task_bytes.0.steps")
 
 
+def test_the_card_tells_which_tokens_of_a_text_were_read_again(converted: Path, tmp_path: Path) -> None:
+    fallback = {"below": 0.9, "steps": 90, "repeated": 36, "share": 0.4, "cut_share": 0.3, "tokens": 1}
+    cut = {"inputs_cut": "at every token"}
+    for name, more in {"with": cut | {"fallback": fallback}, "without": cut}.items():
+        path = saved(tmp_path / f"{name}.json", evaluation(converted, **more))
+        assert call_command("stocha-card", converted, path).returncode == 0
+        card = (converted / "README.md").read_text()
+        assert ("window of text is read. 40% of the tokens were in doubt" in card) == (name == "with")
+
+
 def test_the_card_of_a_cut_model_tells_its_limits_and_how_it_drafts(checkpoint: Callable[..., Path]) -> None:
     convert(checkpoint(), folder := checkpoint().parent / "cut")
     config = json.loads((folder / "config.json").read_text())

@@ -25,6 +25,10 @@ COMPARED = (
     "{top1_agreement:.0%} of the tokens."
 )
 CUT = "Inputs were cut {inputs_cut}, also where a window of text is read."
+DOUBTED = (
+    "{share:.0%} of the tokens were in doubt, and read again without cuts: their bytes are counted, and their second "
+    "predictions are the ones measured."
+)
 DECODED = (
     "Decoding{of}: {dtype}, batch {batch}, {new_tokens} tokens after {prompt}{cut}, dense and sparse in turn in one "
     "run, on {hardware}, whose memory read {read_gbps:.0f} GB/s meanwhile ({command})."
@@ -122,6 +126,8 @@ def _how(measured: Measurements) -> list[str]:
     parts = [EVALUATED.format(**_escaped(own) | shares | {"data": text(Path(own["data"]).name)})]
     if own.get("inputs_cut"):
         parts[0] += " " + CUT.format(inputs_cut=text(own["inputs_cut"]))
+    if own.get("fallback"):  # not in older files
+        parts[0] += " " + DOUBTED.format(share=own["fallback"]["share"])
     if "kl" in own:
         parts.append(COMPARED.format(**own))
     benches = {} if measured.bench is None else {"": measured.bench}
