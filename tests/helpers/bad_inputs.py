@@ -573,7 +573,7 @@ relu text.txt out.jsonl --times 2 -> --times is given without --finish-prompts
 relu text.txt out.jsonl --prompt-ends x -> --prompt-ends is given without --finish-prompts
 relu text.txt out.jsonl --finish-prompts --plain -> --finish-prompts is given with --plain
 relu text.txt out.jsonl --finish-prompts --prompt-ends ( -> '('; regular expression
-relu text.txt out.jsonl --finish-prompts --prompt-new 99999 -> the shortest beginning; --prompt-new
+relu text.txt out.jsonl --finish-prompts --prompt-new 99999 -> the shortest beginning; give a shorter beginning
 relu blank.txt out.jsonl --finish-prompts -> blank.txt is empty
 """
 
