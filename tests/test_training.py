@@ -264,6 +264,17 @@ def test_distillation_layer_by_layer_brings_the_streams_closer(base, text, tmp_p
     assert "hidden_error" not in without[0] and without[0]["kl"] == pytest.approx(first["kl"], rel=1e-4)
 
 
+def test_the_layers_error_loses_its_weight_in_a_straight_line(base, text, tmp_path):
+    options = {"teacher": base, "distill_weight": 1.0, "schedule": RELU, "max_steps": 4, "save_steps": 4}
+    options |= {"logging_steps": 1, "distill_hidden": 2.0, "distill_hidden_end": 0.4}
+    history = [log for log in run(base, text, tmp_path / "out", **options) if "hidden_error" in log]
+    assert [(log["loss"] - log["kl"]) / log["hidden_error"] for log in history] == pytest.approx(
+        [2.0, 1.6, 1.2, 0.8], rel=1e-3
+    )
+    [stage] = json.loads((tmp_path / "out" / "config.json").read_text())["stocha"]["history"]
+    assert (stage["distill_hidden"], stage["distill_hidden_end"]) == (2.0, 0.4)
+
+
 @pytest.mark.slow
 def test_a_sparsity_target_is_met_and_its_thresholds_are_saved(base, text, tmp_path):
     out = tmp_path / "out"
@@ -411,6 +422,7 @@ REFUSALS = {
     "phases that do not cover the run": ({"schedule": "[{activation: relu, until: 0.5}]"}, "end at until: 1.0"),
     "a weight outside [0, 1]": ({"distill_weight": 2}, "distill_weight is 2"),
     "layers' errors without a teacher": ({"distill_hidden": 1.0}, "distill_hidden is 1.0 and teacher None"),
+    "an end without a beginning": ({"distill_hidden_end": 0.0}, "distill_hidden_end is 0.0 and distill_hidden 0.0"),
     "a target outside [0, 1]": ({"target_sparsity": 90}, "target_sparsity is 90"),
     "thresholds without a target": ({"threshold_shift": True}, "threshold_shift is true and target_sparsity None"),
     "thresholds for nothing but zeros": ({"threshold_shift": True, "target_sparsity": 1}, "target_sparsity 1.0"),

@@ -60,6 +60,10 @@ class StochaArguments(SFTConfig):
     distill_hidden: float = field(
         default=0.0, metadata={"help": "Weight of the error of the residual stream, layer by layer, beside the KL."}
     )
+    distill_hidden_end: float | None = field(
+        default=None,
+        metadata={"help": "That weight at the last step, reached in a straight line (default: it stays)."},
+    )
     distill_vocabulary: int | None = field(
         default=None,
         metadata={
@@ -145,6 +149,11 @@ class StochaArguments(SFTConfig):
                 f"distill_hidden is {self.distill_hidden} and teacher {self.teacher}: expected a weight of 0 or more, "
                 "and a teacher with it"
             )
+        if self.distill_hidden_end is not None and not (self.distill_hidden_end >= 0 and self.distill_hidden):
+            raise StochaError(
+                f"distill_hidden_end is {self.distill_hidden_end} and distill_hidden {self.distill_hidden}: expected "
+                "a weight of 0 or more, and one above 0 that it begins with"
+            )
         if self.distill_vocabulary is not None and (self.teacher is None or self.distill_weight != 1):
             raise StochaError(
                 f"distill_vocabulary is {self.distill_vocabulary}, teacher {self.teacher} and distill_weight "
@@ -197,6 +206,11 @@ class StochaArguments(SFTConfig):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise StochaError(f"{key} is {value}: expected a number between 0 and 1")
+
+    def hidden_weight(self, step: int, last: int) -> float:
+        """Return the weight of the layers' error after `step` of `last` steps."""
+        end = self.distill_hidden if self.distill_hidden_end is None else self.distill_hidden_end
+        return self.distill_hidden + (end - self.distill_hidden) * step / last
 
     @property
     def loads_teacher_in(self) -> str | None:

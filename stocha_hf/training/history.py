@@ -35,6 +35,7 @@ def record_run(model: Any, data: Any, args: Any, model_args: Any, schedule: Any)
         "distill_weight": args.distill_weight if args.teacher else None,
         "distill_vocabulary": args.distill_vocabulary,
         "distill_hidden": args.distill_hidden or None,
+        "distill_hidden_end": args.distill_hidden_end,
         "train_embeddings": None if args.train_embeddings else False,
         "target_sparsity": args.target_sparsity,
         "uncut_prompts": args.uncut_prompts or None,

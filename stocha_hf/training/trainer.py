@@ -230,8 +230,8 @@ class StochaTrainer(CheckpointingTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The LM loss, in training mixed with distill_weight x KL(teacher || student), plus distill_hidden x
-        the error of the layers; a mean over all tokens.
+        """The LM loss, in training mixed with distill_weight x KL(teacher || student), plus the error of
+        the layers by its weight at this step; a mean over all tokens.
         """
         # num_items_in_batch counts all ranks' tokens, and DDP and FSDP average the ranks' gradients
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -260,7 +260,7 @@ class StochaTrainer(CheckpointingTrainer):
         loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
         if self.hidden_error:
             error = self.hidden_error.mean(seen if cut_at is None else seen * cut_at) * tokens
-            loss = loss + self.args.distill_hidden * error
+            loss = loss + self.args.hidden_weight(self.state.global_step, self.state.max_steps) * error
         self._totals.add(losses, error, seen.sum())
         return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 

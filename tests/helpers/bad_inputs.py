@@ -520,6 +520,7 @@ TRAIN = """
 --config good.yaml --target_sparsity 2 -> target_sparsity is 2
 --config good.yaml --distill_temperature 0 -> distill_temperature is 0
 --config good.yaml --distill_hidden 1 -> distill_hidden is 1
+--config good.yaml --distill_hidden_end 0 -> distill_hidden_end is 0
 --config good.yaml --threshold_shift true -> threshold_shift
 --config good.yaml --loss_type dft -> loss_type is 'dft'
 --config good.yaml --dataset_streaming true --max_steps -1 -> dataset_streaming
