@@ -45,12 +45,13 @@ def test_a_share_of_the_rows_is_told_of_whatever_else_they_draw() -> None:
         return {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
 
     without, batch = PromptCollator(collated, 0.5, 0, 0.2)(rows), PromptCollator(collated, 0.5, 0, 0.2, 0.3)(rows)
-    found = batch[WITH_DOUBTS]
+    found = batch[WITH_DOUBTS][:, 0]
+    assert (batch[WITH_DOUBTS] == found[:, None]).all()
     assert WITH_DOUBTS not in without and torch.equal(batch[CUT_AT], without[CUT_AT])
     assert found.float().mean().item() == pytest.approx(0.3, abs=0.06)
     for kind in (batch[CUT_AT].any(1), batch[CUT_AT][:, 4]):  # neither those that are cut nor those from the first on
         assert found[kind].float().mean().item() == pytest.approx(0.3, abs=0.09)
-    assert torch.equal(PromptCollator(collated, 0.5, 0, 0.2, 0.3)(rows[7:19])[WITH_DOUBTS], found[7:19])
+    assert torch.equal(PromptCollator(collated, 0.5, 0, 0.2, 0.3)(rows[7:19])[WITH_DOUBTS][:, 0], found[7:19])
 
 
 def cut_folder(path: Path, fallback: float | None) -> Path:

@@ -12,6 +12,7 @@ import yaml
 from helpers import tiny_model, tiny_tokenizer
 from helpers.training import SILU, arguments, run
 from torch._dynamo.utils import counters
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from stocha_hf.cuts import PROJECTIONS, InputCuts
 from stocha_hf.cuts_stocha import cut_projections, projections
@@ -21,7 +22,7 @@ from stocha_hf.patching import patch
 from stocha_hf.training.compiled_layers import compile_layers
 from stocha_hf.training.padding import SEEN
 from stocha_hf.training.run import train
-from stocha_hf.training.uncut_prompts import CUT_AT, FIRST, PromptCollator, prompts_uncut
+from stocha_hf.training.uncut_prompts import CUT_AT, FIRST, WITH_DOUBTS, PromptCollator, prompts_uncut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(4, 36).view(4, 8)
@@ -89,6 +90,37 @@ def test_the_first_tokens_of_each_text_in_a_packed_row_are_uncut() -> None:
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
     batch = {"input_ids": positions + 4, "labels": positions + 4, "position_ids": positions}
     assert torch.equal(PromptCollator(lambda rows: batch, 0.0, 0)([None])[CUT_AT], positions >= FIRST)
+
+
+@pytest.mark.parametrize("strategy", ["padding_free", "bfd"])
+def test_texts_that_are_packed_without_padding_draw_as_rows_of_their_own(strategy: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.randint(9, 40, (60,), generator=draw).tolist()
+    texts = [torch.randint(4, 64, (size,), generator=draw).tolist() for size in sizes]
+    labels = [[-100] * 4 * (i % 3) + text[4 * (i % 3) :] for i, text in enumerate(texts)]  # some have a prompt
+    rows = [{"input_ids": ids, "labels": some} for ids, some in zip(texts, labels, strict=True)]
+    shares = {"whole": 0.2, "doubts": 0.4}
+    alone = [PromptCollator(DataCollatorForLanguageModeling(0), 0.6, 0, **shares)([row]) for row in rows]
+    if strategy == "bfd":  # two rows, that are packed before
+        both = [range(25), range(25, 60)]
+        rows = [{key: [token for i in some for token in rows[i][key]] for key in rows[0]} for some in both]
+        for row, some in zip(rows, both, strict=True):
+            row["seq_lengths"] = [sizes[i] for i in some]
+    packed = PromptCollator(DataCollatorForLanguageModeling(0, padding_free=True), 0.6, 0, **shares)(rows)
+    assert packed["input_ids"].shape == (1, sum(sizes))
+    for key in (CUT_AT, WITH_DOUBTS):
+        assert torch.equal(packed[key], torch.cat([batch[key] for batch in alone], 1))
+    expected = torch.cat([batch["labels"].index_fill(1, torch.tensor([0]), -100) for batch in alone], 1)
+    assert torch.equal(packed["labels"], expected)  # the first token of a text is nobody's next one
+    cut, doubts = packed[CUT_AT], packed[WITH_DOUBTS]
+    assert 0.3 < cut.float().mean() < 0.7 and 0.2 < doubts.float().mean() < 0.6
+
+
+def test_a_text_of_few_tokens_keeps_a_loss_only_where_it_is_taken_whole() -> None:
+    short = {"input_ids": torch.tensor([[4, 5, 6, 7]]), "labels": torch.tensor([[4, 5, 6, 7]])}
+    for whole, kept in ((0.0, [-100] * 3), (1.0, [5, 6, 7])):
+        found = PromptCollator(lambda rows: short, 0.7, 0, whole)([None])
+        assert found["labels"][0, 1:].tolist() == kept and not found[CUT_AT].any()
 
 
 def test_an_answer_is_cut_and_its_prompt_is_not() -> None:

@@ -264,12 +264,12 @@ class StochaTrainer(CheckpointingTrainer):
         self._totals.add(losses, error, seen.sum())
         return loss / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch / ranks)
 
-    def _uncut_doubts(self, rows: torch.Tensor, words: Any, hidden: torch.Tensor, head: Any) -> None:
-        """Cut nothing where the teacher is in doubt, in these rows of the batch."""
+    def _uncut_doubts(self, at: torch.Tensor, words: Any, hidden: torch.Tensor, head: Any) -> None:
+        """Cut nothing where the teacher is in doubt, at these positions of the batch."""
         softcap = getattr(causal_lm(self.model).config.get_text_config(), "final_logit_softcapping", None)
         doubts = in_doubt(hidden, head, self.fallback, softcap=softcap, words=words, likeliest=self.likeliest)
         cut_at: Any = self._cutting.cut_at
-        self._cutting.cut_at = cut_at & ~(doubts & rows[:, None])
+        self._cutting.cut_at = cut_at & ~(doubts & at)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         made = self.optimizer is not None

@@ -19,7 +19,8 @@ decoding never makes (docs/experiments/input_training.md). Padding is not cut ei
 is read where inputs are cut, and would save on padding.
 
 Which positions are cut is a tensor that comes with the batch, so one compiled layer serves all batches. What a row
-draws is decided by its own tokens: a resumed run, another rank and a data loader's process draw the same.
+draws is decided by its own tokens: a resumed run, another rank and a data loader's process draw the same. Of texts
+that are packed into a row without padding each draws as a row of its own; position_ids tell where it begins.
 
     with prompts_uncut(model) as cutting:                # for the time of a run
         batch = PromptCollator(collate, 0.7, seed)(rows)
@@ -33,6 +34,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ from stocha_hf.cuts_stocha import Cutting, cut_projections
 from stocha_hf.training.losses import IGNORED
 
 CUT_AT = "cut_at"  # key of a batch: bool [batch, seq], the positions whose inputs are cut
-WITH_DOUBTS = "with_doubts"  # and one where `doubts` is above 0: bool [batch], the rows not cut where in doubt
+WITH_DOUBTS = "with_doubts"  # and one where `doubts` is above 0, of that shape: what is not cut where in doubt
 FIRST = 4  # tokens of a row, that are never cut
 LONGEST = 0.75  # of a row without an answer, that is taken for its prompt at most
 
@@ -69,35 +71,40 @@ class PromptCollator:
         """Return the batch, with CUT_AT beside its keys and the labels that are left."""
         batch = self.collate(rows)
         labels, tokens = batch["labels"], batch["input_ids"]
-        real = seen = batch.get("attention_mask", torch.ones_like(tokens)).bool()
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        if "position_ids" in batch:  # the first of rows that are packed into one has no label, be it a prompt's or not
-            positions = batch["position_ids"]
-            real = real & (positions != 0)
-        cut_at = torch.stack([self._cut_at(*row) for row in zip(tokens, labels, real, strict=True)])
-        cut_at &= positions >= FIRST
-        # a position's loss is that of the label after it
-        without = torch.cat([torch.zeros_like(cut_at[:, :1]), ~cut_at[:, :-1]], dim=1)
-        without &= cut_at.any(1, keepdim=True)  # a row that is cut nowhere keeps its loss
+        seen = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+        cut_at, without, doubts = (torch.zeros_like(seen) for _ in range(3))
+        for text in _texts(seen, batch.get("position_ids")):
+            doubts[text] = self._doubts(tokens[text])
+            cut = self._cut_at(tokens[text], labels[text], seen[text])
+            if cut is not None:
+                cut_at[text] = cut & (torch.arange(len(cut)) >= FIRST)
+                without[text][1:] = ~cut_at[text][:-1]  # a position's loss is that of the label after it
         found = batch | {"labels": labels.masked_fill(without, IGNORED), CUT_AT: cut_at & seen}
-        if self.doubts:
-            found[WITH_DOUBTS] = torch.tensor([self._doubts(row) for row in tokens])
-        return found
+        return found | {WITH_DOUBTS: doubts} if self.doubts else found
 
     def _doubts(self, tokens: torch.Tensor) -> bool:
         """By a draw of its own: those of the cuts are as they are without."""
         return random.Random(f"doubts {zlib.crc32(tokens.numpy().tobytes(), self.seed)}").random() < self.doubts
 
-    def _cut_at(self, tokens: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    def _cut_at(self, tokens: torch.Tensor, labels: torch.Tensor, seen: torch.Tensor) -> torch.Tensor | None:
+        """Where a text is cut, but for its first tokens; None for one that is cut nowhere and keeps its loss."""
         draw = random.Random(zlib.crc32(tokens.numpy().tobytes(), self.seed))
         if self.whole and draw.random() < self.whole:
-            return torch.zeros_like(real)
+            return None
         if draw.random() >= self.share:
-            return torch.ones_like(real)
+            return torch.ones_like(seen)
         answer = labels != IGNORED
-        if (real & ~answer)[FIRST:].any():
+        if (seen & ~answer)[FIRST:].any():
             return answer
-        return torch.arange(len(tokens)) >= draw.randrange(FIRST, max(int(LONGEST * int(real.sum())), FIRST + 1))
+        return torch.arange(len(tokens)) >= draw.randrange(FIRST, max(int(LONGEST * int(seen.sum())), FIRST + 1))
+
+
+def _texts(seen: torch.Tensor, positions: torch.Tensor | None) -> Iterator[tuple[int, slice]]:
+    """Each text's row, and where it lies there: it is the row, or one of those that are packed into it."""
+    count, length = seen.shape
+    for row in range(count):
+        begins = [] if positions is None else ((positions[row] == 0) & seen[row]).nonzero()[:, 0].tolist()
+        yield from ((row, slice(*ends)) for ends in pairwise(sorted({0, *begins, length})))
 
 
 @contextmanager
