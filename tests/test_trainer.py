@@ -54,6 +54,16 @@ def trainer(model: Any, args: StochaArguments, schedule: Schedule = PHASES, **kw
     return StochaTrainer(model, args, schedule=schedule, **rows, **kwargs)
 
 
+@pytest.mark.parametrize("key", ["uncut_prompts", "uncut_rows", "uncut_doubts"])
+def test_what_is_not_cut_is_refused_for_a_model_that_cuts_nothing(key: str, tmp_path: Any) -> None:
+    with pytest.raises(StochaError, match=rf"^{key} is 0\.5 and the model computes all inputs in full in training: "):
+        trainer(patched(), arguments(tmp_path, **{key: 0.5}), teacher=tiny_model())
+    named = patched()
+    named.name_or_path = "org/model"
+    with pytest.raises(StochaError, match=rf"^{key} is 0\.5 and org/model computes"):
+        trainer(named, arguments(tmp_path, **{key: 0.5}))
+
+
 def additions(model: Any) -> list[tuple[str, str]]:
     """What stands on a model's modules beside parameters, children and plain values: hooks, forwards, counters."""
     found = []

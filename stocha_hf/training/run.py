@@ -164,7 +164,6 @@ def _student(args: Any, model_args: Any, tokenizer: Any) -> Any:
     """The model to train, patched."""
     from stocha_hf.models import load_model
     from stocha_hf.training.fresh import fresh_model
-    from stocha_hf.training.held_inputs import trains_with_cuts
 
     name = model_args.model_name_or_path
     try:
@@ -177,12 +176,6 @@ def _student(args: Any, model_args: Any, tokenizer: Any) -> Any:
         if model_args.attn_implementation is None or isinstance(error, StochaError):
             raise
         raise StochaError(str(error).partition("\n")[0]) from error  # it is not known, or not installed
-    uncut = next((key for key in ("uncut_prompts", "uncut_rows", "uncut_doubts") if getattr(args, key)), None)
-    if uncut and not trains_with_cuts(model):
-        raise StochaError(
-            f"{uncut} is {getattr(args, uncut)} and {name} computes all inputs in full in training: expected a "
-            "model that cuts them there; convert it with --inputs SHARE --inputs-train"
-        )
     return model
 
 

@@ -44,7 +44,7 @@ from stocha_hf.training.shards import clip_shards, end_forward, steps_on_shards
 from stocha_hf.training.some_words import SomeWords, check_some_words, some_words
 from stocha_hf.training.thresholds import apply_thresholds, fatrelu_thresholds
 from stocha_hf.training.totals import Totals
-from stocha_hf.training.uncut_prompts import CUT_AT, WITH_DOUBTS, PromptCollator, prompts_uncut
+from stocha_hf.training.uncut_prompts import CUT_AT, WITH_DOUBTS, PromptCollator, check_uncut, prompts_uncut
 
 
 class StochaTrainer(CheckpointingTrainer):
@@ -71,6 +71,7 @@ class StochaTrainer(CheckpointingTrainer):
     def __init__(self, model: Any, args: StochaArguments, *, schedule: Schedule, teacher: Any = None, **kwargs: Any):
         args, use_cache = copy.deepcopy(args), model.config.use_cache
         adapter = model is not causal_lm(model) or kwargs.get("peft_config") is not None
+        check_uncut(args, model)
         if args.input_thresholds == "learned":
             check_learned(model, args, adapter)
         if not args.train_embeddings:

@@ -41,6 +41,9 @@ import torch
 from torch import nn
 
 from stocha_hf.cuts_stocha import Cutting, cut_projections
+from stocha_hf.errors import StochaError
+from stocha_hf.training.entry import stocha_model
+from stocha_hf.training.held_inputs import trains_with_cuts
 from stocha_hf.training.losses import IGNORED
 
 CUT_AT = "cut_at"  # key of a batch: bool [batch, seq], the positions whose inputs are cut
@@ -105,6 +108,17 @@ def _texts(seen: torch.Tensor, positions: torch.Tensor | None) -> Iterator[tuple
     for row in range(count):
         begins = [] if positions is None else ((positions[row] == 0) & seen[row]).nonzero()[:, 0].tolist()
         yield from ((row, slice(*ends)) for ends in pairwise(sorted({0, *begins, length})))
+
+
+def check_uncut(args: Any, model: nn.Module) -> None:
+    """Raise StochaError where a run asks for what is not cut, of a patched model that cuts nothing in training."""
+    uncut = next((key for key in ("uncut_prompts", "uncut_rows", "uncut_doubts") if getattr(args, key)), None)
+    if uncut and not trains_with_cuts(model):
+        name = stocha_model(model).name_or_path or "the model"
+        raise StochaError(
+            f"{uncut} is {getattr(args, uncut)} and {name} computes all inputs in full in training: expected a model "
+            "that cuts them there; convert it with --inputs SHARE --inputs-train"
+        )
 
 
 @contextmanager
