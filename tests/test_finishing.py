@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,10 @@ def test_nothing_is_changed_where_it_is_refused(tmp_path: Path) -> None:
         write_answers(tiny_model(), tokenizer, [[{"role": "user", "content": "w5"}]], path)
     with pytest.raises(StochaError, match=r"'\(', at which requests end, is no regular expression"):
         Finishing(ends="(")
-    with pytest.raises(StochaError, match="requests end at '', which is everywhere: expected"):
-        Finishing(ends="")
+    for ends in ("", "x*", "$", "a|"):
+        with pytest.raises(StochaError, match=f"requests end at '{re.escape(ends)}', which .* everywhere: expected"):
+            Finishing(ends=ends)
+    assert Finishing(ends="(?!)").ends, "which is nowhere"
     assert not list(tmp_path.iterdir())
     assert written(path, [long, *BEGINNINGS]).too_long == 1
     before = {file.name: file.read_text() for file in tmp_path.iterdir()}
@@ -223,3 +226,5 @@ def test_the_command_finishes_prompts(checkpoint, tmp_path: Path) -> None:
     assert "0 of them new" in done.stdout and f"{figures['unfinished']} that did not end" in done.stdout
     assert_refused(call_command("stocha-answers", *given, "--finish-prompts", "--plain"), "--plain", "expected one")
     assert_refused(call_command("stocha-answers", *given, "--times", 2), "--times", "--finish-prompts")
+    refused = call_command("stocha-answers", *given, "--finish-prompts", "--prompt-ends", "x*")
+    assert_refused(refused, "'x*'", "everywhere: expected a regular expression")

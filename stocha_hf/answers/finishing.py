@@ -50,7 +50,7 @@ class Finishing:
             behind the block. A block that is open where a request ends is closed.
 
     Raises:
-        StochaError: `ends` is empty or no regular expression.
+        StochaError: `ends` matches an empty text or is no regular expression.
     """
 
     times: int = 1
@@ -59,15 +59,20 @@ class Finishing:
     ends: str | None = None
 
     def __post_init__(self) -> None:
-        if self.ends == "":
-            raise StochaError("requests end at '', which is everywhere: expected a regular expression, or None")
+        if self.ends is None:
+            return
         try:
-            re.compile(self.ends or "")
+            everywhere = re.search(self.ends, "") is not None
         except re.error as error:
             raise StochaError(
                 f"{self.ends!r}, at which requests end, is no regular expression ({error}): expected one such as "
                 r"\n\n"
             ) from None
+        if everywhere:
+            raise StochaError(
+                f"requests end at {self.ends!r}, which matches an empty text and so is everywhere: expected a regular "
+                r"expression that takes a character at least, such as \n\n"
+            )
 
     def made(self) -> dict[str, Any]:
         """Return what decides the requests beside their beginnings; more of them can be written later."""
