@@ -212,9 +212,13 @@ def test_prompts_without_room_for_an_answer_are_left_out(tmp_path: Path) -> None
     long = " ".join(["w7"] * 60)
     written = write_answers(model, tokenizer, [long, "w8"], tmp_path / "a.jsonl", **GREEDY)
     assert (written.answers, written.too_long) == (1, 1)
-    for words, advice in ((60, "a smaller --new"), (70, "a shorter prompt")):
+    for words, advice in ((60, "a smaller --new"), (63, "a smaller --new"), (64, "a shorter prompt")):
+        given = [" ".join(["w7"] * words)], tmp_path / "b.jsonl"
         with pytest.raises(StochaError, match=f"the shortest prompt has {words} tokens.*; give {advice}"):
-            write_answers(model, tokenizer, [" ".join(["w7"] * words)], tmp_path / "b.jsonl", **GREEDY)
+            write_answers(model, tokenizer, *given, **GREEDY)
+        if advice == "a smaller --new":
+            assert write_answers(model, tokenizer, *given, new=1, temperature=0.0).answers == 1
+            (tmp_path / "b.jsonl").unlink()
 
 
 def test_a_bos_is_neither_doubled_nor_written_where_the_tokenizer_puts_it(tmp_path: Path) -> None:

@@ -107,6 +107,9 @@ def test_nothing_is_changed_where_it_is_refused(tmp_path: Path) -> None:
     long = " ".join(["w7"] * 40)  # of 64 positions
     with pytest.raises(StochaError, match=r"beginning has 41 tokens, and the rest of its request .* may have 30"):
         written(path, [long])
+    for words, advice in ((61, "a smaller --prompt-new or --new"), (62, "a shorter beginning")):  # and one of the turn
+        with pytest.raises(StochaError, match=f"beginning has {words + 1} tokens.*; give {advice}"):
+            written(path, [" ".join(["w7"] * words)])
     tokenizer = tiny_tokenizer()
     for template, words in ((None, "has no chat template"), ("{{ messages[0]['role'] }}", "prompt 1 0 times")):
         tokenizer.chat_template = template

@@ -95,7 +95,7 @@ class Beginnings:
         self.model, self.how = model, how
         self.turns = {turn.text: _Turn(tokenizer, turn, how.ends) for turn in open_turns(tokenizer, prompts)}
         words = ("beginning", "the rest of its request and an answer", "--prompt-new or --new")
-        self.fitting = fitting_prompts(model, tokenizer, list(self.turns), how.new + answer, words)
+        self.fitting = fitting_prompts(model, tokenizer, list(self.turns), how.new + answer, words, least=2)
         self.too_long = len(self.turns) - len(self.fitting)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         between = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}  # texts

@@ -35,19 +35,20 @@ def fitting_prompts(
     texts: Sequence[str],
     new: int,
     words: tuple[str, str, str] = ("prompt", "an answer", "--new"),
+    least: int = 1,
 ) -> dict[str, list[int]]:
     """Return the texts behind which the model has positions for `new` tokens, with their token ids.
 
     Raises StochaError where there is none; `words` say there what the texts are, what follows them, and which option
-    bounds it.
+    bounds it, to `least` tokens at least.
     """
+    what, behind, option = words
     most = getattr(model.config, "max_position_embeddings", None) or float("inf")
     found = dict(zip(texts, token_ids(tokenizer, texts), strict=True))
     fitting = {text: ids for text, ids in found.items() if len(ids) + new <= most}
     if not fitting:
-        what, behind, option = words
         shortest = min(map(len, found.values()))
-        advice = f"a smaller {option}" if shortest + 2 <= most else f"a shorter {what}"
+        advice = f"a smaller {option}" if shortest + least <= most else f"a shorter {what}"
         raise StochaError(
             f"the shortest {what} has {shortest} tokens, and {behind} may have {new}: expected "
             f"at most {most:g} together, which the model has positions for; give {advice}"
