@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stocha_hf.answers import aligned, batches, writing
 from stocha_hf.answers.choosing import BLOCK, Choice, numbers
+from stocha_hf.answers.finishing import Finishing
 from stocha_hf.answers.grouped import NAME, attend, grouped_attention
 from stocha_hf.answers.prompts import read_prompts, rendered, token_ids
 from stocha_hf.answers.room import ROWS, rows_at_once
@@ -219,6 +220,13 @@ def test_prompts_without_room_for_an_answer_are_left_out(tmp_path: Path) -> None
         if advice == "a smaller --new":
             assert write_answers(model, tokenizer, *given, new=1, temperature=0.0).answers == 1
             (tmp_path / "b.jsonl").unlink()
+
+
+def test_no_prompts_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for finish, what in ((None, "prompt"), (Finishing(), "beginning")):
+        with pytest.raises(StochaError, match=f"^there is no {what}: expected at least one$"):
+            write_answers(tiny_model(), tiny_tokenizer(), [], tmp_path / "a.jsonl", finish=finish)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bos_is_neither_doubled_nor_written_where_the_tokenizer_puts_it(tmp_path: Path) -> None:

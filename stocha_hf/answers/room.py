@@ -43,6 +43,8 @@ def fitting_prompts(
     bounds it, to `least` tokens at least.
     """
     what, behind, option = words
+    if not texts:
+        raise StochaError(f"there is no {what}: expected at least one")
     most = getattr(model.config, "max_position_embeddings", None) or float("inf")
     found = dict(zip(texts, token_ids(tokenizer, texts), strict=True))
     fitting = {text: ids for text, ids in found.items() if len(ids) + new <= most}
