@@ -6,6 +6,9 @@ values uncut. In training the teacher says where a step is in doubt: what it pre
 is there before the model runs. Over some words of a large vocabulary (some_words.py) that is an estimate. The tokens
 before a doubt, which --inputs-fallback-tokens computes again too, stay cut in training.
 
+The teacher's head runs here, before the model, and again for the KL, inside the model's call: to share its logits a
+step would have to hold them for all tokens, of whose size losses.py tells.
+
     doubts = in_doubt(teacher_hidden, teacher_head, below=0.9)
     cutting.cut_at = cutting.cut_at & ~doubts
 """
