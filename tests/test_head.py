@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from helpers.packing import VARIANTS, Packed, packed
 
 from stocha_hf import convert, load_model
 from stocha_hf.conversion.quantize import layout
+from stocha_hf.cuts import PROJECTIONS, InputCuts
 from stocha_hf.decoding import build, loop, step
-from stocha_hf.decoding.structs import ABOUT, ALL, DTYPES, GREATEST, Call, Model, matrix
+from stocha_hf.decoding.structs import ABOUT, ALL, DTYPES, GREATEST, Call, Model, matrix, pointer
 from stocha_hf.modeling_stocha import ARCHITECTURES, StochaConfig
 from stocha_hf.patching import patch
 from stocha_hf.quantization import Quantization
@@ -43,13 +45,20 @@ class Head:
         parts = (matrix(self.x), weights.matrix(self.bias), norm.data_ptr(), DTYPES[dtype])
         self.model = Model(None, 0, *parts, columns, 1, 1, columns, 0, 1e-6, 1.0, 0.0)
 
-    def logits(self, wanted: int, listed: torch.Tensor | None = None, threads: int = 1) -> torch.Tensor:
+    def logits(
+        self,
+        wanted: int,
+        listed: torch.Tensor | None = None,
+        threads: int = 1,
+        sums: torch.Tensor | None = None,
+        below: float = 1.0,
+    ) -> torch.Tensor:
         tokens = len(self.x)
         ids, starts = torch.arange(tokens), torch.zeros(1, dtype=torch.int64)
         found = torch.full((tokens, len(self.bias) if listed is None else len(listed)), torch.nan)
         told = (None, 0) if listed is None else (listed.data_ptr(), len(listed))
         pointers = (ids.data_ptr(), ids.data_ptr(), starts.data_ptr())
-        call = Call(*pointers, 1, tokens, tokens, found.data_ptr(), 0, *told, wanted)
+        call = Call(*pointers, 1, tokens, tokens, found.data_ptr(), 0, *told, wanted, pointer(sums), 1 / below)
         self.library.stocha_step(ctypes.byref(self.model), ctypes.byref(call), threads)
         return found
 
@@ -134,6 +143,63 @@ def test_rows_that_are_all_alike_or_zero_or_not_finite_are_all_computed(library:
         assert torch.equal(found.nan_to_num(7), every.nan_to_num(7)) and found[1].isnan().all() == (kind == "nan")
 
 
+def peaked(library: Any, tokens: int, dtype: torch.dtype, peak: float) -> Head:
+    """A head whose rows 7 and 1500 lie along the first token's x: logits of `peak` and 0.9 of it, others are small."""
+    weights = packed(2003, 96, 8)
+    head = Head(library, weights, tokens, dtype)
+    x = head.x[0].float()
+    for row, logit in ((7, peak), (1500, 0.9 * peak)):
+        weights.codes[row] = (127 * x / x.abs().max()).round().char()
+        weights.scale[row] = logit * x.abs().max() / 127 / x.norm() / 96**0.5
+    head.weights = weights.in_planes()
+    head.model.head = head.weights.matrix(head.bias)
+    return head
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_sum_lies_on_the_side_of_the_limit_where_that_of_all_logits_does(library: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    counts = {(whole, doubt): 0 for whole in (False, True) for doubt in (False, True)}
+    for peak, tokens in itertools.product((4, 7, 8, 9, 12, 30), (1, 3)):
+        head, sums = peaked(library, tokens, dtype, peak), torch.empty(tokens)
+        every = head.logits(ALL, sums=sums)
+        exact = (every.double() - every.double().amax(1, keepdim=True)).exp().sum(1)
+        torch.testing.assert_close(sums.double(), exact, rtol=2e-6, atol=0)
+        for below, threads in itertools.product((0.01, 0.3, 0.6, 0.9), (1, 2, 3)):
+            told = torch.full((tokens,), torch.nan)
+            found = head.logits(GREATEST, threads=threads, sums=told, below=below)
+            doubts, computed = 1 / told < below, found > -torch.inf
+            assert torch.equal(doubts, 1 / exact < below) and torch.equal(found.argmax(1), every.argmax(1))
+            assert torch.equal(found[computed], every[computed]), "of those that are computed, the same bits"
+            if whole := bool(computed.all()):
+                torch.testing.assert_close(told.double(), exact, rtol=2e-6, atol=0)
+            counts[whole, bool(doubts[0])] += tokens == 1
+    assert min(counts.values()) > 0
+
+
+def test_a_sum_of_logits_that_are_not_finite_or_far_apart(library: Any) -> None:
+    torch.manual_seed(0)
+    for kind in ("nan", "masked", "far", "zero"):
+        head = peaked(library, 2, torch.float32, 3e4 if kind == "far" else 8)
+        if kind == "nan":
+            head.x[1, 3] = torch.nan
+        if kind == "masked":
+            head.bias[:1000] = -torch.inf
+        if kind == "zero":
+            head.weights.scale[:] = 0
+            head.bias.zero_()
+        every = head.logits(ALL)
+        probability = (every.amax(1) - every.logsumexp(1)).exp()
+        for wanted, threads, below in itertools.product((ALL, GREATEST), (1, 2, 3), (1e-3, 0.5)):
+            told = torch.empty(2)
+            head.logits(wanted, threads=threads, sums=told, below=below)
+            judged = step.few_logits(told)
+            found = (judged.amax(1) - judged.logsumexp(1)).exp()
+            assert torch.equal(found < below, probability < below) and torch.equal(found.isnan(), probability.isnan())
+            if wanted == ALL:
+                torch.testing.assert_close(found, probability, rtol=1e-5, atol=0, equal_nan=True)
+
+
 @pytest.fixture
 def wanted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What of the logits was wanted of each step."""
@@ -167,6 +233,35 @@ def test_200_greedy_tokens_are_those_of_all_logits(
     assert wanted == [GREATEST] * 199 and len(set(found[0].tolist())) > 5
     monkeypatch.setattr(loop, "GREATEST", ALL)
     assert torch.equal(found, model.generate(given, do_sample=False, **options)) and wanted[199:] == [ALL] * 199
+
+
+@torch.no_grad()
+def test_steps_in_doubt_are_those_that_all_logits_tell(wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("qwen2", vocab_size=3000, tie_word_embeddings=False, max_position_embeddings=512)
+    model.lm_head.weight *= 25  # or no token would be likely
+    cuts = InputCuts({name: [0.3, 0.3] for name in PROJECTIONS}, fallback=0.5)
+    patch(model, StochaConfig(activation="silu", inputs=cuts))
+    exchange(model.to(torch.bfloat16).eval(), Quantization(bits=4), fill=True)
+    run, doubts = step.run, []
+
+    def generated() -> torch.Tensor:
+        model.cutting.steps = model.cutting.repeated = 0
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 100, "eos_token_id": 3000, "pad_token_id": 0}
+        found = model.generate(PROMPT.repeat(2, 1) + torch.tensor([[0], [1]]), **options)
+        doubts.append((model.cutting.steps, model.cutting.repeated))
+        return found
+
+    def by_all(*args: Any, sums: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        logits = run(*args, **kwargs | {"wanted": ALL})
+        if sums is not None:
+            sums[:] = (logits[:, -1] - logits[:, -1].amax(1, keepdim=True)).exp().sum(1)
+        return logits
+
+    found = generated()
+    assert set(wanted) == {GREATEST}
+    monkeypatch.setattr(step, "run", by_all)
+    assert torch.equal(found, generated())
+    assert doubts[0] == doubts[1] and 10 < doubts[0][1] < 180 and doubts[0][0] == 198
 
 
 @pytest.mark.parametrize(

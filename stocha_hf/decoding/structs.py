@@ -103,6 +103,8 @@ class Call(ctypes.Structure):
         ("listed", _POINTER),
         ("listed_count", _SIZE),
         ("wanted", _SIZE),
+        ("sums", _POINTER),
+        ("limit", _REAL),
     ]
 
 

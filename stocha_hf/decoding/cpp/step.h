@@ -37,6 +37,8 @@ struct Call {
   const int64_t* listed;                    // rows of the head that are computed, rising; null: all
   int64_t listed_count;
   int64_t wanted;                           // of logits; see Wanted
+  float* sums;                              // [sequences, kept], of e^(logit - greatest); null: none are wanted
+  float limit;                              // of sums; see Head
 };
 
 // Seconds that the first thread spent in each part of all steps so far, where STOCHA_CLOCKS is defined: for benchmarks.
@@ -50,6 +52,7 @@ double stocha_clocks[kPhases];
 struct Shared {  // what threads tell each other
   Scratch scratch;
   std::vector<float> q, k, v, attended, projected, least;
+  std::vector<Known> known;
 };
 
 struct Pass {  // a thread's part of a step
@@ -232,8 +235,9 @@ struct Pass {  // a thread's part of a step
                  &normed[(s * call.kept + i) * size]);
     inputs.set(normed.data(), call.sequences * call.kept, size);
     const int64_t width = call.listed ? call.listed_count : model.head.outputs();
-    const Head head{model.head, type, model.soft_cap, call.listed, width, call.logits};
-    head.run(inputs, team, static_cast<Wanted>(call.wanted), shared.scratch.sums.data(), shared.least.data());
+    const Head head{model.head, type, model.soft_cap, call.listed, width, call.logits, call.sums, call.limit};
+    float* room = shared.scratch.sums.data();
+    head.run(inputs, team, static_cast<Wanted>(call.wanted), room, shared.least.data(), shared.known.data());
   }
 };
 
@@ -254,5 +258,6 @@ inline void step(const Model& model, const Call& call, int threads) {
   shared.v.resize(count * model.key_heads * model.head_size);
   shared.projected.resize(count * model.size);
   shared.least.resize(threads * kTokens);
+  shared.known.resize(threads * kTokens);
   with_team(threads, [&](Team team) { Pass{model, call, shared, team}.run(); });
 }
