@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from helpers.packing import VARIANTS, Packed, packed
 
 from stocha_hf.decoding import build, ops
 from stocha_hf.decoding.gate_prediction import candidates
-from stocha_hf.decoding.memory import use_large_pages
+from stocha_hf.decoding.memory import use_large_pages, use_own_large_pages
 from stocha_hf.decoding.structs import DTYPES, KERNEL_ACTIVATIONS, Ffn, GateCopy, Matrix, pointer
 from stocha_hf.decoding.thin_gate import ThinGate
 
@@ -185,3 +186,21 @@ def test_larger_pages_are_asked_for_around_a_large_tensor(monkeypatch: pytest.Mo
     for part, (start, size, _) in zip((whole[1000 : 2**19 + 1000], whole), asked, strict=True):
         assert start % 2**21 == size % 2**21 == 0
         assert start <= part.data_ptr() and part.data_ptr() + part.nbytes <= start + size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages")
+def test_rows_that_are_read_here_and_there_are_copied_out_of_files(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * 2**13)
+    first, small = (torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) for size in (2**21, 2**10))
+    before, own = first.data_ptr(), torch.arange(2**20, dtype=torch.int32)
+    held = first.data
+    for tensor in (first, small, own):
+        at = tensor.data_ptr()
+        use_own_large_pages(tensor)
+        assert (tensor.data_ptr() == at) == (tensor is not first)
+    assert torch.equal(first, held) and held.data_ptr() == before
+    at = first.data_ptr()
+    with torch.inference_mode():
+        use_own_large_pages(first)
+    assert first.data_ptr() == at and not first.is_inference()

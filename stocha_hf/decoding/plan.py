@@ -15,7 +15,7 @@ from torch import nn
 from stocha_hf.decoding import structs
 from stocha_hf.decoding.cuts import with_cut
 from stocha_hf.decoding.families import FAMILIES
-from stocha_hf.decoding.memory import use_large_pages
+from stocha_hf.decoding.memory import use_large_pages, use_own_large_pages
 from stocha_hf.decoding.structs import is_cut, matrix, matrix_of, pointer
 from stocha_hf.decoding.watch import ATTENTION, Refused, Watch
 from stocha_hf.spec import ACTIVATIONS
@@ -89,8 +89,8 @@ class Plan(Watch):
         holder = module.__dict__.get("tied_to", (module,))[0]
         for name in ("codes", "scale"):
             tensor = getattr(module, name)
+            use_own_large_pages(tensor) if module.transposed else use_large_pages(tensor)
             self.tensor(holder._buffers, name, tensor)
-            use_large_pages(tensor)
 
     def _embedding(self, module: Any) -> tuple[structs.Matrix, float]:
         scaled = self.family.kind("TextScaledWordEmbedding")

@@ -147,7 +147,7 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
     }
   });
   // Each thread makes of its neurons what all read.
-  const bool shares = all && !cut && !f.down.rows_are_inputs && f.down.format == kFormat4;
+  const bool shares = all && !f.down.rows_are_inputs && f.down.format == kFormat4;
   if (shares) scratch.for_down.prepare_part(hidden, mine.begin, mine.end, width, T);
   scratch.counts[team.thread] = kept_end - mine.begin;
   team.wait();

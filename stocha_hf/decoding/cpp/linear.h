@@ -56,11 +56,15 @@ struct Left {
     count = 0;
     if (T == 1 && m.centre == 0) {
       const float threshold = is_cut ? m.threshold : -1;
-      for (int64_t i = 0; i < x.size; ++i) {  // without jumps, which nobody could guess
-        list[count] = i;
-        factors[count] = x.values[i];
-        count += !(std::abs(x.values[i]) <= threshold);
+      const float* values = x.values.data();
+      float* to = factors.data();
+      int64_t *places = list.data(), chosen = 0;  // which may stay in registers
+      for (int64_t i = 0; i < x.size; ++i) {      // without jumps, which nobody could guess
+        places[chosen] = i;
+        to[chosen] = values[i];
+        chosen += !(std::abs(values[i]) <= threshold);
       }
+      count = chosen;
       return;
     }
     for (int64_t i = 0; i < x.size; ++i) {
