@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stocha_hf.cuts_stocha import cut_inputs
     from stocha_hf.decoding.lossless import lossless
     from stocha_hf.errors import StochaError
+    from stocha_hf.measurement.answers import evaluate_answers
     from stocha_hf.measurement.evaluation import compare, evaluate
     from stocha_hf.measurement.sampling import sample
     from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
@@ -43,6 +44,7 @@ _HOMES = {
     "convert": "conversion.convert",
     "cut_inputs": "cuts_stocha",
     "evaluate": "measurement.evaluation",
+    "evaluate_answers": "measurement.answers",
     "evaluate_tasks": "tasks.evaluate",
     "export": "conversion.export",
     "learn_input_cuts": "measurement.selection.learned",
@@ -84,6 +86,7 @@ __all__ = [
     "convert",
     "cut_inputs",
     "evaluate",
+    "evaluate_answers",
     "evaluate_tasks",
     "export",
     "learn_input_cuts",

@@ -1,4 +1,4 @@
-"""Measure a model: what it can do (--tasks), and perplexity, zeros and neurons that never fire (--data).
+"""Measure a model: what it can do (--tasks), perplexity, zeros and neurons that never fire (--data), and --answers.
 
 example:
   stocha-eval smollm2-sparse --data text.parquet
@@ -6,6 +6,7 @@ example:
   stocha-eval smollm2-sparse --data text.parquet --cett 0.1 0.2 0.4 --ppl-increase 1 --json > figures.json
   stocha-eval qwen-sparse --tasks humaneval --run-code --baseline Qwen/Qwen2.5-Coder-0.5B-Instruct --results qwen
   stocha-eval qwen-sparse --tasks bigbench:strategyqa hellaswag --limit 500 --task-data bigbench-1.0.0.tar.gz
+  stocha-eval qwen-sparse --answers held-out.jsonl --windows 128 --baseline Qwen/Qwen2.5-Coder-0.5B-Instruct
 
 MODEL is a Hub id or folder, converted or native. --baseline measures a second model too.
 
@@ -16,6 +17,9 @@ MODEL's predictions are from the other's.
 --cett C drops the neurons of smallest output in every layer, as many as add up to a share C of the layer's output
 (CETT; ReLU^2 Wins), and measures what is left. --ppl-increase P finds the most zeros, with one C for all layers, that
 raise the perplexity by at most P percent (PPL-P% sparsity; Sparsing Law); it takes a dozen passes over the text.
+
+--answers: The answers in such rows alone, each behind its prompt, which is read in full and not cut, as in decoding.
+--windows takes so many of them, and --length is where a row ends.
 
 --tasks: humaneval, bigbench:NAME for BIG-bench's multiple choice, and the names of lm-evaluation-harness, which needs
 the extra `tasks`. Scores come with their standard errors, and differences from a baseline, question by question, with
@@ -50,7 +54,7 @@ from stocha_hf.spec import ACTIVATIONS
 
 task_name = checked(str.strip, bool, "the name of a task, such as humaneval or bigbench:strategyqa")
 NEEDS = {  # an option that makes sense beside another one only
-    "data": ("windows", "cett", "ppl_increase", "plot"),
+    "data": ("cett", "ppl_increase", "plot"),
     "tasks": ("limit", "batch_size", "run_code", "task_data", "results", "lossless"),
 }
 
@@ -59,6 +63,9 @@ def parser() -> Parser:
     verb = Parser("stocha-eval", __doc__)
     verb.add_argument("model", type=path_or_id, metavar="MODEL", help="Hub id or checkpoint folder")
     verb.add_argument("--data", type=path_or_id, help="text: parquet, jsonl or txt file, folder or Hub data set")
+    verb.add_argument(
+        "--answers", type=path_or_id, metavar="DATA", help="prompts with answers, as stocha-answers writes them"
+    )
     verb.add_argument(
         "--tasks",
         nargs="+",
@@ -75,8 +82,15 @@ def parser() -> Parser:
         type=one_of(ACTIVATIONS),
         help=f"force an activation on MODEL: {', '.join(ACTIVATIONS)} (default: its own)",
     )
-    verb.add_argument("--length", type=whole_number(2), default=1024, help="tokens per window (default: 1024)")
-    verb.add_argument("--windows", type=whole_number(1), help="evenly spaced windows to measure on (default: all)")
+    verb.add_argument(
+        "--length",
+        type=whole_number(2),
+        default=1024,
+        help="tokens per window, or of a prompt and answer (default: 1024)",
+    )
+    verb.add_argument(
+        "--windows", type=whole_number(1), help="evenly spaced windows, or answers, to measure on (default: all)"
+    )
     verb.add_argument(
         "--cett",
         nargs="+",
@@ -125,7 +139,7 @@ def evaluate(args: argparse.Namespace) -> None:
     import torch
 
     from stocha_hf.data import load_tokenizer, text_windows
-    from stocha_hf.measurement import evaluation
+    from stocha_hf.measurement import answers, evaluation
     from stocha_hf.measurement.cett import truncations
     from stocha_hf.measurement.provenance import circumstances, origin
     from stocha_hf.models import load_config, load_model, tokenizer_folder
@@ -137,7 +151,9 @@ def evaluate(args: argparse.Namespace) -> None:
     configs = [load_config(name) for name in names]  # refuse a broken model before a long text is read
     tokenizers = [load_tokenizer(tokenizer_folder(name)) for name in names] if args.tasks else []
     tasks = [load_tasks(args.tasks, bool(tokenizer.chat_template), args.task_data) for tokenizer in tokenizers]
-    windows = text_windows(args.data, tokenizer_folder(args.model), args.length, args.windows) if args.data else None
+    reading = (tokenizer_folder(args.model), args.length, args.windows)
+    windows = text_windows(args.data, *reading) if args.data else None
+    pairs = answers.answer_rows(args.answers, *reading) if args.answers else None
     if windows is not None:
         for config in configs:
             evaluation.check_vocabulary(config, windows)
@@ -154,6 +170,11 @@ def evaluate(args: argparse.Namespace) -> None:
                 row |= truncations(model, windows, row["perplexity"], args.cett or [], args.ppl_increase)
             if args.baseline:
                 figures |= evaluation.compare(models[0], models[1], windows).to_dict()
+        if pairs is not None:
+            others = models[1:]
+            figures["answers"] = {"data": args.answers} | answers.evaluate_answers(models[0], pairs, *others).to_dict()
+            if others:
+                rows[1]["answers"] = answers.evaluate_answers(others[0], pairs).to_dict()
         if args.tasks:
             figures |= _tasks(models, tokenizers, tasks, rows, args)
     figures |= {"baseline": rows[1]} if args.baseline else {}
@@ -213,8 +234,10 @@ def _check_lossless(tasks: list[dict[str, Any]], args: argparse.Namespace) -> No
 
 def _check(args: argparse.Namespace) -> None:
     """What no option's type can see."""
-    if not args.data and not args.tasks:
-        raise StochaError("there is nothing to measure: expected --data TEXT, --tasks TASK, or both")
+    if not (args.data or args.answers or args.tasks):
+        raise StochaError("there is nothing to measure: expected --data TEXT, --answers DATA or --tasks TASK")
+    if args.windows and not (args.data or args.answers):
+        raise StochaError("--windows is given without --data or --answers: expected one of them, or no --windows")
     for needed, options in NEEDS.items():
         for option in options:
             if getattr(args, option) and not getattr(args, needed):

@@ -14,6 +14,7 @@ from stocha_hf.measurement.figures import evaluated
 def evaluation_text(figures: dict[str, Any]) -> str:
     """Return the lines of what stocha-eval prints with --json."""
     lines = [line for row in evaluated(figures) for line in _model_lines(row)]
+    lines += [line for row in evaluated(figures) for line in _answer_lines(row)]
     lines += [line for row in evaluated(figures) for line in _task_lines(row)]
     for row in figures.get("task_differences", []):
         lines.append(
@@ -47,6 +48,17 @@ def _model_lines(row: dict[str, Any]) -> Iterator[str]:
         yield f"  truncated at CETT {point['cett']:g}: {_point_text(point)}"
     if point := row.get("ppl_sparsity"):
         yield f"  PPL-{point['percent']:g}%: {_point_text(point)}, at CETT {point['cett']:.3f}"
+
+
+def _answer_lines(row: dict[str, Any]) -> Iterator[str]:
+    if not (found := row.get("answers")):
+        return
+    of = f"{found['tokens']} tokens of {found['rows']} answers"
+    yield f"{row['model']}: perplexity {found['perplexity']:.3f} on {of}"
+    yield f"  a decode step reads {found['bytes_read']['share']:.1%} of its blocks' bytes"
+    yield from _fallback_lines(found)
+    if found["kl"] is not None:
+        yield f"  from the second to the first: KL {found['kl']:.4f}, same top token {found['top1_agreement']:.1%}"
 
 
 def _task_lines(row: dict[str, Any]) -> Iterator[str]:

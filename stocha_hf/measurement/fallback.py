@@ -59,19 +59,44 @@ def predictions(
 
     `real`, bool [batch, seq], is False at padding, None where there is none: no step is in doubt there.
     """
-    logits = model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
+    return _predictions(model, tokens, kept, real, None, **given)[0]
+
+
+def answer_predictions(model: Any, tokens: torch.Tensor, prompt: int) -> tuple[torch.Tensor, int]:
+    """Return the logits of an answer's tokens, [batch, answer, vocabulary], and how many steps were in doubt.
+
+    The `prompt` first of tokens [batch, seq] are not cut. The last of them predicts the answer's first token, in full;
+    the answer's last token predicts nothing.
+    """
+    whole = (torch.arange(tokens.shape[1], device=tokens.device) < prompt).expand_as(tokens)
+    real = torch.ones_like(whole)
+    real[:, -1] = False
+    logits, doubted = _predictions(model, tokens, tokens.shape[1] - prompt + 1, real, whole)
+    return logits[:, :-1], 0 if doubted is None else int(doubted.sum())
+
+
+def _predictions(
+    model: Any, tokens: torch.Tensor, kept: int, real: torch.Tensor | None, whole: torch.Tensor | None, **given: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Those of the last `kept` tokens, and where steps were in doubt, bool [batch, seq]; None: it has no doubts.
+
+    `whole`, bool [batch, seq], are tokens that are never cut, and so never in doubt.
+    """
+    with uncut(model, whole if _cutting(model) else None):
+        logits = model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
     if not fallback_of(model):
-        return logits
+        return logits, None
     doubted = torch.nn.functional.pad(doubts(model, logits), (tokens.shape[1] - logits.shape[1], 0))
     doubted = doubted if real is None else doubted & real
-    where = renewed(model, doubted)
+    doubted = doubted if whole is None else doubted & ~whole
+    where = renewed(model, doubted) if whole is None else renewed(model, doubted) | whole
     early = (where & ~doubted)[:, -logits.shape[1] :]
     first = logits[early]
     del logits  # gigabytes
     with uncut(model, where):
         found = model(tokens, use_cache=False, logits_to_keep=kept, **given).logits
     found[early] = first
-    return found
+    return found, doubted
 
 
 def with_repeated(model: Any, read: BytesRead, steps: int, repeated: int) -> tuple[BytesRead, Fallback]:

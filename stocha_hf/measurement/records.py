@@ -2,6 +2,7 @@
 
     evaluation.evaluate -> Evaluation        cett.at_cett -> Truncation         sampling.sample -> Samples
     evaluation.compare  -> Comparison        speed_models.benchmark -> Benchmark
+    answers.evaluate_answers -> AnswersEvaluation
     affinity.affinity   -> Affinity          predictivity.predictivity -> Predictivity
 
 They are kept apart from what computes them, because publishing/ checks that files hold one, and needs no torch.
@@ -130,6 +131,23 @@ class Comparison(Record):
 
     kl: float
     top1_agreement: float
+
+
+@dataclass(frozen=True)
+class AnswersEvaluation(Record):
+    """What a model is worth on the tokens of answers, whose prompts it read in full.
+
+    `rows` are the answers and `tokens` theirs. `kl` and `top1_agreement` are those of a Comparison, None where there
+    was no baseline. `fallback` is None where the model has none.
+    """
+
+    rows: int
+    tokens: int
+    perplexity: float
+    bytes_read: BytesRead
+    fallback: Fallback | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
 
 
 @dataclass(frozen=True)
