@@ -88,8 +88,13 @@ def main() -> None:
             "in_doubt": statistics.fmean(doubted),
             "same_doubt": statistics.fmean(a == b for a, b in zip(doubted, doubted_too, strict=True)),
             "all_rows": 1 - len(few) / len(rows),
-            "rows_elsewhere": {"mean": statistics.fmean(few), "median": statistics.median(few), "most": max(few)},
         }
+        if few:
+            record["rows_elsewhere"] = {
+                "mean": statistics.fmean(few),
+                "median": statistics.median(few),
+                "most": max(few),
+            }
     with args.json.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=1))

@@ -195,7 +195,8 @@ def test_rows_that_are_read_here_and_there_are_copied_out_of_files(tmp_path: Pat
     first, small = (torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) for size in (2**21, 2**10))
     before, own = first.data_ptr(), torch.arange(2**20, dtype=torch.int32)
     held = first.data
-    for tensor in (first, small, own):
+    shared = torch.zeros(2**20, dtype=torch.int32).share_memory_()  # other processes may read it
+    for tensor in (first, small, own, shared):
         at = tensor.data_ptr()
         use_own_large_pages(tensor)
         assert (tensor.data_ptr() == at) == (tensor is not first)

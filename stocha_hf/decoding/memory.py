@@ -21,8 +21,9 @@ import torch
 MADV_COLLAPSE = 25  # Linux 6.1; older ones answer EINVAL, and so do all for a file
 LARGE_PAGE = 2**21
 LEAST = 2**18  # bytes of a tensor that are worth it
-_LOCK = threading.Lock()
 MADV_PAGEOUT = 21  # Linux 5.4; older ones answer EINVAL, which leaves the pages where they are
+SHARED = ("/dev/shm/", "/memfd:")  # memory that other processes may read, and no file's
+_LOCK = threading.Lock()
 
 
 def use_large_pages(tensor: torch.Tensor) -> None:
@@ -59,8 +60,8 @@ def release(tensor: torch.Tensor) -> bool:
 
 def _is_of_file(address: int) -> bool:
     for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, _, _, inode = line.split(maxsplit=5)[:5]
+        span, _, _, _, inode, *path = line.split(maxsplit=5)
         first, last = (int(end, 16) for end in span.split("-"))
         if first <= address < last:
-            return inode != "0"
+            return inode != "0" and not "".join(path).startswith(SHARED)
     return False

@@ -89,7 +89,7 @@ class Plan(Watch):
         holder = module.__dict__.get("tied_to", (module,))[0]
         for name in ("codes", "scale"):
             tensor = getattr(module, name)
-            use_own_large_pages(tensor) if module.transposed else use_large_pages(tensor)
+            (use_own_large_pages if module.transposed else use_large_pages)(tensor)
             self.tensor(holder._buffers, name, tensor)
 
     def _embedding(self, module: Any) -> tuple[structs.Matrix, float]:

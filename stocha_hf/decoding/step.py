@@ -99,8 +99,9 @@ def judged(cutting: Any, sums: torch.Tensor) -> torch.Tensor | None:
 
     `sums` [sequences] are those of e^(logit - the greatest). Where none is in doubt, as is the rule, few of PyTorch's
     operations are called: behind a step, which leaves nothing of them in the caches, each takes tens of microseconds.
+    A folder's own Cutting is asked only where one may be: its rule is this one in every published copy.
     """
-    if not all(1 / sum_of_one >= cutting.fallback for sum_of_one in sums.tolist()):
+    if not all(cutting.fallback * total <= 1 for total in sums.tolist()):  # NaN is judged below
         found: torch.Tensor | None = cutting.judge(few_logits(sums))
         return found
     cutting.steps, cutting.doubted = cutting.steps + len(sums), torch.zeros(len(sums), dtype=torch.bool)
@@ -162,7 +163,7 @@ def run(
         listed: int64, rising and contiguous: tokens whose logits are computed; None: all.
         wanted: ALL logits; or the GREATEST one of each token, where others may be minus infinity; or all ABOUT as
             large as they are. The latter two read less where lm_head is in two planes, and are ALL otherwise.
-        sums: float32 [sequences, kept], to be filled with sums of e^(logit - the greatest).
+        sums: float32 [sequences, kept], to be filled with sums of e^(logit - the greatest); not where ABOUT is wanted.
         below: A probability. Where the GREATEST are wanted, sums need not be those of all logits: one over a sum, the
             greatest's probability, is below where that of all is.
 

@@ -62,7 +62,7 @@ class StochaArguments(SFTConfig):
     )
     distill_hidden_end: float | None = field(
         default=None,
-        metadata={"help": "That weight at the last step, reached in a straight line (default: it stays)."},
+        metadata={"help": "That weight at the end, reached in a straight line (default: it stays)."},
     )
     distill_vocabulary: int | None = field(
         default=None,

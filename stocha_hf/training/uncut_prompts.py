@@ -77,7 +77,7 @@ class PromptCollator:
         seen = batch.get("attention_mask", torch.ones_like(tokens)).bool()
         cut_at, without, doubts = (torch.zeros_like(seen) for _ in range(3))
         for text in _texts(seen, batch.get("position_ids")):
-            doubts[text] = self._doubts(tokens[text])
+            doubts[text] = self.doubts > 0 and self._doubts(tokens[text])
             cut = self._cut_at(tokens[text], labels[text], seen[text])
             if cut is not None:
                 cut_at[text] = cut & (torch.arange(len(cut)) >= FIRST)
