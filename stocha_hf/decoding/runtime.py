@@ -37,6 +37,7 @@ from stocha_hf.decoding.conditions import FEW
 from stocha_hf.decoding.cuts import cut_linear
 from stocha_hf.decoding.ffn import ffn
 from stocha_hf.decoding.ops import available
+from stocha_hf.decoding.prompts import prompt
 from stocha_hf.decoding.state import held_bytes
 from stocha_hf.errors import StochaError
 
@@ -132,19 +133,19 @@ def step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Abs
     """Return a context for a call of `model` with these arguments, in which it is as fast as this package makes it.
 
     In a decode step on a CPU, Linear and decoder layers have their classes of layers.py, also for other threads that
-    are in a step of the same model. A model whose call was compiled is left as it is.
+    are in a step of the same model. Prompts are prompts.py's. A model whose call was compiled is left as it is.
     """
     compiled = "forward" in model.__dict__ or getattr(model, "_compiled_call_impl", None) is not None
-    if compiled or not _is_decode_step(args, kwargs) or not available():
+    if compiled:
         return nullcontext()
-    return _with_classes(model)
-
-
-def _is_decode_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
         tokens = None if tokens is None else tokens[..., 0]
+    return _with_classes(model) if _is_decode_step(tokens) and available() else prompt(tokens)
+
+
+def _is_decode_step(tokens: Any) -> bool:
     return (
         isinstance(tokens, torch.Tensor)
         and tokens.is_cpu

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from stocha_hf.decoding.prompts import multiplies_bf16
 from stocha_hf.errors import StochaError
 
 LEAST = {  # of trl's and transformers' keys, which take any number and fail later
@@ -117,7 +118,7 @@ class StochaArguments(SFTConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             # one is the other's new name, of transformers 5.22 and later; said here, trl's default makes no warning
             self.activation_checkpointing = self.gradient_checkpointing
-        if (self.use_cpu or not torch.accelerator.is_available()) and not _multiplies_bf16():
+        if (self.use_cpu or not torch.accelerator.is_available()) and not multiplies_bf16():
             if self.bf16:
                 warnings.warn(
                     "bf16 is true, and float32 is many times faster on this CPU: set bf16: false", stacklevel=3
@@ -222,8 +223,3 @@ class StochaArguments(SFTConfig):
     def n_gpu(self) -> int:
         """One: a process that nothing launched would split its batches over all GPUs (DataParallel)."""
         return min(super().n_gpu, 1)
-
-
-def _multiplies_bf16() -> bool:
-    """Whether PyTorch multiplies bfloat16 matrices on this CPU with vector instructions; without, one by one."""
-    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
