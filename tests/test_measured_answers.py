@@ -98,7 +98,11 @@ def test_the_command_says_what_answers_are_worth(folder: Path) -> None:
     options = ("--answers", folder / "answers.jsonl", "--baseline", folder / "model", "--dtype", "float32")
     figures = json.loads(call_command("stocha-eval", folder / "out", *options, "--json").stdout)
     assert figures["answers"]["rows"] == 6 and figures["answers"]["tokens"] == 24
-    assert figures["answers"]["kl"] > 0 and figures["baseline"]["answers"]["kl"] is None
+    assert figures["answers"]["kl"] > 0
+    alone = call_command("stocha-eval", folder / "model", *options[:2], *options[4:], "--json")
+    expected = json.loads(alone.stdout)["answers"]
+    assert figures["answers"]["baseline_perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert expected["kl"] is expected["baseline_perplexity"] is None
     printed = call_command("stocha-eval", folder / "out", *options).stdout
     assert "24 tokens of 6 answers" in printed and "from the second to the first: KL" in printed
     (folder / "text.jsonl").write_text('{"text": "w5 w6 w7"}\n')

@@ -62,16 +62,16 @@ class Finishing:
         if self.ends is None:
             return
         try:
-            everywhere = re.search(self.ends, "") is not None
+            takes_nothing = re.search(self.ends, "") is not None
         except re.error as error:
             raise StochaError(
                 f"{self.ends!r}, at which requests end, is no regular expression ({error}): expected one such as "
                 r"\n\n"
             ) from None
-        if everywhere:
+        if takes_nothing:
             raise StochaError(
-                f"requests end at {self.ends!r}, which matches an empty text and so is everywhere: expected a regular "
-                r"expression that takes a character at least, such as \n\n"
+                f"requests end at {self.ends!r}, which matches an empty text: expected a regular expression "
+                r"that takes a character at least, such as \n\n"
             )
 
     def made(self) -> dict[str, Any]:

@@ -171,10 +171,9 @@ def evaluate(args: argparse.Namespace) -> None:
             if args.baseline:
                 figures |= evaluation.compare(models[0], models[1], windows).to_dict()
         if pairs is not None:
-            others = models[1:]
-            figures["answers"] = {"data": args.answers} | answers.evaluate_answers(models[0], pairs, *others).to_dict()
-            if others:
-                rows[1]["answers"] = answers.evaluate_answers(others[0], pairs).to_dict()
+            figures["answers"] = {"data": args.answers} | answers.evaluate_answers(
+                models[0], pairs, *models[1:]
+            ).to_dict()
         if args.tasks:
             figures |= _tasks(models, tokenizers, tasks, rows, args)
     figures |= {"baseline": rows[1]} if args.baseline else {}

@@ -82,26 +82,33 @@ def evaluate_answers(
     """
     for some in filter(None, (model, baseline)):
         check_vocabulary(some.config, torch.tensor([max(max(ids) for ids, _ in rows)]))
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, divergence, and tokens with the same likeliest successor
+    sums = torch.zeros(4, dtype=torch.float64)  # both losses, divergence, and tokens of the same likeliest successor
     repeated = 0
     for ids, prompt in Progress(rows, desc="Reading answers", unit="answer"):
         tokens = torch.tensor([ids], device=model.device)
         found, doubted = _log_probabilities(model, tokens, prompt)
         repeated += doubted
-        sums[0] += F.nll_loss(found, tokens[0, prompt:], reduction="sum").cpu()
+        answer = tokens[0, prompt:]
+        sums[0] += F.nll_loss(found, answer, reduction="sum").cpu()
         if baseline is not None:
             aims, _ = _log_probabilities(baseline, tokens, prompt)
-            sums[1] += F.kl_div(found, aims, reduction="sum", log_target=True).cpu()
-            sums[2] += (found.argmax(-1) == aims.argmax(-1)).sum().cpu()
+            sums[1] += F.nll_loss(aims, answer, reduction="sum").cpu()
+            sums[2] += F.kl_div(found, aims, reduction="sum", log_target=True).cpu()
+            sums[3] += (found.argmax(-1) == aims.argmax(-1)).sum().cpu()
     count = sum(len(ids) - prompt for ids, prompt in rows)
-    loss, kl, same = (sums / count).tolist()
-    if not (math.isfinite(loss) and math.isfinite(kl)):
-        raise StochaError(f"the mean loss on the answers is {loss}, the divergence {kl}: expected finite ones")
+    loss, other, kl, same = (sums / count).tolist()
+    if not all(map(math.isfinite, (loss, other, kl))):
+        raise StochaError(
+            f"the mean loss on the answers is {loss}, the baseline's {other}, the divergence {kl}: expected finite "
+            "ones; check both models' weights"
+        )
     # an answer's first token comes from its prompt, and none from its last one
     read, fallback = read_of_texts(model, [(ids[:-1], prompt + 1) for ids, prompt in rows]), None
     if fallback_of(model):
         read, fallback = with_repeated(model, read, count - len(rows), repeated)
-    compared = {} if baseline is None else {"kl": kl, "top1_agreement": same}
+    compared = {}
+    if baseline is not None:
+        compared = {"kl": kl, "top1_agreement": same, "baseline_perplexity": math.exp(other)}
     return AnswersEvaluation(len(rows), count, math.exp(loss), read, fallback, **compared)
 
 

@@ -14,7 +14,7 @@ from stocha_hf.measurement.figures import evaluated
 def evaluation_text(figures: dict[str, Any]) -> str:
     """Return the lines of what stocha-eval prints with --json."""
     lines = [line for row in evaluated(figures) for line in _model_lines(row)]
-    lines += [line for row in evaluated(figures) for line in _answer_lines(row)]
+    lines += _answer_lines(figures)
     lines += [line for row in evaluated(figures) for line in _task_lines(row)]
     for row in figures.get("task_differences", []):
         lines.append(
@@ -58,7 +58,10 @@ def _answer_lines(row: dict[str, Any]) -> Iterator[str]:
     yield f"  a decode step reads {found['bytes_read']['share']:.1%} of its blocks' bytes"
     yield from _fallback_lines(found)
     if found["kl"] is not None:
-        yield f"  from the second to the first: KL {found['kl']:.4f}, same top token {found['top1_agreement']:.1%}"
+        yield (
+            f"  from the second to the first: KL {found['kl']:.4f}, same top token {found['top1_agreement']:.1%}; "
+            f"perplexity of the second {found['baseline_perplexity']:.3f}"
+        )
 
 
 def _task_lines(row: dict[str, Any]) -> Iterator[str]:

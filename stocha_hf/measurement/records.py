@@ -137,8 +137,8 @@ class Comparison(Record):
 class AnswersEvaluation(Record):
     """What a model is worth on the tokens of answers, whose prompts it read in full.
 
-    `rows` are the answers and `tokens` theirs. `kl` and `top1_agreement` are those of a Comparison, None where there
-    was no baseline. `fallback` is None where the model has none.
+    `rows` are the answers and `tokens` theirs. `kl` and `top1_agreement` are those of a Comparison, and
+    `baseline_perplexity` is the other model's; None where there was none. `fallback` is None where the model has none.
     """
 
     rows: int
@@ -148,6 +148,7 @@ class AnswersEvaluation(Record):
     fallback: Fallback | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+    baseline_perplexity: float | None = None
 
 
 @dataclass(frozen=True)

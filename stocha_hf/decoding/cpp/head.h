@@ -13,7 +13,7 @@
 // so does the whole head's; elsewhere the whole head is read. The sum of the others is beyond its bound only where a
 // weighted mean of their e^(error - m deviations) is above 1. By Markov's inequality, of a high power of it, that is as
 // rare as one row's error beyond m deviations where deviations are alike: of any number of rows, whatever the errors
-// have to do with each other.
+// have to do with each other. That is of logits before they are rounded and capped, which keeps their order.
 #pragma once
 
 #include "linear.h"
