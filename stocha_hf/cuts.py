@@ -21,6 +21,7 @@ LEARNED_INPUTS = "learned_inputs"  # the method of the stage in a history that s
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # the same input
 FALLBACK = "a probability from 0 to below 1"
 FALLBACK_TOKENS = "a whole number from 1 to 8"  # as many as the kernels take in one step
 
@@ -30,7 +31,9 @@ class InputCuts:
     """The `inputs` of a `stocha` entry: which entries of projections' inputs are cut, so that decoding can skip them.
 
     A projection W computes W where(|x - c| > t, x, c), with a threshold t and a centre c of its own: c = 0 is TEAL
-    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174).
+    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174). With `token_factors` a token's thresholds are
+    t exp(tanh(w x + b)): w and b are weights of the folder, the `token_factor` of the first of the projections that
+    read one input, as in SHARED.
 
     Args:
         thresholds: One per layer, 0 or more, for each projection that cuts, a name in PROJECTIONS.
@@ -42,6 +45,7 @@ class InputCuts:
         fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
         fallback_tokens: How many tokens such a step then computes, 1 to 8: its own and those before it, whose keys and
             values earlier steps wrote with cuts; None: its own.
+        token_factors: Whether each token has factors of its own of all thresholds; None: it has none.
 
     Raises:
         ValueError: For any other value; the message names the key, what was given and what was expected.
@@ -55,6 +59,7 @@ class InputCuts:
     calibration: dict[str, Any] | None = None
     fallback: float | None = None
     fallback_tokens: int | None = None
+    token_factors: bool | None = None
 
     def __post_init__(self) -> None:
         require_all(self, "inputs.", self._rules())
@@ -69,6 +74,7 @@ class InputCuts:
         yield "train", isinstance(self.train, bool), "true or false"
         yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
         yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
+        yield "token_factors", isinstance(self.token_factors, bool | None), "true or false"
         count = self.fallback_tokens
         yield "fallback_tokens", count is None or is_fallback_tokens(count), FALLBACK_TOKENS
         yield "fallback_tokens", count is None or bool(self.fallback), "none where there is no fallback"
@@ -83,6 +89,11 @@ class InputCuts:
         """Return the threshold and the centre of a projection that cuts."""
         centres = (self.centres or {}).get(projection)
         return self.thresholds[projection][layer], centres[layer] if centres else 0.0
+
+    def leaders(self) -> dict[str, str]:
+        """Return for each projection that cuts the first that reads its input and cuts: it has their token factor."""
+        groups = [[name for name in group if name in self.thresholds] for group in SHARED]
+        return {name: group[0] for group in groups for name in group}
 
     @classmethod
     def from_dict(cls, entry: Any) -> InputCuts:

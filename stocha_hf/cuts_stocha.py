@@ -47,6 +47,7 @@ from .modeling_stocha import (
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
+SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # the same input
 FALLBACK = "a probability from 0 to below 1"
 FALLBACK_TOKENS = "a whole number from 1 to 8"  # as many as the kernels take in one step
 
@@ -56,7 +57,9 @@ class InputCuts:
     """The `inputs` of a `stocha` entry: which entries of projections' inputs are cut, so that decoding can skip them.
 
     A projection W computes W where(|x - c| > t, x, c), with a threshold t and a centre c of its own: c = 0 is TEAL
-    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174).
+    (arXiv 2408.14690), the mode or median SCAP (arXiv 2412.07174). With `token_factors` a token's thresholds are
+    t exp(tanh(w x + b)): w and b are weights of the folder, the `token_factor` of the first of the projections that
+    read one input, as in SHARED.
 
     Args:
         thresholds: One per layer, 0 or more, for each projection that cuts, a name in PROJECTIONS.
@@ -68,6 +71,7 @@ class InputCuts:
         fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
         fallback_tokens: How many tokens such a step then computes, 1 to 8: its own and those before it, whose keys and
             values earlier steps wrote with cuts; None: its own.
+        token_factors: Whether each token has factors of its own of all thresholds; None: it has none.
 
     Raises:
         ValueError: For any other value; the message names the key, what was given and what was expected.
@@ -81,6 +85,7 @@ class InputCuts:
     calibration: dict[str, Any] | None = None
     fallback: float | None = None
     fallback_tokens: int | None = None
+    token_factors: bool | None = None
 
     def __post_init__(self) -> None:
         require_all(self, "inputs.", self._rules())
@@ -95,6 +100,7 @@ class InputCuts:
         yield "train", isinstance(self.train, bool), "true or false"
         yield "calibration", isinstance(self.calibration, dict | None), "a mapping"
         yield "fallback", self.fallback is None or is_fallback(self.fallback), FALLBACK
+        yield "token_factors", isinstance(self.token_factors, bool | None), "true or false"
         count = self.fallback_tokens
         yield "fallback_tokens", count is None or is_fallback_tokens(count), FALLBACK_TOKENS
         yield "fallback_tokens", count is None or bool(self.fallback), "none where there is no fallback"
@@ -109,6 +115,11 @@ class InputCuts:
         """Return the threshold and the centre of a projection that cuts."""
         centres = (self.centres or {}).get(projection)
         return self.thresholds[projection][layer], centres[layer] if centres else 0.0
+
+    def leaders(self) -> dict[str, str]:
+        """Return for each projection that cuts the first that reads its input and cuts: it has their token factor."""
+        groups = [[name for name in group if name in self.thresholds] for group in SHARED]
+        return {name: group[0] for group in groups for name in group}
 
     @classmethod
     def from_dict(cls, entry: Any) -> InputCuts:
@@ -357,13 +368,14 @@ class CutInput:
     """
 
     state = (
-        *("input_threshold", "input_centre", "cutting"),
+        *("input_threshold", "input_centre", "cutting", "factors"),
         *("cut_training", "cut_inference", "cut_forced", "native_class", "input_major"),
     )
 
     training: bool
     input_threshold: float
     input_centre: float
+    factors: tuple[Any, ...]  # the module that has its tokens' factors, and their name there; empty: they are 1
     cutting: Cutting
     cut_training: str
     cut_inference: str
@@ -399,12 +411,31 @@ class CutInput:
     def small(self, x: torch.Tensor) -> torch.Tensor:
         """Return which entries of x are cut, bool of x's shape."""
         centred = x - self.input_centre if self.input_centre else x
-        small, cut_at = centred.abs() <= self.input_threshold, self.cutting.cut_at
+        if self.factors:
+            factor = token_logs(x, getattr(*self.factors)).exp()
+            small = centred.abs().float() <= self.input_threshold * factor
+        else:
+            small = centred.abs() <= self.input_threshold
+        cut_at = self.cutting.cut_at
         return small if cut_at is None else small & cut_at[..., None]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         made: Any = super().__reduce_ex__(protocol)  # a function that makes it, the function's arguments, its state
         return _new_cut, (self.native_class,), *made[2:]
+
+
+def token_logs(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of tokens' factors of thresholds, between -1 and 1.
+
+    Args:
+        x: A projection's input before it is cut, [..., size].
+        weights: The w and b of tanh(w x + b), [size + 1].
+
+    Returns:
+        float32 [..., 1].
+    """
+    w, b = weights.float().split([x.shape[-1], 1])
+    return torch.tanh((x.float() * w).sum(-1, keepdim=True) + b)
 
 
 _cut_classes: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that cuts now
@@ -448,6 +479,8 @@ def set_cuts(native: Any) -> None:
     if cuts is None:
         return
     cutting = native.__dict__.setdefault("cutting", Cutting(cuts.fallback or 0.0, cuts.fallback_tokens or 1))
+    add_token_factors(native, cuts)
+    leaders = cuts.leaders() if cuts.token_factors else {}
     for index, layer in enumerate(projections(native)):
         for name in cuts.thresholds:
             module = layer[name]
@@ -456,6 +489,7 @@ def set_cuts(native: Any) -> None:
                 module.__dict__.update(
                     input_threshold=threshold,
                     input_centre=centre,
+                    factors=(_owner(native, index, name), factor_name(leaders[name])) if leaders else (),
                     cutting=cutting,
                     cut_training="always" if cuts.train else "never",
                     cut_inference="always" if cuts.prefill else "decode",
@@ -464,6 +498,31 @@ def set_cuts(native: Any) -> None:
                     input_major=None,
                 )
                 become(module, cut_class(type(module)))
+
+
+def add_token_factors(native: Any, cuts: InputCuts) -> None:
+    """Give a model the weights of its tokens' factors, where it is to have and has none: zeros, so that these are 1.
+
+    They are not the projections' own: quantizers exchange these while a folder is loaded.
+    """
+    for index, layer in enumerate(projections(native) if cuts.token_factors else []):
+        for name in {*cuts.leaders().values()}:
+            owner, key = _owner(native, index, name), factor_name(name)
+            if key not in owner._parameters:
+                like = next(tensor for tensor in native.parameters() if tensor.is_floating_point())
+                projection: Any = layer[name]
+                owner.register_parameter(key, nn.Parameter(like.new_zeros(projection.in_features + 1)))
+            owner.get_parameter(key).requires_grad_(False)  # cuts have no gradient
+
+
+def factor_name(leader: str) -> str:
+    """The name of tokens' factors in the module that a projection is in; it is the first that reads its input."""
+    return f"{leader}_token_factor"
+
+
+def _owner(native: Any, layer: int, projection: str) -> nn.Module:
+    found: Any = native.base_model.layers[layer]
+    return found.self_attn if projection in ATTENTION else found.mlp
 
 
 @contextmanager

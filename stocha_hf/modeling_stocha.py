@@ -594,6 +594,8 @@ class StochaModel:
         config.stocha = stocha_config.to_dict()  # whole, also where the entry left keys out
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         patch_mlps(native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
+        if stocha_config.inputs is not None and stocha_config.inputs.token_factors:
+            cuts_file().add_token_factors(self, stocha_config.inputs)  # before weights are loaded
 
     def train(self, mode: bool = True) -> Any:
         """As the native one; and sets the input cuts, after from_pretrained's quantizers, which exchange nn.Linear."""

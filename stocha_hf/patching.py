@@ -16,7 +16,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from stocha_hf import modeling_stocha
-from stocha_hf.cuts_stocha import CutInput, cut_projections, projections, set_cuts
+from stocha_hf.cuts_stocha import cut_projections, projections, set_cuts
 from stocha_hf.modeling_stocha import (
     ARCHITECTURES,
     StochaConfig,
@@ -120,7 +120,10 @@ def unpatch(model: nn.Module) -> int:
         mlp.act_fn.train(mlp.training)
         _restore(mlp, StochaMLP.state)
     for projection in cut_projections(model):
-        _restore(projection, CutInput.state)
+        if factors := getattr(projection, "factors", ()):  # none in folders' copies of before
+            owner, key = factors
+            owner._parameters.pop(key, None)
+        _restore(projection, projection.state)
     patched = next(module for module in model.modules() if hasattr(type(module), "stocha_mode"))
     native = next(cls for cls in type(patched).__mro__ if f"Stocha{cls.__name__}" == type(patched).__name__)
     become(patched, native)

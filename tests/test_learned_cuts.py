@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from stocha_hf.conversion.convert import convert
 from stocha_hf.conversion.learned_cuts import _dtype
+from stocha_hf.cuts import SHARED
 from stocha_hf.cuts_stocha import cut_inputs
 from stocha_hf.data import calibration_texts
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.evaluation import compare, evaluate
 from stocha_hf.measurement.selection.input_cuts import calibrate_inputs
-from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, scale_inputs
+from stocha_hf.measurement.selection.input_scales import inputs_of, scale_inputs
 from stocha_hf.measurement.selection.learned import FIRST, answers, learn_input_cuts
 from stocha_hf.measurement.selection.threshold_gradients import WIDTH, _Cut
 from stocha_hf.modeling_stocha import StochaConfig

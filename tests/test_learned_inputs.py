@@ -15,12 +15,12 @@ from helpers.training import SILU, losses, run
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
-from stocha_hf.cuts import PROJECTIONS, InputCuts
+from stocha_hf.cuts import PROJECTIONS, SHARED, InputCuts
 from stocha_hf.cuts_stocha import cut_inputs, cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.evaluation import evaluate
-from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of
+from stocha_hf.measurement.selection.input_scales import inputs_of
 from stocha_hf.measurement.selection.learned import STIFF
 from stocha_hf.measurement.selection.threshold_gradients import Group, cutting
 from stocha_hf.modeling_stocha import StochaConfig, become

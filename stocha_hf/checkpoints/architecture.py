@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stocha_hf.checkpoints.quantized import matrix_shapes, read_quantization
+from stocha_hf.cuts import InputCuts
 from stocha_hf.errors import StochaError
 
 # What a config class takes for a key that config.json leaves out; num_key_value_heads and head_dim may also be null.
@@ -141,7 +142,8 @@ def check_tensors(shapes: Mapping[str, list[int]], config: Mapping[str, Any], wh
     missing, has another shape, is there twice, or belongs to the model's own parts and would be ignored.
     """
     sizes, found, quantization = Sizes.of(config, where), _own(shapes, where), read_quantization(config, where)
-    for name, shape in (row for one in expected_tensors(sizes) for row in matrix_shapes(*one, quantization)):
+    expected = [row for one in expected_tensors(sizes) for row in matrix_shapes(*one, quantization)]
+    for name, shape in (*expected, *_token_factors(sizes, config, where)):
         if name not in found:
             raise StochaError(
                 f"tensor {name} of {where} is missing: expected all that its config.json asks for; download it again"
@@ -155,6 +157,22 @@ def check_tensors(shapes: Mapping[str, list[int]], config: Mapping[str, Any], wh
             f"{where} has a tensor {ignored[0]}, which a {sizes.model_type} model with its config.json would ignore: "
             "expected none in its layers that it does not use; check num_hidden_layers and the biases"
         )
+
+
+def _token_factors(sizes: Sizes, config: Mapping[str, Any], where: str) -> Iterator[tuple[str, list[int]]]:
+    """What a folder whose cuts have tokens' own factors holds beside the native tensors; see cuts.py."""
+    entry = config.get("stocha")
+    inputs = entry.get("inputs") if isinstance(entry, dict) else None
+    if not isinstance(inputs, dict) or not inputs.get("token_factors"):
+        return
+    try:
+        leaders = {*InputCuts.from_dict(inputs).leaders().values()}
+    except ValueError as error:
+        raise StochaError(f"config.json of {where}: {error}") from None
+    for name, shape in expected_tensors(sizes):
+        projection = name.removesuffix(".weight")
+        if projection.rpartition(".")[2] in leaders:
+            yield f"{projection}_token_factor", [shape[1] + 1]
 
 
 def _own(shapes: Mapping[str, list[int]], where: str) -> dict[str, list[int]]:

@@ -93,8 +93,8 @@ class GpuPlan(Watch):
         cuts = is_cut(module)
         self.module(module, type(module) if cuts and module.native_class is nn.Linear else nn.Linear)
         if cuts:
-            if module.input_centre:
-                raise Refused  # what is cut counts
+            if module.input_centre or getattr(module, "factors", ()):
+                raise Refused  # what is cut counts; tokens have factors of their own
             self.cut(module)
         bias = None if module._parameters.get("bias") is None else self.parameter(module, "bias")
         return self.parameter(module, "weight"), bias

@@ -75,6 +75,8 @@ class Plan(Watch):
         if not is_cut(module):
             return matrix_of(module)
         self.cut(module)
+        if getattr(module, "factors", ()):
+            raise Refused  # tokens have factors of their own
         copy = None if structs.is_quantized(module) or module.input_centre else self.input_major(module)
         found = matrix_of(module) if copy is None else matrix(copy, module._parameters["bias"], rows_are_inputs=True)
         return with_cut(found, module, self.dtype)

@@ -32,10 +32,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from stocha_hf.cuts import SHARED
 from stocha_hf.cuts_stocha import cut_class, cut_projections
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
-from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, spread_over_heads
+from stocha_hf.measurement.selection.input_scales import inputs_of, spread_over_heads
 from stocha_hf.measurement.selection.learned import STIFF
 from stocha_hf.measurement.selection.threshold_gradients import Group, SeenCut, fold
 from stocha_hf.modeling_stocha import become

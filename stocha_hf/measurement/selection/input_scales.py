@@ -17,8 +17,6 @@ from torch import nn
 
 from stocha_hf.measurement.blocks import Block
 
-SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # the same input
-
 
 @torch.no_grad()
 def scale_inputs(block: Block, names: tuple[str, ...], factors: torch.Tensor) -> None:
@@ -26,7 +24,7 @@ def scale_inputs(block: Block, names: tuple[str, ...], factors: torch.Tensor) ->
 
     Args:
         block: The block; its projections are nn.Linear.
-        names: One of SHARED.
+        names: One of cuts.SHARED.
         factors: Above 0, float32 [inputs]; of o_proj [key heads * head size].
     """
     columns = factors

@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from stocha_hf.cuts import PROJECTIONS
+from stocha_hf.cuts import PROJECTIONS, SHARED
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.selection.applied import Selection
 from stocha_hf.measurement.selection.attribution import Attribution, Score, corrected, gradient_output, snip
@@ -32,7 +32,6 @@ from stocha_hf.measurement.selection.cuts import (
     ReusedNeurons,
     TopNeurons,
 )
-from stocha_hf.measurement.selection.input_scales import SHARED
 from stocha_hf.measurement.selection.learned import learn_groups
 from stocha_hf.measurement.selection.output_shares import allotted
 from stocha_hf.measurement.selection.thresholds import greedy_shares, thresholds, uniform_shares

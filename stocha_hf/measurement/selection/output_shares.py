@@ -24,10 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stocha_hf.cuts import PROJECTIONS
+from stocha_hf.cuts import PROJECTIONS, SHARED
 from stocha_hf.measurement.blocks import Block, blocks, in_float32
 from stocha_hf.measurement.selection.distributions import Distribution
-from stocha_hf.measurement.selection.input_scales import SHARED
 from stocha_hf.measurement.selection.learned import COMPARED_TOKENS, UNCUT, predictions
 from stocha_hf.measurement.selection.thresholds import cutting, spread
 from stocha_hf.progress import Progress

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from stocha_hf.cuts import SHARED
 from stocha_hf.measurement.blocks import Block, blocks, in_float32
 from stocha_hf.measurement.selection.distributions import Distribution, watching
-from stocha_hf.measurement.selection.input_scales import SHARED, inputs_of, scale_inputs, spread_over_heads
+from stocha_hf.measurement.selection.input_scales import inputs_of, scale_inputs, spread_over_heads
 
 WIDTH = 0.3  # of the sigmoid, in log|x|
 
