@@ -173,6 +173,7 @@ class Cutting:
     """What the projections of a model share: which tokens of the call that runs now they cut, and its fallback.
 
     cut_at    bool [batch, seq]: the tokens whose inputs are cut; None: all
+    paid_at   those whose reading has a price in training; None: as cut_at
     paused    whether the call that runs now cuts nothing
     fallback  a step whose most likely token has a lower probability is in doubt; 0: none is
     tokens    so many tokens at most are computed again, the step's own and those before it, where these are known
@@ -183,6 +184,7 @@ class Cutting:
     def __init__(self, fallback: float, tokens: int = 1) -> None:
         self.fallback, self.tokens, self.steps, self.repeated, self.warned = fallback, tokens, 0, 0, False
         self.cut_at: torch.Tensor | None = None
+        self.paid_at: torch.Tensor | None = None
         self.paused = False
         self.doubted: torch.Tensor | None = None
 
@@ -479,8 +481,6 @@ def set_cuts(native: Any) -> None:
     if cuts is None:
         return
     cutting = native.__dict__.setdefault("cutting", Cutting(cuts.fallback or 0.0, cuts.fallback_tokens or 1))
-    add_token_factors(native, cuts)
-    leaders = cuts.leaders() if cuts.token_factors else {}
     for index, layer in enumerate(projections(native)):
         for name in cuts.thresholds:
             module = layer[name]
@@ -489,7 +489,7 @@ def set_cuts(native: Any) -> None:
                 module.__dict__.update(
                     input_threshold=threshold,
                     input_centre=centre,
-                    factors=(_owner(native, index, name), factor_name(leaders[name])) if leaders else (),
+                    factors=(),
                     cutting=cutting,
                     cut_training="always" if cuts.train else "never",
                     cut_inference="always" if cuts.prefill else "decode",
@@ -498,6 +498,7 @@ def set_cuts(native: Any) -> None:
                     input_major=None,
                 )
                 become(module, cut_class(type(module)))
+    add_token_factors(native, cuts)
 
 
 def add_token_factors(native: Any, cuts: InputCuts) -> None:
@@ -505,14 +506,17 @@ def add_token_factors(native: Any, cuts: InputCuts) -> None:
 
     They are not the projections' own: quantizers exchange these while a folder is loaded.
     """
-    for index, layer in enumerate(projections(native) if cuts.token_factors else []):
-        for name in {*cuts.leaders().values()}:
-            owner, key = _owner(native, index, name), factor_name(name)
+    leaders = cuts.leaders() if cuts.token_factors else {}
+    for index, layer in enumerate(projections(native)):
+        for name, leader in leaders.items():
+            module: Any = layer[name]
+            owner, key = factor_owner(native, index, leader), factor_name(leader)
             if key not in owner._parameters:
                 like = next(tensor for tensor in native.parameters() if tensor.is_floating_point())
-                projection: Any = layer[name]
-                owner.register_parameter(key, nn.Parameter(like.new_zeros(projection.in_features + 1)))
+                owner.register_parameter(key, nn.Parameter(like.new_zeros(module.in_features + 1)))
             owner.get_parameter(key).requires_grad_(False)  # cuts have no gradient
+            if is_cut(module):
+                module.factors = owner, key
 
 
 def factor_name(leader: str) -> str:
@@ -520,7 +524,8 @@ def factor_name(leader: str) -> str:
     return f"{leader}_token_factor"
 
 
-def _owner(native: Any, layer: int, projection: str) -> nn.Module:
+def factor_owner(native: Any, layer: int, projection: str) -> nn.Module:
+    """The module of a layer that a projection is in, and that has its tokens' factors."""
     found: Any = native.base_model.layers[layer]
     return found.self_attn if projection in ATTENTION else found.mlp
 

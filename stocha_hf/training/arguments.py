@@ -29,6 +29,7 @@ LEAST = {  # of trl's and transformers' keys, which take any number and fail lat
     "max_grad_norm": 0,
     "seed": 0,
     "input_threshold_rate": 0,
+    "input_factor_rate": 0,
     "distill_vocabulary": 1,
 }
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -107,6 +108,13 @@ class StochaArguments(SFTConfig):
     input_threshold_rate: float = field(
         default=0.01, metadata={"help": "Adam's highest rate on the logarithms of learned input thresholds."}
     )
+    input_factor_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "With learned input thresholds: Adam's highest rate on factors of them that each token gets by "
+            "its inputs, so that easy ones read less. 0: a model gets none, and those of a folder stay as they are."
+        },
+    )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Share of zeros in the FFN's hidden vector to steer to by progressive L1."}
     )
@@ -180,6 +188,11 @@ class StochaArguments(SFTConfig):
             )
         if self.input_thresholds not in ("held", "learned"):
             raise StochaError(f"input_thresholds is {self.input_thresholds!r}: expected 'held' or 'learned'")
+        if self.input_factor_rate and self.input_thresholds != "learned":
+            raise StochaError(
+                f"input_factor_rate is {self.input_factor_rate} and input_thresholds {self.input_thresholds}: "
+                "expected input_thresholds: learned, which tokens' factors are learned with"
+            )
         if self.input_thresholds == "learned" and self._shards():
             raise StochaError(
                 "input_thresholds is learned with FSDP or DeepSpeed, which shard the weights that thresholds are "

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from stocha_hf.cuts_stocha import cut_inputs, projections
+from stocha_hf.errors import StochaError
 from stocha_hf.measurement.selection.distributions import watching
 from stocha_hf.training.entry import stocha_model
 
@@ -55,6 +56,15 @@ class HeldInputs:
             for name, row in sizes.items()
         }
         return found, now
+
+
+def check_held(model: nn.Module) -> None:
+    """Raise StochaError where thresholds cannot be held to shares: tokens have factors of theirs, which move them."""
+    if trains_with_cuts(model) and stocha_model(model).config.stocha["inputs"].get("token_factors"):
+        raise StochaError(
+            "input_thresholds is held and the model's cuts have tokens' own factors, which shares do not know: "
+            "expected input_thresholds: learned"
+        )
 
 
 def trains_with_cuts(model: nn.Module) -> bool:

@@ -9,6 +9,8 @@ loss falls at a given number of weights read: that of the first step, which the 
   on no weight (weights that shrank their inputs would be paid for what a scale undoes), and is the same for all passes
   and ranks of a step. Nothing waits for the GPU.
 - Thresholds follow Adam, with a rate of their own that rises and falls as the weights' does.
+- What a step in doubt reads before it is computed again is paid for too, though nothing is cut there.
+- Tokens' own factors of thresholds are learned with them: learned_factors.py.
 - A folder has one threshold a projection. What differs between inputs becomes scales, which move into the weights
   around (input_scales.py). A checkpoint is such a folder: weights are folded before it is written and unfolded after
   it, in the run that goes on as in one that resumes, which is why both have the same bits.
@@ -33,7 +35,7 @@ import torch
 from torch import nn
 
 from stocha_hf.cuts import SHARED
-from stocha_hf.cuts_stocha import cut_class, cut_projections
+from stocha_hf.cuts_stocha import cut_class, cut_projections, token_logs
 from stocha_hf.errors import StochaError
 from stocha_hf.measurement.blocks import blocks
 from stocha_hf.measurement.selection.input_scales import inputs_of, spread_over_heads
@@ -43,6 +45,7 @@ from stocha_hf.modeling_stocha import become
 from stocha_hf.training.entry import change_entry, stocha_model
 from stocha_hf.training.heads import causal_lm
 from stocha_hf.training.held_inputs import trains_with_cuts
+from stocha_hf.training.learned_factors import LearnedFactors
 
 SLACK = 1e-3  # of a share, for rounding
 SMALLEST = 1e-6  # a threshold of none: it has a logarithm, and no input near it to move it
@@ -77,16 +80,26 @@ class LearnedCut(CutLinear):
 
     limits: logarithms of thresholds, float32 [inputs].
     more, seen: zeros [inputs], of whose gradients threshold_gradients.SeenCut tells.
+    by_loss, by_reading: weights of tokens' factors, [inputs + 1], twice: with the loss's gradient and with reading's.
+        None: there are none.
+    part: of all weights that cut, what an input reads.
     """
 
     limits: torch.Tensor
     more: torch.Tensor
     seen: torch.Tensor
+    by_loss: Any
+    by_reading: Any
+    part: float
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
-        at = self.cutting.cut_at
+        at, paid = self.cutting.cut_at, getattr(self.cutting, "paid_at", None)
         at = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if at is None else at
-        return SeenCut.apply(x, self.limits, self.more, self.seen, at)
+        logs = fewer = None
+        if self.by_loss is not None:
+            given = x.detach()  # the loss moves the weights of factors by what they are, not what they look at
+            logs, fewer = token_logs(given, self.by_loss), self.part * token_logs(given, self.by_reading)
+        return SeenCut.apply(x, self.limits, self.more, self.seen, logs, fewer, at, paid)
 
 
 class LearnedInputs:
@@ -96,16 +109,19 @@ class LearnedInputs:
         model: the model, on its device, for which check_learned found nothing.
         rate: Adam's, on the logarithms of thresholds, where the weights' rate is at its highest.
         accelerator: accelerate's, which averages what ranks found.
+        factor_rate: the same on tokens' own factors; 0 leaves these as they are, and gives a model none.
     """
 
-    def __init__(self, model: Any, rate: float, accelerator: Any) -> None:
-        self.model, self.rate, self.accelerator = model, rate, accelerator
+    def __init__(self, model: Any, rate: float, accelerator: Any, factor_rate: float = 0.0) -> None:
+        self.model, self.rate, self.accelerator, self.factor_rate = model, rate, accelerator, factor_rate
         self.blocks = blocks(causal_lm(model))
         self.kind: Any = type(cut_projections(model)[0])  # remote code has a class of its own
         self.sizes = [inputs_of(self.blocks[0], names) for names in SHARED]
         device = self.blocks[0].linears["o_proj"].weight.device
         self.logs = torch.zeros(len(self.blocks), sum(self.sizes), device=device, requires_grad=True)
-        self.tokens = torch.zeros(1, device=device)  # cut since the last step
+        has = stocha_model(model).config.stocha["inputs"].get("token_factors")
+        self.factors = LearnedFactors(model, self.blocks) if factor_rate or has else None
+        self.tokens = torch.zeros(1, device=device)  # paid for since the last step
         self.price = self.target = torch.zeros((), device=device)  # of all weights; the share of them to read
         self._cut, self._steps = torch.zeros(2, device=device)  # since the last log, of steps that cut a token
         self.load_state_dict(None)
@@ -126,7 +142,8 @@ class LearnedInputs:
         self.found = torch.zeros(layers, 3 * sum(self.widths), device=device)  # since the last step
         outputs = torch.tensor([mean(first[name].out_features for name in names) for names in self.cuts])
         total = sum(first[name].weight.numel() for name in self.begun)
-        self.parts = (outputs / (layers * total)).repeat_interleave(widths).to(device)  # of all weights, an input's
+        parts = outputs / (layers * total)
+        self.parts = parts.repeat_interleave(widths).to(device)  # of all weights, an input's
         for layer, block in enumerate(self.blocks):
             rows = self.limits[layer].split(self.widths), self._by_cut(self.found[layer])
             for names, limits, found in zip(self.cuts, *rows, strict=True):
@@ -138,22 +155,27 @@ class LearnedInputs:
                 for leaf, place in zip(leaves.values(), found, strict=True):
                     leaf.requires_grad_().grad = place  # backward adds to it
                 for name in names:
-                    block.linears[name].__dict__.update(leaves)
+                    block.linears[name].__dict__.update(leaves, by_loss=None, by_reading=None)
                     become(block.linears[name], LearnedCut)
+        if self.factors is not None:
+            shares = zip(self.cuts, parts.tolist(), strict=True)
+            self.factors.install(self.begun, {name: part for names, part in shares for name in names})
 
     def _by_cut(self, found: torch.Tensor) -> list[torch.Tensor]:
         """[..., 3, inputs] for each: the gradients of its limits, and of what was seen."""
         return [part.unflatten(-1, (3, -1)) for part in found.split([3 * width for width in self.widths], -1)]
 
-    def count(self, cut_at: torch.Tensor | None) -> None:
-        """Say which tokens of a pass were cut, bool [batch, length]."""
-        if cut_at is not None:
-            self.tokens += cut_at.sum()
+    def count(self, paid_at: torch.Tensor | None) -> None:
+        """Say at which tokens of a pass reading counts, bool [batch, length]: they are cut, or in doubt."""
+        if paid_at is not None:
+            self.tokens += paid_at.sum()
 
     def step(self, factor: float) -> None:
         """Move thresholds by what the passes since the last step found, at this share of the highest rate."""
-        everything = self.accelerator.reduce(torch.cat([self.found.flatten(), self.tokens]), reduction="mean")
-        tokens, found = everything[-1], self._by_cut(everything[:-1].view_as(self.found))
+        by_token = self.found.new_zeros(0) if self.factors is None else self.factors.found
+        everything = torch.cat([self.found.flatten(), by_token.flatten(), self.tokens])
+        everything = self.accelerator.reduce(everything, reduction="mean")
+        tokens, found = everything[-1], self._by_cut(everything[: self.found.numel()].view_as(self.found))
         of_loss, slopes, kept = torch.cat(found, -1).unbind(-2)
         share = self.parts / tokens.clamp(min=1)  # of the reading of all tokens, that an input of one of them is
         some = tokens > 0  # none where uncut_rows or short texts leave no token that is cut
@@ -163,7 +185,11 @@ class LearnedInputs:
         cost = (self.price + STIFF * over).clamp(min=0)
         self.price = (self.price + over).clamp(min=0)
         (self.logs.grad,) = torch.autograd.grad(self._spread(), self.logs, of_loss - cost * share * slopes)
-        self.adam.param_groups[0]["lr"] = self.rate * factor
+        if self.factors is not None:
+            by_token = everything[self.found.numel() : -1].view_as(by_token)
+            self.factors.follow(by_token, cost / tokens.clamp(min=1))
+        for settings, rate in zip(self.adam.param_groups, (self.rate, self.factor_rate), strict=False):
+            settings["lr"] = rate * factor  # of thresholds, of factors
         self.adam.step()
         self._renew()
         self._cut, self._steps = self._cut + torch.where(some, 1 - read, 0.0), self._steps + some
@@ -181,6 +207,8 @@ class LearnedInputs:
         self.limits.copy_(self.begin + self._spread())
         self.found.zero_()
         self.tokens.zero_()
+        if self.factors is not None:
+            self.factors.renew()
 
     def read(self) -> dict[str, float]:
         """The share of the weights that was not read since the last call, and the price now: for a log.
@@ -223,9 +251,12 @@ class LearnedInputs:
             )
 
     def _within(self) -> bool:
-        return bool((self.logs.abs() <= FARTHEST).all())  # also false for NaN
+        units = self.logs.new_zeros(1) if self.factors is None else self.factors.units
+        return bool((self.logs.abs() <= FARTHEST).all() and units.isfinite().all())  # also false for NaN
 
     def _fold(self) -> None:
+        if self.factors is not None:
+            self.factors.write(self._groups(1.0))
         factors = fold(self._groups(1.0))
         found = {n: [t * factor for t, factor in zip(row, factors[n], strict=True)] for n, row in self.begun.items()}
         change_entry(self.model, inputs=stocha_model(self.model).config.stocha["inputs"] | {"thresholds": found})
@@ -241,7 +272,7 @@ class LearnedInputs:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the folded weights, for torch.save."""
         kept = {"logs": self.logs.detach(), "price": self.price, "target": self.target, "begun": self.begun}
-        return kept | {"adam": self.adam.state_dict()}
+        return kept | {"adam": self.adam.state_dict(), "units": self.factors and self.factors.units.detach()}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a state, with weights as its checkpoint has them; None: from the model's own thresholds."""
@@ -250,16 +281,20 @@ class LearnedInputs:
             "price": torch.ones(()),
             "target": torch.tensor(math.nan),
             "begun": stocha_model(self.model).config.stocha["inputs"]["thresholds"],
+            "units": None,
         }
         device = self.logs.device
         self.logs.data.copy_(found["logs"])
         self.price, self.target = found["price"].to(device), found["target"].to(device)
         self.begun: dict[str, list[float]] = found["begun"]
-        self.adam = torch.optim.Adam([self.logs], lr=self.rate, betas=(0.9, 0.95))
+        learned = [self.logs] if self.factors is None else [self.logs, self.factors.units]
+        self.adam = torch.optim.Adam([{"params": [one]} for one in learned], lr=self.rate, betas=(0.9, 0.95))
         if state is not None:
             self.adam.load_state_dict(state["adam"])
             fold(self._groups(-1.0))
         self._install()
+        if self.factors is not None:
+            self.factors.begin(found["units"])
         self._renew()
 
     def close(self) -> None:
@@ -272,5 +307,5 @@ class LearnedInputs:
         for block in self.blocks:
             for name in self.begun:
                 become(block.linears[name], self.kind)
-                for key in ("limits", "more", "seen"):
+                for key in ("limits", "more", "seen", "by_loss", "by_reading", "part"):
                     block.linears[name].__dict__.pop(key, None)

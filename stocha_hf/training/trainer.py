@@ -34,7 +34,7 @@ from stocha_hf.training.doubts import check_doubts, in_doubt, likeliest
 from stocha_hf.training.first_rows import FirstRows
 from stocha_hf.training.frozen_embeddings import check_frozen, freeze_embeddings
 from stocha_hf.training.heads import causal_lm, open_head
-from stocha_hf.training.held_inputs import HeldInputs, trains_with_cuts
+from stocha_hf.training.held_inputs import HeldInputs, check_held, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
 from stocha_hf.training.learned_inputs import LearnedInputs, check_learned
 from stocha_hf.training.losses import IGNORED, token_losses, training_losses
@@ -74,6 +74,8 @@ class StochaTrainer(CheckpointingTrainer):
         check_uncut(args, model)
         if args.input_thresholds == "learned":
             check_learned(model, args, adapter)
+        else:
+            check_held(model)
         if not args.train_embeddings:
             check_frozen(adapter)
         if args.distill_vocabulary is not None:
@@ -209,7 +211,7 @@ class StochaTrainer(CheckpointingTrainer):
             batches=self.first_batches,
             target=self.args.target_sparsity,
             held=HeldInputs() if self.holds_inputs and not learns else None,
-            learned=LearnedInputs(self.model, self.args.input_threshold_rate, self.accelerator) if learns else None,
+            learned=self._learned_inputs() if learns else None,
         )
         self.callback_handler.callbacks.insert(0, self.steering)
         try:
@@ -217,6 +219,10 @@ class StochaTrainer(CheckpointingTrainer):
         finally:
             self.remove_callback(self.steering)
             self.steering.close()
+
+    def _learned_inputs(self) -> LearnedInputs:
+        rates = self.args.input_threshold_rate, self.args.input_factor_rate
+        return LearnedInputs(self.model, rates[0], self.accelerator, factor_rate=rates[1])
 
     @property
     def holds_inputs(self) -> bool:
@@ -257,7 +263,7 @@ class StochaTrainer(CheckpointingTrainer):
             losses = training_losses(model, self.teacher, inputs, **options)
         cut_at = self._cutting.cut_at
         if self.steering.learned is not None:
-            self.steering.learned.count(cut_at)
+            self.steering.learned.count(cut_at if self._cutting.paid_at is None else self._cutting.paid_at)
         loss, tokens, error = losses.loss, losses.tokens, torch.zeros_like(losses.nll)
         if self.hidden_error:
             error = self.hidden_error.mean(seen if cut_at is None else seen * cut_at) * tokens
@@ -270,6 +276,7 @@ class StochaTrainer(CheckpointingTrainer):
         softcap = getattr(causal_lm(self.model).config.get_text_config(), "final_logit_softcapping", None)
         doubts = in_doubt(hidden, head, self.fallback, softcap=softcap, words=words, likeliest=self.likeliest)
         cut_at: Any = self._cutting.cut_at
+        self._cutting.paid_at = cut_at  # a step in doubt reads before it is known to be one
         self._cutting.cut_at = cut_at & ~(doubts & at)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -290,7 +297,7 @@ class StochaTrainer(CheckpointingTrainer):
         try:
             loss = super().training_step(model, *args, **kwargs)
         finally:
-            self._cutting.cut_at = None  # not before: a checkpointed layer runs again in backward
+            self._cutting.cut_at = self._cutting.paid_at = None  # not before: a checkpointed layer runs again
         self.finite &= loss.isfinite()  # looked at only when something is logged or saved: a look waits for the GPU
         return loss
 

@@ -128,4 +128,4 @@ def prompts_uncut(model: nn.Module) -> Iterator[Cutting]:
     try:
         yield cutting
     finally:
-        cutting.cut_at = None
+        cutting.cut_at = cutting.paid_at = None

@@ -93,27 +93,46 @@ class SeenCut(torch.autograd.Function):
     add up, one that is computed again for its backward is counted once, and the price is set when all have been.
     They are two and not one stack: inductor's mix_order_reduction, for large batches on a GPU, gives each sum a buffer
     of its own, and returns the stack's unwritten.
+
+    `paid` says at which tokens reading counts: at those that are cut, and where a step is computed again without;
+    None: at those that are cut. (A compiler does not take one tensor for two arguments.)
+    Tokens may add to all limits, `logs` [windows, length, 1]; the gradient of `fewer`, of that shape, is by how much
+    what a token reads grows with them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, limits: torch.Tensor, more: torch.Tensor, seen: torch.Tensor, at: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        limits: torch.Tensor,
+        more: torch.Tensor,
+        seen: torch.Tensor,
+        logs: torch.Tensor | None,
+        fewer: torch.Tensor | None,
+        at: torch.Tensor,
+        paid: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, limits, at)
+        ctx.save_for_backward(x, limits, logs, at, paid)
+        limits = limits if logs is None else limits + logs
         return torch.where((x.float().abs().log() > limits) | ~at[..., None], x, 0)
 
     @staticmethod
-    def backward(ctx: Any, *of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        x, limits, at = ctx.saved_tensors
+    def backward(ctx: Any, *of: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, limits, logs, at, paid = ctx.saved_tensors
+        paid = at if paid is None else paid
         of_cut = of[0].float()
-        above, slope = _near(x, limits, at)
-        pull = of_cut * x * slope
-        kept = (above & at[..., None]).float()
-        return _of_input(x, of_cut, pull, above, at), -pull.sum((0, 1)), slope.sum((0, 1)), kept.sum((0, 1)), None
+        above, slope = _near(x, limits if logs is None else limits + logs, paid)
+        pull = of_cut * x * slope * at[..., None]
+        kept = (above & paid[..., None]).float()
+        of_logs = of_fewer = None
+        if logs is not None:
+            of_logs, of_fewer = -pull.sum(-1, keepdim=True), -slope.sum(-1, keepdim=True)
+        of_x = _of_input(x, of_cut, pull, above, at)
+        return of_x, -pull.sum((0, 1)), slope.sum((0, 1)), kept.sum((0, 1)), of_logs, of_fewer, None, None
 
 
 def _near(x: torch.Tensor, limits: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which entries are above their limits, and the slope of the sigmoid there at the tokens that are cut."""
+    """Which entries are above their limits, and the slope of the sigmoid there at some tokens."""
     above = x.float().abs().log() - limits
     soft = torch.sigmoid(above / WIDTH)
     return above > 0, soft * (1 - soft) / WIDTH * at[..., None]
