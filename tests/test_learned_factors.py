@@ -129,7 +129,8 @@ def test_a_run_leaves_folders_with_them_and_resumes(cut_folder: Path, base: Path
     history = run(cut_folder, text, out, **options)
     cut = [row["inputs_cut"] for row in history if "inputs_cut" in row]
     assert len(cut) == 8 and max(cut) < min(cut) + 0.04
-    assert json.loads((out / "config.json").read_text())["stocha"]["inputs"]["token_factors"] is True
+    entry = json.loads((out / "config.json").read_text())["stocha"]
+    assert entry["inputs"]["token_factors"] is True and entry["history"][-1]["input_factor_rate"] == 0.05
     weights = load_model(str(out)).state_dict()
     assert {*weights} > {*tiny_model().state_dict()} and len(weights) == len(tiny_model().state_dict()) + 8
     for path in out.glob("checkpoint-8/*"):

@@ -44,5 +44,6 @@ def record_run(model: Any, data: Any, args: Any, model_args: Any, schedule: Any)
         "input_thresholds": THRESHOLDS[args.input_thresholds]
         if trains_with_cuts(model) and not model_args.use_peft
         else None,
+        "input_factor_rate": args.input_factor_rate or None,
     }
     change_entry(model, history=with_stage(StochaConfig.from_dict(model.config.stocha), stage).history)
