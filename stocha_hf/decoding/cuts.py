@@ -14,17 +14,29 @@ from torch import nn
 from stocha_hf.decoding import ops
 from stocha_hf.decoding.conditions import is_called, is_plain_inference, is_step
 from stocha_hf.decoding.state import input_major, sole
-from stocha_hf.decoding.structs import Matrix, is_cut, matrix
+from stocha_hf.decoding.structs import Matrix, is_cut, matrix, pointer
 
 SMALLEST = 1e-40  # a threshold of what is cut already: less than any number but 0
 
 
 def with_cut(found: Matrix, module: Any, dtype: torch.dtype) -> Matrix:
-    """Return a matrix with the threshold and centre of a module, rounded as PyTorch rounds what x is compared with."""
+    """Return a matrix with the cut of a module, its numbers rounded as PyTorch rounds what x is compared with.
+
+    Tokens' own factors, of this dtype, are read where they are: who keeps the matrix keeps them.
+    """
     if is_cut(module):
-        found.threshold = torch.tensor(module.input_threshold, dtype=dtype).item()
+        factors = token_factors(module)
+        exact = dtype if factors is None else torch.float32
+        found.threshold = torch.tensor(module.input_threshold, dtype=exact).item()
         found.centre = torch.tensor(module.input_centre, dtype=dtype).item()
+        found.factors = pointer(factors)
     return found
+
+
+def token_factors(module: Any) -> torch.Tensor | None:
+    """Return the weights of its tokens' own factors of a module that cuts; None in folders' copies of before."""
+    owner, name = getattr(module, "factors", ()) or (None, "")
+    return None if owner is None else owner._parameters[name]
 
 
 def skipping_zeros(found: Matrix, module: Any, x: torch.Tensor) -> Matrix:

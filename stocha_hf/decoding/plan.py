@@ -75,8 +75,6 @@ class Plan(Watch):
         if not is_cut(module):
             return matrix_of(module)
         self.cut(module)
-        if getattr(module, "factors", ()):
-            raise Refused  # tokens have factors of their own
         copy = None if structs.is_quantized(module) or module.input_centre else self.input_major(module)
         found = matrix_of(module) if copy is None else matrix(copy, module._parameters["bias"], rows_are_inputs=True)
         return with_cut(found, module, self.dtype)
@@ -161,8 +159,7 @@ class Plan(Watch):
         matrices = [self._linear(part) for part in (gate, up, down)]
         if skips and not structs.is_quantized(down) and not matrices[2].rows_are_inputs:
             copy = matrix(self.neuron_major(mlp), rows_are_inputs=True)
-            copy.threshold, copy.centre = matrices[2].threshold, matrices[2].centre
-            matrices[2] = copy
+            matrices[2] = with_cut(copy, down, self.dtype)
         threshold = self.rule(mlp)
         if any(m.bias for m in matrices):
             raise Refused

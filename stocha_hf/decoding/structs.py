@@ -32,6 +32,7 @@ class Matrix(ctypes.Structure):
         *((name, _POINTER) for name in ("weights", "scales", "bias")),
         *((name, _SIZE) for name in ("rows", "columns", "format", "rows_are_inputs")),
         *((name, _REAL) for name in ("threshold", "centre")),
+        ("factors", _POINTER),
     ]
 
     @property

@@ -36,7 +36,7 @@ class Watch:
         self.rules: list[tuple[Any, str, float]] = []  # an MLP, its activation and threshold
         self.gates: list[tuple[Any, Any]] = []  # an MLP that skips neurons, and its transposed down
         self.copies: list[tuple[Any, Any]] = []  # an MLP, and the copy that predicts its gates, or None
-        self.cutting: list[tuple[Any, float, float, Any]] = []  # a projection that cuts: threshold, centre, and where
+        self.cutting: list[tuple[Any, ...]] = []  # a projection that cuts: its threshold, centre, factors, and where
         self.inputs: list[tuple[Any, Any]] = []  # such a projection, and its transposed weight
         self.layouts: list[tuple[Any, Any]] = []  # a quantized one, and its copy of both_layouts.py or None
 
@@ -99,6 +99,8 @@ class Watch:
         if any(where != found[-1] for *_, where in self.cutting):
             raise Refused
         self.cutting.append(found)
+        if found[3]:
+            self.parameter(*found[3])
 
     def cuts(self, tokens: int) -> bool:
         """Return whether a step of so many tokens a sequence cuts inputs, as the model says."""
@@ -128,8 +130,9 @@ class Watch:
         return copy
 
 
-def _cut(module: Any) -> tuple[Any, float, float, Any]:
-    return module, module.input_threshold, module.input_centre, module.cut_forced or module.cut_inference
+def _cut(module: Any) -> tuple[Any, ...]:
+    factors = getattr(module, "factors", ())  # none in folders' copies of before
+    return module, module.input_threshold, module.input_centre, factors, module.cut_forced or module.cut_inference
 
 
 def _is(module: nn.Module, kind: type) -> bool:

@@ -5,6 +5,8 @@
 // on the number of threads: a sum of down's rows has two halves for any number, other sums are never split.
 #pragma once
 
+#include <numeric>
+
 #include "prediction.h"
 
 enum Activation { kRelu, kFatRelu, kRelu2, kDRelu, kShiftedRelu, kSilu, kGelu };
@@ -16,14 +18,16 @@ struct Ffn {  // as structs.py has it
   float threshold;
 
   bool skips() const { return activation < kSilu; }
-  // A thread's neurons, whole groups where down's rows run along them.
+  int64_t groups() const { return (gate.outputs() + kGroupSize - 1) / kGroupSize; }
+  // A thread's neurons, whole groups where down's rows run along them, or its tokens' factors are summed of them.
   Part neurons(Team team) const {
-    return gate.rows_are_inputs || down.rows_are_inputs ? part_of(gate, team) : Part(gate.outputs(), kGroupSize, team);
+    const bool any = gate.rows_are_inputs || (down.rows_are_inputs && !down.factors);
+    return any ? part_of(gate, team) : Part(gate.outputs(), kGroupSize, team);
   }
 };
 
 struct Scratch {  // shared by a team
-  std::vector<float> hidden, sums;
+  std::vector<float> hidden, sums, dots;
   std::vector<int64_t> active, counts;
   QuantizedX for_down;
   void reserve(const Ffn& f, int64_t padded_tokens, int threads) {
@@ -31,6 +35,7 @@ struct Scratch {  // shared by a team
     active.resize(std::max<size_t>(active.size(), f.gate.outputs()));
     counts.assign(threads, 0);
     if (!f.down.rows_are_inputs) for_down.reserve(padded_tokens, f.gate.outputs());
+    if (f.down.factors) dots.resize(std::max<size_t>(dots.size(), f.groups() * padded_tokens));
     reserve({&f.gate, &f.up}, padded_tokens);
     reserve({&f.down}, padded_tokens);
   }
@@ -67,6 +72,27 @@ inline void activate(float* gates, int64_t count, const Ffn& f, int type) {
     }
   }
   round_row(type, gates, count);
+}
+
+// The part of neurons `begin` to `end` - 1 of a list in the products w x of down's factors, in groups of neurons, so that
+// sums do not depend on the number of threads: dots [T][groups], of hidden [T] a neuron.
+inline void dots_of_hidden(const Ffn& f, int type, const float* hidden, const int64_t* list, int64_t begin, int64_t end,
+                           Part mine, int64_t T, float* dots) {
+  const int64_t groups = f.groups(), size = type == kFloat ? 4 : 2;
+  const auto* w = static_cast<const char*>(f.down.factors);
+  const bool all = T == 1 && end == mine.end;
+  int64_t i = begin;
+  for (int64_t first = mine.begin; first < mine.end; first += kGroupSize) {
+    const int64_t last = std::min(first + kGroupSize, mine.end), group = first / kGroupSize;
+    if (all) {
+      dots[group] = dot_with(type, w + first * size, hidden + first, last - first);
+      continue;
+    }
+    float own[kTokens][kGroupSize] = {};
+    for (; i < end && list[i] < last; ++i)
+      for (int64_t t = 0; t < T; ++t) own[t][list[i] - first] = hidden[i * T + t];
+    for (int64_t t = 0; t < T; ++t) dots[t * groups + group] = dot_with(type, w + first * size, own[t], last - first);
+  }
 }
 
 // A thread's part of a gated FFN of x; ends with the outputs of its columns or rows handed to keep(output, token,
@@ -118,17 +144,11 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
 
   // 2. Their up rows, and what of hidden down takes.
   const bool cut = cuts(f.down, x), skips = f.down.rows_are_inputs && (f.skips() || cut);
+  const bool by_token = cut && f.down.factors;  // which take all of hidden
   int64_t kept_end = mine.begin;
-  in_turn(up, x, all ? nullptr : active, mine.begin, found, !all, [&](int64_t first, int64_t last, float* values) {
-    const int64_t count = (last - first) * T;
-    round_row(type, values, count);
-    if (f.activation == kDRelu)
-      for (int64_t k = 0; k < count; ++k) values[k] = values[k] <= 0 ? 0 : values[k];
-    for (int64_t k = 0; k < count; ++k) values[k] *= hidden[first * T + k];
-    round_row(type, values, count);
-    if (cut) cut_in_place(f.down, type, values, count);
+  const auto keep_for_down = [&](int64_t first, int64_t last, const float* values) {
     if (!skips) {
-      std::copy(values, values + count, hidden + kept_end * T);
+      std::copy(values, values + (last - first) * T, hidden + kept_end * T);
       for (int64_t i = first; i < last; ++i, ++kept_end) {
         active[kept_end] = active[i];
         down_rows.line();
@@ -145,7 +165,38 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
       active[kept_end] = active[i];
       kept_end += any;
     }
+  };
+  in_turn(up, x, all ? nullptr : active, mine.begin, found, !all, [&](int64_t first, int64_t last, float* values) {
+    const int64_t count = (last - first) * T;
+    round_row(type, values, count);
+    if (f.activation == kDRelu)
+      for (int64_t k = 0; k < count; ++k) values[k] = values[k] <= 0 ? 0 : values[k];
+    for (int64_t k = 0; k < count; ++k) values[k] *= hidden[first * T + k];
+    round_row(type, values, count);
+    if (by_token) {
+      std::copy(values, values + count, hidden + first * T);
+      return;
+    }
+    if (cut) cut_in_place(f.down, type, f.down.threshold, values, count);
+    keep_for_down(first, last, values);
   });
+  if (by_token) {
+    dots_of_hidden(f, type, hidden, active, mine.begin, found, mine, T, scratch.dots.data());
+    team.wait();
+    float limits[kTokens] = {}, values[kAtOnce * kTokens];
+    for (int64_t t = 0; t < x.tokens; ++t) {
+      const float* own = scratch.dots.data() + t * f.groups();
+      limits[t] = f.down.threshold * factor_of(f.down, type, std::accumulate(own, own + f.groups(), 0.0f));
+    }
+    for (int64_t first = mine.begin; first < found; first += kAtOnce) {
+      const int64_t last = std::min(first + kAtOnce, found);
+      std::copy(hidden + first * T, hidden + last * T, values);
+      if (T == 1) cut_in_place(f.down, type, limits[0], values, last - first);
+      for (int64_t i = 0; T > 1 && i < last - first; ++i)
+        for (int64_t t = 0; t < T; ++t) values[i * T + t] = kept(f.down, type, limits[t], values[i * T + t]);
+      keep_for_down(first, last, values);
+    }
+  }
   // Each thread makes of its neurons what all read.
   const bool shares = all && !f.down.rows_are_inputs && f.down.format == kFormat4;
   if (shares) scratch.for_down.prepare_part(hidden, mine.begin, mine.end, width, T);

@@ -12,18 +12,23 @@ constexpr int64_t kAtOnce = 64;  // outputs that are looked at together
 
 inline bool cuts(const Matrix& m, const Inputs& x) { return x.cuts && m.threshold > 0; }
 
-// An entry of x as a matrix that cuts takes it; NaN stays.
-inline float kept(const Matrix& m, int type, float value) {
+// Whether two matrices that cut leave the same of an x.
+inline bool cut_alike(const Matrix& a, const Matrix& b) {
+  return a.threshold == b.threshold && a.centre == b.centre && a.factors == b.factors;
+}
+
+// An entry of x as a matrix that cuts takes it, given its token's threshold; NaN stays.
+inline float kept(const Matrix& m, int type, float limit, float value) {
   const float centred = m.centre == 0 ? value : rounded(type, value - m.centre);
-  return std::abs(centred) <= m.threshold ? m.centre : value;
+  return std::abs(centred) <= limit ? m.centre : value;
 }
 
 // The same of some, in place.
-inline void cut_in_place(const Matrix& m, int type, float* values, int64_t count) {
+inline void cut_in_place(const Matrix& m, int type, float limit, float* values, int64_t count) {
   if (m.centre != 0) {
-    for (int64_t i = 0; i < count; ++i) values[i] = kept(m, type, values[i]);
+    for (int64_t i = 0; i < count; ++i) values[i] = kept(m, type, limit, values[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) values[i] = std::abs(values[i]) <= m.threshold ? 0.0f : values[i];
+    for (int64_t i = 0; i < count; ++i) values[i] = std::abs(values[i]) <= limit ? 0.0f : values[i];
   }
 }
 
@@ -32,13 +37,13 @@ inline Inputs& taken(const Matrix& m, Inputs& x) {
   if (!cuts(m, x)) return x;
   static thread_local Inputs cut;
   static thread_local int64_t of = 0;  // x, by its number
-  static thread_local float threshold, centre;
-  if (of == x.number && threshold == m.threshold && centre == m.centre) return cut;
+  static thread_local Matrix by;
+  if (of == x.number && cut_alike(by, m)) return cut;
   static thread_local std::vector<float> values;
   values.assign(x.values.begin(), x.values.begin() + x.tokens * x.size);
-  cut_in_place(m, x.type, values.data(), x.tokens * x.size);
+  for (int64_t t = 0; t < x.tokens; ++t) cut_in_place(m, x.type, x.limit(m, t), &values[t * x.size], x.size);
   cut.set(values.data(), x.tokens, x.size);
-  of = x.number, threshold = m.threshold, centre = m.centre;
+  of = x.number, by = m;
   return cut;
 }
 
@@ -48,14 +53,14 @@ struct Left {
   std::vector<float> factors;  // [count, x.padded]
   int64_t count = 0;
 
-  void choose(const Matrix& m, const Inputs& x) {
+  void choose(const Matrix& m, Inputs& x) {
     const int64_t T = x.padded;
     const bool is_cut = cuts(m, x);
     list.resize(x.size);
     factors.resize(x.size * T);
     count = 0;
     if (T == 1 && m.centre == 0) {
-      const float threshold = is_cut ? m.threshold : -1;
+      const float threshold = is_cut ? x.limit(m, 0) : -1;
       const float* values = x.values.data();
       float* to = factors.data();
       int64_t *places = list.data(), chosen = 0;  // which may stay in registers
@@ -67,11 +72,13 @@ struct Left {
       count = chosen;
       return;
     }
+    float limits[kTokens];
+    for (int64_t t = 0; is_cut && t < x.tokens; ++t) limits[t] = x.limit(m, t);
     for (int64_t i = 0; i < x.size; ++i) {
       bool any = !is_cut;
       for (int64_t t = 0; t < T; ++t) {
         const float value = x.values[t * x.size + i];
-        factors[count * T + t] = is_cut && t < x.tokens ? kept(m, x.type, value) : value;
+        factors[count * T + t] = is_cut && t < x.tokens ? kept(m, x.type, limits[t], value) : value;
         any |= factors[count * T + t] != 0;
       }
       list[count] = i;
@@ -115,7 +122,7 @@ struct Product {
 constexpr int kTogether = 3;  // products of one x, at most
 
 // Begins products of one x, and waits for the team where that is needed.
-inline void begin(std::initializer_list<const Product*> all, const Inputs& x, Team team) {
+inline void begin(std::initializer_list<const Product*> all, Inputs& x, Team team) {
   static thread_local Left left[kTogether];
   RowSum parts[2 * kTogether];
   int count = 0, chosen = 0;
@@ -123,8 +130,7 @@ inline void begin(std::initializer_list<const Product*> all, const Inputs& x, Te
   for (const Product* product : all) {
     const Matrix& m = *product->m;
     if (!m.rows_are_inputs) continue;
-    const bool same = before && before->threshold == m.threshold && before->centre == m.centre;
-    if (!same) left[chosen++].choose(m, x);
+    if (!before || !cut_alike(*before, m)) left[chosen++].choose(m, x);
     before = &m;
     const Left& own = left[chosen - 1];
     count += parts_of_halves(m, own.list.data(), own.factors.data(), own.count, product->padded, x.tokens, team,

@@ -15,6 +15,7 @@ struct Matrix {  // as structs.py has it
   int64_t rows, columns, format;
   int64_t rows_are_inputs;  // or outputs: y is a sum of rows, or rows' products with x
   float threshold, centre;  // x's entries within the threshold of the centre are cut to it; 0: none
+  const void* factors;  // w and b, [inputs + 1] of the model's type: a token's threshold is times e^tanh(w x + b); or null
 
   int64_t inputs() const { return rows_are_inputs ? rows : columns; }
   int64_t outputs() const { return rows_are_inputs ? columns : rows; }
@@ -30,6 +31,33 @@ struct Matrix {  // as structs.py has it
   const uint16_t* row_words(int64_t r) const { return static_cast<const uint16_t*>(scales) + r * groups(); }
 };
 
+// A dot product with some w of the model's type.
+inline float dot_with(int type, const void* w, const float* x, int64_t size) {
+  float found = 0;
+  with_type(type, [&](auto* element) {
+    const auto* of_w = static_cast<decltype(element)>(w);
+    constexpr int kChains = 4;  // of sums, since each waits for its last one
+    Vector totals[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains * kLanes <= size; i += kChains * kLanes)
+#pragma GCC unroll 4
+      for (int j = 0; j < kChains; ++j)
+        totals[j] = fused(load(x + i + j * kLanes), load(of_w + i + j * kLanes), totals[j]);
+    for (; i + kLanes <= size; i += kLanes) totals[0] = fused(load(x + i), load(of_w + i), totals[0]);
+    found = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
+    for (; i < size; ++i) found = fused(x[i], to_float(of_w[i]), found);
+  });
+  return found;
+}
+
+// What a threshold is multiplied with, given w x.
+inline float factor_of(const Matrix& m, int type, float dot) {
+  const int64_t at = m.inputs() * (type == kFloat ? 4 : 2);
+  float b;
+  widen(type, static_cast<const char*>(m.factors) + at, 1, &b);
+  return std::exp(std::tanh(dot + b));
+}
+
 // x [tokens, size] of a product, as the formats want it: made once, used with several matrices.
 struct Inputs {
   int64_t tokens = 0, padded = 0, size = 0;  // padded: 1, 2, 4 or 8 tokens, those beyond `tokens` zero
@@ -43,6 +71,8 @@ struct Inputs {
   int type = kFloat;  // of the model
   bool cuts = false;  // whether matrices with a threshold cut it
   int64_t number = 0;  // one for each x of a thread
+  const void* factors_of = nullptr;  // what `factors` were computed with, of this x
+  float factors[kTokens];
 
   void set(const float* x, int64_t count, int64_t width) {
     static thread_local int64_t numbers = 0;
@@ -58,6 +88,17 @@ struct Inputs {
 #endif
     has_4 = has_8 = false;
     shared = nullptr;
+    factors_of = nullptr;
+  }
+
+  // A token's threshold of a matrix.
+  float limit(const Matrix& m, int64_t token) {
+    if (!m.factors) return m.threshold;
+    if (factors_of != m.factors)
+      for (int64_t t = 0; t < tokens; ++t)
+        factors[t] = factor_of(m, type, dot_with(type, m.factors, &values[t * size], size));
+    factors_of = m.factors;
+    return m.threshold * factors[token];
   }
 
   // x that a team made: there are no values.

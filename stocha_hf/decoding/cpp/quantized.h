@@ -6,6 +6,8 @@
 
 #include "codes.h"
 
+constexpr int kTokens = 8;  // of a step, at most
+
 // x [tokens, size] in 8 bits: chunk after chunk, in the order in which codes of `bits` bits are loaded.
 struct QuantizedX {
   int64_t chunks = 0, padded = 0;

@@ -9,7 +9,6 @@
 #include "quantized.h"
 
 constexpr int kBlock = 32;
-constexpr int kTokens = 8;  // of a step, at most
 
 // Codes of two rows side by side, for elements 8k to 8k + 7 of each group of a vector, k = 0 to 3.
 struct PairOf4 {
