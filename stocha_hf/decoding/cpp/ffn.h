@@ -76,8 +76,9 @@ inline void activate(float* gates, int64_t count, const Ffn& f, int type) {
 
 // The part of neurons `begin` to `end` - 1 of a list in the products w x of down's factors, in groups of neurons, so that
 // sums do not depend on the number of threads: dots [T][groups], of hidden [T] a neuron.
-inline void dots_of_hidden(const Ffn& f, int type, const float* hidden, const int64_t* list, int64_t begin, int64_t end,
-                           Part mine, int64_t T, float* dots) {
+template <int T>
+void dots_of_hidden(const Ffn& f, int type, const float* hidden, const int64_t* list, int64_t begin, int64_t end, Part mine,
+                    float* dots) {
   const int64_t groups = f.groups(), size = type == kFloat ? 4 : 2;
   const auto* w = static_cast<const char*>(f.down.factors);
   const bool all = T == 1 && end == mine.end;
@@ -88,10 +89,10 @@ inline void dots_of_hidden(const Ffn& f, int type, const float* hidden, const in
       dots[group] = dot_with(type, w + first * size, hidden + first, last - first);
       continue;
     }
-    float own[kTokens][kGroupSize] = {};
+    float own[T][kGroupSize] = {};
     for (; i < end && list[i] < last; ++i)
-      for (int64_t t = 0; t < T; ++t) own[t][list[i] - first] = hidden[i * T + t];
-    for (int64_t t = 0; t < T; ++t) dots[t * groups + group] = dot_with(type, w + first * size, own[t], last - first);
+      for (int t = 0; t < T; ++t) own[t][list[i] - first] = hidden[i * T + t];
+    for (int t = 0; t < T; ++t) dots[t * groups + group] = dot_with(type, w + first * size, own[t], last - first);
   }
 }
 
@@ -181,19 +182,20 @@ int64_t ffn(const Ffn& f, Inputs& x, Scratch& scratch, Team team, Keep keep) {
     keep_for_down(first, last, values);
   });
   if (by_token) {
-    dots_of_hidden(f, type, hidden, active, mine.begin, found, mine, T, scratch.dots.data());
+    with_tokens(T, [&](auto tokens) {
+      dots_of_hidden<decltype(tokens)::value>(f, type, hidden, active, mine.begin, found, mine, scratch.dots.data());
+    });
     team.wait();
-    float limits[kTokens] = {}, values[kAtOnce * kTokens];
+    float limits[kTokens] = {}, values[kAtOnce * kTokens] = {};
     for (int64_t t = 0; t < x.tokens; ++t) {
       const float* own = scratch.dots.data() + t * f.groups();
       limits[t] = f.down.threshold * factor_of(f.down, type, std::accumulate(own, own + f.groups(), 0.0f));
     }
+    for (int64_t i = T; i < kTokens; ++i) limits[i] = limits[i - T];  // as the values of some neurons lie
     for (int64_t first = mine.begin; first < found; first += kAtOnce) {
       const int64_t last = std::min(first + kAtOnce, found);
       std::copy(hidden + first * T, hidden + last * T, values);
-      if (T == 1) cut_in_place(f.down, type, limits[0], values, last - first);
-      for (int64_t i = 0; T > 1 && i < last - first; ++i)
-        for (int64_t t = 0; t < T; ++t) values[i * T + t] = kept(f.down, type, limits[t], values[i * T + t]);
+      for (int64_t k = 0; k < (last - first) * T; k += kTokens) cut_in_place(f.down, type, limits, values + k);
       keep_for_down(first, last, values);
     }
   }

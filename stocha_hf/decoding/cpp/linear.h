@@ -32,6 +32,15 @@ inline void cut_in_place(const Matrix& m, int type, float limit, float* values, 
   }
 }
 
+// The same of kTokens of them, each with a threshold of its own.
+inline void cut_in_place(const Matrix& m, int type, const float* limits, float* values) {
+  if (m.centre != 0) {
+    for (int i = 0; i < kTokens; ++i) values[i] = kept(m, type, limits[i], values[i]);
+  } else {
+    for (int i = 0; i < kTokens; ++i) values[i] = std::abs(values[i]) <= limits[i] ? 0.0f : values[i];
+  }
+}
+
 // x as a matrix takes it whose rows are outputs. Matrices of one x often cut the same of it: q, k and v do.
 inline Inputs& taken(const Matrix& m, Inputs& x) {
   if (!cuts(m, x)) return x;
