@@ -53,6 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 NORMS = ("input_layernorm", "post_attention_layernorm")
 GEMMA_NORMS = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _OWN = re.compile(r"(?:model\.)?((?:embed_tokens|layers|norm)\..+)|(lm_head\..+)")
+TOKEN_FACTOR = "_token_factor"  # what ends the names of tokens' factors; see cuts_stocha.py
 _COMPUTED = "rotary_emb.inv_freq"  # a buffer that old checkpoints hold and every class computes
 
 
@@ -143,7 +144,7 @@ def check_tensors(shapes: Mapping[str, list[int]], config: Mapping[str, Any], wh
     """
     sizes, found, quantization = Sizes.of(config, where), _own(shapes, where), read_quantization(config, where)
     expected = [row for one in expected_tensors(sizes) for row in matrix_shapes(*one, quantization)]
-    for name, shape in (*expected, *_token_factors(sizes, config, where)):
+    for name, shape in (*expected, *token_factors(sizes, config, where)):
         if name not in found:
             raise StochaError(
                 f"tensor {name} of {where} is missing: expected all that its config.json asks for; download it again"
@@ -159,8 +160,11 @@ def check_tensors(shapes: Mapping[str, list[int]], config: Mapping[str, Any], wh
         )
 
 
-def _token_factors(sizes: Sizes, config: Mapping[str, Any], where: str) -> Iterator[tuple[str, list[int]]]:
-    """What a folder whose cuts have tokens' own factors holds beside the native tensors; see cuts.py."""
+def token_factors(sizes: Sizes, config: Mapping[str, Any], where: str) -> Iterator[tuple[str, list[int]]]:
+    """What a folder whose cuts have tokens' own factors holds beside the native tensors, without the prefix `model.`.
+
+    See cuts.py.
+    """
     entry = config.get("stocha")
     inputs = entry.get("inputs") if isinstance(entry, dict) else None
     if not isinstance(inputs, dict) or not inputs.get("token_factors"):
@@ -172,7 +176,7 @@ def _token_factors(sizes: Sizes, config: Mapping[str, Any], where: str) -> Itera
     for name, shape in expected_tensors(sizes):
         projection = name.removesuffix(".weight")
         if projection.rpartition(".")[2] in leaders:
-            yield f"{projection}_token_factor", [shape[1] + 1]
+            yield f"{projection}{TOKEN_FACTOR}", [shape[1] + 1]
 
 
 def _own(shapes: Mapping[str, list[int]], where: str) -> dict[str, list[int]]:

@@ -43,8 +43,9 @@ def write_vllm(source: Source, activation: str, output: Path, overwrite: bool) -
         return f"Stocha{row.causal_lm}", f"vllm serve {output} --trust-remote-code"
     command = f"vllm serve {output}" + ("" if activation == row.act else " --model-impl transformers")
     with staged_folder(output, replace=overwrite) as folder:
-        copy_files(source, folder)
-        (folder / CONFIG).write_text(dump(_native_config(source, activation)), encoding="utf-8")
+        config = _native_config(source, activation)
+        copy_files(source, folder, config)
+        (folder / CONFIG).write_text(dump(config), encoding="utf-8")
         warning = "" if activation == row.act else WARNING.format(base=row.act)
         told = {"name": source.id, "command": command, "key": row.act_key, "activation": activation}
         (folder / CARD).write_text(README.format(**told, warning=warning), encoding="utf-8")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stocha_hf.checkpoints.architecture import TOKEN_FACTOR
 from stocha_hf.checkpoints.tensors import ModelTensors, Tensors
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization_stocha import computing_dtype
@@ -104,7 +105,11 @@ class Layers:
     def load(self, index: int) -> Iterator[Any]:
         """Decoder layer `index` with its weights, which are gone afterwards."""
         layer = self.model.layers[index].to_empty(device=self.device)
-        state = {name: self._read(full) for name, full in self.tensors.layer(index).items()}
+        state = {
+            name: self._read(full)
+            for name, full in self.tensors.layer(index).items()
+            if not name.endswith(TOKEN_FACTOR)  # of input cuts: layers run without
+        }
         layer.load_state_dict(state, strict=True)
         try:
             yield layer.eval().requires_grad_(False)

@@ -10,12 +10,13 @@ changes tensors does so in the copy, in the dtype that they have there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stocha_hf.checkpoints.casting import cast_file, correct_index
 from stocha_hf.checkpoints.companions import TOKENIZER_CONFIG, dump
+from stocha_hf.checkpoints.dropping import drop_tensors, unasked
 from stocha_hf.checkpoints.inspection import CONFIG
 from stocha_hf.checkpoints.modeling_file import code_files
 from stocha_hf.checkpoints.staging import check_place, copy_file, staged_folder
@@ -50,7 +51,7 @@ def write_checkpoint(
     given. Raises StochaError.
     """
     with staged_folder(output, replace=overwrite) as folder:
-        copy_files(source, folder, dtype)
+        copy_files(source, folder, config, dtype)
         if change is not None:
             change(folder)
         for file in code_files(config):
@@ -60,8 +61,11 @@ def write_checkpoint(
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def copy_files(source: Source, folder: Path, dtype: str | None = None) -> None:
-    """Copy weights, cast to `dtype` if it is given, and companions, and the tokenizer's settings without code."""
+def copy_files(source: Source, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
+    """Copy weights, cast to `dtype` if it is given, and companions, and the tokenizer's settings without code.
+
+    Tensors that only the source's config.json asks for, and not this one, stay behind.
+    """
     sizes = {name: (source.folder / name).stat().st_size for name in source.files}
     with Progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Copying") as bar:
         for name in source.files:
@@ -71,5 +75,6 @@ def copy_files(source: Source, folder: Path, dtype: str | None = None) -> None:
                 copy_file(source.folder / name, folder / name, bar.update)
     if dtype is not None:
         correct_index(folder, source.files)
+    drop_tensors(folder, source.files, unasked(source.config, config, source.id))
     if source.tokenizer is not None:
         (folder / TOKENIZER_CONFIG).write_text(dump(source.tokenizer), encoding="utf-8")

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from stocha_hf.checkpoints.architecture import Sizes, expected_tensors
 from stocha_hf.checkpoints.casting import cast
 from stocha_hf.checkpoints.companions import dump
+from stocha_hf.checkpoints.dropping import is_among, unasked
 from stocha_hf.checkpoints.entry import read_entry, with_entry, with_stage
 from stocha_hf.checkpoints.hashing import weights_hash
 from stocha_hf.checkpoints.inspection import INDEX
@@ -111,7 +112,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
     text = _calibration(source, config, options)
     try:
         folder = layers_folder(work, _key(source, config, options))
-        parts = _parts(tensors, Sizes.of(config, source.id).tied)
+        parts = _parts(tensors, Sizes.of(config, source.id).tied, unasked(source.config, config, source.id))
         for part, names in Progress(parts.items(), desc="Quantizing", unit="layer"):
             match = LAYER.search(names[0])
             if text is not None and match is not None:
@@ -131,13 +132,15 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
     return Quantized(folder, list(parts), config)
 
 
-def _parts(tensors: Tensors, tied: bool) -> dict[str, list[str]]:
-    """The tensors of each file in the work folder: one file a layer, one for what else there is."""
+def _parts(tensors: Tensors, tied: bool, unasked: set[str]) -> dict[str, list[str]]:
+    """The tensors of each file in the work folder, less those unasked for: one file a layer, one for what else there
+    is.
+    """
     parts: dict[str, list[str]] = {}
     for name in sorted(tensors.names):
         match = LAYER.search(name)
         part = f"layer-{int(match[1]):03d}" if match else f"layer-{name}"
-        if not (tied and name == "lm_head.weight"):
+        if not (tied and name == "lm_head.weight") and not is_among(name, unasked):
             parts.setdefault(f"{part}.safetensors", []).append(name)
     return dict(sorted(parts.items()))
 
