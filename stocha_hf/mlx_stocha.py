@@ -61,6 +61,10 @@ class Model(native.Model):
             layer.mlp.__class__ = StochaMLP
             layer.mlp.threshold = thresholds[index] if isinstance(thresholds, list) else thresholds
 
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        own = {name: value for name, value in weights.items() if not name.endswith("_token_factor")}  # of input cuts
+        return super().sanitize(own) if hasattr(native.Model, "sanitize") else own
+
 
 class ModelArgs(native.ModelArgs):
     """The native arguments, with the rotary embedding that transformers 5 writes where MLX-LM's Llama looks not."""

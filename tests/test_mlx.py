@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import stocha_hf
@@ -64,3 +66,15 @@ def test_an_activation_that_it_lacks_is_refused(tmp_path):
     folder = converted(tmp_path, "llama", activation="topk", k=3)
     with pytest.raises(ValueError, match="infers with topk: expected one of relu"):
         logits(folder, trust_remote_code=True)
+
+
+def test_tokens_factors_of_input_cuts_are_not_read(tmp_path):
+    folder = converted(tmp_path, "qwen2", activation="relu")
+    expected = logits(folder, trust_remote_code=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["stocha"]["inputs"] = {"thresholds": {"o_proj": [0.1, 0.1]}, "token_factors": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    added = {f"model.layers.{layer}.self_attn.o_proj_token_factor": torch.ones(33) for layer in (0, 1)}
+    save_file(weights | added, folder / "model.safetensors", {"format": "pt"})
+    torch.testing.assert_close(logits(folder, trust_remote_code=True), expected)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from stocha_hf.checkpoints.quantized import matrix_shapes, read_quantization
@@ -143,8 +144,10 @@ def check_tensors(shapes: Mapping[str, list[int]], config: Mapping[str, Any], wh
     missing, has another shape, is there twice, or belongs to the model's own parts and would be ignored.
     """
     sizes, found, quantization = Sizes.of(config, where), _own(shapes, where), read_quantization(config, where)
-    expected = [row for one in expected_tensors(sizes) for row in matrix_shapes(*one, quantization)]
-    for name, shape in (*expected, *token_factors(sizes, config, where)):
+    expected = (row for one in expected_tensors(sizes) for row in matrix_shapes(*one, quantization))
+    for name, shape in chain(
+        expected, token_factors(sizes, config, where)
+    ):  # lazily: a config can claim any number of layers
         if name not in found:
             raise StochaError(
                 f"tensor {name} of {where} is missing: expected all that its config.json asks for; download it again"
