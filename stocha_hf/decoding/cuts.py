@@ -35,8 +35,8 @@ def with_cut(found: Matrix, module: Any, dtype: torch.dtype) -> Matrix:
 
 def token_factors(module: Any) -> torch.Tensor | None:
     """Return the weights of its tokens' own factors of a module that cuts; None in folders' copies of before."""
-    owner, name = getattr(module, "factors", ()) or (None, "")
-    return None if owner is None else owner._parameters[name]
+    found = module.__dict__.get("factors", ())
+    return found[0]._parameters[found[1]] if found else None
 
 
 def skipping_zeros(found: Matrix, module: Any, x: torch.Tensor) -> Matrix:

@@ -131,7 +131,7 @@ class Watch:
 
 
 def _cut(module: Any) -> tuple[Any, ...]:
-    factors = getattr(module, "factors", ())  # none in folders' copies of before
+    factors = module.__dict__.get("factors", ())  # none in folders' copies of before
     return module, module.input_threshold, module.input_centre, factors, module.cut_forced or module.cut_inference
 
 
