@@ -2,7 +2,8 @@
 //
 // Each thread keeps the residual stream for itself and computes norms and sums of it again: that takes less time than
 // waiting for another thread. What a matrix gives is divided among threads by rows, attention by heads; both are
-// shared, so six waits a layer, and three more where rows are inputs. Where transformers rounds to the model's type, this rounds too.
+// shared, so six waits a layer, three more where rows are inputs, and one where tokens' own factors cut down's. Where
+// transformers rounds to the model's type, this rounds too.
 #pragma once
 
 #include "attention.h"
