@@ -79,7 +79,7 @@ def test_a_run_cuts_as_the_fallback_of_its_model_decodes(base: Path, text: Path,
     always = of(0.9999, uncut_doubts=1.0)
     assert never[0]["kl"] == without[0]["kl"] > half[0]["kl"] > 0 == pytest.approx(always[0]["kl"], abs=1e-6)
     assert never[0]["lm_loss"] == pytest.approx(always[0]["lm_loss"], rel=0.2)  # of as many tokens
-    assert "inputs_cut" in half[0] and "inputs_cut" not in always[0]
+    assert always[0]["inputs_cut"] == pytest.approx(never[0]["inputs_cut"], abs=0.05)  # read before it is repeated
 
 
 @pytest.mark.slow
