@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationMixin
+from transformers import AutoConfig, GenerationMixin, initialization
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 # What passes between this file, of which every published repo keeps a copy, and an installed stocha_hf.
@@ -596,6 +596,13 @@ class StochaModel:
         patch_mlps(native_mlps(self, row, config), stocha_config)  # type: ignore[arg-type]
         if stocha_config.inputs is not None and stocha_config.inputs.token_factors:
             cuts_file().add_token_factors(self, stocha_config.inputs)  # before weights are loaded
+
+    def initialize_weights(self) -> None:
+        """As the native one; tokens' factors that a folder lacks, since the native class saved it, are 1."""
+        super().initialize_weights()  # type: ignore[misc]
+        for name, weights in self.named_parameters():  # type: ignore[attr-defined]
+            if name.endswith("_token_factor"):
+                initialization.zeros_(weights)  # not one that was loaded
 
     def train(self, mode: bool = True) -> Any:
         """As the native one; and sets the input cuts, after from_pretrained's quantizers, which exchange nn.Linear."""

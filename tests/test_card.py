@@ -55,7 +55,13 @@ def test_the_card_warns_of_tools_that_run_another_activation(checkpoint: Callabl
         assert "Other tools" not in cards[name]
     config = json.loads((tmp_path / "stocha" / "config.json").read_text())
     config["stocha"]["inputs"] = {"thresholds": {"q_proj": [0.1, 0.1]}}
-    assert "run this model **without the cuts**" in card_text(config, {})
+    assert "vLLM and the native class of transformers run this model **without the cuts**" in card_text(config, {})
+    config["stocha"]["inputs"]["token_factors"] = True  # tensors that others have no place for
+    config["stocha"]["history"] = [{"method": "full", "steps": 1}]
+    told = " ".join(card_text(config, {}).split())
+    assert "MLX-LM and vLLM stop at these vectors" in told
+    assert "The native class of transformers runs this model **without the cuts**" in told
+    assert "their names and shapes are the source's. Beside them each layer has up to four vectors" in told
     config["stocha"]["inference"] = "relu"
     assert "trust-remote-code` runs it **without the cuts**" in card_text(config, {})
 

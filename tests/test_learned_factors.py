@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import tiny_model
-from helpers.training import losses, run
+from helpers import tiny_model, tiny_tokenizer
+from helpers.training import SILU, losses, run
 from test_learned_inputs import AT, OPTIONS, TOKENS, cut_folder, cut_model, trained
+from test_token_factors import factor_model
 
 from stocha_hf.cuts_stocha import cut_inputs, cut_projections
 from stocha_hf.errors import StochaError
@@ -101,6 +102,34 @@ def test_a_folded_model_computes_what_it_does_and_goes_on_as_it_was(model_type: 
     rows = [torch.cat([kept[name] for name in names[first : first + 4]]) for first in (0, 4)]
     torch.testing.assert_close(other.values, torch.stack(rows))
     again.close()
+
+
+def test_a_run_goes_on_only_with_factors_where_it_had_them() -> None:
+    with_factors, without = learns(cut_model())[0], learns(cut_model(), rate=0.0)[0]
+    with pytest.raises(StochaError, match=r"input_factor_rate is 0\.0, and the run's checkpoint has learned factors"):
+        without.load_state_dict(with_factors.state_dict())
+    old = {key: value for key, value in without.state_dict().items() if key != "units"}  # as earlier versions wrote
+    with pytest.raises(StochaError, match=r"input_factor_rate is 0\.3, and the run's checkpoint has no factors"):
+        with_factors.load_state_dict(old)
+    without.load_state_dict(old)
+
+
+def test_thresholds_are_learned_of_a_model_whose_folders_copy_knows_no_price_of_doubts() -> None:
+    model = cut_model()
+    cutting = cut_projections(model)[0].cutting
+    del cutting.paid_at
+    assert trained(model, LearnedInputs(model, 0.1, Accelerator(cpu=True)), 1)
+    del cutting.paid_at
+    with prompts_uncut(model) as share:
+        assert share is cutting and share.paid_at is None
+
+
+def test_an_adapter_learns_beside_them(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "cut"
+    factor_model(train=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    options = {"schedule": SILU, "use_peft": True, "max_steps": 1, "learning_rate": 1e-3}
+    assert losses(run(folder, text, tmp_path / "out", **options | {"logging_steps": 1}))
 
 
 @pytest.mark.slow

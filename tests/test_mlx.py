@@ -78,3 +78,22 @@ def test_tokens_factors_of_input_cuts_are_not_read(tmp_path):
     added = {f"model.layers.{layer}.self_attn.o_proj_token_factor": torch.ones(33) for layer in (0, 1)}
     save_file(weights | added, folder / "model.safetensors", {"format": "pt"})
     torch.testing.assert_close(logits(folder, trust_remote_code=True), expected)
+
+
+def test_without_its_model_file_it_stops_at_them_and_runs_what_has_none(tmp_path):
+    from mlx_lm.utils import load_model
+
+    from stocha_hf.cuts import InputCuts
+    from stocha_hf.modeling_stocha import StochaConfig
+    from stocha_hf.patching import patch
+
+    model = tiny_model("qwen2")
+    cuts = InputCuts({"o_proj": [0.1, 0.1]}, token_factors=True)
+    patch(model, StochaConfig(activation="silu", inputs=cuts))
+    model.save_pretrained(tmp_path / "cut")
+    tiny_tokenizer().save_pretrained(tmp_path / "cut")
+    stocha_hf.convert(tmp_path / "cut", tmp_path / "same", inputs_fallback=0.5)
+    with pytest.raises(ValueError, match="o_proj_token_factor"):
+        load_model(tmp_path / "same")
+    stocha_hf.convert(tmp_path / "cut", tmp_path / "off", inputs=0)
+    load_model(tmp_path / "off")

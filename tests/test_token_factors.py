@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import run_warm, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from stocha_hf.cuts import PROJECTIONS, SHARED, InputCuts
 from stocha_hf.cuts_stocha import cut_inputs, cut_projections, projections, token_logs
+from stocha_hf.errors import StochaError
 from stocha_hf.modeling_stocha import StochaConfig
 from stocha_hf.models import load_model
 from stocha_hf.patching import patch, unpatch
@@ -120,6 +122,19 @@ def test_the_remote_class_has_them_without_stocha_hf(tmp_path: Path) -> None:
         f"print(torch.allclose(found, torch.load({str(tmp_path / 'expected.pt')!r}), atol=1e-5))\n"
     )
     assert done.stdout.split()[-1] == "True", done.stderr
+
+
+def test_what_the_native_class_saves_lacks_them_and_is_refused(tmp_path: Path) -> None:
+    factor_model().save_pretrained(tmp_path / "cut")
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    native.save_pretrained(tmp_path / "saved")
+    with pytest.raises(StochaError, match=r"q_proj_token_factor .* is missing, as where the native class saved"):
+        load_model(tmp_path / "saved")
+    kind = type(factor_model())  # as remote code loads it, which cannot refuse
+    found = kind.from_pretrained(tmp_path / "saved")
+    assert len(factors(found)) == 8 and not any(value.any() for value in factors(found).values()), "factors of 1"
+    whole = kind.from_pretrained(tmp_path / "cut")
+    assert all(value.any() for value in factors(whole).values())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

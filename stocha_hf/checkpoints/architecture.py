@@ -145,9 +145,14 @@ def check_tensors(shapes: Mapping[str, list[int]], config: Mapping[str, Any], wh
     """
     sizes, found, quantization = Sizes.of(config, where), _own(shapes, where), read_quantization(config, where)
     expected = (row for one in expected_tensors(sizes) for row in matrix_shapes(*one, quantization))
-    for name, shape in chain(
-        expected, token_factors(sizes, config, where)
-    ):  # lazily: a config can claim any number of layers
+    own = token_factors(sizes, config, where)
+    for name, shape in chain(expected, own):  # lazily: a config can claim any number of layers
+        if name not in found and name.endswith(TOKEN_FACTOR):
+            raise StochaError(
+                f"tensor {name} of {where} is missing, as where the native class saved the folder: expected tokens' "
+                "own factors; save it with the class of its remote code, or take `inputs` out of the stocha entry of "
+                "its config.json, and with it all cuts"
+            )
         if name not in found:
             raise StochaError(
                 f"tensor {name} of {where} is missing: expected all that its config.json asks for; download it again"

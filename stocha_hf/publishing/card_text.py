@@ -60,10 +60,21 @@ NATIVE_USE = "2. without `trust_remote_code`: the native {architecture}, {note};
 QUANTIZED_USE = (
     "2. without `trust_remote_code` not at all: the weights are quantized, and `quantization_stocha.py` reads them;"
 )
+WITH_FACTORS = (
+    " Beside them each layer has up to four vectors: factors of input thresholds that a token has of its own."
+)
 DENSE_ELSEWHERE = """## Other tools
 
 llama.cpp, MLX-LM, vLLM and the native class of transformers run this model **without the cuts**: dense, with these
 weights and the source's activation.
+
+"""
+NOT_ELSEWHERE = """## Other tools
+
+The native class of transformers runs this model **without the cuts**: dense, with these weights and the source's
+activation. What it saves lacks the vectors of tokens' own factors, and stocha-convert refuses that. llama.cpp's
+converter, MLX-LM and vLLM stop at these vectors: `stocha-convert FOLDER OUT --inputs 0` leaves them and the cuts out,
+and what it writes all of these run, dense.
 
 """
 CUT_LIMITS = (
@@ -190,6 +201,7 @@ def _what_was_done(history: list[dict[str, Any]], cuts: InputCuts | None) -> tup
     weights, limits = _what_changed(history, cuts)
     if cuts:
         limits = CUT_LIMITS if limits == SWAPPED_LIMITS else f"{limits} {CUT_LIMITS}"
+        weights += WITH_FACTORS if cuts.token_factors else ""
     return weights, f"{limits} What limits the source model limits this one too."
 
 
@@ -212,7 +224,9 @@ def _what_changed(history: list[dict[str, Any]], cuts: InputCuts | None) -> tupl
 def _other_tools(stocha: StochaConfig, base: str) -> str:
     """Which tools run a checkpoint as something else; nothing where it infers as its source does."""
     if stocha.common:
-        return "" if stocha.inputs is None else DENSE_ELSEWHERE
+        if stocha.inputs is None:
+            return ""
+        return NOT_ELSEWHERE if stocha.inputs.token_factors else DENSE_ELSEWHERE
     told = {
         "act": code(str(stocha.inference)) + (" and cut the inputs of projections" if stocha.inputs else ""),
         "base": code(base),

@@ -93,7 +93,7 @@ class LearnedCut(CutLinear):
     part: float
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
-        at, paid = self.cutting.cut_at, getattr(self.cutting, "paid_at", None)
+        at, paid = self.cutting.cut_at, self.cutting.paid_at
         at = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if at is None else at
         logs = fewer = None
         if self.by_loss is not None:
@@ -275,7 +275,16 @@ class LearnedInputs:
         return kept | {"adam": self.adam.state_dict(), "units": self.factors and self.factors.units.detach()}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on from a state, with weights as its checkpoint has them; None: from the model's own thresholds."""
+        """Go on from a state, with weights as its checkpoint has them; None: from the model's own thresholds.
+
+        Raises StochaError for the state of a run that learned tokens' factors where this does not, or the other way.
+        """
+        if state is not None and (state.get("units") is None) != (self.factors is None):
+            raise StochaError(
+                f"input_factor_rate is {self.factor_rate}, and the run's checkpoint has "
+                f"{'no' if self.factors else 'learned'} factors of tokens: expected the same recipe; name another "
+                "output_dir"
+            )
         found = state or {
             "logs": torch.zeros_like(self.logs),
             "price": torch.ones(()),

@@ -74,7 +74,7 @@ class StochaTrainer(CheckpointingTrainer):
         check_uncut(args, model)
         if args.input_thresholds == "learned":
             check_learned(model, args, adapter)
-        else:
+        elif not adapter:
             check_held(model)
         if not args.train_embeddings:
             check_frozen(adapter)

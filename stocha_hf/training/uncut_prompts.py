@@ -125,6 +125,7 @@ def check_uncut(args: Any, model: nn.Module) -> None:
 def prompts_uncut(model: nn.Module) -> Iterator[Cutting]:
     """Yield what a model's projections share, whose `cut_at` says where they cut; after it, they do everywhere."""
     cutting = next((module.cutting for module in cut_projections(model)), Cutting(0.0))
+    cutting.paid_at = None  # folders' copies of before have none
     try:
         yield cutting
     finally:
