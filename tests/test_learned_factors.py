@@ -124,6 +124,23 @@ def test_thresholds_are_learned_of_a_model_whose_folders_copy_knows_no_price_of_
         assert share is cutting and share.paid_at is None
 
 
+@torch.no_grad()
+def test_a_step_between_those_of_a_run_cuts_by_what_is_learned() -> None:
+    model = cut_model()
+    learned = learns(model)[0]
+    with torch.enable_grad():
+        trained(model, learned, 3)
+    model.eval()
+
+    def logits() -> torch.Tensor:
+        cache = model(TOKENS[:1, :6], use_cache=True).past_key_values
+        return model(TOKENS[:1, 6:7], past_key_values=cache).logits
+
+    found = logits()
+    learned.close()
+    torch.testing.assert_close(found, logits(), rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_learns_beside_them(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "cut"
     factor_model(train=True).save_pretrained(folder)
