@@ -71,7 +71,7 @@ class InputCuts:
         fallback: A step whose most likely token has a lower probability is computed again without cuts; None: none is.
         fallback_tokens: How many tokens such a step then computes, 1 to 8: its own and those before it, whose keys and
             values earlier steps wrote with cuts; None: its own.
-        token_factors: Whether each token has factors of its own of all thresholds; None: it has none.
+        token_factors: Whether each token multiplies thresholds by factors of its own; None: it does not.
 
     Raises:
         ValueError: For any other value; the message names the key, what was given and what was expected.

@@ -133,9 +133,7 @@ def quantize_checkpoint(source: Source, config: dict[str, Any], options: Quantiz
 
 
 def _parts(tensors: Tensors, tied: bool, unasked: set[str]) -> dict[str, list[str]]:
-    """The tensors of each file in the work folder, less those unasked for: one file a layer, one for what else there
-    is.
-    """
+    """The tensors of each file in the work folder, less those unasked for: a file a layer, and one for the rest."""
     parts: dict[str, list[str]] = {}
     for name in sorted(tensors.names):
         match = LAYER.search(name)
