@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from stocha_hf.measurement.evaluation import evaluate
 from stocha_hf.models import load_model
 from stocha_hf.spec import ARCHITECTURES
 from stocha_hf.training.compiled_layers import compile_layers
+from stocha_hf.training.learned_cut import check_learned
 from stocha_hf.training.learned_inputs import LearnedInputs
 from stocha_hf.training.uncut_prompts import prompts_uncut
 
@@ -147,6 +149,18 @@ def test_an_adapter_learns_beside_them(tmp_path: Path, text: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
     options = {"schedule": SILU, "use_peft": True, "max_steps": 1, "learning_rate": 1e-3}
     assert losses(run(folder, text, tmp_path / "out", **options | {"logging_steps": 1}))
+
+
+def test_code_of_before_learns_no_factors_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cut_model()
+    args = SimpleNamespace(fp16=False, input_factor_rate=0.1)
+    check_learned(model, args, adapter=False)
+    kind = type(cut_projections(model)[0])
+    monkeypatch.setattr(kind, "state", tuple(key for key in kind.state if key != "factors"))
+    with pytest.raises(StochaError, match="is of before tokens' factors: expected that of now"):
+        check_learned(model, args, adapter=False)
+    args.input_factor_rate = 0.0
+    check_learned(model, args, adapter=False)
 
 
 @pytest.mark.slow

@@ -28,7 +28,8 @@ from stocha_hf.models import load_model
 from stocha_hf.patching import patch
 from stocha_hf.spec import ARCHITECTURES
 from stocha_hf.training.compiled_layers import compile_layers
-from stocha_hf.training.learned_inputs import CutLinear, LearnedInputs
+from stocha_hf.training.learned_cut import CutLinear
+from stocha_hf.training.learned_inputs import LearnedInputs
 from stocha_hf.training.uncut_prompts import prompts_uncut
 
 pytestmark = pytest.mark.usefixtures("one_thread")

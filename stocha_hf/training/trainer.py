@@ -36,7 +36,8 @@ from stocha_hf.training.frozen_embeddings import check_frozen, freeze_embeddings
 from stocha_hf.training.heads import causal_lm, open_head
 from stocha_hf.training.held_inputs import HeldInputs, check_held, trains_with_cuts
 from stocha_hf.training.hidden_error import HiddenError, layer_error
-from stocha_hf.training.learned_inputs import LearnedInputs, check_learned
+from stocha_hf.training.learned_cut import check_learned
+from stocha_hf.training.learned_inputs import LearnedInputs
 from stocha_hf.training.losses import IGNORED, token_losses, training_losses
 from stocha_hf.training.padding import SEEN, UnmaskedCollator
 from stocha_hf.training.schedule import Schedule
