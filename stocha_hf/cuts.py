@@ -22,6 +22,7 @@ LEARNED_INPUTS = "learned_inputs"  # the method of the stage in a history that s
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # the same input
+TOKEN_FACTOR = "_token_factor"  # what ends the names of tokens' factors, behind the first of such projections
 FALLBACK = "a probability from 0 to below 1"
 FALLBACK_TOKENS = "a whole number from 1 to 8"  # as many as the kernels take in one step
 

@@ -48,6 +48,7 @@ from .modeling_stocha import (
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # the same input
+TOKEN_FACTOR = "_token_factor"  # what ends the names of tokens' factors, behind the first of such projections
 FALLBACK = "a probability from 0 to below 1"
 FALLBACK_TOKENS = "a whole number from 1 to 8"  # as many as the kernels take in one step
 
@@ -521,7 +522,7 @@ def add_token_factors(native: Any, cuts: InputCuts) -> None:
 
 def factor_name(leader: str) -> str:
     """The name of tokens' factors in the module that a projection is in; it is the first that reads its input."""
-    return f"{leader}_token_factor"
+    return leader + TOKEN_FACTOR
 
 
 def factor_owner(native: Any, layer: int, projection: str) -> nn.Module:

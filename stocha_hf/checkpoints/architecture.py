@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any
 
 from stocha_hf.checkpoints.quantized import matrix_shapes, read_quantization
-from stocha_hf.cuts import InputCuts
+from stocha_hf.cuts import TOKEN_FACTOR, InputCuts
 from stocha_hf.errors import StochaError
 
 # What a config class takes for a key that config.json leaves out; num_key_value_heads and head_dim may also be null.
@@ -54,7 +54,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 NORMS = ("input_layernorm", "post_attention_layernorm")
 GEMMA_NORMS = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _OWN = re.compile(r"(?:model\.)?((?:embed_tokens|layers|norm)\..+)|(lm_head\..+)")
-TOKEN_FACTOR = "_token_factor"  # what ends the names of tokens' factors; see cuts_stocha.py
 _COMPUTED = "rotary_emb.inv_freq"  # a buffer that old checkpoints hold and every class computes
 
 

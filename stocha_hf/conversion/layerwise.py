@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stocha_hf.checkpoints.architecture import TOKEN_FACTOR
 from stocha_hf.checkpoints.tensors import ModelTensors, Tensors
+from stocha_hf.cuts import TOKEN_FACTOR
 from stocha_hf.errors import StochaError
 from stocha_hf.quantization_stocha import computing_dtype
 

@@ -10,7 +10,8 @@ bytes go further when the others get more of them; docs/experiments/input_traini
 - Thresholds of single inputs become scales in a folder, which an x is divided by; w is multiplied by them there.
 
     factors = LearnedFactors(model, blocks)      # gives the model weights of factors, if it has none
-    factors.install(begin)                       # LearnedCut projections then follow them
+    factors.install(begun, parts)                # LearnedCut projections then follow them
+    factors.begin(None)                          # from the model's own; with each step, follow() and renew()
     factors.write(groups)                        # into the model, as its folder has them
 """
 
